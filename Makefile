@@ -1,0 +1,61 @@
+# Everything runs in a virtual environment of its own, .venv, built on first use from nothing but
+# a Python with pip. `make PYTHON=python3.12 test` picks another interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := tests/constraints.txt
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
+
+export PYTHONUNBUFFERED := 1
+
+.DELETE_ON_ERROR:
+.PHONY: help test test-slow demo lint format clean
+
+help:
+	@echo "make test       the tests (all but the slow ones) and the doctests"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make demo       prune a small model end to end; writes out/demo"
+	@echo "make lint       ruff check, ruff format --check, mypy"
+	@echo "make format     let ruff fix and format"
+	@echo "make clean      remove .venv, caches and outputs"
+
+test: $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest -m slow
+
+demo: $(VENV)/.stamp-demo
+	$(BIN)/python benchmarks/demo.py --out out/demo
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.stamp-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Some systems ship Python without ensurepip: there the interpreter's own pip fills the venv.
+$(VENV)/.stamp-venv:
+	$(PYTHON) -m venv --clear $(VENV) || { \
+		$(PYTHON) -m venv --clear --without-pip $(VENV) && \
+		$(PYTHON) -m pip --python $(BIN)/python install -qq pip; }
+	@touch $@
+
+# The demo needs little; who has everything for the tests has that as well.
+$(VENV)/.stamp-demo: pyproject.toml $(CONSTRAINTS) | $(VENV)/.stamp-venv
+	@echo "Installing Prunus and what the demo needs into $(VENV) ..."
+	$(INSTALL) -e '.[plot]'
+	@touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/.stamp-venv
+	@echo "Installing Prunus and everything for its tests into $(VENV); a few minutes ..."
+	$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.stamp-demo

@@ -1,0 +1,87 @@
+"""Prunus: structured pruning that rewrites a PyTorch model into a smaller dense one.
+
+The public names load on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prunus.api import Shrunk, plan, shrink
+    from prunus.budget import Budget
+    from prunus.errors import PrunusError
+    from prunus.graph.axis import Axis
+    from prunus.graph.coupling import CouplingGraph
+    from prunus.integrations.torchvision_ops import declare_missing_ops
+    from prunus.listening import listen
+    from prunus.oracle import Certificate, verify
+    from prunus.plans import Plan
+    from prunus.recovery import recalibrate
+    from prunus.report.console import show_stages
+    from prunus.report.counting import measure_costs, measure_latency
+    from prunus.report.pictures import draw_channels
+    from prunus.surgeon import apply, mask
+    from prunus.tracer.trace import trace
+    from prunus.witness import testify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Axis",
+    "Budget",
+    "Certificate",
+    "CouplingGraph",
+    "Plan",
+    "PrunusError",
+    "Shrunk",
+    "apply",
+    "declare_missing_ops",
+    "draw_channels",
+    "listen",
+    "mask",
+    "measure_costs",
+    "measure_latency",
+    "plan",
+    "recalibrate",
+    "show_stages",
+    "shrink",
+    "testify",
+    "trace",
+    "verify",
+]
+
+_HOMES = {
+    "Axis": "prunus.graph.axis",
+    "Budget": "prunus.budget",
+    "Certificate": "prunus.oracle",
+    "CouplingGraph": "prunus.graph.coupling",
+    "Plan": "prunus.plans",
+    "PrunusError": "prunus.errors",
+    "Shrunk": "prunus.api",
+    "apply": "prunus.surgeon",
+    "declare_missing_ops": "prunus.integrations.torchvision_ops",
+    "draw_channels": "prunus.report.pictures",
+    "listen": "prunus.listening",
+    "mask": "prunus.surgeon",
+    "measure_costs": "prunus.report.counting",
+    "measure_latency": "prunus.report.counting",
+    "plan": "prunus.api",
+    "recalibrate": "prunus.recovery",
+    "show_stages": "prunus.report.console",
+    "shrink": "prunus.api",
+    "testify": "prunus.witness",
+    "trace": "prunus.tracer.trace",
+    "verify": "prunus.oracle",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'prunus' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,203 @@
+"""The public verbs that need several rooms at once: plan and shrink."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from prunus.budget import Budget
+from prunus.errors import DataError, PlanError, VerifyError
+from prunus.graph.axis import Mask
+from prunus.graph.coupling import CouplingGraph
+from prunus.importance import score
+from prunus.oracle import Certificate, verify
+from prunus.planner import select, thin
+from prunus.planner.allocate import Scope
+from prunus.plans import Plan
+from prunus.recovery import recalibrate
+from prunus.surgeon import apply
+from prunus.surgeon.attributes import find_edits
+from prunus.tracer.program import state_of
+from prunus.tracer.trace import trace
+
+Globs = str | Sequence[str]
+
+
+def plan(
+    graph: CouplingGraph,
+    model: nn.Module,
+    *,
+    budget: Budget | None = None,
+    ratio: float | None = None,
+    importance: str | Callable[..., Any] = "l2",
+    scope: Scope = "local",
+    min_width: int = 1,
+    max_ratio: float = 1.0,
+    round_to: int = 1,
+    include: Globs | None = None,
+    exclude: Globs = (),
+    seed: int = 0,
+) -> Plan:
+    """Choose what stays: so that every cost of a budget is met from below, or by a ratio.
+
+    Parameters
+    ----------
+    graph, model
+        What :func:`prunus.trace` found, and the model whose weights are scored.
+    budget
+        Upper bounds on ``params`` and ``macs``, as fractions of the dense cost or absolute.
+    ratio
+        In place of a budget: the share of units that every group loses, whatever that costs.
+    importance
+        ``"l1"``, ``"l2"``, ``"random"``, or a function of a group and a context.
+    scope
+        ``"local"`` (each group loses the same ratio), ``"isomorphic"`` (groups of one shape
+        compete) or ``"global"`` (all groups compete: for scores that compare across layers).
+    min_width, max_ratio
+        Floors: units that every group keeps, and the largest ratio it may lose.
+    round_to
+        Every pruned width becomes a multiple of this.
+    include, exclude
+        Globs over group names and tensor names.
+
+    Raises
+    ------
+    BudgetError
+        If the floors stop it; the message says which, and what is reachable.
+    """
+    tensors, _ = state_of(model)
+    scores = score(graph, tensors, importance, seed=seed)
+    kept = _choose(
+        graph,
+        scores,
+        budget,
+        ratio,
+        scope=scope,
+        min_width=min_width,
+        max_ratio=max_ratio,
+        round_to=round_to,
+        include=include,
+        exclude=exclude,
+    )
+    origin = {
+        "importance": importance if isinstance(importance, str) else importance.__name__,
+        "budget": None if budget is None else budget.requested,
+        "ratio": ratio,
+        "scope": scope,
+        "min_width": min_width,
+        "max_ratio": max_ratio,
+        "round_to": round_to,
+        "seed": seed,
+        "traced": graph.traced,
+    }
+    chosen = Plan.from_mask(graph, kept, origin=origin)
+    return replace(chosen, edits=find_edits(model, graph, kept))
+
+
+def _choose(
+    graph: CouplingGraph,
+    scores: NDArray[np.float64],
+    budget: Budget | None,
+    ratio: float | None,
+    **options: Any,
+) -> Mask:
+    if budget is not None and ratio is None:
+        return select(graph, scores, budget, **options)
+    if ratio is not None and budget is None:
+        _refuse_options(options)
+        return thin(graph, scores, ratio)
+    raise PlanError(
+        "a budget and a ratio were given"
+        if ratio is not None
+        else "nothing says how much to remove",
+        why="exactly one of the two says how much to remove",
+        fix="give budget=Budget(macs=0.5), say, or ratio=0.3",
+    )
+
+
+def _refuse_options(options: Mapping[str, Any]) -> None:
+    """A ratio is a ratio of every group: what shapes a budget's choice has no say in it."""
+    neutral = {"min_width": 1, "max_ratio": 1.0, "round_to": 1, "include": None, "exclude": ()}
+    given = [name for name, value in neutral.items() if options[name] != value]
+    if given:
+        raise PlanError(
+            f"{', '.join(given)} can't be combined with ratio=",
+            why="a ratio is taken from every group alike",
+            fix="give a budget instead",
+        )
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What :func:`shrink` did: the smaller model, the plan, and the proof."""
+
+    model: nn.Module
+    graph: CouplingGraph
+    plan: Plan
+    certificate: Certificate | None
+
+
+def shrink(
+    model: nn.Module,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    budget: Budget | None = None,
+    data: Iterable[Any] | None = None,
+    outputs: Globs | None = None,
+    verified: bool = True,
+    seed: int = 0,
+    **options: Any,
+) -> Shrunk:
+    """Trace, plan, prove, cut and recalibrate, all in one call; the model changes in place.
+
+    Parameters
+    ----------
+    model, args, kwargs
+        The model and example inputs for its forward.
+    budget
+        See :func:`plan`, which also takes the ``options``.
+    data
+        Calibration batches for batch norms; without them they keep the old statistics.
+    verified
+        Prove first, on a copy, that the cut model computes the masked original.
+
+    Raises
+    ------
+    VerifyError
+        If the proof fails; the model was not touched.
+    """
+    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    batches = None if data is None else _at_least_one(data)
+    graph = trace(model, args, kwargs, outputs=outputs)
+    chosen = plan(graph, model, budget=budget, seed=seed, **options)
+    certificate = verify(chosen, model, args, kwargs, seed=seed) if verified else None
+    if certificate is not None and certificate.verdict == "inexact":
+        raise VerifyError(
+            "the cut model would not compute what the original does without the removed units",
+            why=certificate.reason or f"the outputs differ by {certificate.rel_err:.1e}",
+            fix="the model was not touched; leave groups out with exclude=, and report the case",
+        )
+    apply(chosen, model)
+    if batches is not None:
+        recalibrate(model, batches)
+    return Shrunk(model, graph, chosen, certificate)
+
+
+def _at_least_one(data: Iterable[Any]) -> Iterable[Any]:
+    """The same batches; refused before anything is cut if there are none."""
+    batches = iter(data)
+    first = list(islice(batches, 1))
+    if not first:
+        raise DataError(
+            "the calibration data is empty",
+            why="the iterable gave no batch (an iterator can be used only once)",
+            fix="give a DataLoader or a list of batches; the model was not touched",
+        )
+    return chain(first, batches)

@@ -1,0 +1,119 @@
+"""``prunus inspect``: what hangs together in a model, what is pinned and why, what it costs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from prunus.cli import options as shared
+
+if TYPE_CHECKING:
+    from prunus.graph.coupling import CouplingGraph
+
+
+def add_parser(verbs: Any) -> None:
+    """Declare the verb."""
+    parser = verbs.add_parser(
+        "inspect",
+        help="groups, units, what is pinned and why, costs",
+        description=__doc__.partition(": ")[2],
+        epilog=shared.MODEL_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    shared.add_model_options(parser)
+    parser.add_argument(
+        "--explain",
+        nargs=2,
+        metavar="AXIS",
+        type=shared.axis,
+        help="the shortest chain of operators that ties two axes, as conv1.weight[0]",
+    )
+    parser.add_argument(
+        "--why-pinned", metavar="AXIS", type=shared.axis, help="every pin that reaches an axis"
+    )
+    parser.add_argument(
+        "--dot", metavar="FILE", type=shared.new_file, help="write the graph in the DOT language"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trace the model and print what was found."""
+    import prunus
+    from prunus.cli.models import load_model
+    from prunus.report.console import follow_steps, show, show_json
+    from prunus.report.documents import describe_graph, replace_file
+
+    with follow_steps(3) as step:
+        step("building the model")
+        loaded = load_model(options)
+        step("tracing")
+        graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
+    answers = _answer(graph, options)
+    if options.dot:
+        replace_file(options.dot, lambda draft: draft.write_text(graph.dot(), encoding="utf-8"))
+    if options.json:
+        head = {"command": options.command, "versions": shared.versions(), "model": options.model}
+        show_json({**head, **describe_graph(graph), **answers["json"]})
+    else:
+        show(*(answers["shown"] or _overview(graph, options.model)))
+        if options.dot:
+            show(f"wrote {options.dot}")
+    return 0
+
+
+def _answer(graph: CouplingGraph, options: argparse.Namespace) -> dict[str, Any]:
+    """What ``--explain`` and ``--why-pinned`` ask for, as data and for the eye."""
+    from prunus.report import tables
+    from prunus.report.documents import describe_coupling, describe_pin
+
+    data: dict[str, Any] = {}
+    shown: list[Any] = []
+    if options.explain:
+        a, b = options.explain
+        chain = graph.explain(a, b)
+        data["explain"] = [describe_coupling(link) for link in chain]
+        shown += (
+            [f"{a} and {b} are tied by {len(chain)} operators:", tables.chain_table(a, chain)]
+            if chain
+            else [f"Nothing ties {a} and {b}."]
+        )
+    if options.why_pinned:
+        axis = options.why_pinned
+        pins = graph.why_pinned(axis)
+        data["why_pinned"] = [describe_pin(*pin) for pin in pins]
+        shown += (
+            [f"{axis} is pinned:", tables.pins_table(pins)]
+            if pins
+            else [f"All of {axis} can be pruned."]
+        )
+    return {"json": data, "shown": shown}
+
+
+def _overview(graph: CouplingGraph, name: str) -> list[Any]:
+    from prunus.report import tables
+
+    spell = tables.spell_count
+    costs = ", ".join(f"{spell(graph.cost(c))} {c}" for c in sorted(graph.costs, reverse=True))
+    shown: list[Any] = [
+        f"{name}: {costs} for the example inputs",
+        f"{graph.unit_count:,} units in {len(graph.groups)} groups; "
+        f"kept outputs: {tables.spell_places(graph.kept_outputs)}",
+        "",
+        tables.groups_table(graph),
+        tables.pins_table(graph.pins),
+    ]
+    if graph.unknown:
+        shown.append("Operators without a rule; whatever they touch is pinned:")
+        for operator, calls in sorted(graph.unknown.items()):
+            shown.append(f"  {operator}, {calls} ×; its rule would begin with")
+            shown.append(f'      @rule("{_rule_name(operator)}")')
+        shown.append("A rule is one function in a file of src/prunus/tracer/rules; see README.md.")
+    return shown
+
+
+def _rule_name(operator: str) -> str:
+    """``"aten.add.Tensor"`` as a rule spells it: ``"add.Tensor"``; others ``"lib::name"``."""
+    namespace, _, name = operator.partition(".")
+    name = name.removesuffix(".default")
+    return name if namespace == "aten" else f"{namespace}::{name}"

@@ -1,0 +1,200 @@
+"""The coupling graph: what a traced model says about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import networkx as nx
+import numpy as np
+from numpy.typing import NDArray
+
+from prunus.errors import PlanError
+from prunus.graph.axis import Axis, Label, Mask, Role, kept_positions
+from prunus.graph.constraints import Constraint, Pin, Rescale
+from prunus.graph.expressions import Attribute, Equation
+from prunus.graph.groups import Group
+from prunus.graph.polynomial import Polynomial, measure_widths
+
+
+@dataclass(frozen=True, slots=True)
+class Coupling:
+    """Two axes tied by an operator; position ``left[i]`` lives with position ``right[i]``."""
+
+    a: Axis
+    b: Axis
+    operator: str
+    module: str
+    left: NDArray[np.int64] = field(compare=False)
+    right: NDArray[np.int64] = field(compare=False)
+
+    def __str__(self) -> str:
+        place = f" in {self.module}" if self.module else ""
+        return f"{self.a} — {self.b} by {self.operator}{place}"
+
+
+@dataclass(frozen=True)
+class CouplingGraph:
+    """Axes, couplings, groups, units and constraints of one traced model.
+
+    Attributes
+    ----------
+    shapes, parameters
+        Shape of every parameter, buffer and tensor attribute; names of those that are parameters.
+    aliases
+        Tied names: ``aliases["lm_head.weight"] == "embed.weight"``.  Axes use the first name.
+    labels
+        The prunable axes only; an axis that is missing keeps all its positions.
+    width_labels
+        The distinct labelled dims that the cost polynomials speak of by index.
+    costs
+        ``"params"`` and ``"macs"`` (for the traced inputs, batch included) as polynomials in the
+        widths of ``width_labels``.
+    unit_count
+        Units have the ids 1 … ``unit_count``.
+    couplings, pins
+        Every coupling in the order in which it was found; every pin.
+    kept_outputs, unknown
+        Outputs whose shape is held; operators without a rule, with how often they ran.
+    equations, attributes
+        What the forward's code demands of module attributes, and their present values.
+    rescales
+        Weights that make up for a softmax scale that would move with its head dim.
+    traced
+        The inputs and the shapes of the kept outputs, as plain data.
+    program
+        The operators that ran (:class:`prunus.tracer.program.Program`), for replay.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    parameters: frozenset[str]
+    aliases: Mapping[str, str]
+    labels: Mapping[Axis, Label]
+    roles: Mapping[Axis, Role]
+    groups: tuple[Group, ...]
+    unit_count: int
+    constraints: tuple[Constraint, ...]
+    width_labels: tuple[Label, ...]
+    costs: Mapping[str, Polynomial]
+    couplings: tuple[Coupling, ...]
+    pins: tuple[tuple[Axis, Pin], ...]
+    kept_outputs: tuple[str, ...]
+    unknown: Mapping[str, int]
+    equations: tuple[Equation, ...] = ()
+    rescales: tuple[Rescale, ...] = ()
+    attributes: Mapping[Attribute, int] = field(default_factory=dict)
+    traced: Mapping[str, Any] = field(default_factory=dict)
+    program: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def all_kept(self) -> Mask:
+        """The mask that removes nothing."""
+        return np.ones(self.unit_count + 1, dtype=np.bool_)
+
+    def group(self, name: str) -> Group:
+        """The group of that name; :class:`~prunus.errors.PlanError` if there is none."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise PlanError(
+            f"no group is called {name!r}",
+            fix="list the names with `prunus inspect`, or `[g.name for g in graph.groups]`",
+        )
+
+    def cost(self, name: str, kept: Mask | None = None) -> int:
+        """A cost (``"params"`` or ``"macs"``) with the given units kept, all by default."""
+        mask = self.all_kept if kept is None else kept
+        return self.costs[name](measure_widths(self.width_labels, mask))
+
+    def positions(self, kept: Mask) -> Iterator[tuple[Axis, NDArray[np.int64]]]:
+        """For every axis that loses something: the positions that stay."""
+        for axis, label in self.labels.items():
+            stay = kept_positions(label, kept)
+            if len(stay) < len(label):
+                yield axis, stay
+
+    def mask_from_positions(self, keep: Mapping[Axis, NDArray[np.int64]]) -> Mask:
+        """The units that a selection of positions keeps: those seen at some kept position."""
+        kept = np.zeros(self.unit_count + 1, dtype=np.bool_)
+        seen = np.zeros(self.unit_count + 1, dtype=np.bool_)
+        for axis, label in self.labels.items():
+            seen[label] = True
+            stay = keep.get(axis)
+            kept[label if stay is None else label[stay]] = True
+        kept |= ~seen
+        kept[0] = True
+        return kept
+
+    @cached_property
+    def network(self) -> nx.MultiGraph:
+        """Axes as nodes, couplings as edges (attribute ``coupling``), pins as node attributes."""
+        network = nx.MultiGraph()
+        for tensor, shape in self.shapes.items():
+            for dim in range(len(shape)):
+                network.add_node(Axis(tensor, dim))
+        for coupling in self.couplings:
+            network.add_edge(coupling.a, coupling.b, coupling=coupling)
+        for axis, pin in self.pins:
+            network.add_node(axis)
+            network.nodes[axis].setdefault("pins", []).append(pin)
+        return network
+
+    def explain(self, a: Axis | str, b: Axis | str) -> tuple[Coupling, ...]:
+        """The shortest chain of couplings between two axes; empty if nothing ties them.
+
+        A string may leave out the dim, which is then 0: ``"layer1.0.conv1.weight"``.
+        """
+        source, target = self._find(a), self._find(b)
+        try:
+            path = nx.shortest_path(self.network, source, target)
+        except nx.NetworkXNoPath:
+            return ()
+        return tuple(
+            next(iter(self.network[left][right].values()))["coupling"]
+            for left, right in pairwise(path)
+        )
+
+    def why_pinned(self, axis: Axis | str) -> tuple[tuple[Axis, Pin], ...]:
+        """Every pin that reaches the axis, nearest first; empty if all of it is prunable."""
+        start = self._find(axis)
+        label = self.labels.get(start)
+        if label is not None and (label > 0).any(axis=1).all():
+            return ()
+        found: list[tuple[Axis, Pin]] = []
+        for node in nx.bfs_tree(self.network, start):
+            found += [(node, pin) for pin in self.network.nodes[node].get("pins", [])]
+        return tuple(found)
+
+    def dot(self) -> str:
+        """The graph in the DOT language: one cluster per group, one edge per coupling."""
+        lines = ["graph prunus {", "  node [shape=box, fontname=monospace];"]
+        home: dict[Axis, str] = {}
+        for index, group in enumerate(self.groups):
+            lines.append(f'  subgraph cluster_{index} {{ label="{group.name} × {group.size}";')
+            for axis, role in group.axes:
+                if home.setdefault(axis, group.name) == group.name:
+                    lines.append(f'    "{axis}" [tooltip="{role.value}"];')
+            lines.append("  }")
+        drawn: set[tuple[str, str, str]] = set()
+        for coupling in self.couplings:
+            edge = (str(coupling.a), str(coupling.b), coupling.operator)
+            if edge not in drawn:
+                drawn.add(edge)
+                lines.append(f'  "{edge[0]}" -- "{edge[1]}" [label="{edge[2]}"];')
+        return "\n".join([*lines, "}"])
+
+    def _find(self, axis: Axis | str) -> Axis:
+        if isinstance(axis, str):
+            tensor, _, dim = axis.partition("[")
+            axis = Axis(tensor, int(dim.rstrip("]") or 0)) if dim else Axis(tensor, 0)
+        axis = Axis(self.aliases.get(axis.tensor, axis.tensor), axis.dim)
+        if axis not in self.network:
+            raise PlanError(
+                f"the model has no axis {axis}",
+                why=f"it has {len(self.shapes)} tensors; an axis is a tensor's name and a dim",
+                fix='write it as "layer1.0.conv1.weight[0]"',
+            )
+        return axis

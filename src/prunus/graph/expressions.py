@@ -1,0 +1,130 @@
+"""Integer expressions over module attributes and widths, as the forward computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from prunus.graph.axis import Label
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Attribute:
+    """An integer that a module keeps: its path, and the way to it inside containers.
+
+    >>> str(Attribute("encoder.layers.0", "sizes", (1,)))
+    'encoder.layers.0.sizes[1]'
+    """
+
+    module: str
+    name: str
+    keys: tuple[int | str, ...] = ()
+
+    def __str__(self) -> str:
+        place = f"{self.module}.{self.name}" if self.module else self.name
+        return place + "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in self.keys)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Width:
+    """The number of positions that stay in a labelled dim of ``size``; fixed without label."""
+
+    size: int
+    label: Label | None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Operation:
+    """``left op right`` with op one of ``+ - * // %``."""
+
+    op: str
+    left: Expression
+    right: Expression
+
+
+Expression = int | Attribute | Width | Operation
+
+_COMPUTE: dict[str, Callable[[int, int], int]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "//": lambda a, b: a // b,
+    "%": lambda a, b: a % b,
+}
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Equation:
+    """The forward demands that the expression is the width of a dim; ``source`` is the line."""
+
+    expression: Expression
+    width: Width
+    module: str
+    source: str
+
+
+def attributes_in(expression: Expression) -> Iterator[Attribute]:
+    """Every attribute of an expression, with repetition."""
+    if isinstance(expression, Attribute):
+        yield expression
+    elif isinstance(expression, Operation):
+        yield from attributes_in(expression.left)
+        yield from attributes_in(expression.right)
+
+
+def evaluate(
+    expression: Expression, attribute: Callable[[Attribute], int], width: Callable[[Width], int]
+) -> int:
+    """The expression's value; ZeroDivisionError where the code itself would raise it."""
+    if isinstance(expression, Attribute):
+        return attribute(expression)
+    if isinstance(expression, Width):
+        return width(expression)
+    if isinstance(expression, Operation):
+        left = evaluate(expression.left, attribute, width)
+        return _COMPUTE[expression.op](left, evaluate(expression.right, attribute, width))
+    return expression
+
+
+def invert(
+    expression: Expression,
+    value: int,
+    unknown: Attribute,
+    attribute: Callable[[Attribute], int],
+    width: Callable[[Width], int],
+) -> int | None:
+    """The value of ``unknown`` that makes the expression ``value``, or None.
+
+    >>> half = Operation("//", Attribute("", "dim"), 2)
+    >>> invert(half, 5, Attribute("", "dim"), lambda a: 0, lambda w: w.size)
+    10
+    """
+    if expression == unknown:
+        return value
+    if not isinstance(expression, Operation):
+        return None
+    inside = [unknown in set(attributes_in(side)) for side in (expression.left, expression.right)]
+    if inside == [True, True]:
+        return None
+    known, rest = (
+        (expression.right, expression.left) if inside[0] else (expression.left, expression.right)
+    )
+    other = evaluate(known, attribute, width)
+    target: Any = _undo(expression.op, value, other, first=inside[0])
+    return None if target is None else invert(rest, target, unknown, attribute, width)
+
+
+def _undo(op: str, value: int, other: int, *, first: bool) -> int | None:
+    """x with ``x op other == value`` (or ``other op x`` if not ``first``), the natural one."""
+    if op == "+":
+        return value - other
+    if op == "-":
+        return value + other if first else other - value
+    if op == "*":
+        return value // other if other and value % other == 0 else None
+    if op == "//":
+        if first:
+            return value * other
+        return other // value if value and other % value == 0 else None
+    return None

@@ -1,0 +1,103 @@
+"""Groups: sets of units that share a column of a producing axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from prunus.graph.axis import Axis, Label, Role
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Units that compete with one another, and the axes on which they live.
+
+    Attributes
+    ----------
+    name
+        Stable and readable: the first producing axis, e.g. ``"layer1.0.conv1.weight[0]"``; a
+        suffix ``/2`` tells a second group on the same axis (the dims beside the heads, say).
+    units
+        Ascending unit ids, shape ``(size,)``.
+    axes
+        Every axis that holds at least one of the units, with its role, in the model's order.
+    mixing
+        Whether a norm, softmax or reduction runs over the units, so that removing one changes
+        what the others become.
+    """
+
+    name: str
+    units: NDArray[np.int64]
+    axes: tuple[tuple[Axis, Role], ...]
+    mixing: bool
+
+    @property
+    def size(self) -> int:
+        return len(self.units)
+
+
+def connect(labels: Mapping[Axis, Label], roles: Mapping[Axis, Role], units: int) -> Label:
+    """Component id of every unit, shape ``(units + 1,)``; entry 0 is meaningless.
+
+    Two units are connected when they share a column of a producing axis.  Consuming axes don't
+    connect: a convolution after a concatenation reads several groups and makes them no one.
+    Units without a producing axis are connected by whatever axes carry them.
+    """
+    produced = np.zeros(units + 1, dtype=bool)
+    rows: list[NDArray[np.int64]] = []
+    cols: list[NDArray[np.int64]] = []
+
+    def link(label: Label) -> None:
+        for column in label.T:
+            members = np.unique(column[column > 0])
+            if len(members) > 1:
+                rows.append(np.full(len(members) - 1, members[0]))
+                cols.append(members[1:])
+
+    producing = [axis for axis in labels if roles[axis] is Role.PRODUCER]
+    for axis in producing:
+        link(labels[axis])
+        produced[labels[axis]] = True
+    for axis in labels:
+        if roles[axis] is not Role.PRODUCER and not produced[labels[axis][labels[axis] > 0]].any():
+            link(labels[axis])
+    if not rows:
+        return np.arange(units + 1)
+    left, right = np.concatenate(rows), np.concatenate(cols)
+    size = units + 1
+    edges = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), shape=(size, size))
+    return np.asarray(connected_components(edges, directed=False)[1], dtype=np.int64)
+
+
+def form_groups(
+    labels: Mapping[Axis, Label],
+    roles: Mapping[Axis, Role],
+    units: int,
+    mixing: NDArray[np.bool_],
+) -> tuple[Group, ...]:
+    """Groups in the order of their first axis; ``labels`` in the model's order."""
+    component = connect(labels, roles, units)
+    members: dict[int, list[tuple[Axis, Role]]] = {}
+    for axis, label in labels.items():
+        for index in np.unique(component[label[label > 0]]):
+            members.setdefault(int(index), []).append((axis, roles[axis]))
+    order = np.argsort(component[1:], kind="stable") + 1
+    bounds = np.flatnonzero(np.diff(component[order])) + 1
+    units_of = {
+        int(component[part[0]]): np.sort(part) for part in np.split(order, bounds) if len(part)
+    }
+
+    groups: list[Group] = []
+    taken: dict[str, int] = {}
+    for index, axes in members.items():
+        first = next((axis for axis, role in axes if role is Role.PRODUCER), axes[0][0])
+        taken[str(first)] = count = taken.get(str(first), 0) + 1
+        name = str(first) if count == 1 else f"{first}/{count}"
+        owned = units_of[index]
+        groups.append(Group(name, owned, tuple(axes), bool(mixing[owned].any())))
+    return tuple(groups)

@@ -1,0 +1,71 @@
+"""New values for the attributes that govern widths, once it is known what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from prunus.graph.axis import Mask
+from prunus.graph.expressions import (
+    Attribute,
+    Equation,
+    Width,
+    attributes_in,
+    evaluate,
+    invert,
+)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Values of all attributes that equations speak of, and the equations that no value meets."""
+
+    values: Mapping[Attribute, int]
+    broken: tuple[Equation, ...]
+
+
+def solve(equations: Sequence[Equation], current: Mapping[Attribute, int], kept: Mask) -> Solution:
+    """Values under which the forward's code states the widths that are left.
+
+    An attribute that stands alone in an equation takes the width; one that only stands in
+    expressions keeps its value where that will do, and else the value that an equation demands.
+    """
+    counts: dict[int, int] = {}
+
+    def width(of: Width) -> int:
+        if of.label is None:
+            return of.size
+        if id(of.label) not in counts:
+            counts[id(of.label)] = int(kept[of.label].all(axis=1).sum())
+        return counts[id(of.label)]
+
+    values = dict(current)
+    settled: set[Attribute] = set()
+    for equation in equations:
+        if isinstance(equation.expression, Attribute) and equation.expression not in settled:
+            values[equation.expression] = width(equation.width)
+            settled.add(equation.expression)
+    pending = [e for e in equations if not isinstance(e.expression, Attribute)]
+    for equation in pending:
+        if _holds(equation, values, width):
+            continue
+        free = sorted(set(attributes_in(equation.expression)) - settled)
+        if len(free) == 1:
+            found = invert(
+                equation.expression, width(equation.width), free[0], values.__getitem__, width
+            )
+            if found is not None:
+                values[free[0]] = found
+                settled.add(free[0])
+    broken = tuple(e for e in equations if not _holds(e, values, width))
+    return Solution(values, broken)
+
+
+def _holds(
+    equation: Equation, values: Mapping[Attribute, int], width: Callable[[Width], int]
+) -> bool:
+    try:
+        found = evaluate(equation.expression, values.__getitem__, width)
+    except ZeroDivisionError:
+        return False
+    return found == width(equation.width)

@@ -1,0 +1,93 @@
+"""Magnitudes of the weights that a unit owns, over every parameter that it is part of."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from prunus.errors import ModelError
+from prunus.graph.axis import Axis, Label
+from prunus.graph.groups import Group
+from prunus.importance.registry import Context, Scores, importance
+
+_CHUNK = 1 << 22
+"""Elements cast to float64 at a time: 32 MiB, however large the tensor."""
+
+
+@importance("l1")
+def l1(group: Group, context: Context) -> Scores:
+    """Sum of the absolute values of a unit's weights."""
+    return _owned(group, context, 1)
+
+
+@importance("l2")
+def l2(group: Group, context: Context) -> Scores:
+    """Root of the sum of the squares of a unit's weights."""
+    return np.sqrt(_owned(group, context, 2))
+
+
+def _owned(group: Group, context: Context, power: int) -> Scores:
+    """Sum of ``|w| ** power`` over the parameters on all axes of the group, per unit."""
+    total = np.zeros(group.size)
+    for axis, _ in group.axes:
+        if axis.tensor not in context.graph.parameters:
+            continue
+        key = (f"l{power}", axis)
+        if key not in context.sums:
+            context.sums[key] = reduce_axis(axis, context.tensor(axis.tensor), power)
+        total += sum_by_unit(group, context.graph.labels[axis], context.sums[key])
+    return total
+
+
+def sum_by_unit(group: Group, label: Label, values: Scores) -> Scores:
+    """Add up a value per position into a value per unit, shape ``(group.size,)``.
+
+    A unit that fills several columns of one position gets its value once.
+
+    >>> group = Group("w[0]", np.array([1, 2]), (), False)
+    >>> sum_by_unit(group, np.array([[1, 3], [2, 3], [2, 2]]), np.array([1.0, 10.0, 100.0]))
+    array([  1., 110.])
+    """
+    rows = np.sort(label, axis=1)
+    rows[:, 1:][rows[:, 1:] == rows[:, :-1]] = 0
+    index = np.searchsorted(group.units, rows).clip(max=group.size - 1)
+    position, column = np.nonzero(group.units[index] == rows)
+    return np.bincount(
+        index[position, column], weights=values[position], minlength=group.size
+    ).astype(np.float64)
+
+
+def reduce_axis(axis: Axis, values: torch.Tensor, power: int) -> Scores:
+    """Sum of ``|w| ** power`` over all other dims, in float64, a chunk of rows at a time.
+
+    >>> reduce_axis(Axis("w", 1), torch.tensor([[1.0, -2.0], [3.0, 0.0]]), 2).tolist()
+    [10.0, 4.0]
+    """
+    size = values.shape[axis.dim]
+    others = [dim for dim in range(values.dim()) if dim != axis.dim]
+    step = max(1, _CHUNK // max(1, values[:1].numel()))
+    total = np.zeros(size)
+    for start in range(0, values.shape[0], step):
+        part = values[start : start + step]
+        if part.device.type == "mps":  # which has no float64
+            part = part.cpu()
+        part = (part.abs() if part.is_complex() else part).to(torch.float64)
+        part = part.abs() if power == 1 else part.square()
+        sums = (part.sum(others) if others else part).cpu().numpy()
+        if axis.dim == 0:
+            total[start : start + step] = sums
+        else:
+            total += sums
+    if not np.isfinite(total).all():
+        _refuse_non_finite(axis.tensor, values)
+    return total
+
+
+def _refuse_non_finite(name: str, values: torch.Tensor) -> None:
+    count = int((~torch.isfinite(values)).sum())
+    if count:
+        raise ModelError(
+            f"{name} has {count} values of {values.numel()} that are NaN or infinite",
+            why="a unit with such a weight can't be ranked",
+            fix="load a checkpoint that is whole",
+        )

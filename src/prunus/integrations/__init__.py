@@ -1,0 +1,1 @@
+"""Bridges to other packages: thin, and imported only when asked for."""

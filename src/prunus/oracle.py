@@ -1,0 +1,317 @@
+"""The oracle: does the pruned model compute what the masked original computes?
+
+The masked original is a replay of the traced program at full size.  It knows the model's tensors
+and the labels, and shares no code with the surgeon, which knows index maps only.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from prunus.errors import PrunusError, VerifyError
+from prunus.graph.axis import Mask, kept_positions
+from prunus.graph.coupling import CouplingGraph
+from prunus.listening import listen
+from prunus.plans import Plan
+from prunus.surgeon import apply
+from prunus.tracer.compress import run_on_kept
+from prunus.tracer.inputs import rebuild_inputs
+from prunus.tracer.program import Node, Program, Ref, state_of, tensors_of
+from prunus.tracer.registry import call_bound
+from prunus.tracer.trace import quiet_run, trace
+
+Verdict = Literal["exact", "inexact", "not verified"]
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
+"""Largest relative error that still counts as exact."""
+
+MOVED = 1e-3
+"""Removing a group has to move the output by this much, or the comparison proves nothing."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was compared, and the verdict.
+
+    Attributes
+    ----------
+    rel_err
+        Largest ‖pruned − masked‖∞ / ‖masked‖∞ over the outputs.
+    moved
+        The same measure between the masked and the untouched original.
+    moved_alone
+        The same with each touched group removed alone.
+    unverified
+        Groups whose removal alone moves no output by more than 1e-3: nothing is proven of them.
+    """
+
+    verdict: Verdict
+    rel_err: float
+    moved: float
+    moved_alone: Mapping[str, float]
+    unverified: tuple[str, ...]
+    dtype: str
+    params: tuple[int, int]
+    outputs: tuple[str, ...]
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def verify(
+    plan: Plan,
+    model: nn.Module,
+    args: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    randomise: bool = True,
+    each_group: bool = True,
+    outputs: Any = None,
+    seed: int = 0,
+) -> Certificate:
+    """Cut a copy of the model, run its own forward, and compare with the masked original.
+
+    Parameters
+    ----------
+    plan, model
+        The plan, and the model before it is applied.  The model is not modified.
+    args, kwargs
+        Example inputs; without them, random ones of the shapes that the plan was made with.
+    randomise
+        Let the copies listen first: random statistics for batch norms, values for
+        zero-initialised layers, attention logits that matter.  A network at initialisation
+        ignores much of what could be wrong.
+    each_group
+        Also remove every touched group alone, and list those whose removal moves nothing.
+
+    Returns
+    -------
+    Certificate
+        *exact* if the outputs agree within 1e-4 (float32) or 1e-6 (float64) and removal really
+        moved them; *not verified* if it did not; else *inexact*.
+    """
+    if args is None:
+        if plan.traced is None or plan.traced["inputs"] is None:
+            raise VerifyError(
+                "there are no inputs to verify with",
+                why="the plan does not describe those that it was made with",
+                fix="give args= (and kwargs=) for the model's forward",
+            )
+        args, kwargs = rebuild_inputs(plan.traced["inputs"], model, seed=seed)
+    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    kwargs = dict(kwargs or {})
+    plan.check_model({name: tuple(t.shape) for name, t in state_of(model)[0].items()})
+    original = copy.deepcopy(model)
+    if randomise:
+        listen(original, args, kwargs, seed=seed)
+    found = trace(original, args, kwargs, outputs=outputs or _kept_outputs(plan))
+    inputs = [t.detach() for _, t in tensors_of([args, kwargs])]
+    kept = found.mask_from_positions(
+        {axis: np.asarray(stay, dtype=np.int64) for axis, stay in plan.keep.items()}
+    )
+    state, _ = state_of(original)
+    replay = Replay(found, state, inputs)
+    dense = replay.run(found.all_kept)
+    masked = replay.run(kept)
+    pruned = copy.deepcopy(original)
+    reason = _disagreement(plan, found, kept)
+    error = float("inf")
+    try:
+        apply(plan, pruned, check=False)
+        with quiet_run(pruned):
+            answer = dict(tensors_of(pruned(*args, **kwargs)))
+        error = relative_error(masked, answer)
+        reason = reason or _left_behind(original, pruned, found, kept)
+    except PrunusError:
+        raise
+    except Exception as failure:  # the pruned model's own forward may raise anything
+        reason = reason or f"the pruned model's forward raised {type(failure).__name__}: {failure}"
+    alone = _each_alone(found, kept, replay, dense) if each_group else {}
+    moved = relative_error(dense, masked)
+    dtype = next(iter(masked.values())).dtype
+    verdict: Verdict = "exact"
+    if reason or not error <= TOLERANCE.get(dtype, 1e-4):
+        verdict = "inexact"
+    elif not moved > MOVED:
+        verdict = "not verified"
+    return Certificate(
+        verdict=verdict,
+        rel_err=error,
+        moved=moved,
+        moved_alone=alone,
+        unverified=tuple(name for name, by in alone.items() if not by > MOVED),
+        dtype=str(dtype).removeprefix("torch."),
+        params=(found.cost("params"), sum(p.numel() for p in pruned.parameters())),
+        outputs=found.kept_outputs,
+        reason=reason,
+    )
+
+
+class Replay:
+    """Runs a traced program for real, at full size, with any set of units silenced."""
+
+    def __init__(
+        self, found: CouplingGraph, state: Mapping[str, Tensor], inputs: Iterable[Tensor]
+    ) -> None:
+        self._program: Program = found.program
+        self._state = state
+        self._inputs = list(inputs)
+        self._last_use = _last_uses(self._program)
+
+    def run(self, kept: Mask) -> dict[str, Tensor]:
+        """Outputs by name, with the given units kept."""
+        program = self._program
+        values: dict[int, Any] = {}
+        values.update(zip(program.inputs, (t.clone() for t in self._inputs), strict=True))
+        values.update({n: self._state[name].detach().clone() for n, name in program.state.items()})
+        values.update({n: tensor.clone() for n, tensor in program.constants.items()})
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for index, node in enumerate(program.nodes):
+                self._step(node, values, kept)
+                for number in self._last_use.get(index, ()):
+                    values.pop(number, None)
+        return {name: values[number] for name, number in program.outputs.items()}
+
+    def _step(self, node: Node, values: dict[int, Any], kept: Mask) -> None:
+        bound = {name: _fetch(value, values) for name, value in node.args.items()}
+        result = run_on_kept(node, bound, self._program, kept)
+        if result is None:
+            result = call_bound(node.target, self._silenced(node, bound, kept))
+        tensors = [t for t in _leaves(result) if isinstance(t, Tensor)]
+        values.update(zip(node.outputs, tensors, strict=True))
+
+    def _silenced(self, node: Node, bound: dict[str, Any], kept: Mask) -> dict[str, Any]:
+        """Every contracted operand, zeroed where a unit is gone."""
+        for (name, *_), dim in node.effect.contracted if node.effect else ():
+            label = self._program.value_label(node.args[str(name)], dim)
+            if label is None:
+                continue
+            gone = np.setdiff1d(np.arange(len(label)), kept_positions(label, kept))
+            if len(gone):
+                operand = bound[str(name)]
+                index = torch.as_tensor(gone, device=operand.device)
+                bound[str(name)] = operand.index_fill(dim, index, 0)
+        return bound
+
+
+def relative_error(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Largest ‖a − b‖∞ / ‖a‖∞ over the outputs; infinite where they can't be compared."""
+    worst = 0.0
+    for name, a in reference.items():
+        b = other.get(name)
+        if b is None or b.shape != a.shape:
+            return float("inf")
+        if a.numel() == 0:
+            continue
+        a, b = a.double(), b.double()
+        scale, gap = a.abs().max().item(), (a - b).abs().max().item()
+        if not (np.isfinite(scale) and np.isfinite(gap)):
+            return float("inf")
+        worst = max(worst, gap / scale if scale else float(gap > 0))
+    return worst
+
+
+def _disagreement(plan: Plan, found: CouplingGraph, kept: Mask) -> str:
+    """Why the plan's index maps are no consistent choice of units; empty if they are."""
+    implied = dict(found.positions(kept))
+    for axis in (*plan.keep, *implied):
+        asked = plan.keep.get(axis)
+        want = implied.get(axis)
+        if asked is None or want is None or list(asked) != list(want):
+            return f"the plan keeps other positions on {axis} than its couplings demand"
+    return ""
+
+
+_STATED: tuple[tuple[Any, Callable[[Any], tuple[int, ...]]], ...] = (
+    (nn.Linear, lambda m: (m.out_features, m.in_features)),
+    (_ConvTransposeNd, lambda m: (m.in_channels, m.out_channels // m.groups)),
+    (_ConvNd, lambda m: (m.out_channels, m.in_channels // m.groups)),
+    (_NormBase, lambda m: (m.num_features,)),
+    (nn.GroupNorm, lambda m: (m.num_channels,)),
+    ((nn.LayerNorm, nn.RMSNorm), lambda m: tuple(m.normalized_shape)),
+    (nn.Embedding, lambda m: (m.num_embeddings, m.embedding_dim)),
+    (nn.PReLU, lambda m: (m.num_parameters,)),
+)
+"""What standard modules say of the first dims of their weight, or of their running mean."""
+
+
+def _left_behind(original: nn.Module, pruned: nn.Module, found: CouplingGraph, kept: Mask) -> str:
+    """What a forward does not notice: attributes that it doesn't read, tied weights come apart."""
+    modules = dict(pruned.named_modules())
+    with quiet_run(original), quiet_run(pruned):  # reading a computed weight may change state
+        for name, before in original.named_modules():
+            said, shape = _stated(modules.get(name))
+            said_before, shape_before = _stated(before)
+            if said_before == shape_before and said != shape:
+                return f"{name} says {said} of a tensor of shape {shape}: an attribute is stale"
+    counts = [sum(p.numel() for p in model.parameters()) for model in (original, pruned)]
+    removed = found.cost("params") - found.cost("params", kept)
+    if counts[0] - counts[1] != removed:
+        return f"the cut removed {counts[0] - counts[1]} parameters, its couplings say {removed}"
+    return ""
+
+
+def _stated(module: nn.Module | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    stated = next((stated for kind, stated in _STATED if isinstance(module, kind)), None)
+    named = (getattr(module, name, None) for name in ("weight", "running_mean"))
+    tensor = next((value for value in named if isinstance(value, Tensor)), None)
+    if stated is None or tensor is None:
+        return (), ()
+    said = stated(module)
+    return said, tuple(tensor.shape[: len(said)])
+
+
+def _kept_outputs(plan: Plan) -> list[str] | None:
+    return None if plan.traced is None else list(plan.traced["outputs"])
+
+
+def _each_alone(
+    found: CouplingGraph, kept: Mask, replay: Replay, dense: Mapping[str, Tensor]
+) -> dict[str, float]:
+    moved: dict[str, float] = {}
+    for group in found.groups:
+        if kept[group.units].all():
+            continue
+        alone = found.all_kept
+        alone[group.units] = kept[group.units]
+        moved[group.name] = relative_error(dense, replay.run(alone))
+    return moved
+
+
+def _last_uses(program: Program) -> dict[int, list[int]]:
+    last: dict[int, int] = {}
+    for index, node in enumerate(program.nodes):
+        for reference in _leaves(list(node.args.values())):
+            if isinstance(reference, Ref):
+                last[reference.value] = index
+    for number in program.outputs.values():
+        last.pop(number, None)
+    uses: dict[int, list[int]] = {}
+    for number, index in last.items():
+        uses.setdefault(index, []).append(number)
+    return uses
+
+
+def _fetch(value: Any, values: Mapping[int, Any]) -> Any:
+    if isinstance(value, Ref):
+        return values[value.value]
+    if isinstance(value, (list, tuple)):
+        return [_fetch(item, values) for item in value]
+    return value
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [value]

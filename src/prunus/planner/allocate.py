@@ -1,0 +1,195 @@
+"""Allocation: the units to remove so that the model lies just under its budget."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunus.budget import Budget
+from prunus.errors import PlanError
+from prunus.graph.axis import Mask
+from prunus.graph.coupling import CouplingGraph
+from prunus.planner.descent import Descent, Floors
+from prunus.planner.filters import Globs, excluded_groups
+from prunus.planner.quanta import Quanta, form_quanta
+
+Scope = Literal["global", "local", "isomorphic"]
+Normalise = Literal["mean", "max", "sum", "none"]
+Scores = NDArray[np.float64]
+
+_ROUNDING_ERROR = 1e-9
+"""So that 0.7 of 10 units is 7, whatever 0.7 * 10 is in floating point."""
+
+
+def select(
+    graph: CouplingGraph,
+    scores: Scores,
+    budget: Budget,
+    *,
+    scope: Scope = "global",
+    normalise: Normalise = "mean",
+    min_width: int = 1,
+    max_ratio: float = 1.0,
+    round_to: int = 1,
+    include: Globs | None = None,
+    exclude: Globs = (),
+) -> Mask:
+    """Choose the units that stay, shape ``(unit_count + 1,)``.
+
+    Parameters
+    ----------
+    graph, scores
+        The graph, and a score per unit, shape ``(unit_count + 1,)``: none negative, and infinite
+        for a unit that has to stay.
+    budget
+        Bounds, all of which will hold.
+    scope
+        In what order units go.  *global*: by score per saved cost, of the bound that is furthest
+        away; *local*: every group loses the same ratio; *isomorphic*: groups with axes of the
+        same shapes are ranked together, and every such class loses the same ratio.
+    normalise
+        By what the scores of a group are divided before groups are compared.
+    min_width, max_ratio
+        Floors: a group keeps so many units at least, and loses no larger part.
+    round_to
+        Every dim of a contraction that is cut becomes a multiple of this.  A group for which
+        there is no such cut stays as it is.
+    include, exclude
+        Globs over the names of groups and of the tensors on their axes.
+
+    Raises
+    ------
+    BudgetError
+        If the floors don't allow the budget; it says which, and how far one can get.
+
+    Examples
+    --------
+    >>> from prunus.graph.axis import Axis, Role
+    >>> from prunus.graph.groups import Group
+    >>> from prunus.graph.polynomial import Monomial, Polynomial
+    >>> axis, label = Axis("w", 0), np.arange(1, 5)[:, None]
+    >>> graph = CouplingGraph(
+    ...     shapes={"w": (4, 3)}, parameters=frozenset({"w"}), aliases={},
+    ...     labels={axis: label}, roles={axis: Role.PRODUCER},
+    ...     groups=(Group("w[0]", np.arange(1, 5), ((axis, Role.PRODUCER),), False),),
+    ...     unit_count=4, constraints=(), width_labels=(label,),
+    ...     costs={"params": Polynomial(0, (Monomial(3, (0,)),))},
+    ...     couplings=(), pins=(), kept_outputs=(), unknown={},
+    ... )
+    >>> select(graph, np.array([np.inf, 3.0, 1.0, 2.0, 4.0]), Budget(params=0.5))
+    array([ True,  True, False, False,  True])
+
+    Notes
+    -----
+    Takes O(units · log groups) steps.  A step costs a look-up, and the evaluation of the
+    monomials of one group when a width has changed on which that group's savings depend.
+    """
+    _check_options(scope, normalise, min_width, max_ratio, round_to)
+    limits = budget.limits(graph)
+    weights = _normalised(graph, _checked(graph, scores), normalise)
+    quanta = form_quanta(graph, weights, excluded_groups(graph, include, exclude), round_to)
+    if quanta.conflicts:
+        warnings.warn(
+            f"locksteps contradict each other, so these groups stay as they are: "
+            f"{'; '.join(quanta.conflicts)}",
+            stacklevel=2,
+        )
+    sizes = [group.size for group in graph.groups]
+    floors = Floors(
+        tuple(max(min_width, n - math.floor(max_ratio * n + _ROUNDING_ERROR)) for n in sizes),
+        f"min_width={min_width}, max_ratio={max_ratio:g}, round_to={round_to}",
+    )
+    descent = Descent(graph, quanta, limits, floors, _ranks(graph, quanta, scope))
+    descent.reduce()
+    descent.fill()
+    descent.exchange()
+    return quanta.kept(descent.removed)
+
+
+def _check_options(
+    scope: str, normalise: str, min_width: int, max_ratio: float, round_to: int
+) -> None:
+    for option, value, known in (
+        ("scope", scope, get_args(Scope)),
+        ("normalise", normalise, get_args(Normalise)),
+    ):
+        if value not in known:
+            raise PlanError(
+                f"{option}={value!r} is none of {', '.join(map(repr, known))}",
+                fix=f"write {option}={known[0]!r}, say",
+            )
+    for option, number in (("min_width", min_width), ("round_to", round_to)):
+        if type(number) is not int or number < 1:
+            raise PlanError(f"{option}={number!r} is no number of units", fix="give an int ≥ 1")
+    if not 0 <= max_ratio <= 1:
+        raise PlanError(f"max_ratio={max_ratio!r} is no ratio", fix="give a number in [0, 1]")
+
+
+def _checked(graph: CouplingGraph, scores: Scores) -> Scores:
+    found = np.asarray(scores, dtype=np.float64)
+    if found.shape != (graph.unit_count + 1,):
+        raise PlanError(
+            f"scores have the shape {found.shape}",
+            why=f"the graph has {graph.unit_count} units, and entry 0 is for what always stays",
+            fix=f"give an array of shape ({graph.unit_count + 1},)",
+        )
+    for group in graph.groups:
+        wrong = ~(found[group.units] >= 0)
+        if wrong.any():
+            raise PlanError(
+                f"{int(wrong.sum())} scores of {group.size} are negative or NaN",
+                where=f"group {group.name}",
+                why="scores are divided by what a unit saves, so they need a zero",
+                fix="subtract the group's least score, or take absolute values",
+            )
+    return found
+
+
+def _normalised(graph: CouplingGraph, scores: Scores, normalise: Normalise) -> Scores:
+    """Scores divided by their group's mean, maximum or sum."""
+    if normalise == "none":
+        return scores
+    weights = scores.copy()
+    for group in graph.groups:
+        own = scores[group.units]
+        finite = own[np.isfinite(own)]
+        divisor = float(getattr(np, normalise)(finite)) if len(finite) else 0.0
+        if divisor > 0:
+            weights[group.units] = own / divisor
+    return weights
+
+
+def _ranks(graph: CouplingGraph, quanta: Quanta, scope: Scope) -> list[list[float]] | None:
+    """For every chain the ratio that is reached with each quantum; None where cost decides."""
+    if scope == "global":
+        return None
+    classes: dict[object, list[int]] = {}
+    for n, chain in enumerate(quanta.chains):
+        key: object = n
+        if scope == "isomorphic":
+            groups = sorted({g for quantum in chain.tolist() for g, _ in quanta.shares[quantum]})
+            key = tuple(sorted(_shape_of(graph, g) for g in groups))
+        classes.setdefault(key, []).append(n)
+    ranks: list[list[float]] = [[] for _ in quanta.chains]
+    for members in classes.values():
+        chains = [quanta.chains[n] for n in members]
+        means = [quanta.scores[c] / np.maximum(quanta.sizes[c], 1) for c in chains]
+        worst = np.concatenate([np.maximum.accumulate(mean) for mean in means])
+        order = np.argsort(worst, kind="stable")
+        sizes = np.concatenate([quanta.sizes[c] for c in chains])
+        reached = np.empty(len(order))
+        reached[order] = np.cumsum(sizes[order]) / sum(quanta.totals[n] for n in members)
+        bounds = np.cumsum([len(c) for c in chains])[:-1]
+        for n, part in zip(members, np.split(reached, bounds), strict=True):
+            ranks[n] = part.tolist()
+    return ranks
+
+
+def _shape_of(graph: CouplingGraph, number: int) -> tuple[tuple[str, tuple[int, ...], int], ...]:
+    """What isomorphic groups have in common: roles, tensor shapes and dims of their axes."""
+    axes = graph.groups[number].axes
+    return tuple(sorted((role.value, graph.shapes[a.tensor], a.dim) for a, role in axes))

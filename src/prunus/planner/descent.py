@@ -1,0 +1,304 @@
+"""The descent to the budget: remove by priority, fill up, and exchange coarse steps for fine."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from prunus.errors import BudgetError
+from prunus.graph.coupling import CouplingGraph
+from prunus.planner.cost import CostState
+from prunus.planner.quanta import Quanta
+
+TOLERANCE = 0.01
+"""How far under its bound the result may lie, as a part of the dense cost."""
+
+_EXCHANGES = 16
+"""How many chains may offer a quantum in exchange before the result is taken as it is."""
+
+_NAMED = 5
+"""How many groups an error names."""
+
+
+@dataclass(frozen=True)
+class Floors:
+    """Units that every group keeps at least, and the options that said so."""
+
+    units: tuple[int, ...]
+    options: str
+
+
+class Descent:
+    """A selection on its way to the budget.
+
+    Parameters
+    ----------
+    graph, quanta
+        What may be removed.
+    limits
+        The bounds, by the names of the costs.
+    floors
+        What has to stay of every group.
+    ranks
+        For every chain a rank per quantum, the lowest leaves first; None for score per saving.
+
+    Attributes
+    ----------
+    removed
+        Which quanta are gone, by id.
+    """
+
+    def __init__(
+        self,
+        graph: CouplingGraph,
+        quanta: Quanta,
+        limits: Mapping[str, int],
+        floors: Floors,
+        ranks: Sequence[Sequence[float]] | None,
+    ) -> None:
+        self._graph = graph
+        self._quanta = quanta
+        self._names = sorted(limits)
+        self._limits = [limits[name] for name in self._names]
+        self._floors = floors
+        self._ranks = ranks
+        self._chains = [chain.tolist() for chain in quanta.chains]
+        self._scores = quanta.scores.tolist()
+        self._left = [group.size for group in graph.groups]
+        self._state = CostState(graph, self._names, quanta.owner)
+        self._dense = tuple(self._state.costs)
+        self._taken: list[int] = []
+        self._chain_of = {q: n for n, chain in enumerate(self._chains) for q in chain}
+        self._gate_of = {
+            quantum: chain[0]
+            for chain in self._chains
+            for quantum in chain[1:]
+            if chain[0] in quanta.gates
+        }
+        self.removed = np.zeros(len(quanta.scores), dtype=np.bool_)
+
+    def reduce(self) -> None:
+        """Remove until every bound holds, the one that is furthest away first."""
+        while (bound := self._worst()) is not None:
+            if not self._approach(bound, fine=False):
+                raise self._stopped()
+
+    def fill(self) -> None:
+        """Put back what still fits, the last removed first."""
+        closed: set[int] = set()
+        followers = self._followers()
+        # A gate leaves before the rest of its chain, so its turn comes after theirs.
+        for quantum in reversed(self._taken):
+            kind = self._state.kind(quantum)
+            if kind in closed or followers.get(quantum):
+                continue
+            if self._fits(quantum):
+                self._give(quantum)
+                if quantum in self._gate_of:
+                    followers[self._gate_of[quantum]] -= 1
+            elif kind >= 0:  # costs grow from here on, so no other of that kind will fit
+                closed.add(kind)
+        self._taken = [quantum for quantum in self._taken if self.removed[quantum]]
+
+    def exchange(self) -> None:
+        """While too much is gone, put a quantum back and remove a better one, or finer ones."""
+        tried: set[int] = set()
+        followers = self._followers()
+        for quantum in list(reversed(self._taken)):
+            slack = self._slack()
+            if slack <= TOLERANCE or len(tried) >= _EXCHANGES:
+                return
+            chain = self._chain_of[quantum]
+            if not self.removed[quantum] or followers.get(quantum) or chain in tried:
+                continue
+            tried.add(chain)
+            before = len(self._taken)
+            self._give(quantum)
+            if self._trade(quantum, slack) or (self._reach_finely() and self._slack() < slack):
+                self._taken.remove(quantum)
+                self.fill()
+                followers = self._followers()
+                continue
+            for taken in reversed(self._taken[before:]):
+                self._give(taken)
+            del self._taken[before:]
+            self._take(quantum)
+            self._taken.pop()
+
+    def _trade(self, back: int, slack: float) -> bool:
+        """Remove the one quantum instead of ``back`` that leaves least room, less than slack."""
+        best: tuple[float, int] | None = None
+        costs = list(self._state.costs)
+        for chain in self._chains:
+            quantum = next((q for q in chain if not self.removed[q]), back)
+            if quantum == back or not self._may_take(quantum):
+                continue
+            savings = self._state.savings(quantum)
+            room = self._slack([c - s for c, s in zip(costs, savings, strict=True)])
+            if 0 <= room < slack and (best is None or room < best[0]):
+                best = room, quantum
+        if best is not None:
+            self._take(best[1])
+        return best is not None
+
+    def _reach_finely(self) -> bool:
+        """Remove small quanta only until every bound holds; False where that can't be done."""
+        while (bound := self._worst()) is not None:
+            if not self._approach(bound, fine=True):
+                return False
+        return True
+
+    def _followers(self) -> dict[int, int]:
+        """How many quanta are gone behind every gate, which must stay gone as long as they are."""
+        followers = dict.fromkeys(self._quanta.gates, 0)
+        for quantum in self._taken:
+            if quantum in self._gate_of:
+                followers[self._gate_of[quantum]] += 1
+        return followers
+
+    def _approach(self, bound: int, fine: bool) -> bool:
+        """Remove until one bound holds; False when nothing more can go.
+
+        Savings only shrink while quanta go, so the key of a chain only grows, and an entry of
+        the heap that is found to be current is the least of all.
+        """
+        following = [0] * len(self._chains)
+        heap: list[tuple[float, int]] = []
+        for chain in range(len(self._chains)):
+            key = self._next_key(chain, following, bound, fine)
+            if key is not None:
+                heap.append((key, chain))
+        heapq.heapify(heap)
+        state, limit = self._state, self._limits[bound]
+        while state.costs[bound] > limit:
+            if not heap:
+                return False
+            known, chain = heap[0]
+            key = self._next_key(chain, following, bound, fine)
+            if key is not None and key <= known:
+                quantum = self._chains[chain][following[chain]]
+                if self._may_take(quantum):
+                    self._take(quantum)
+                elif quantum in self._quanta.gates or self._at_floor(quantum):
+                    following[chain] = len(self._chains[chain])
+                following[chain] += 1
+                key = self._next_key(chain, following, bound, fine)
+            if key is None:
+                heapq.heappop(heap)
+            else:
+                heapq.heapreplace(heap, (key, chain))
+        return True
+
+    def _next_key(self, chain: int, following: list[int], bound: int, fine: bool) -> float | None:
+        """Priority of the next quantum that can leave the chain; None when there is none."""
+        ids = self._chains[chain]
+        at = following[chain]
+        while at < len(ids):
+            quantum = ids[at]
+            if not self.removed[quantum]:
+                key = self._key(chain, at, bound, fine)
+                if key is not None:
+                    following[chain] = at
+                    return key
+                if quantum in self._quanta.gates:
+                    break
+            at += 1
+        following[chain] = len(ids)
+        return None
+
+    def _key(self, chain: int, at: int, bound: int, fine: bool) -> float | None:
+        """Score per saving, or the rank; None for a quantum that saves nothing or too much."""
+        quantum = self._chains[chain][at]
+        if self._ranks is not None and not fine:
+            return self._ranks[chain][at]
+        savings = self._state.savings(quantum)
+        if not savings[bound] or (fine and not self._is_fine(savings)):
+            return None
+        if self._ranks is not None:
+            return self._ranks[chain][at]
+        return float(self._scores[quantum]) / savings[bound]
+
+    def _is_fine(self, savings: Sequence[int]) -> bool:
+        return all(
+            saved <= TOLERANCE * dense for saved, dense in zip(savings, self._dense, strict=True)
+        )
+
+    def _may_take(self, quantum: int) -> bool:
+        return not self._at_floor(quantum) and self._state.removable(quantum)
+
+    def _at_floor(self, quantum: int) -> bool:
+        floors = self._floors.units
+        return any(self._left[g] - n < floors[g] for g, n in self._quanta.shares[quantum])
+
+    def _take(self, quantum: int) -> None:
+        self._state.remove(quantum)
+        self.removed[quantum] = True
+        self._taken.append(quantum)
+        for group, count in self._quanta.shares[quantum]:
+            self._left[group] -= count
+
+    def _give(self, quantum: int) -> None:
+        self._state.restore(quantum)
+        self.removed[quantum] = False
+        for group, count in self._quanta.shares[quantum]:
+            self._left[group] += count
+
+    def _fits(self, quantum: int) -> bool:
+        expenses = self._state.expenses(quantum)
+        costs = zip(self._state.costs, expenses, self._limits, strict=True)
+        return all(cost + more <= limit for cost, more, limit in costs)
+
+    def _worst(self) -> int | None:
+        """The bound that is exceeded by the largest factor; None when all hold."""
+        over = [
+            (-cost / max(limit, 1), index)
+            for index, (cost, limit) in enumerate(zip(self._state.costs, self._limits, strict=True))
+            if cost > limit
+        ]
+        return min(over)[1] if over else None
+
+    def _slack(self, costs: Sequence[int] | None = None) -> float:
+        """Room under the tightest bound, as a part of the dense cost; negative if it is broken."""
+        now = self._state.costs if costs is None else costs
+        return min(
+            (limit - cost) / max(dense, 1)
+            for cost, limit, dense in zip(now, self._limits, self._dense, strict=True)
+        )
+
+    def _stopped(self) -> BudgetError:
+        """What was asked, how far one gets, and which groups stand in the way."""
+        asked, reached = [], []
+        for name, cost, limit, dense in zip(
+            self._names, self._state.costs, self._limits, self._dense, strict=True
+        ):
+            asked.append(f"{name} ≤ {limit} ({limit / dense:.1%} of {dense})")
+            reached.append(f"{name} {cost} ({cost / dense:.1%})")
+        stop = f"the floors ({self._floors.options}) stop at {', '.join(reached)}"
+        return BudgetError(
+            f"no plan reaches {' and '.join(asked)}",
+            why="\n".join([f"{stop}; what is left there:", *self._remainders(self._worst() or 0)]),
+            fix="ask for less, lower the floors, or let more groups be pruned",
+        )
+
+    def _remainders(self, bound: int) -> list[str]:
+        """The groups that hold most of a cost, and why no more of them goes."""
+        name, dense = self._names[bound], self._dense[bound]
+        kept = self._quanta.kept(self.removed)
+        cost = self._graph.cost(name, kept)
+        shares = []
+        for number, group in enumerate(self._graph.groups):
+            without = kept.copy()
+            without[group.units] = False
+            shares.append((self._graph.cost(name, without) - cost, number))
+        told = []
+        for share, number in sorted(shares)[:_NAMED]:
+            group = self._graph.groups[number]
+            keeps = f"keeps {self._left[number]} of {group.size} units"
+            reason = self._quanta.untouched.get(group.name, keeps)
+            told.append(f"{group.name}: {reason}, {-share / dense:.1%} of the dense {name}")
+        if len(shares) > _NAMED:
+            told.append(f"and {len(shares) - _NAMED} groups more")
+        return told

@@ -1,0 +1,78 @@
+"""Which groups may be pruned: globs over their names and over the tensors on their axes."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from prunus.errors import PlanError
+from prunus.graph.coupling import CouplingGraph
+
+Globs = str | Sequence[str]
+
+_NEAR = 3
+"""How many near names an error lists."""
+
+
+def excluded_groups(graph: CouplingGraph, include: Globs | None, exclude: Globs) -> dict[str, str]:
+    """Names of the groups that the globs leave out, with the reason."""
+    names = _names(graph)
+    wanted = None if include is None else _matching(names, include, "include")
+    unwanted = _matching(names, exclude, "exclude")
+    found: dict[str, str] = {}
+    for group in names:
+        if group in unwanted:
+            found[group] = "excluded"
+        elif wanted is not None and group not in wanted:
+            found[group] = "not included"
+    return found
+
+
+def _names(graph: CouplingGraph) -> dict[str, tuple[str, ...]]:
+    """By which names every group can be called: its own, its tensors', and tied ones."""
+    tied: dict[str, list[str]] = {}
+    for alias, first in graph.aliases.items():
+        tied.setdefault(first, []).append(alias)
+    found = {}
+    for group in graph.groups:
+        tensors = [axis.tensor for axis, _ in group.axes]
+        aliases = [alias for tensor in tensors for alias in tied.get(tensor, ())]
+        found[group.name] = tuple(dict.fromkeys([group.name, *tensors, *aliases]))
+    return found
+
+
+def _matching(names: dict[str, tuple[str, ...]], globs: Globs, option: str) -> set[str]:
+    found: set[str] = set()
+    for glob in (globs,) if isinstance(globs, str) else globs:
+        patterns = {glob, _literal_dims(glob)}
+        hits = {
+            group
+            for group, called in names.items()
+            if any(fnmatchcase(name, pattern) for name in called for pattern in patterns)
+        }
+        if not hits:
+            raise _nothing_matches(names, glob, option)
+        found |= hits
+    return found
+
+
+def _literal_dims(glob: str) -> str:
+    """The glob with the dims of axes taken literally, not as sets of characters.
+
+    >>> fnmatchcase("conv1.weight[0]", _literal_dims("conv*[0]"))
+    True
+    """
+    return re.sub(r"\[(\d+)\]", r"[[]\1]", glob)
+
+
+def _nothing_matches(names: dict[str, tuple[str, ...]], glob: str, option: str) -> PlanError:
+    every = list(dict.fromkeys(name for called in names.values() for name in called))
+    near = difflib.get_close_matches(glob, every, n=_NEAR, cutoff=0.4)
+    return PlanError(
+        f"{glob!r} matches no group and no tensor of one",
+        where=f"{option}=",
+        why=f"near to it are {', '.join(near)}" if near else f"there are {len(names)} groups",
+        fix="globs are matched against whole names: 'layer1.*' or '*conv1.weight*'",
+    )

@@ -1,0 +1,190 @@
+"""Quanta: sets of units that leave together, in chains that say in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunus.graph.axis import Label, Mask, Role
+from prunus.graph.constraints import Lockstep
+from prunus.graph.coupling import CouplingGraph
+from prunus.graph.groups import Group
+from prunus.planner.lockstep import merge_locksteps
+from prunus.planner.rounding import Chain, Cut, align
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Quanta:
+    """All quanta; their ids are 1 … ``len(scores) - 1``.
+
+    Attributes
+    ----------
+    owner
+        The quantum of every unit, shape ``(unit_count + 1,)``; 0 for units that always stay.
+    chains, totals
+        Quanta in the order in which they leave, the least important first; how many units
+        compete in each chain.
+    gates
+        Quanta without which no other of their chain may leave: they bring a dim into line.
+    sizes, scores
+        Units in every quantum, and the sum of their scores.
+    shares
+        For every quantum, pairs of a group's number and how many of its units it holds.
+    untouched
+        Names of groups that lose nothing whatever the budget, with the reason.
+    conflicts
+        What contradictory locksteps say, if there are such.
+    """
+
+    owner: Ints
+    chains: tuple[Ints, ...]
+    totals: tuple[int, ...]
+    gates: frozenset[int]
+    sizes: Ints
+    scores: NDArray[np.float64]
+    shares: tuple[tuple[tuple[int, int], ...], ...]
+    untouched: Mapping[str, str]
+    conflicts: tuple[str, ...]
+
+    def kept(self, removed: Mask) -> Mask:
+        """Units that stay when the quanta of a mask are removed."""
+        gone = removed.copy()
+        gone[0] = False
+        return np.asarray(~gone[self.owner], dtype=np.bool_)
+
+
+def form_quanta(
+    graph: CouplingGraph,
+    scores: NDArray[np.float64],
+    excluded: Mapping[str, str],
+    round_to: int,
+) -> Quanta:
+    """Quanta of all groups but the ``excluded`` ones (name → reason); inf units never leave."""
+    untouched = dict(excluded)
+    conflicts, chains = _form_chains(graph, scores, untouched)
+    live = [group for group in graph.groups if group.name not in untouched]
+    cuts = align(chains, _aligned_labels(graph, live), graph.unit_count, round_to)
+    owner, ordered, gates = _number(cuts, graph.unit_count)
+    group_of = np.full(graph.unit_count + 1, -1, dtype=np.int64)
+    for n, group in enumerate(graph.groups):
+        group_of[group.units] = n
+    count = int(owner.max(initial=0))
+    finite = np.where(owner > 0, scores, 0.0)
+    for group in live:
+        if not owner[group.units].any():
+            untouched[group.name] = f"it can't be cut to multiples of {round_to}"
+    return Quanta(
+        owner=owner,
+        chains=tuple(ordered),
+        totals=tuple(cut.chain.total for cut in cuts if cut.step),
+        gates=frozenset(gates),
+        sizes=np.bincount(owner[1:], minlength=count + 1),
+        scores=np.bincount(owner, weights=finite, minlength=count + 1).astype(np.float64),
+        shares=_share(owner, group_of, count),
+        untouched=untouched,
+        conflicts=tuple(conflicts),
+    )
+
+
+def _form_chains(
+    graph: CouplingGraph, scores: NDArray[np.float64], untouched: dict[str, str]
+) -> tuple[list[str], list[Chain]]:
+    """A chain per tie of locksteps, and one per group for the rest of its units."""
+    locksteps = [c for c in graph.constraints if isinstance(c, Lockstep)]
+    ties = merge_locksteps(locksteps)
+    conflicts = []
+    for tie in ties:
+        if tie.conflict:
+            units = np.concatenate(tie.sets)
+            names = [g.name for g in graph.groups if np.isin(g.units, units).any()]
+            untouched.update(dict.fromkeys(names, f"locksteps contradict: {tie.conflict}"))
+            conflicts.append(f"{', '.join(names)} ({tie.conflict})")
+    free = np.zeros(graph.unit_count + 1, dtype=np.bool_)
+    for group in graph.groups:
+        free[group.units] = group.name not in untouched and np.isfinite(scores[group.units])
+    tied = np.zeros(graph.unit_count + 1, dtype=np.bool_)
+    chains = []
+    for tie in ties:
+        tied[np.concatenate(tie.sets)] = True
+        rows = [_ascending(units[free[units]], scores) for units in tie.sets]
+        length = min(len(row) // rate for row, rate in zip(rows, tie.rates, strict=True))
+        parts = [
+            row[: length * rate].reshape(length, rate)
+            for row, rate in zip(rows, tie.rates, strict=True)
+        ]
+        total = sum(len(units) for units in tie.sets)
+        chains.append(Chain(np.concatenate(parts, axis=1), total))
+    for group in graph.groups:
+        own = group.units[~tied[group.units]]
+        chains.append(Chain(_ascending(own[free[own]], scores)[:, None], len(own)))
+    return conflicts, [chain for chain in chains if chain.rows.size]
+
+
+def _ascending(units: Ints, scores: NDArray[np.float64]) -> Ints:
+    return units[np.argsort(scores[units], kind="stable")]
+
+
+def _aligned_labels(graph: CouplingGraph, groups: Sequence[Group]) -> list[Label]:
+    """Labels of the axes on which alignment pays: those of contractions, both sides.
+
+    A group that is on no contraction is aligned on whatever carries it.  Carriers beside a
+    contraction follow it, or (a bias table with a row per head) don't matter.
+    """
+    found: dict[tuple[tuple[int, ...], bytes], Label] = {}
+    for group in groups:
+        axes = [axis for axis, role in group.axes if role is not Role.CARRIER]
+        for axis in axes or [axis for axis, _ in group.axes]:
+            label = graph.labels[axis]
+            found.setdefault((label.shape, label.tobytes()), label)
+    return list(found.values())
+
+
+def _number(cuts: Sequence[Cut], unit_count: int) -> tuple[Ints, list[Ints], set[int]]:
+    """Number the quanta; returns the owner of every unit, the chains, and the gates."""
+    owner = np.zeros(unit_count + 1, dtype=np.int64)
+    joints: dict[int, int] = {}
+    ordered: list[Ints] = []
+    gates: set[int] = set()
+    following = 1
+    for cut in cuts:
+        if not cut.step:
+            continue
+        ids: list[Ints] = []
+        if cut.first or cut.joint >= 0:
+            gate = joints.get(cut.joint, following)
+            if gate == following:
+                following += 1
+            if cut.joint >= 0:
+                joints[cut.joint] = gate
+            owner[cut.chain.rows[: cut.first]] = gate
+            gates.add(gate)
+            ids.append(np.array([gate], dtype=np.int64))
+        rest = cut.chain.rows[cut.first :]
+        count = len(rest) // cut.step
+        own = following + np.arange(count, dtype=np.int64)
+        owner[rest[: count * cut.step]] = np.repeat(own, cut.step)[:, None]
+        following += count
+        ordered.append(np.concatenate([*ids, own]))
+    return owner, ordered, gates
+
+
+def _share(owner: Ints, group_of: Ints, count: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Which groups every quantum draws on, and how many units of each."""
+    units = np.flatnonzero((owner > 0) & (group_of >= 0))
+    groups = int(group_of.max(initial=0)) + 1
+    code, times = np.unique(owner[units] * groups + group_of[units], return_counts=True)
+    known: dict[tuple[int, int], tuple[int, int]] = {}
+    shares: list[tuple[tuple[int, int], ...]] = [()] * (count + 1)
+    single: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {}
+    for quantum, group, number in zip(
+        (code // groups).tolist(), (code % groups).tolist(), times.tolist(), strict=True
+    ):
+        pair = known.setdefault((group, number), (group, number))
+        before = shares[quantum]
+        shares[quantum] = (*before, pair) if before else single.setdefault(pair, (pair,))
+    return tuple(shares)

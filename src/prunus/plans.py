@@ -1,0 +1,378 @@
+"""Plans: which positions of which tensors stay, as plain data."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prunus.errors import PlanError
+from prunus.graph.axis import Axis, Mask
+from prunus.plan_json import freeze, read, to_ranges
+
+if TYPE_CHECKING:
+    from prunus.graph.coupling import CouplingGraph
+
+VERSION = 1
+"""Of the JSON form; a plan of another version is refused."""
+
+_NAMED = 3
+"""How many culprits an error names before it only counts them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """A Python attribute that follows its axis; sequences are kept as tuples.
+
+    >>> Edit("layer1.norm", "normalized_shape", [64], [48]).after
+    (48,)
+    """
+
+    module: str
+    attribute: str
+    before: Any
+    after: Any
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "before", freeze(self.before))
+        object.__setattr__(self, "after", freeze(self.after))
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """Positions of one axis of the original that are multiplied by a factor before they are cut."""
+
+    tensor: str
+    dim: int
+    positions: tuple[int, ...]
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupChoice:
+    """What goes from one group: ascending indices into its units, not unit ids."""
+
+    name: str
+    size: int
+    removed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays of a model, for another copy of it, a checkpoint, or a mask.
+
+    Attributes
+    ----------
+    keep
+        For every axis that loses something, the positions that stay, ascending.
+    shapes
+        Original shapes of all parameters, buffers and tensor attributes, by their first names.
+    edits
+        Attributes to set along.
+    scalings
+        Weights that are multiplied, to keep a softmax scale where it was.
+    groups
+        The choice in every group, for people and for :meth:`diff`.
+    costs
+        Each cost before and after.
+    origin
+        Where the plan came from: importance, budget, scope, seed, … (JSON).
+
+    Examples
+    --------
+    >>> plan = Plan({Axis("w", 0): (0, 1, 2, 5)}, {"w": (6, 3)})
+    >>> plan.resulting_shapes()
+    {'w': (4, 3)}
+    >>> Plan.from_json(plan.to_json()) == plan
+    True
+    """
+
+    keep: Mapping[Axis, tuple[int, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    edits: tuple[Edit, ...] = ()
+    scalings: tuple[Scaling, ...] = ()
+    groups: tuple[GroupChoice, ...] = ()
+    costs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "origin", freeze(self.origin))
+
+    @classmethod
+    def from_mask(
+        cls,
+        graph: CouplingGraph,
+        kept: Mask,
+        edits: Sequence[Edit] = (),
+        origin: Mapping[str, Any] | None = None,
+    ) -> Plan:
+        """The plan that keeps the units of a mask of shape ``(units + 1,)``."""
+        if kept.shape != (graph.unit_count + 1,) or kept.dtype != np.bool_ or not kept[0]:
+            raise PlanError(
+                "this is no mask of the graph's units",
+                why=f"it is {kept.dtype} of shape {kept.shape}",
+                fix=f"give a bool array of shape ({graph.unit_count + 1},) whose entry 0 is true",
+            )
+        keep = {axis: tuple(stay.tolist()) for axis, stay in graph.positions(kept)}
+        empty = [str(axis) for axis, stay in keep.items() if not stay]
+        if empty:
+            raise PlanError(f"nothing would stay of {_some(empty)}", fix="keep a unit of each")
+        choices = (
+            GroupChoice(g.name, g.size, tuple(np.flatnonzero(~kept[g.units]).tolist()))
+            for g in graph.groups
+        )
+        return cls(
+            keep=keep,
+            shapes={n: tuple(s) for n, s in graph.shapes.items() if n not in graph.aliases},
+            edits=tuple(edits),
+            scalings=tuple(
+                Scaling(tensor, dim, positions, factor)
+                for rescale in graph.rescales
+                if (factor := rescale.factor(kept)) != 1.0
+                for tensor, dim, positions in rescale.targets
+            ),
+            groups=tuple(choices),
+            costs={name: (graph.cost(name), graph.cost(name, kept)) for name in graph.costs},
+            origin=dict(origin or {}),
+        )
+
+    @property
+    def traced(self) -> Mapping[str, Any] | None:
+        """What the original was traced with: its ``inputs`` and the shapes of its ``outputs``."""
+        found: Mapping[str, Any] | None = _steps(self.origin)[0].get("traced")
+        return found
+
+    def resulting_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors once the plan is applied."""
+        shapes = {name: list(shape) for name, shape in self.shapes.items()}
+        for axis, stay in self.keep.items():
+            shapes[axis.tensor][axis.dim] = len(stay)
+        return {name: tuple(shape) for name, shape in shapes.items()}
+
+    def check_model(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse a model in which a tensor of the plan is missing or has another shape.
+
+        Tensors that the plan doesn't know are no objection: tied names are among them.
+        """
+        missing = [name for name in self.shapes if name not in shapes]
+        if missing:
+            raise PlanError(
+                "this is a plan for another model",
+                why=f"the model has no {_some(missing)}",
+                fix="apply it to the model that was traced",
+            )
+        other = [n for n, shape in self.shapes.items() if tuple(shapes[n]) != tuple(shape)]
+        if other:
+            given = {name: tuple(shape) for name, shape in shapes.items()}
+            pruned = all(given[n] == shape for n, shape in self.resulting_shapes().items())
+            told = [f"{n} {given[n]} where the plan has {tuple(self.shapes[n])}" for n in other]
+            raise PlanError(
+                "this is a plan for another model",
+                why=f"the model has {_some(told)}",
+                fix="the plan has been applied to it already"
+                if pruned
+                else "apply it to the model that was traced, before any pruning",
+            )
+
+    def diff(self, other: Plan) -> PlanDiff:
+        """What the two plans remove differently."""
+        if dict(self.shapes) != dict(other.shapes):
+            raise PlanError("these are plans for different models", fix="compare plans of one")
+        mine = {choice.name: set(choice.removed) for choice in self.groups}
+        theirs = {choice.name: set(choice.removed) for choice in other.groups}
+        found = []
+        for name in {**mine, **theirs}:
+            a, b = mine.get(name, set()), theirs.get(name, set())
+            if a != b:
+                found.append(GroupDiff(name, tuple(sorted(a - b)), tuple(sorted(b - a))))
+        return PlanDiff(tuple(found))
+
+    def then(self, later: Plan) -> Plan:
+        """One plan for the original model out of this one and one for the model it leaves.
+
+        Groups are matched by name and size; one of ``later`` that has no match is taken over
+        as it is.  A cost is kept where ``later`` starts from the number at which this one ends.
+        """
+        _check_follows(self.resulting_shapes(), later.shapes)
+        keep = dict(self.keep)
+        for axis, stay in later.keep.items():
+            first = self.keep.get(axis)
+            keep[axis] = stay if first is None else tuple(first[i] for i in stay)
+        edits = {(edit.module, edit.attribute): edit for edit in self.edits}
+        for edit in later.edits:
+            key = (edit.module, edit.attribute)
+            before = edits[key].before if key in edits else edit.before
+            edits[key] = Edit(edit.module, edit.attribute, before, edit.after)
+        return Plan(
+            keep=keep,
+            shapes=self.shapes,
+            edits=tuple(edit for edit in edits.values() if edit.before != edit.after),
+            scalings=(*self.scalings, *(self._in_original(s) for s in later.scalings)),
+            groups=_merge_groups(self.groups, later.groups),
+            costs={
+                name: (before, later.costs[name][1])
+                for name, (before, after) in self.costs.items()
+                if name in later.costs and later.costs[name][0] == after
+            },
+            origin={"steps": (*_steps(self.origin), *_steps(later.origin))},
+        )
+
+    def _in_original(self, later: Scaling) -> Scaling:
+        stay = self.keep.get(Axis(later.tensor, later.dim))
+        if stay is None:
+            return later
+        return replace(later, positions=tuple(stay[i] for i in later.positions))
+
+    def to_json(self) -> str:
+        """The plan as one line of JSON: sorted keys, indices as [start, stop) ranges."""
+        document = {
+            "prunus_plan": VERSION,
+            "keep": {str(axis): to_ranges(stay) for axis, stay in self.keep.items()},
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "edits": [
+                {"module": e.module, "attribute": e.attribute, "before": e.before, "after": e.after}
+                for e in self.edits
+            ],
+            "scalings": [
+                {
+                    "tensor": s.tensor,
+                    "dim": s.dim,
+                    "positions": to_ranges(s.positions),
+                    "factor": s.factor,
+                }
+                for s in self.scalings
+            ],
+            "groups": [
+                {"name": g.name, "size": g.size, "removed": to_ranges(g.removed)}
+                for g in self.groups
+            ],
+            "costs": {name: list(pair) for name, pair in self.costs.items()},
+            "origin": self.origin,
+        }
+        return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what :meth:`to_json` wrote; :class:`~prunus.errors.PlanError` on anything else."""
+        fields = read(text, VERSION)
+        fields["edits"] = tuple(Edit(*edit) for edit in fields["edits"])
+        fields["scalings"] = tuple(Scaling(*scaling) for scaling in fields["scalings"])
+        fields["groups"] = tuple(GroupChoice(*group) for group in fields["groups"])
+        return cls(**fields)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON; the file is the old one or the new one, never half of it."""
+        target = Path(path)
+        handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(self.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, target)
+        except BaseException:
+            os.unlink(draft)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a file that :meth:`save` wrote."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise PlanError("this is no plan", where=str(path), why=str(error)) from error
+        except PlanError as error:
+            raise PlanError(
+                error.what, where=f"{path} {error.where}".rstrip(), why=error.why, fix=error.fix
+            ) from error
+
+    def apply(self, model: Any, **options: Any) -> Any:
+        """Cut the model in place; see :func:`prunus.surgeon.apply`."""
+        from prunus.surgeon import apply
+
+        return apply(self, model, **options)
+
+    def mask(self, model: Any) -> Any:
+        """Run the model as if it were cut; see :func:`prunus.surgeon.mask`."""
+        from prunus.surgeon import mask
+
+        return mask(self, model)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupDiff:
+    """Indices of the units of one group that only one of two plans removes."""
+
+    name: str
+    only_a: tuple[int, ...]
+    only_b: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanDiff:
+    """The groups in which two plans differ.
+
+    >>> print(PlanDiff((GroupDiff("conv1.weight[0]", (1, 2, 3), (7,)),)))
+    conv1.weight[0]: only a removes 1–3; only b removes 7
+    """
+
+    groups: tuple[GroupDiff, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.groups)
+
+    def __str__(self) -> str:
+        lines = []
+        for group in self.groups:
+            sides = (("a", group.only_a), ("b", group.only_b))
+            told = (f"only {side} removes {_spoken(units)}" for side, units in sides if units)
+            lines.append(f"{group.name}: {'; '.join(told)}")
+        return "\n".join(lines) or "the plans remove the same units"
+
+
+def _check_follows(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
+    if names:
+        told = [f"{n}: {first.get(n, 'nothing')} and {second.get(n, 'nothing')}" for n in names]
+        raise PlanError(
+            "the later plan is not for the model that this one leaves",
+            why=f"the shapes differ: {_some(told)}",
+            fix="apply this plan, trace the result, and plan on that",
+        )
+
+
+def _merge_groups(
+    first: Sequence[GroupChoice], second: Sequence[GroupChoice]
+) -> tuple[GroupChoice, ...]:
+    merged = {choice.name: choice for choice in first}
+    for choice in second:
+        known = merged.get(choice.name)
+        if known is None:
+            merged[choice.name] = choice
+            continue
+        stay = np.setdiff1d(np.arange(known.size), known.removed)
+        if len(stay) == choice.size:
+            gone = {*known.removed, *stay[list(choice.removed)].tolist()}
+            merged[choice.name] = GroupChoice(choice.name, known.size, tuple(sorted(gone)))
+    return tuple(merged.values())
+
+
+def _steps(origin: Mapping[str, Any]) -> tuple[Any, ...]:
+    steps = origin.get("steps")
+    return steps if isinstance(steps, tuple) and len(origin) == 1 else (origin,)
+
+
+def _spoken(indices: Sequence[int]) -> str:
+    pairs = to_ranges(indices)
+    return ", ".join(str(a) if b == a + 1 else f"{a}–{b - 1}" for a, b in pairs)
+
+
+def _some(items: Sequence[str]) -> str:
+    rest = len(items) - _NAMED
+    return ", ".join(items[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,106 @@
+"""Batch norms measure their statistics again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from prunus.errors import DataError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def recalibrate(
+    model: Model,
+    data: Iterable[Any],
+    *,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Model:
+    """Replace the running statistics of every batch norm by those of the data, in place.
+
+    Statistics are the cumulative average over all batches (``momentum=None``), so each batch
+    counts alike; everything that is no batch norm stays in eval mode.  Labels are not needed.
+
+    Parameters
+    ----------
+    data
+        Batches: a tensor, or a tuple or list whose first entry is the input, or a mapping of
+        keyword arguments.
+    forward_fn
+        Called as ``forward_fn(model, batch)`` in place of the above.
+    progress
+        Called with the number of batches done.
+
+    Raises
+    ------
+    DataError
+        If the data holds no batch; the model is as it was.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if norm.track_running_stats]
+    if not norms:
+        return model
+    modes = {module: module.training for module in model.modules()}
+    momenta = [norm.momentum for norm in norms]
+    saved = [{name: b.clone() for name, b in norm.named_buffers()} for norm in norms]
+    done = 0
+    try:
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        with torch.no_grad():
+            for done, batch in enumerate(data, start=1):
+                (forward_fn or run_batch)(model, batch)
+                if progress is not None:
+                    progress(done)
+        if not done:
+            raise DataError(
+                "the calibration data is empty",
+                why="the iterable gave no batch (an iterator can be used only once)",
+                fix="give a DataLoader or a list of batches",
+            )
+        if not all(_is_finite(norm) for norm in norms):
+            raise DataError(
+                "the calibration data led to statistics that are not finite",
+                why="it holds NaN or infinite values, or the model makes them",
+                fix="clean the data; the model was put back",
+            )
+    except BaseException:
+        for norm, buffers in zip(norms, saved, strict=True):
+            for name, buffer in norm.named_buffers():
+                buffer.copy_(buffers[name])
+        raise
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+    return model
+
+
+def _is_finite(norm: nn.Module) -> bool:
+    return all(bool(torch.isfinite(b).all()) for b in norm.buffers() if b.is_floating_point())
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """Call the model on one batch of a loader, moved to the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(batch, dict):
+        return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    if isinstance(batch, (list, tuple)):
+        if not batch:
+            raise DataError("a calibration batch is empty", fix="give at least the input")
+        batch = batch[0]
+    if not isinstance(batch, Tensor):
+        raise DataError(
+            f"a calibration batch is a {type(batch).__name__}",
+            why="a batch is a tensor, a tuple whose first entry is one, or a mapping of keywords",
+            fix="give forward_fn=lambda model, batch: model(...)",
+        )
+    return model(batch.to(device))

@@ -1,0 +1,94 @@
+"""What is printed: results on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from prunus.report.documents import to_json
+
+_UNCUT = 100_000
+"""Columns of a pipe or a file: nothing is folded or cut."""
+
+
+def show(*parts: RenderableType) -> None:
+    """Print tables and sentences on stdout; strings are plain text, without markup."""
+    console = _console(stderr=False)
+    for part in parts:
+        console.print(
+            Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str)
+        )
+        if isinstance(part, Table):
+            console.print()
+
+
+def show_json(document: Any) -> None:
+    """Print a document on stdout as JSON."""
+    print(to_json(document))
+
+
+def show_stages(stages: Sequence[Mapping[str, Any]]) -> None:
+    """Print one table: accuracy, params, MACs, bytes and latency of a model's states.
+
+    Parameters
+    ----------
+    stages
+        Mappings with ``name``, ``params``, ``macs``, ``bytes``, and where they are known
+        ``accuracy`` in percent and ``latency_ms`` by batch size; shares are of the first.
+    """
+    from prunus.report.tables import stages_table
+
+    show(stages_table(stages))
+
+
+def warn(text: str) -> None:
+    """Print a sentence on stderr."""
+    _console(stderr=True).print(Text(text), soft_wrap=True)
+
+
+def show_error(command: str, error: BaseException) -> None:
+    """Print an error that was raised on purpose, without a traceback, on stderr."""
+    warn(f"{command}: {error}")
+
+
+def show_traceback(error: BaseException) -> None:
+    """Print somebody else's error as Python does, on stderr."""
+    traceback.print_exception(error, file=sys.stderr)
+
+
+@contextmanager
+def follow_steps(count: int) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr, where that is a terminal; call the result with each next step.
+
+    With ``same=True`` it only tells more about the current step.  Whatever a model prints meanwhile
+    goes to stderr as well, so that stdout has results only.
+    """
+    console = _console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with (
+        redirect_stdout(sys.stderr),
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+    ):
+        task = bar.add_task("starting", total=count)
+        done = -1
+
+        def step(description: str, *, same: bool = False) -> None:
+            nonlocal done
+            done += not same
+            bar.update(task, description=description, completed=done)
+
+        yield step
+
+
+def _console(*, stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else _UNCUT
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)

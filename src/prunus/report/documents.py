@@ -1,0 +1,115 @@
+"""Reports as plain data, and files that are the old one or the new one, never half of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from prunus.graph.axis import Axis
+from prunus.graph.constraints import Lockstep, Pin
+from prunus.graph.coupling import Coupling, CouplingGraph
+from prunus.plans import Plan
+
+
+def describe_graph(graph: CouplingGraph) -> dict[str, Any]:
+    """Groups, constraints, pins, unknown operators, outputs and costs of a traced model."""
+    return {
+        "costs": {name: graph.cost(name) for name in sorted(graph.costs)},
+        "tensors": len(graph.shapes) - len(graph.aliases.keys() & graph.shapes.keys()),
+        "tied": dict(graph.aliases),
+        "units": graph.unit_count,
+        "groups": [
+            {
+                "name": group.name,
+                "size": group.size,
+                "mixing": group.mixing,
+                "axes": [
+                    {"tensor": axis.tensor, "dim": axis.dim, "role": role.value}
+                    for axis, role in group.axes
+                ],
+            }
+            for group in graph.groups
+        ],
+        "constraints": [
+            {
+                "kind": entry.kind if isinstance(entry, Lockstep) else "nonempty",
+                "reason": entry.reason,
+            }
+            for entry in graph.constraints
+        ],
+        "pins": [describe_pin(axis, pin) for axis, pin in graph.pins],
+        "unknown": dict(sorted(graph.unknown.items())),
+        "outputs": list(graph.kept_outputs),
+        "inputs": graph.traced.get("inputs"),
+    }
+
+
+def describe_pin(axis: Axis, pin: Pin) -> dict[str, str]:
+    """What is pinned, and why."""
+    return {
+        "axis": str(axis),
+        "reason": pin.reason,
+        "operator": pin.operator,
+        "module": pin.module,
+        "source": pin.source,
+    }
+
+
+def describe_coupling(coupling: Coupling) -> dict[str, str]:
+    """Two axes, and the operator that ties them."""
+    return {
+        "a": str(coupling.a),
+        "b": str(coupling.b),
+        "operator": coupling.operator,
+        "module": coupling.module,
+    }
+
+
+def describe_choices(plan: Plan) -> list[dict[str, Any]]:
+    """Width of every group before and after."""
+    return [
+        {"name": choice.name, "size": choice.size, "kept": choice.size - len(choice.removed)}
+        for choice in plan.groups
+    ]
+
+
+def to_json(document: Any, *, indent: int | None = 2) -> str:
+    """Strict JSON: numbers that are not finite become null.
+
+    >>> to_json({"error": float("inf"), "by": (1, 2)}, indent=None)
+    '{"error": null, "by": [1, 2]}'
+    """
+    return json.dumps(_finite(document), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def write_json(document: Any, path: str | os.PathLike[str]) -> None:
+    """Write a document as JSON."""
+    text = to_json(document) + "\n"
+    replace_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
+def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a draft beside the file, then put it in the file's place."""
+    target = Path(path)
+    draft = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+    try:
+        write(draft)
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,143 @@
+"""Tables for a terminal, and numbers as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from prunus.graph.axis import Axis, Role
+from prunus.graph.constraints import Lockstep, Pin
+from prunus.graph.coupling import Coupling, CouplingGraph
+from prunus.graph.groups import Group
+from prunus.plans import Plan
+
+_SHOWN = 3
+"""How many places a cell names before it only counts them."""
+
+
+def groups_table(graph: CouplingGraph) -> Table:
+    """Every group with its units, and how many axes play which role in it."""
+    table = _table("group", "units", "producers", "consumers", "carriers", "remarks")
+    for group in graph.groups:
+        roles = [role for _, role in group.axes]
+        counts = [roles.count(role) for role in (Role.PRODUCER, Role.CONSUMER, Role.CARRIER)]
+        _row(table, group.name, group.size, *counts, ", ".join(_remarks(group, graph)))
+    return table
+
+
+def pins_table(pins: Iterable[tuple[Axis, Pin]]) -> Table:
+    """What keeps all its positions, by reason and operator."""
+    table = _table("pinned because", "operator", "places", "such as", numbers=("places",))
+    found: dict[tuple[str, str], list[tuple[Axis, Pin]]] = {}
+    for axis, pin in pins:
+        found.setdefault((pin.reason, pin.operator), []).append((axis, pin))
+    for (reason, operator), entries in found.items():
+        axis, pin = entries[0]
+        where = f"{axis} ({pin.source})" if pin.source else str(axis)
+        _row(table, reason, operator, len(entries), where)
+    return table
+
+
+def chain_table(start: Axis, chain: Sequence[Coupling]) -> Table:
+    """A chain of couplings, one operator a row; it is followed from ``start``."""
+    table = _table("axis", "tied to", "by", "in module")
+    for link in chain:
+        end = link.a if link.b == start else link.b
+        _row(table, start, end, link.operator, link.module)
+        start = end
+    return table
+
+
+def choices_table(plan: Plan) -> Table:
+    """Units of every group before and after."""
+    table = _table("group", "units", "kept", "share")
+    for choice in plan.groups:
+        kept = choice.size - len(choice.removed)
+        _row(table, choice.name, choice.size, kept, f"{kept / max(choice.size, 1):.0%}")
+    return table
+
+
+def stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
+    """One row for each state of a model: ``name``, ``params``, ``macs`` and ``bytes``, and where
+    they are known ``accuracy`` (in percent) and ``latency_ms`` (by batch size).
+
+    Costs have their share of the first row's beside them.
+    """
+    graded = any(stage.get("accuracy") is not None for stage in stages)
+    batches = list(dict.fromkeys(b for stage in stages for b in stage.get("latency_ms") or ()))
+    timed = [f"ms at batch {batch}" for batch in batches]
+    table = _table("", *["accuracy"] * graded, "params", "MACs", "bytes", *timed)
+    for stage in stages:
+        cells = [stage["name"]]
+        if graded:
+            accuracy = stage.get("accuracy")
+            cells.append("" if accuracy is None else f"{accuracy:.2f} %")
+        for name in ("params", "macs", "bytes"):
+            cells.append(_with_share(stage[name], stages[0][name]))
+        times = stage.get("latency_ms") or {}
+        cells += [f"{times[batch]:.2f}" if batch in times else "" for batch in batches]
+        _row(table, *cells)
+    return table
+
+
+def spell_count(number: int) -> str:
+    """A number in three or four digits.
+
+    >>> [spell_count(n) for n in (999, 41_886, 173_842, 25_557_032, 6_700_000_000)]
+    ['999', '41.9 k', '174 k', '25.6 M', '6.70 G']
+    """
+    scaled, suffixes = float(number), iter(("", " k", " M", " G", " T", " P"))
+    suffix = next(suffixes)
+    while scaled >= 999.5 and suffix != " P":
+        scaled, suffix = scaled / 1000, next(suffixes)
+    if not suffix:
+        return str(number)
+    digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
+    return f"{scaled:.{digits}f}{suffix}"
+
+
+def spell_places(names: Sequence[str]) -> str:
+    """The first few names, and how many more.
+
+    >>> spell_places(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _with_share(value: int, whole: int) -> str:
+    share = f"{value / whole:4.0%}" if whole else "   –"
+    return f"{spell_count(value)} {share}"
+
+
+def _remarks(group: Group, graph: CouplingGraph) -> list[str]:
+    found = ["mixing"] if group.mixing else []
+    units = set(group.units.tolist())
+    for entry in graph.constraints:
+        if isinstance(entry, Lockstep) and units.intersection(
+            int(unit) for members in entry.sets for unit in members.ravel()
+        ):
+            found.append(f"{entry.kind}: {entry.reason}")
+    return list(dict.fromkeys(found))
+
+
+_NUMBERS = frozenset({"units", "kept", "share", "producers", "consumers", "carriers"})
+
+
+def _table(*columns: str, numbers: Sequence[str] = ()) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        right = column in _NUMBERS or column in numbers
+        right = right or column in {"accuracy", "params", "MACs", "bytes"} or "ms at" in column
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def _row(table: Table, *cells: object) -> None:
+    """Cells are text, never markup: names have brackets."""
+    table.add_row(*(Text(str(cell)) for cell in cells))

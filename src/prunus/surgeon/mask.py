@@ -1,0 +1,157 @@
+"""Evaluate a plan without surgery: the real forward, with the removed units' consumers silenced.
+
+The model is traced again for every new shape of inputs, so that any batch and length will do.
+While the real forward runs, a dispatch mode walks along the traced program: the weights that
+read a removed unit are zeroed there, and operators that mix positions see the kept ones only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from prunus.errors import ApplyError
+from prunus.graph.axis import Mask, kept_positions
+from prunus.graph.coupling import CouplingGraph
+from prunus.plans import Plan
+from prunus.surgeon.apply import kept_axes
+from prunus.tracer.capture import PASSIVE
+from prunus.tracer.compress import run_on_kept
+from prunus.tracer.program import Node, Program, state_of
+from prunus.tracer.registry import bind, call_bound
+from prunus.tracer.trace import quiet_run, trace
+
+
+@contextmanager
+def mask(plan: Plan, model: nn.Module) -> Iterator[nn.Module]:
+    """Within the context the model answers as the pruned one would, at its original size.
+
+    For evaluation: the forward runs in eval mode and without gradients, at any batch and length.
+
+    Raises
+    ------
+    PlanError
+        If the plan is for another model.
+
+    Examples
+    --------
+    >>> with prunus.mask(plan, model):          # doctest: +SKIP
+    ...     accuracy = evaluate(model, loader)
+    """
+    state, _ = state_of(model)
+    plan.check_model({name: tuple(tensor.shape) for name, tensor in state.items()})
+    traces: dict[Any, CouplingGraph] = {}
+    running = ExitStack()
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        key = str(tree_map(_signature, (args, kwargs)))
+        if key not in traces:
+            with _paused(handles):
+                traces[key] = trace(model, args, kwargs, real=True)
+        found = traces[key]
+        kept = found.mask_from_positions(kept_axes(plan))
+        running.enter_context(quiet_run(model))
+        running.enter_context(Silencer(found.program, kept))
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        running.close()
+
+    handles = _Hooks(model, enter, leave)
+    handles.attach()
+    try:
+        yield model
+    finally:
+        handles.detach()
+        running.close()
+
+
+class Silencer(TorchDispatchMode):
+    """Follows a traced program and changes what the operators of a plan's consumers read."""
+
+    def __init__(self, program: Program, kept: Mask) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._program = program
+        self._kept = kept
+        self._next = 0
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.name in PASSIVE:
+            return func(*args, **kwargs)
+        if self._next >= len(self._program.nodes) or self._node.target is not func:
+            raise ApplyError(
+                f"the forward ran {func} where the trace ran "
+                f"{self._node.target if self._next < len(self._program.nodes) else 'nothing'}",
+                why="it does not take the same path twice",
+                fix="make the forward deterministic, or evaluate the pruned model itself",
+            )
+        node = self._node
+        self._next += 1
+        bound = bind(func, args, kwargs)
+        mixed = run_on_kept(node, bound, self._program, self._kept)
+        if mixed is not None:
+            return mixed
+        silent = self._silence(node, bound)
+        return func(*args, **kwargs) if silent is None else call_bound(func, silent)
+
+    @property
+    def _node(self) -> Node:
+        return self._program.nodes[self._next]
+
+    def _silence(self, node: Node, bound: dict[str, Any]) -> dict[str, Any] | None:
+        """Arguments with the last contracted operand zeroed where a unit is gone."""
+        if node.effect is None or not node.effect.contracted:
+            return None
+        (name, *_), dim = node.effect.contracted[-1]
+        reference = node.args[str(name)]
+        label = self._program.value_label(reference, dim)
+        if label is None:
+            return None
+        stay = kept_positions(label, self._kept)
+        if len(stay) == len(label):
+            return None
+        operand: Tensor = bound[str(name)]
+        silent = torch.zeros_like(operand)
+        index = torch.as_tensor(stay, device=operand.device)
+        silent.index_copy_(dim, index, operand.index_select(dim, index))
+        return {**bound, str(name): silent}
+
+
+class _Hooks:
+    """The two hooks on the model's own forward, which can be taken off for a trace."""
+
+    def __init__(self, model: nn.Module, enter: Any, leave: Any) -> None:
+        self._model, self._enter, self._leave = model, enter, leave
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        self._handles = [
+            self._model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self._model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@contextmanager
+def _paused(hooks: _Hooks) -> Iterator[None]:
+    hooks.detach()
+    try:
+        yield
+    finally:
+        hooks.attach()
+
+
+def _signature(value: Any) -> Any:
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else repr(value)

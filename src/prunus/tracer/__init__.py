@@ -1,0 +1,1 @@
+"""Watch a model run once and write down what hangs together."""

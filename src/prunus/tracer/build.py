@@ -1,0 +1,357 @@
+"""From recorded atoms to units, groups, costs and couplings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from prunus.graph.axis import Axis, Label, Role
+from prunus.graph.constraints import Constraint, Nonempty, Pin, Rescale
+from prunus.graph.coupling import Coupling, CouplingGraph
+from prunus.graph.expressions import Equation, Expression, Operation, Width
+from prunus.graph.groups import form_groups
+from prunus.graph.polynomial import Monomial, Polynomial
+from prunus.graph.solve import solve
+from prunus.tracer.capture import Recorder
+from prunus.tracer.labels import Algebra
+from prunus.tracer.program import Node, Ref
+from prunus.tracer.registry import Place, Span
+from prunus.tracer.scale import find_rescales
+
+Resolve = Callable[[Label | None], Label | None]
+
+
+def build_graph(
+    recorder: Recorder,
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    aliases: Mapping[str, str],
+    outputs: tuple[str, ...],
+) -> tuple[CouplingGraph, Resolve]:
+    """The coupling graph, and the function that turns a label of atoms into one of units."""
+    rescales = _keep_scales(recorder)
+    _pin_unsolvable(recorder, list(state))
+    parameters = frozenset(name for name, t in state.items() if isinstance(t, nn.Parameter))
+    roles = _roles(recorder)
+    resolver = _pin_data(recorder, list(state), roles, parameters)
+    labels = resolver.axes
+    mixing = np.zeros(resolver.count + 1, dtype=np.bool_)
+    for node in recorder.nodes:
+        for place in node.effect.mixing if node.effect else ():
+            label = resolver(_label_at(recorder, node, place))
+            if label is not None:
+                mixing[label] = True
+    mixing[0] = False
+    order = {axis: roles.get(axis, Role.CARRIER) for axis in labels}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    widths = _Widths(resolver)
+    costs = {
+        "params": _count_params(shapes, parameters, labels, widths),
+        "macs": widths.polynomial([s for n in recorder.nodes if n.effect for s in n.effect.spans]),
+    }
+    couplings, pins = _read_events(recorder.algebra)
+    graph = CouplingGraph(
+        shapes=shapes,
+        parameters=parameters,
+        aliases=dict(aliases),
+        labels=labels,
+        roles=order,
+        groups=form_groups(labels, order, resolver.count, mixing),
+        unit_count=resolver.count,
+        constraints=_constraints(recorder, resolver),
+        width_labels=tuple(widths.labels),
+        costs=costs,
+        couplings=couplings,
+        pins=pins,
+        kept_outputs=outputs,
+        unknown=dict(recorder.unknown),
+        equations=tuple(_in_units(equation, resolver) for equation in recorder.equations),
+        attributes=recorder.attributes,
+        rescales=tuple(
+            Rescale(units, targets)
+            for label, targets in rescales
+            if (units := resolver(label)) is not None
+        ),
+    )
+    return graph, resolver
+
+
+def _pin_data(
+    recorder: Recorder, names: list[str], roles: Mapping[Axis, Role], parameters: frozenset[str]
+) -> _Resolver:
+    """Pin units that no parameter makes: positions of tables and other data that the model holds.
+
+    Removing them would be exact, and of no use to anyone; most are positions that this run
+    happened not to need.
+    """
+    resolver = _Resolver(recorder, names)
+    own = {axis: roles.get(axis, Role.CARRIER) for axis in resolver.axes}
+    unmixed = np.zeros(resolver.count + 1, dtype=np.bool_)
+    found = False
+    for group in form_groups(resolver.axes, own, resolver.count, unmixed):
+        made = (a.tensor in parameters and role is not Role.CONSUMER for a, role in group.axes)
+        if not any(made):
+            found = True
+            why = Pin("data that no parameter makes", "", "", "")
+            recorder.algebra.pin(resolver.roots[group.units][:, None], why)
+    return _Resolver(recorder, names) if found else resolver
+
+
+Fixed = tuple[tuple[str, int, tuple[int, ...]], ...]
+
+
+def _keep_scales(recorder: Recorder) -> list[tuple[Label, Fixed]]:
+    """Head dims whose softmax scale has to be made up for; pinned where that can't be done."""
+    found: dict[Fixed, Label] = {}
+    for node, targets in find_rescales(recorder.nodes, recorder.state, recorder.shapes):
+        label = recorder.labels[node.args["query"].value][3]
+        if label is None or recorder.algebra.canonical(label) is None:
+            continue
+        if targets is None:
+            reason = "the softmax scale depends on this dim, and the query isn't linear in weights"
+            why = Pin(reason, str(node.target), node.module, node.source)
+            recorder.algebra.pin(label, why)
+            continue
+        fixed = tuple((name, dim, tuple(sorted(at))) for (name, dim), at in targets.items())
+        found.setdefault(fixed, label)
+    return [(label, fixed) for fixed, label in found.items()]
+
+
+TRIALS = 6
+"""Random selections under which an equation has to be solvable before its groups may be pruned."""
+
+
+def _pin_unsolvable(recorder: Recorder, names: list[str]) -> None:
+    """Pin what an equation speaks of where no attribute's value can make it hold.
+
+    Equations are checked under random selections, so those that hold by construction (heads ×
+    dims of a view) cost nothing.
+    """
+    pending = True
+    while pending:
+        pending = False
+        resolver = _Resolver(recorder, names)
+        equations = [_in_units(equation, resolver) for equation in recorder.equations]
+        for seed in range(TRIALS):
+            kept = np.random.default_rng(seed).random(resolver.count + 1) > 0.1 + 0.1 * seed
+            kept[0] = True
+            broken = solve(equations, recorder.attributes, kept).broken
+            for index in [i for i, equation in enumerate(equations) if equation in broken]:
+                equation = recorder.equations[index]
+                reason = "the code computes a size that can't follow"
+                why = Pin(reason, "", equation.module, equation.source)
+                for label in (equation.width.label, *_labels_in(equation.expression)):
+                    if recorder.algebra.canonical(label) is not None:
+                        recorder.algebra.pin(label, why)
+                        pending = True
+            if pending:
+                break
+
+
+def _labels_in(expression: Expression) -> Iterator[Label | None]:
+    if isinstance(expression, Width):
+        yield expression.label
+    elif isinstance(expression, Operation):
+        yield from _labels_in(expression.left)
+        yield from _labels_in(expression.right)
+
+
+def _in_units(equation: Equation, resolve: Resolve) -> Equation:
+    """The equation with its labels in terms of units."""
+
+    def convert(expression: Expression) -> Expression:
+        if isinstance(expression, Width):
+            return Width(expression.size, resolve(expression.label))
+        if isinstance(expression, Operation):
+            return Operation(expression.op, convert(expression.left), convert(expression.right))
+        return expression
+
+    width = Width(equation.width.size, resolve(equation.width.label))
+    return Equation(convert(equation.expression), width, equation.module, equation.source)
+
+
+class _Resolver:
+    """Numbers the roots that live on state as units 1 … count, in the model's order."""
+
+    def __init__(self, recorder: Recorder, names: list[str]) -> None:
+        self._algebra = recorder.algebra
+        self._cache: dict[int, tuple[Label, Label | None]] = {}
+        rank = {name: index for index, name in enumerate(names)}
+        numbers = sorted(recorder.state, key=lambda number: rank[recorder.state[number]])
+        found: dict[Axis, Label] = {}
+        for number in numbers:
+            for dim, label in enumerate(recorder.labels[number]):
+                flat = self._algebra.canonical(label)
+                if flat is not None:
+                    found[Axis(recorder.state[number], dim)] = flat
+        self._unit_of = np.zeros(self._algebra.count, dtype=np.int64)
+        roots: NDArray[np.int64] = np.concatenate(
+            [label.ravel() for label in found.values()] or [np.zeros(0, dtype=np.int64)]
+        )
+        unique, first = np.unique(roots[roots > 0], return_index=True)
+        self._unit_of[unique[np.argsort(first)]] = np.arange(1, len(unique) + 1)
+        self.count = len(unique)
+        self.roots = np.concatenate([[0], unique[np.argsort(first)]])
+        self.axes = {axis: self._unit_of[label] for axis, label in found.items()}
+
+    def __call__(self, label: Label | None) -> Label | None:
+        if label is None:
+            return None
+        cached = self._cache.get(id(label))
+        if cached is not None and cached[0] is label:
+            return cached[1]
+        flat = self._algebra.canonical(label)
+        units = None if flat is None else self._unit_of[flat]
+        if units is not None and not units.any():
+            units = None
+        self._cache[id(label)] = (label, units)
+        return units
+
+
+class _Widths:
+    """Distinct labelled dims by content, and polynomials over them."""
+
+    def __init__(self, resolve: Resolve) -> None:
+        self.labels: list[Label] = []
+        self._resolve = resolve
+        self._index: dict[bytes, int] = {}
+        self._by_id: dict[int, tuple[Label, int | None]] = {}
+
+    def index(self, units: Label) -> int:
+        """Index of a label of units."""
+        key = units.shape[1].to_bytes(2, "little") + units.tobytes()
+        if key not in self._index:
+            self._index[key] = len(self.labels)
+            self.labels.append(units)
+        return self._index[key]
+
+    def polynomial(self, spans: list[Span]) -> Polynomial:
+        """The sum of the spans, like terms collected."""
+        fixed = 0
+        terms: dict[tuple[int, ...], int] = {}
+        for span in spans:
+            constant, widths = 1, []
+            for size, label in span:
+                index = self._width(label)
+                if index is None:
+                    constant *= size
+                else:
+                    widths.append(index)
+            if widths:
+                key = tuple(sorted(widths))
+                terms[key] = terms.get(key, 0) + constant
+            else:
+                fixed += constant
+        return Polynomial(fixed, tuple(Monomial(c, widths) for widths, c in terms.items()))
+
+    def _width(self, label: Label | None) -> int | None:
+        if label is None:
+            return None
+        cached = self._by_id.get(id(label))
+        if cached is not None and cached[0] is label:
+            return cached[1]
+        units = self._resolve(label)
+        found = None if units is None else self.index(units)
+        self._by_id[id(label)] = (label, found)
+        return found
+
+
+def _count_params(
+    shapes: Mapping[str, tuple[int, ...]],
+    parameters: frozenset[str],
+    labels: Mapping[Axis, Label],
+    widths: _Widths,
+) -> Polynomial:
+    fixed = 0
+    terms: list[Monomial] = []
+    for name in shapes:
+        if name not in parameters:
+            continue
+        shape = shapes[name]
+        own = [labels.get(Axis(name, dim)) for dim in range(len(shape))]
+        constant = prod(size for size, label in zip(shape, own, strict=True) if label is None)
+        used = tuple(widths.index(label) for label in own if label is not None)
+        if used:
+            terms.append(Monomial(constant, used))
+        else:
+            fixed += constant
+    return Polynomial(fixed, tuple(terms))
+
+
+def _label_at(recorder: Recorder, node: Node, place: Place) -> Label | None:
+    (name, *rest), dim = place
+    reference = node.args[str(name)]
+    for index in rest:
+        reference = reference[index]
+    if not isinstance(reference, Ref):
+        return None
+    return recorder.labels[reference.value][dim]
+
+
+def _roles(recorder: Recorder) -> dict[Axis, Role]:
+    """Roles of the axes of weights, read off the atoms that they were born with."""
+    roles: dict[Axis, Role] = {}
+    starts = np.array(recorder.algebra.starts)
+    owners = recorder.algebra.owners
+    for node in recorder.nodes:
+        if node.effect is None:
+            continue
+        for places, role in (
+            (node.effect.contracted, Role.CONSUMER),
+            (node.effect.produced, Role.PRODUCER),
+        ):
+            for (name, *rest), dim in places:
+                reference = node.args[str(name)]
+                for index in rest:
+                    reference = reference[index]
+                if not isinstance(reference, Ref) or not recorder.from_state[reference.value]:
+                    continue
+                label = recorder.labels[reference.value][dim]
+                if label is None:
+                    continue
+                for owner in np.unique(np.searchsorted(starts, label[:, 0], side="right") - 1):
+                    roles.setdefault(owners[owner], role)
+    return roles
+
+
+def _constraints(recorder: Recorder, resolve: Resolve) -> tuple[Constraint, ...]:
+    found: dict[bytes, Constraint] = {}
+    for node in recorder.nodes:
+        for label in node.effect.nonempty if node.effect else ():
+            units = resolve(label)
+            if units is not None and (units > 0).any(axis=1).all():
+                found.setdefault(
+                    units.tobytes(), Nonempty(units, f"{node.target} in {node.module}")
+                )
+    return tuple(found.values())
+
+
+def _read_events(
+    algebra: Algebra,
+) -> tuple[tuple[Coupling, ...], tuple[tuple[Axis, Pin], ...]]:
+    """Events between atoms as couplings between the axes that own them."""
+    starts, owners = np.array(algebra.starts), algebra.owners
+    couplings: dict[tuple[Axis, Axis, str, str], Coupling] = {}
+    pins: dict[tuple[Axis, Pin], None] = {}
+    for event in algebra.events:
+        left = np.searchsorted(starts, event.a, side="right") - 1
+        if event.b is None:
+            for owner in np.unique(left):
+                if owner:
+                    pins[(owners[owner], event.why)] = None
+            continue
+        right = np.searchsorted(starts, event.b, side="right") - 1
+        pairs = left * len(owners) + right
+        for pair in np.unique(pairs[(left != right) & (left > 0) & (right > 0)]):
+            chosen = pairs == pair
+            a, b = divmod(int(pair), len(owners))
+            key = (owners[a], owners[b], event.why.operator, event.why.module)
+            couplings.setdefault(
+                key,
+                Coupling(*key, event.a[chosen] - starts[a], event.b[chosen] - starts[b]),
+            )
+    return tuple(couplings.values()), tuple(pins)

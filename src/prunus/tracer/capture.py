@@ -1,0 +1,312 @@
+"""Run the model's forward once and record every operator with the labels it leaves.
+
+Operators run on fake tensors: nothing is computed, and Python control flow just runs.  Small
+tensors of known content (anchors, strides, index tables) are computed beside them, so that
+``.item()`` can answer.  Where that is not enough, the run is repeated on real tensors.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from prunus.graph.axis import Axis, Label
+from prunus.graph.constraints import Pin
+from prunus.graph.expressions import Attribute, Equation, Expression, Operation, Width
+from prunus.tracer.labels import Algebra
+from prunus.tracer.program import Node, Ref
+from prunus.tracer.provenance import Follow
+from prunus.tracer.registry import Call, Effect, Labels, bind, find_rule
+
+SHADOW_LIMIT = 1 << 16
+"""Tensors of at most this many elements are also computed for real when their content is known."""
+
+PASSIVE = {"prim::device", "prim::layout", "aten::sym_size", "aten::sym_numel", "aten::is_pinned"}
+
+
+class Recorder(TorchDispatchMode):
+    """The dispatch mode that sees every operator of one forward.
+
+    Parameters
+    ----------
+    state
+        Name → tensor; every dim longer than 1 gets atoms of its own when the tensor is met.
+    real
+        Compute on real tensors instead of fake ones.
+    """
+
+    def __init__(self, state: dict[str, Tensor], *, real: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.algebra = Algebra()
+        self.nodes: list[Node] = []
+        self.unknown: Counter[str] = Counter()
+        self.state: dict[int, str] = {}
+        self.constants: dict[int, Tensor] = {}
+        self.labels: list[Labels] = []
+        self.shapes: list[tuple[int, ...]] = []
+        self.from_state: list[bool] = []
+        self.stack: list[str] = [""]
+        self.equations: list[Equation] = []
+        self.attributes: dict[Attribute, int] = {}
+        self.follow = Follow(self._label_of, self._escaped)
+        self._governed: dict[Attribute, Label | None] = {}
+        self._fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
+        self._values = WeakIdKeyDictionary()
+        self._shadows = WeakIdKeyDictionary()
+        self._stale: set[int] = set()
+        self._names = {id(tensor): name for name, tensor in state.items()}
+        self._storages = {_storage(tensor): name for name, tensor in state.items()}
+        self._shapes = {name: tensor.shape for name, tensor in state.items()}
+        self._by_name: dict[str, int] = {}
+
+    def fake_input(self, tensor: Tensor) -> Tensor:
+        """An input as the forward will see it; its dims are never pruned."""
+        if self._fake is not None:
+            fake: Tensor = self._fake.from_tensor(tensor.detach())
+            if tensor.numel() <= SHADOW_LIMIT and not tensor.is_floating_point():
+                self._shadows[fake] = tensor.detach()
+            tensor = fake
+        else:
+            tensor = tensor.detach().clone()
+        self._new_value(tensor, (None,) * tensor.dim(), from_state=False)
+        return tensor
+
+    def value_of(self, tensor: Tensor) -> int:
+        """The number of a tensor's value; unknown ones become state or constants."""
+        number = self._values.get(tensor)
+        if number is not None:
+            return int(number)
+        name = self._names.get(id(tensor))
+        if name is None and not _is_fake(tensor):
+            found = self._storages.get(_storage(tensor))
+            if found is not None and tensor.shape == self._shapes[found]:
+                name = found
+        if name is None:
+            number = self._new_value(tensor, (None,) * tensor.dim(), from_state=True)
+            self.constants[number] = tensor
+        elif name in self._by_name:
+            number = self._by_name[name]
+            self._values[tensor] = number
+        else:
+            labels: Labels = tuple(
+                self.algebra.fresh(size, Axis(name, dim))[:, None] if size > 1 else None
+                for dim, size in enumerate(tensor.shape)
+            )
+            number = self._new_value(tensor, labels, from_state=True)
+            self._by_name[name] = number
+            self.state[number] = name
+        return number
+
+    def pin(self, label: Label | None, reason: str) -> None:
+        """Pin in the name of the tracer itself."""
+        self.algebra.pin(label, Pin(reason, "", "", ""))
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.name in PASSIVE:
+            return func(*args, **kwargs)
+        if func._schema.name == "aten::_local_scalar_dense" and self._shadow(args[0]) is not None:
+            with unset_fake_temporarily():
+                return self._shadow(args[0]).item()
+        known = self._run_shadow(func, args, kwargs)
+        strides = args[0].stride() if args and isinstance(args[0], Tensor) else ()
+        if self._fake is None:
+            out = func(*args, **kwargs)
+        else:
+            with self._fake:
+                out = func(*args, **kwargs)
+        self._record(func, bind(func, args, kwargs), out, strides)
+        if known is None and func._schema.is_mutable:
+            self._stale.update(_storage(t) for t in tree_leaves((args, kwargs)) if _is_fake(t))
+        for tensor, shadow in zip(tree_leaves(out), tree_leaves(known), strict=False):
+            if isinstance(tensor, Tensor) and isinstance(shadow, Tensor):
+                self._shadows[tensor] = shadow
+        return out
+
+    def _record(
+        self, func: OpOverload, bound: dict[str, Any], out: Any, strides: tuple[int, ...]
+    ) -> None:
+        outputs = tuple(t for t in tree_leaves(out) if isinstance(t, Tensor))
+        module, source = self.stack[-1], find_source(sys._getframe(2))
+        call = Call(
+            func,
+            bound,
+            outputs,
+            self.algebra,
+            lambda tensor: self.labels[self.value_of(tensor)],
+            Pin("", str(func), module, source),
+            strides,
+            self.follow.given,
+            lambda tensor: self.from_state[self.value_of(tensor)],
+        )
+        args = {name: _refer(value, self.value_of) for name, value in bound.items()}
+        from_state = all(self.from_state[self.value_of(tensor)] for _, tensor in call.tensors())
+        rule = find_rule(func)
+        effect: Effect | None = None
+        if rule is None:
+            self._pin_unknown(call)
+            labels = call.unlabelled()
+        else:
+            effect = rule(call)
+            labels = effect.outputs
+            for expression, size, label in effect.equations:
+                self._equate(expression, size, label, call)
+        for tensor, own in zip(outputs, labels, strict=True):
+            if len(own) != tensor.dim():
+                raise AssertionError(
+                    f"the rule of {func} gave {len(own)} labels for {tensor.dim()} dims"
+                )
+        numbers = tuple(
+            self._new_value(tensor, own, from_state=from_state)
+            for tensor, own in zip(outputs, labels, strict=True)
+        )
+        self.nodes.append(Node(func, args, numbers, effect, module, source))
+
+    def _equate(self, expression: Expression, size: int, label: Label | None, call: Call) -> None:
+        """What the forward's code says a size is: tie, pin, or remember to check."""
+        if isinstance(expression, int):
+            call.pin(label, "the code fixes this size")
+            return
+        if isinstance(expression, Attribute):
+            if expression not in self._governed:
+                self._governed[expression] = label
+            elif not self.algebra.count_alike(self._governed[expression], label):
+                call.unify(self._governed[expression], label, f"{expression} is the size of both")
+        elif isinstance(expression, Width) and not self.algebra.count_alike(
+            expression.label, label
+        ):
+            call.unify(expression.label, label, "the code takes one size for the other")
+        why = call.context
+        self.equations.append(Equation(expression, Width(size, label), why.module, why.source))
+
+    def _escaped(self, expression: Expression) -> None:
+        self.escape(expression, find_source(sys._getframe(2)))
+
+    def escape(self, expression: Expression, source: str) -> None:
+        """The forward computes with a size: neither it nor what governs it may change."""
+        why = Pin("the code computes with this size", "", self.stack[-1], source)
+        if isinstance(expression, Attribute):
+            self.algebra.pin(self._governed.get(expression), why)
+            self._governed[expression] = None
+        elif isinstance(expression, Width):
+            self.algebra.pin(expression.label, why)
+        elif isinstance(expression, Operation):
+            self.escape(expression.left, source)
+            self.escape(expression.right, source)
+
+    def _label_of(self, tensor: Tensor, dim: int) -> Label | None:
+        number = self._values.get(tensor)
+        if number is None:
+            if id(tensor) not in self._names:
+                return None
+            number = self.value_of(tensor)
+        label: Label | None = self.labels[number][dim]
+        return label
+
+    def _pin_unknown(self, call: Call) -> None:
+        labels = [
+            label for _, tensor in call.tensors() for label in self.labels[self.value_of(tensor)]
+        ]
+        if any(self.algebra.canonical(label) is not None for label in labels):
+            self.unknown[str(call.target)] += 1
+            call.pin_all(f"no rule for {call.target}")
+
+    def _new_value(self, tensor: Tensor, labels: Labels, *, from_state: bool) -> int:
+        number = len(self.labels)
+        self.labels.append(labels)
+        self.shapes.append(tuple(tensor.shape))
+        self.from_state.append(from_state)
+        self._values[tensor] = number
+        return number
+
+    def _shadow(self, tensor: Any) -> Any:
+        if _is_fake(tensor):
+            return None if _storage(tensor) in self._stale else self._shadows.get(tensor)
+        small = tensor.numel() <= SHADOW_LIMIT and tensor.device.type != "meta"
+        return tensor if small and not isinstance(tensor, nn.Parameter) else None
+
+    def _run_shadow(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        """The real result, where all tensors that go in are small and known; else None."""
+        if self._fake is None or torch.Tag.nondeterministic_seeded in func.tags:
+            return None
+        leaves = tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        shadows = {id(tensor): self._shadow(tensor) for tensor in tensors}
+        if any(shadow is None for shadow in shadows.values()):
+            return None
+        if not tensors and not _small_factory(func, leaves):
+            return None
+        if func._schema.is_mutable and any(shadows[id(t)] is t for t in tensors):
+            return None
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "meta":
+            return None
+
+        def real(leaf: Any) -> Any:
+            return shadows[id(leaf)] if isinstance(leaf, Tensor) else leaf
+
+        try:
+            with unset_fake_temporarily():
+                return func(*tree_map(real, args), **tree_map(real, kwargs))
+        except (RuntimeError, NotImplementedError, IndexError, ValueError):
+            return None
+
+
+def _is_fake(value: Any) -> bool:
+    return isinstance(value, torch._subclasses.FakeTensor)
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return id(tensor)
+
+
+def _small_factory(func: OpOverload, leaves: list[Any]) -> bool:
+    if "empty" in func._schema.name:
+        return False
+    sizes = [abs(leaf) for leaf in leaves if isinstance(leaf, (int, float)) and leaf]
+    product = 1.0
+    for size in sizes:
+        product *= size
+    return product <= SHADOW_LIMIT
+
+
+def _refer(value: Any, number: Callable[[Tensor], int]) -> Any:
+    if isinstance(value, Tensor):
+        return Ref(number(value))
+    if isinstance(value, (list, tuple)):
+        return [_refer(item, number) for item in value]
+    return value
+
+
+_OURS = ("/torch/", "/prunus/tracer/", "/contextlib.py", "/prunus/verify")
+_foreign: dict[str, bool] = {}
+
+
+def find_source(frame: Any) -> str:
+    """``file.py:line`` of the innermost frame that is neither PyTorch's nor ours."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        foreign = _foreign.get(name)
+        if foreign is None:
+            plain = name.replace("\\", "/")
+            foreign = _foreign[name] = not any(part in plain for part in _OURS)
+        if foreign:
+            short = "/".join(name.replace("\\", "/").rsplit("/", 2)[-2:])
+            return f"{short}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""

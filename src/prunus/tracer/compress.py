@@ -1,0 +1,75 @@
+"""Run one recorded operator on the kept positions alone.
+
+Norms, softmax and reductions let every position see the others: what "the original with units
+silenced" means for them is that they run on the positions that stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from prunus.graph.axis import Label, Mask, kept_positions
+from prunus.tracer.program import Node, Program
+from prunus.tracer.registry import call_bound
+
+
+def run_on_kept(node: Node, bound: Mapping[str, Any], program: Program, kept: Mask) -> Any:
+    """The result of a mixing operator on the kept positions, at full size; None if it mixes none.
+
+    Removed positions of the outputs are zero.
+    """
+    if node.effect is None or not node.effect.mixing:
+        return None
+    arguments, touched = dict(bound), False
+    for (name, *rest), dim in node.effect.mixing:
+        if rest:
+            raise AssertionError(f"{node.target}: a mixing dim inside a list is not supported")
+        label = program.value_label(node.args[str(name)], dim)
+        stay = None if label is None else kept_positions(label, kept)
+        if stay is not None and label is not None and len(stay) < len(label):
+            index = torch.as_tensor(stay, device=bound[str(name)].device)
+            arguments[str(name)] = arguments[str(name)].index_select(dim, index)
+            touched = True
+    if not touched:
+        return None
+    for name, value in node.effect.sizes.items():
+        arguments[name] = resize(value, program, kept)
+    result = call_bound(node.target, arguments)
+    leaves, spec = tree_flatten(result)
+    numbers = iter(node.outputs)
+    spread = [
+        _spread(leaf, program.labels[next(numbers)], program, kept)
+        if isinstance(leaf, Tensor)
+        else leaf
+        for leaf in leaves
+    ]
+    return tree_unflatten(spread, spec)
+
+
+def resize(value: Any, program: Program, kept: Mask) -> Any:
+    """Integer arguments as they are for the kept positions: (size, label) becomes the count."""
+    if isinstance(value, list):
+        return [resize(item, program, kept) for item in value]
+    size, label = value
+    units = program.label(label)
+    return size if units is None else len(kept_positions(units, kept))
+
+
+def _spread(
+    small: Tensor, labels: tuple[Label | None, ...], program: Program, kept: Mask
+) -> Tensor:
+    """Back to full size along every dim that was cut; zeros where nothing stayed."""
+    for dim, label in enumerate(labels):
+        units = program.label(label)
+        if units is None or small.shape[dim] == len(units):
+            continue
+        stay = torch.as_tensor(kept_positions(units, kept), device=small.device)
+        shape = list(small.shape)
+        shape[dim] = len(units)
+        small = small.new_zeros(shape).index_copy_(dim, stay, small)
+    return small

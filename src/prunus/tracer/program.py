@@ -1,0 +1,129 @@
+"""The traced program: what ran, in order, with the labels on every value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from prunus.graph.axis import Label
+from prunus.tracer.registry import Effect
+
+UnitLabels = tuple[Label | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Stands for the value of that number in recorded arguments."""
+
+    value: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Node:
+    """One operator that ran.
+
+    ``args`` holds every argument by name with :class:`Ref` for tensors; ``effect`` is what its
+    rule said, None for an operator without a rule.
+    """
+
+    target: OpOverload
+    args: Mapping[str, Any]
+    outputs: tuple[int, ...]
+    effect: Effect | None
+    module: str
+    source: str
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A straight line of operators from inputs and state to outputs.
+
+    Attributes
+    ----------
+    inputs
+        Value numbers of the input tensors, in the order of :func:`tensors_of`.
+    state
+        Value number → name of the parameter, buffer or tensor attribute.
+    constants
+        Value number → a tensor that came from elsewhere (a closure, a cache).
+    outputs
+        Name → value number of every output tensor whose shape is kept.
+    labels
+        By value number: the labels of its dims as the tracer left them, in atoms.
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[int, ...]
+    state: Mapping[int, str]
+    constants: Mapping[int, Tensor] = field(repr=False)
+    outputs: Mapping[str, int]
+    labels: tuple[UnitLabels, ...] = field(repr=False)
+    resolve: Any = field(repr=False)
+
+    def value_label(self, reference: Any, dim: int) -> Label | None:
+        """The label, in units, of one dim of a recorded argument."""
+        if not isinstance(reference, Ref):
+            return None
+        return self.label(self.labels[reference.value][dim])
+
+    def label(self, label: Label | None) -> Label | None:
+        """A label of atoms, as the tracer left it, in terms of units; None if all is kept."""
+        found: Label | None = self.resolve(label)
+        return found
+
+
+def tensors_of(structure: Any, path: str = "") -> list[tuple[str, Tensor]]:
+    """Tensors in nested containers with dotted names, in a stable order.
+
+    Lists, tuples, mappings and dataclasses are searched, other objects (caches, say) are not.
+
+    >>> [name for name, _ in tensors_of({"a": [torch.ones(1)], "b": torch.ones(1)})]
+    ['a.0', 'b']
+    """
+    if isinstance(structure, Tensor):
+        return [(path or "output", structure)]
+    items: list[tuple[str, Any]] = []
+    if isinstance(structure, Mapping):
+        items = [(str(key), value) for key, value in structure.items()]
+    elif isinstance(structure, (list, tuple)):
+        names = getattr(structure, "_fields", range(len(structure)))
+        items = [(str(name), value) for name, value in zip(names, structure, strict=True)]
+    elif hasattr(structure, "__dataclass_fields__") and not isinstance(structure, type):
+        items = [(name, getattr(structure, name)) for name in structure.__dataclass_fields__]
+    found: list[tuple[str, Tensor]] = []
+    for name, value in items:
+        found += tensors_of(value, f"{path}.{name}" if path else name)
+    return found
+
+
+def state_of(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Parameters, buffers and tensor attributes by first name, and the other names of tied ones.
+
+    Returns
+    -------
+    state
+        Name → tensor, each tensor once.
+    aliases
+        Other name → first name.
+    """
+    state: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        attributes = {n: v for n, v in vars(module).items() if isinstance(v, Tensor)}
+        for own in (module._parameters, module._buffers, attributes):
+            for name, tensor in own.items():
+                if tensor is None:
+                    continue
+                full = f"{prefix}.{name}" if prefix else name
+                if id(tensor) in first:
+                    aliases.setdefault(full, first[id(tensor)])
+                else:
+                    first[id(tensor)] = full
+                    state[full] = tensor
+    return state, aliases

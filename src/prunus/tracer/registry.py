@@ -1,0 +1,277 @@
+"""The rule registry: one function per kind of operator, keyed by ATen overload.
+
+Kept outside ``rules/`` so that importing one rule imports no other.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from prunus.errors import RuleError
+from prunus.graph.axis import Label
+from prunus.graph.constraints import Pin
+from prunus.graph.expressions import Expression
+from prunus.tracer.labels import Algebra
+from prunus.tracer.provenance import Given
+
+Labels = tuple[Label | None, ...]
+"""One entry per dim of a tensor."""
+
+Path = tuple[str | int, ...]
+"""Where an argument stands: ``("input",)``, or ``("tensors", 1)`` inside a list."""
+
+Place = tuple[Path, int]
+"""One dim of one tensor argument."""
+
+
+Span = tuple[tuple[int, Label | None], ...]
+"""Dims whose sizes are multiplied, as (size, label)."""
+
+
+Equations = tuple[tuple[Expression, int, Label | None], ...]
+"""Sizes that the forward's code states, as (expression, size, label of the dim)."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an operator does to labels.
+
+    Attributes
+    ----------
+    outputs
+        Labels of every tensor among the outputs, in order.
+    contracted
+        Dims that are summed over: a removed position has to contribute nothing there.
+    produced
+        Dims of operands that become dims of the output of a contraction.
+    mixing
+        Dims over which every position sees the others (norms, softmax, reductions): the operator
+        runs on the kept positions alone.
+    sizes
+        Integer arguments that speak of labelled dims, as the labels whose count they are
+        (a plain int stays as it is): ``{"normalized_shape": [label]}``.
+    spans
+        The operator's MACs: a sum of products over dims, each as (size, label).
+    nonempty
+        Slices of dims that have to keep at least one position.
+    equations
+        Sizes that the forward's code states; a plain int pins its dim.
+    """
+
+    outputs: tuple[Labels, ...]
+    contracted: tuple[Place, ...] = ()
+    produced: tuple[Place, ...] = ()
+    mixing: tuple[Place, ...] = ()
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    spans: tuple[Span, ...] = ()
+    nonempty: tuple[Label, ...] = ()
+    equations: Equations = ()
+
+
+class Call:
+    """One operator call as a rule sees it: arguments by name, labels, outputs.
+
+    Attributes
+    ----------
+    target
+        The overload that ran.
+    args
+        Every argument by its schema name, defaults filled in.
+    outputs
+        The tensors that came out, in order.
+    strides
+        Those that the first argument had before the call (an operator may change them in place).
+    given
+        The arguments of the torch function around the call, as the forward wrote them; None
+        where it was called by something else.
+    is_state
+        Whether a tensor is computed from parameters and buffers alone.
+    """
+
+    def __init__(
+        self,
+        target: OpOverload,
+        args: dict[str, Any],
+        outputs: tuple[Tensor, ...],
+        algebra: Algebra,
+        labels_of: Callable[[Tensor], Labels],
+        context: Pin,
+        strides: tuple[int, ...] = (),
+        given: Given | None = None,
+        is_state: Callable[[Tensor], bool] = lambda tensor: False,
+    ) -> None:
+        self.target = target
+        self.args = args
+        self.outputs = outputs
+        self.algebra = algebra
+        self.context = context
+        self.strides = strides
+        self.given = given
+        self.is_state = is_state
+        self._labels_of = labels_of
+
+    @property
+    def name(self) -> str:
+        """The operator's name without namespace and overload: ``"convolution"``."""
+        return str(self.target._schema.name).partition("::")[2]
+
+    def tensors(self) -> Iterator[tuple[Path, Tensor]]:
+        """Every tensor argument with its place."""
+        return tensors_in(self.args)
+
+    def labels(self, name: str, index: int | None = None) -> Labels:
+        """Labels of a tensor argument; of ``None`` an empty tuple."""
+        value = self.args[name] if index is None else self.args[name][index]
+        return () if value is None else self._labels_of(value)
+
+    def labels_of(self, tensor: Tensor) -> Labels:
+        """Labels of any tensor that the forward holds."""
+        return self._labels_of(tensor)
+
+    def why(self, reason: str) -> Pin:
+        """The reason, in the context of this call."""
+        return replace(self.context, reason=reason)
+
+    def unify(self, a: Label | None, b: Label | None, reason: str = "") -> Label | None:
+        """Tie two dims of the same size."""
+        return self.algebra.unify(a, b, self.why(reason or "tied to a dim that nothing can prune"))
+
+    def pin(self, label: Label | None, reason: str) -> None:
+        """Keep every position of a dim."""
+        self.algebra.pin(label, self.why(reason))
+
+    def pin_all(self, reason: str) -> None:
+        """Keep every position of every dim of every tensor argument."""
+        for _, tensor in self.tensors():
+            for label in self._labels_of(tensor):
+                self.pin(label, reason)
+
+    def unlabelled(self) -> tuple[Labels, ...]:
+        """Outputs of which nothing is prunable."""
+        return tuple((None,) * output.dim() for output in self.outputs)
+
+
+def tensors_in(args: Mapping[str, Any]) -> Iterator[tuple[Path, Tensor]]:
+    """Every tensor among bound arguments, lists included, with its place."""
+    for name, value in args.items():
+        if isinstance(value, Tensor):
+            yield (name,), value
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                if isinstance(item, Tensor):
+                    yield (name, index), item
+
+
+Rule = Callable[[Call], Effect]
+
+_RULES: dict[OpOverload, Rule] = {}
+_TAG_RULES: dict[torch.Tag, Rule] = {}
+
+
+def rule(*overloads: str) -> Callable[[Rule], Rule]:
+    """Register a rule for overloads, named as ``"relu"``, ``"add.Tensor"`` or ``"mylib::op"``.
+
+    Without namespace an operator is ATen's, without overload the default one.
+
+    Raises
+    ------
+    RuleError
+        If an overload does not exist, or has a rule already.
+    """
+
+    def register(function: Rule) -> Rule:
+        for text in overloads:
+            target = find_overload(text)
+            if target in _RULES:
+                raise RuleError(
+                    f"{text} has a rule already: {_RULES[target].__name__}",
+                    where=function.__name__,
+                    fix="extend that rule, or take the name off one of the two",
+                )
+            _RULES[target] = function
+        return function
+
+    return register
+
+
+def rule_for_tag(tag: torch.Tag) -> Callable[[Rule], Rule]:
+    """Register a rule for every overload that PyTorch itself gives the tag and none names."""
+
+    def register(function: Rule) -> Rule:
+        _TAG_RULES[tag] = function
+        return function
+
+    return register
+
+
+def find_overload(text: str) -> OpOverload:
+    """The overload that a name in a rule means; :class:`~prunus.errors.RuleError` if none."""
+    namespace, _, name = text.rpartition("::")
+    packet, _, overload = name.partition(".")
+    try:
+        found = getattr(getattr(torch.ops, namespace or "aten"), packet)
+        target = getattr(found, overload or "default")
+    except AttributeError:
+        target = None
+    if not isinstance(target, OpOverload):
+        raise RuleError(
+            f"there is no operator {text!r}",
+            why="a rule is registered by namespace::name.overload, as PyTorch spells it",
+            fix="look at torch.ops.<namespace>.<name>.overloads()",
+        )
+    return target
+
+
+def find_rule(target: OpOverload) -> Rule | None:
+    """The rule of an overload: its own, or that of a tag it carries; None if unknown."""
+    _import_rules()
+    found = _RULES.get(target)
+    if found is None:
+        found = next((_TAG_RULES[tag] for tag in target.tags if tag in _TAG_RULES), None)
+    return found
+
+
+def registered() -> Mapping[OpOverload, Rule]:
+    """Every overload with a rule of its own."""
+    _import_rules()
+    return dict(_RULES)
+
+
+def bind(target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by schema name, with defaults."""
+    bound: dict[str, Any] = {}
+    for index, argument in enumerate(target._schema.arguments):
+        if index < len(args):
+            bound[argument.name] = args[index]
+        elif argument.name in kwargs:
+            bound[argument.name] = kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def call_bound(target: OpOverload, bound: Mapping[str, Any]) -> Any:
+    """Run an overload on arguments by name."""
+    positional = [bound[a.name] for a in target._schema.arguments if not a.kwarg_only]
+    named = {a.name: bound[a.name] for a in target._schema.arguments if a.kwarg_only}
+    return target(*positional, **named)
+
+
+_imported = False
+
+
+def _import_rules() -> None:
+    global _imported
+    if not _imported:
+        _imported = True
+        rules = importlib.import_module("prunus.tracer.rules")
+        for module in pkgutil.iter_modules(rules.__path__):
+            importlib.import_module(f"{rules.__name__}.{module.name}")

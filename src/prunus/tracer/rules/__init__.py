@@ -1,0 +1,1 @@
+"""What each kind of operator does to labels; one file per family, found without a list."""

@@ -1,0 +1,76 @@
+"""The fused attention family: softmax(q kᵀ · scale + mask) v in one operator."""
+
+from __future__ import annotations
+
+from prunus.graph.axis import Label
+from prunus.tracer.registry import Call, Effect, Labels, rule
+from prunus.tracer.rules.contraction import CONTRACTED
+
+OPERANDS = ("query", "key", "value")
+POSITION = "a position of the sequence"
+
+
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_attention_math",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+def attention(call: Call) -> Effect:
+    """q (…, L, E), k (…, S, E), v (…, S, F): E is contracted; … and F pass, L and S stay."""
+    query, key, value = (call.labels(name) for name in OPERANDS)
+    for labels in (query, key, value):
+        call.pin(labels[-2], POSITION)
+    inner = call.unify(query[-1], key[-1], CONTRACTED)
+    shape = call.outputs[0].shape
+    lead = tuple(_tie_lead(call, dim) for dim in range(len(shape) - 2))
+    _tie_mask(call, lead)
+    rest = tuple(
+        (*lead, *(None,) * (output.dim() - len(lead)))
+        if output.shape[: len(lead)] == shape[:-2]
+        else (None,) * output.dim()
+        for output in call.outputs[1:]
+    )
+    length, keys = call.args["query"].shape[-2], call.args["key"].shape[-2]
+    scores = (*zip(shape[:-2], lead, strict=True), (length * keys, None))
+    return Effect(
+        ((*lead, None, value[-1]), *rest),
+        contracted=((("query",), len(query) - 1), (("key",), len(key) - 1)),
+        spans=(
+            (*scores, (call.args["query"].shape[-1], inner)),
+            (*scores, (shape[-1], value[-1])),
+        ),
+    )
+
+
+def _tie_lead(call: Call, dim: int) -> Label | None:
+    """A batch or head dim: the same everywhere, or of the query alone, which shares keys."""
+    shapes = [call.args[name].shape for name in OPERANDS]
+    sizes = [shape[dim] for shape in shapes]
+    first, *others = (call.labels(name)[dim] for name in OPERANDS)
+    joined, size = first, sizes[0]
+    for label, own in zip(others, sizes[1:], strict=True):
+        if own == size:
+            joined = call.unify(joined, label)
+        elif size == 1:
+            joined, size = label, own
+        elif own > 1:
+            why = call.why("the heads that share a key stay together")
+            shared, place = call.algebra.split(joined, (own, size // own), why)
+            call.pin(place, why.reason)
+            call.unify(shared, label)
+    return call.algebra.canonical(joined)
+
+
+def _tie_mask(call: Call, lead: Labels) -> None:
+    name = next((n for n in ("attn_mask", "attn_bias") if call.args.get(n) is not None), None)
+    if name is None:
+        return
+    labels, shape = call.labels(name), call.args[name].shape
+    for label in labels[-2:]:
+        call.pin(label, POSITION)
+    for label, size, own in zip(labels[-3::-1], shape[-3::-1], lead[::-1], strict=False):
+        if size > 1:
+            call.unify(label, own, "an attention bias per head")

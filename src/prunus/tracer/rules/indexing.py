@@ -1,0 +1,151 @@
+"""Look-ups by index: the dim that is addressed stays whole, the others pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prunus.graph.axis import Label
+from prunus.tracer.registry import Call, Effect, Labels, rule
+from prunus.tracer.rules.view import wrap
+
+ADDRESSED = "positions along this dim are addressed by index"
+
+
+@rule("embedding")
+def embedding(call: Call) -> Effect:
+    """Rows of a table."""
+    rows, columns = call.labels("weight")
+    call.pin(rows, ADDRESSED)
+    return Effect(((*call.labels("indices"), columns),), produced=((("weight",), 1),))
+
+
+@rule("index_select")
+def index_select(call: Call) -> Effect:
+    """Chosen positions of one dim."""
+    labels = list(call.labels("self"))
+    if labels:
+        dim = wrap(call.args["dim"], len(labels))
+        call.pin(labels[dim], ADDRESSED)
+        labels[dim] = next(iter(call.labels("index")), None)
+    return Effect((tuple(labels),))
+
+
+@rule("gather")
+def gather(call: Call) -> Effect:
+    """Chosen positions of one dim, separately at every other position."""
+    source, index = call.labels("self"), call.labels("index")
+    if len(source) != len(index):  # a scalar stands for a single position
+        call.pin(next(iter(source), None), ADDRESSED)
+        return Effect((index,))
+    if not source:
+        return Effect(call.unlabelled())
+    dim = wrap(call.args["dim"], len(source))
+    labels: list[Label | None] = list(index)
+    for d, (ours, theirs) in enumerate(zip(source, index, strict=True)):
+        if d == dim:
+            call.pin(ours, ADDRESSED)
+        elif call.args["self"].shape[d] == call.args["index"].shape[d]:
+            labels[d] = call.unify(ours, theirs)
+        else:
+            call.pin(ours, ADDRESSED)
+            call.pin(theirs, ADDRESSED)
+            labels[d] = None
+    return Effect((tuple(labels),))
+
+
+@rule("index.Tensor", "_unsafe_index.Tensor")
+def index(call: Call) -> Effect:
+    """Advanced indexing: addressed dims give way to the index's own."""
+    _, found = _address(call)
+    return Effect((found,))
+
+
+@rule("index_put", "index_put_", "_index_put_impl_")
+def index_put(call: Call) -> Effect:
+    """Written by advanced indexing: values are tied to the dims that are not addressed."""
+    labels, found = _address(call)
+    values, shape = call.labels("values"), call.args["values"].shape
+    for label, size, own in zip(values[::-1], shape[::-1], found[::-1], strict=False):
+        if size > 1:
+            call.unify(label, own, ADDRESSED)
+    return Effect((labels,))
+
+
+def _address(call: Call) -> tuple[Labels, Labels]:
+    """Pin what indices address: labels of the tensor, and of what they look up in it."""
+    labels = list(call.labels("self"))
+    indices = call.args["indices"]
+    rest: list[Label | None] = []
+    dim = new = 0
+    at: int | None = None
+    for number, item in enumerate(indices):
+        if item is None:
+            rest.append(labels[dim])
+            dim += 1
+            continue
+        at = len(rest) if at is None else at
+        boolean = item.dtype in (torch.bool, torch.uint8)
+        new = max(new, 1 if boolean else item.dim())
+        for label in call.labels("indices", number):
+            call.pin(label, ADDRESSED)
+        for _ in range(item.dim() if boolean else 1):
+            call.pin(labels[dim], ADDRESSED)
+            labels[dim] = None
+            dim += 1
+    rest += labels[dim:]
+    used = [number for number, item in enumerate(indices) if item is not None]
+    apart = used != list(range(used[0], used[0] + len(used)))
+    at = 0 if apart or at is None else at  # PyTorch puts new dims first if indices are apart
+    return tuple(labels), (*rest[:at], *(None,) * new, *rest[at:])
+
+
+@rule(
+    "scatter.src",
+    "scatter.value",
+    "scatter_.src",
+    "scatter_.value",
+    "scatter_add",
+    "scatter_add_",
+    "scatter_reduce.two",
+    "scatter_reduce_.two",
+)
+def scatter(call: Call) -> Effect:
+    """Written to chosen positions of one dim, separately at every other position."""
+    names = [name for name in ("self", "index", "src") if isinstance(call.args.get(name), Tensor)]
+    shapes = [call.args[name].shape for name in names]
+    if len({len(shape) for shape in shapes}) > 1:  # a scalar stands for a single position
+        call.pin_all(ADDRESSED)
+        return Effect(call.unlabelled())
+    columns = zip(*(call.labels(name) for name in names), strict=True)
+    dim = wrap(call.args["dim"], len(shapes[0]))
+    labels: list[Label | None] = []
+    for d, column in enumerate(columns):
+        whole = d != dim and len({shape[d] for shape in shapes}) == 1
+        for label in column:
+            if not whole:
+                call.pin(label, ADDRESSED)
+        joined = column[0] if whole else None
+        for other in column[1:] if whole else ():
+            joined = call.unify(joined, other)
+        labels.append(joined)
+    return Effect((tuple(labels),))
+
+
+@rule("index_add", "index_add_", "index_copy", "index_copy_")
+def index_write(call: Call) -> Effect:
+    """Slices written to chosen positions of one dim, and tied along the others."""
+    labels, source = list(call.labels("self")), call.labels("source")
+    for label in call.labels("index"):
+        call.pin(label, ADDRESSED)
+    if not labels or len(labels) != len(source):
+        call.pin_all(ADDRESSED)
+        return Effect(call.unlabelled())
+    dim = wrap(call.args["dim"], len(labels))
+    for d, (ours, theirs) in enumerate(zip(labels, source, strict=True)):
+        if d != dim:
+            labels[d] = call.unify(ours, theirs)
+    for label in (labels[dim], source[dim]):
+        call.pin(label, ADDRESSED)
+    labels[dim] = None
+    return Effect((tuple(labels),))

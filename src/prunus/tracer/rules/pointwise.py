@@ -1,0 +1,158 @@
+"""Elementwise operators, factories, and whatever passes a tensor through."""
+
+from __future__ import annotations
+
+import torch
+
+from prunus.graph.axis import Axis, Label
+from prunus.tracer.provenance import expression_of
+from prunus.tracer.registry import Call, Effect, Labels, rule, rule_for_tag
+
+
+def broadcast(call: Call, ndim: int, shape: torch.Size) -> Labels:
+    """Tie the aligned dims of all tensor arguments; a dim of size 1 that is stretched is free."""
+    operands = [
+        (tensor.shape, call.labels(str(path[0]), *path[1:]))  # type: ignore[arg-type]
+        for path, tensor in call.tensors()
+    ]
+    labels: list[Label | None] = []
+    for dim in range(ndim):
+        aligned = []
+        for sizes, operand in operands:
+            own = dim - ndim + len(sizes)
+            if own >= 0 and sizes[own] == shape[dim] and shape[dim] > 1:
+                aligned.append(operand[own])
+        joined = aligned[0] if aligned else None
+        for other in aligned[1:]:
+            joined = call.unify(joined, other, "combined with a tensor that nothing can prune")
+        labels.append(joined)
+    return tuple(labels)
+
+
+@rule_for_tag(torch.Tag.pointwise)
+@rule(
+    "copy_",
+    "masked_fill.Scalar",
+    "masked_fill_.Scalar",
+    "masked_fill.Tensor",
+    "masked_fill_.Tensor",
+    "_to_copy",
+    "lerp.Tensor",
+    "zero_",
+    "fill.Scalar",
+    "fill.Tensor",
+    "fill_.Scalar",
+    "fill_.Tensor",
+    "hardswish",
+    "hardswish_",
+    "gelu_",
+    "mish_",
+    "threshold_",
+    "abs_",
+    "log_sigmoid_forward",
+    "rrelu_with_noise",
+    "_prelu_kernel",
+    "floor_divide",
+    "floor_divide.Scalar",
+    "complex",
+    "polar",
+    "_conj",
+    "dropout",
+    "native_dropout",
+    "bernoulli",
+    "bernoulli_.float",
+    "uniform_",
+    "normal_",
+    "exponential_",
+    "bernoulli.p",
+)
+def pointwise(call: Call) -> Effect:
+    """Each output position depends on the same position of the inputs."""
+    return Effect(tuple(broadcast(call, out.dim(), out.shape) for out in call.outputs))
+
+
+@rule(
+    "alias",
+    "detach",
+    "detach_",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+)
+def passes(call: Call) -> Effect:
+    """The output has the labels of the input."""
+    name = call.target._schema.arguments[0].name
+    return Effect((call.labels(name),))
+
+
+FACTORIES = frozenset(
+    (
+        "zeros",
+        "ones",
+        "full",
+        "empty",
+        "rand",
+        "randn",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+    )
+)
+
+
+@rule(
+    "zeros",
+    "ones",
+    "full",
+    "empty.memory_format",
+    "empty_strided",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "new_empty_strided",
+    "rand",
+    "randn",
+    "scalar_tensor",
+)
+def elastic(call: Call) -> Effect:
+    """A tensor without content of its own takes the labels of whatever it meets.
+
+    A size that the forward's code writes as a number stays what it is.
+    """
+    name = f"{call.name} in {call.context.module or 'model'} #{call.algebra.count}"
+    out = call.outputs[0]
+    given = call.given if call.given is not None and call.given.name in FACTORIES else None
+    written = given.sizes(out.dim()) if given is not None else None
+    labels: list[Label | None] = []
+    equations = []
+    for dim, size in enumerate(out.shape):
+        expression = None if written is None else expression_of(written[dim])
+        free = size > 1 and not isinstance(expression, int)
+        labels.append(call.algebra.fresh(size, Axis(name, dim))[:, None] if free else None)
+        if free and expression is not None:
+            equations.append((expression, size, labels[-1]))
+    return Effect((tuple(labels),), equations=tuple(equations))
+
+
+@rule(
+    "arange",
+    "arange.start",
+    "arange.start_step",
+    "linspace",
+    "eye",
+    "eye.m",
+    "randint",
+    "randint.low",
+    "randperm",
+)
+def constants(call: Call) -> Effect:
+    """Content depends on the position: nothing may be removed."""
+    return Effect(call.unlabelled())

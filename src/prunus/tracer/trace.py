@@ -1,0 +1,225 @@
+"""From a model and example inputs to a coupling graph and the program that ran."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils._pytree import tree_map
+
+from prunus.errors import TraceError
+from prunus.graph.coupling import CouplingGraph
+from prunus.tracer.build import build_graph
+from prunus.tracer.capture import Recorder
+from prunus.tracer.inputs import describe_inputs
+from prunus.tracer.program import Program, state_of, tensors_of
+from prunus.tracer.provenance import mark_attributes, marked_objects
+
+SIDE_OUTPUTS = ("hidden_states", "attentions", "past_key_values", "mems", "cache_params", "states")
+"""Mapping entries that are no outputs unless they are named: internals that one may ask to see."""
+
+
+def trace(
+    model: nn.Module,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    outputs: str | Sequence[str] | None = None,
+    real: bool = False,
+) -> CouplingGraph:
+    """Run the forward once, in eval mode, and find out what hangs together.
+
+    Parameters
+    ----------
+    model
+        Any module, on any device; it is not modified.
+    args, kwargs
+        What the forward is called with; a bare tensor is taken as the only argument.  Costs in
+        MACs are for these inputs.
+    outputs
+        Names or globs of the outputs that keep their shape, as ``"logits"``, ``"0"``, ``"p*"``;
+        by default all of them except caches, hidden states and attentions.
+    real
+        Run on real tensors at once, instead of only where fake ones don't do.
+
+    Raises
+    ------
+    TraceError
+        If no output is named, or if no tensor comes out.  An error in the model's own forward is
+        raised as it is.
+    """
+    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    kwargs = dict(kwargs or {})
+    if not real:
+        try:
+            return _capture(model, args, kwargs, outputs, real=False)
+        except TraceError:
+            raise
+        except Exception:  # whatever a forward may raise on fake tensors: the real run decides
+            if any(tensor.device.type == "meta" for tensor in model.parameters()):
+                raise
+    return _capture(copy.deepcopy(model), args, kwargs, outputs, real=True)
+
+
+def _capture(
+    model: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any, *, real: bool
+) -> CouplingGraph:
+    state, aliases = state_of(model)
+    recorder = Recorder(state, real=real)
+    numbers: list[int] = []
+
+    def admit(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        admitted = recorder.fake_input(value)
+        numbers.append(recorder.value_of(admitted))
+        return admitted
+
+    with quiet_run(model), follow_modules(model, recorder.stack):
+        fake_args, fake_kwargs = tree_map(admit, (args, kwargs))
+        recorder.attributes = mark_attributes(model)
+        with recorder, recorder.follow:
+            result = model(*fake_args, **fake_kwargs)
+    chosen = select_outputs(tensors_of(result), outputs)
+    kept: dict[str, int] = {}
+    for name, tensor in chosen:
+        kept[name] = recorder.value_of(tensor)
+        for label in recorder.labels[kept[name]]:
+            recorder.pin(label, f"output {name!r} keeps its shape")
+    graph, resolve = build_graph(recorder, model, state, aliases, tuple(kept))
+    program = Program(
+        tuple(recorder.nodes),
+        tuple(numbers),
+        recorder.state,
+        recorder.constants,
+        kept,
+        tuple(recorder.labels),
+        resolve,
+    )
+    described = {
+        "inputs": describe_inputs(args, kwargs),
+        "outputs": {name: list(tensor.shape) for name, tensor in chosen},
+    }
+    return replace(graph, program=program, traced=described)
+
+
+def select_outputs(
+    found: Sequence[tuple[str, Tensor]], wanted: str | Sequence[str] | None
+) -> list[tuple[str, Tensor]]:
+    """The outputs whose shape is kept."""
+    names = [name for name, _ in found]
+    if not found:
+        raise TraceError(
+            "the forward returned no tensor",
+            why="tensors are looked for in lists, tuples, mappings and dataclasses",
+            fix="wrap the model so that its forward returns the tensors",
+        )
+    if wanted is None:
+        main = [(n, t) for n, t in found if not n.partition(".")[0].endswith(SIDE_OUTPUTS)]
+        return main or list(found)
+    globs = [wanted] if isinstance(wanted, str) else list(wanted)
+    for glob in globs:
+        if not any(fnmatch(name, glob) for name in names):
+            raise TraceError(
+                f"no output is called {glob!r}", why=f"the outputs are: {', '.join(names)}"
+            )
+    return [(n, t) for n, t in found if any(fnmatch(n, glob) for glob in globs)]
+
+
+@contextmanager
+def quiet_run(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, no fast paths; everything touched is put back afterwards.
+
+    The multi-head-attention fast path and oneDNN's recurrent kernels hide what they compute.
+    Modules that cache tensors during a forward get their attributes back.
+    """
+    modes = {module: module.training for module in model.modules()}
+    snapshots = [_Snapshot(module) for module in modes]
+    settings = [(values, dict(values)) for values in marked_objects(model)]
+    fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.backends.mha.set_fastpath_enabled(False)
+            torch._C._set_mkldnn_enabled(False)
+            model.eval()
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch._C._set_mkldnn_enabled(onednn)
+        for snapshot in snapshots:
+            snapshot.restore()
+        for values, saved in settings:
+            values.clear()
+            values.update(saved)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _same(container: Any, content: Any) -> bool:
+    """Whether a dict or set holds the very same entries; values are compared by identity."""
+    if isinstance(container, dict):
+        return list(map(id, container.values())) == list(map(id, content.values())) and list(
+            container
+        ) == list(content)
+    return bool(container == content)
+
+
+class _Snapshot:
+    """A module's attributes and the contents of its containers, to be put back in place.
+
+    Containers stay the same objects, since hook handles and other modules may point at them.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._attributes = vars(module)
+        self._saved = dict(self._attributes)
+        self._contents = [
+            (value, value.copy())
+            for value in self._saved.values()
+            if isinstance(value, (dict, list, set))
+        ]
+
+    def restore(self) -> None:
+        """Undo what was set, added or removed since."""
+        self._attributes.clear()
+        self._attributes.update(self._saved)
+        for container, content in self._contents:
+            if isinstance(container, list):
+                container[:] = content
+            elif not _same(container, content):
+                container.clear()
+                container.update(content)
+
+
+@contextmanager
+def follow_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep the path of the module that is running on top of ``stack``."""
+    paths = {id(module): name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        stack.append(paths.get(id(module), stack[-1]))
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        stack.pop()
+
+    handles = [
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

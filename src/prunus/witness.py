@@ -1,0 +1,521 @@
+"""The second witness: finds what reads the removed units by perturbing them, and silences that.
+
+It knows nothing of traced operators and labels.  Of a plan it takes one thing: which rows of
+which layers (and of tensors that belong to no layer) are gone.  Those rows get noise while the
+user's Python model runs; every layer whose inputs move in some channels reads the removed units
+there.  Then the weights of these layers are zeroed in these columns, and the model as the user
+wrote it tells what the pruned one has to say.
+
+Layers are convolutions, linear layers and embeddings.  What anything else does with a removed
+unit (attention, a functional matrix product, a parametrization) leaves the question undecided.
+"""
+
+# ruff: noqa: PT028 - ``testify`` is no test, whatever its name begins with
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from prunus.graph.axis import Axis
+from prunus.plans import Plan
+
+TOLERANCE = {torch.float64: 1e-6}
+"""Largest relative error at which the two agree; 1e-4 for every type not named."""
+
+MOVED = 1e-3
+"""Silencing the consumers has to move an output by this much, or agreement proves nothing."""
+
+SCALES = (0.3, 3.0, 30.0)
+"""Noise in standard deviations of a layer's output: small noise passes saturated activations,
+large noise passes dead ones."""
+
+ATTEMPTS = 8
+"""How often noise is drawn anew before the witness gives up."""
+
+CONTRACTIONS = {
+    *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "convolution"),
+    *("mkldnn_rnn_layer", "native_layer_norm", "_fused_rms_norm", "native_group_norm"),
+    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"),
+    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
+}
+"""Operators that read channels into others; outside of a layer they may not meet a removed one."""
+
+_LAYERS = (nn.Linear, _ConvNd, nn.Embedding)
+
+
+@dataclass(frozen=True)
+class Testimony:
+    """What the witness says of a pruned model.
+
+    Attributes
+    ----------
+    rel_err
+        Largest ‖pruned − silenced‖∞ / ‖silenced‖∞ over the outputs; infinite where they can't be
+        compared.
+    consumers
+        Module path → input channels that carry removed units.
+    reason
+        Why it is undecided, or what could not be compared.
+    """
+
+    verdict: Literal["agrees", "disagrees", "undecided"]
+    rel_err: float
+    consumers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    reason: str = ""
+
+
+class _UndecidedError(Exception):
+    """The witness can't tell, for the reason given."""
+
+
+class _FailedError(Exception):
+    """The pruned model gives nothing to compare."""
+
+
+def testify(
+    plan: Plan,
+    model: nn.Module,
+    pruned: nn.Module,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    outputs: Collection[str] | None = None,
+) -> Testimony:
+    """Compare a pruned model with the original in which the consumers' weights are zeroed.
+
+    Parameters
+    ----------
+    plan
+        It may touch only units that nothing mixes: removing a unit under a layer norm, a softmax
+        or a mean over channels is not the same as silencing whoever reads it.
+    model, pruned
+        The original, and the model that the plan has cut.  Neither is modified.
+    args, kwargs
+        Inputs for the forward of both.
+    outputs
+        Names of the outputs to compare, as ``"logits"``, ``"0"``; by default all.
+
+    Returns
+    -------
+    Testimony
+        *agrees* within 1e-4 relative (1e-6 in float64), *disagrees*, or *undecided*.  A pruned
+        model that fails, or answers in another shape, disagrees.
+    """
+    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    kwargs = dict(kwargs or {})
+    try:
+        with _quiet(own := copy.deepcopy(model)):
+            dense = _named(own(*args, **kwargs), outputs)
+        with _quiet(own := copy.deepcopy(pruned)):
+            answer = _answer_of(own, args, kwargs, dense)
+        expected, consumers = _silenced_answer(model, _find_gone(plan, model), args, kwargs, dense)
+        if _relative_error(dense, expected) <= MOVED:
+            raise _UndecidedError("silencing the consumers moves no output")
+    except _UndecidedError as undecided:
+        return Testimony("undecided", float("nan"), {}, str(undecided))
+    except _FailedError as failed:
+        return Testimony("disagrees", float("inf"), {}, str(failed))
+    error = _relative_error(expected, answer)
+    limit = min(TOLERANCE.get(tensor.dtype, 1e-4) for tensor in expected.values())
+    return Testimony("agrees" if error <= limit else "disagrees", error, consumers)
+
+
+def _answer_of(
+    pruned: nn.Module, args: Any, kwargs: Any, dense: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the pruned model answers; it has to answer in the original's shapes."""
+    try:
+        found = pruned(*args, **kwargs)
+    except Exception as failure:  # the pruned model's own forward may raise anything
+        told = f"the pruned model's forward raised {type(failure).__name__}: {failure}"
+        raise _FailedError(told) from failure
+    answer = _named(found, dense)
+    for name, tensor in dense.items():
+        shape = tuple(answer[name].shape) if name in answer else None
+        if shape != tuple(tensor.shape):
+            raise _FailedError(f"output {name!r} has shape {shape}, not {tuple(tensor.shape)}")
+    return answer
+
+
+def _silenced_answer(
+    model: nn.Module,
+    gone: _Gone,
+    args: Any,
+    kwargs: Any,
+    dense: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """The model's answer with all consumers silenced, and the consumers.
+
+    A dead activation may hide a unit, so noise is drawn anew until silencing what was found
+    silences the rows: noise on them then reaches no output any more.
+    """
+    subject = copy.deepcopy(model)
+    clean = _run(subject, gone, None, None, args, kwargs)
+    for run in (clean, _run(subject, gone, None, clean, args, kwargs)):
+        _compare_runs(dense, run, "the model does not answer the same twice")
+    moved: dict[str, Any] = {}
+    consumers: dict[str, tuple[int, ...]] = {}
+    for attempt in range(ATTEMPTS):
+        for scale in SCALES:
+            noisy = _run(subject, gone, _Noise(scale, 2 * attempt), clean, args, kwargs)
+            _compare_runs(dense, noisy, "a removed unit reaches an output past all layers")
+            for name, channels in noisy.moved.items():
+                moved[name] = moved.get(name, False) | channels
+        found = {n: tuple(np.flatnonzero(at).tolist()) for n, at in moved.items() if at.any()}
+        if found == consumers and attempt:
+            continue
+        consumers = found
+        silent = _silence(model, consumers)
+        with _quiet(silent):
+            answer = _named(silent(*args, **kwargs), dense)
+        if _is_silent(silent, gone, answer, 2 * attempt + 1, args, kwargs):
+            return answer, consumers
+    raise _UndecidedError(
+        "noise on the removed units reaches an output although all layers that read it are silent"
+    )
+
+
+def _compare_runs(dense: Mapping[str, Tensor], run: _Heard, reason: str) -> None:
+    answer = _named(run.answer, dense)
+    if any(_differ(tensor, answer[name]).any() for name, tensor in dense.items()):
+        raise _UndecidedError(reason)
+
+
+@dataclass(frozen=True)
+class _Gone:
+    """What a plan removes of whatever makes channels.
+
+    ``rows``: module path → output channels of a layer.  ``tables``: tensor → positions of its
+    dims, for tensors that belong to no layer (position tables, query embeddings, gains).
+    """
+
+    rows: Mapping[str, NDArray[np.int64]]
+    tables: Mapping[str, Mapping[int, NDArray[np.int64]]]
+
+
+def _find_gone(plan: Plan, model: nn.Module) -> _Gone:
+    owners = {id(_fetch(model, axis.tensor)): axis.tensor for axis in plan.keep}
+
+    def lost(tensor: Tensor, dim: int) -> NDArray[np.int64]:
+        stay = plan.keep.get(Axis(owners.get(id(tensor), ""), dim))
+        everything = np.arange(tensor.shape[dim])
+        return np.setdiff1d(everything, everything if stay is None else np.array(stay))
+
+    tables: dict[str, dict[int, NDArray[np.int64]]] = {}
+    for axis in plan.keep:
+        if _is_table(model, axis):
+            found = lost(_fetch(model, axis.tensor), axis.dim)
+            tables.setdefault(axis.tensor, {})[axis.dim] = found
+    rows: dict[str, NDArray[np.int64]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if not isinstance(module, _LAYERS) or weight is None or _carries(module):
+            continue
+        if isinstance(module, _ConvTransposeNd):
+            channels = _transposed_rows(lost(weight, 0), lost(weight, 1), module)
+        else:
+            channels = lost(weight, 1 if isinstance(module, nn.Embedding) else 0)
+        if len(channels):
+            rows[name] = channels
+    if not rows and not tables:
+        raise _UndecidedError("the plan removes no row of a layer")
+    return _Gone(rows, tables)
+
+
+def _is_table(model: nn.Module, axis: Axis) -> bool:
+    """Whether the tensor belongs to no standard module; refuses what noise can't be added to."""
+    module = model.get_submodule(axis.tensor.rpartition(".")[0].partition(".parametrizations")[0])
+    computed = isinstance(module, _LAYERS) and "weight" not in module._parameters
+    if computed or isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)):
+        raise _UndecidedError(f"{axis} is not a plain weight of a layer")
+    standard = any(
+        kind.__module__.startswith("torch.nn.modules.")
+        for kind in type(module).__mro__
+        if kind is not nn.Module and "container" not in kind.__module__
+    )
+    if not standard and not _fetch(model, axis.tensor).is_floating_point():
+        raise _UndecidedError(f"{axis} holds indices, to which noise can't be added")
+    return not standard
+
+
+def _transposed_rows(
+    ins: NDArray[np.int64], outs: NDArray[np.int64], module: _ConvTransposeNd
+) -> NDArray[np.int64]:
+    """Output channels that go: the same of every block, and those of blocks without inputs."""
+    blocks, per_block = module.groups, module.weight.shape[1]
+    lost = np.zeros((blocks, per_block), dtype=np.bool_)
+    lost[:, outs] = True
+    inputs = module.weight.shape[0] // blocks
+    lost[np.bincount(ins // inputs, minlength=blocks) == inputs] = True
+    return np.flatnonzero(lost.ravel())
+
+
+def _carries(module: nn.Module) -> bool:
+    """Whether each output channel reads one input channel: depthwise, both ways."""
+    grouped = isinstance(module, _ConvNd) and module.groups > 1
+    return grouped and module.in_channels == module.groups
+
+
+def _silence(model: nn.Module, consumers: Mapping[str, tuple[int, ...]]) -> nn.Module:
+    """A copy whose layers do not read the given input channels; tied weights come apart."""
+    silent = copy.deepcopy(model)
+    for name, channels in consumers.items():
+        layer: Any = silent.get_submodule(name)
+        if layer._parameters.get("weight") is None:
+            raise _UndecidedError(f"{name} reads removed units, and its weight is computed")
+        weight = layer.weight.detach().clone()
+        if isinstance(layer, _ConvTransposeNd):
+            weight[list(channels)] = 0
+        else:
+            blocks = getattr(layer, "groups", 1)
+            outs, ins = weight.shape[0] // blocks, weight.shape[1]
+            for block, column in (divmod(channel, ins) for channel in channels):
+                weight[block * outs : (block + 1) * outs, column] = 0
+        layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    return silent
+
+
+def _is_silent(
+    silent: nn.Module,
+    gone: _Gone,
+    before: Mapping[str, Tensor],
+    seed: int,
+    args: Any,
+    kwargs: Any,
+) -> bool:
+    """Whether noise on the rows reaches no output, when no layer's input is put right."""
+    for scale in SCALES:
+        with _Noise(scale, seed).on(silent, gone), _quiet(silent):
+            after = _named(silent(*args, **kwargs), before)
+        if not _relative_error(before, after) <= TOLERANCE[torch.float64]:
+            return False
+    return True
+
+
+@dataclass
+class _Heard:
+    """One run: what every layer read, and what contractions outside of layers read."""
+
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    operands: list[list[Tensor]] = field(default_factory=list)
+    moved: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+    answer: Any = None
+
+
+def _run(
+    model: nn.Module,
+    gone: _Gone,
+    noise: _Noise | None,
+    clean: _Heard | None,
+    args: Any,
+    kwargs: Any,
+) -> _Heard:
+    """Run with noise on the rows; where a clean run is given, every layer reads what it read then.
+
+    So noise never gets past a layer that reads it, and each is judged by itself.
+    """
+    heard = _Heard()
+    guard = _Guard(heard, clean)
+    handles: list[Any] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, _LAYERS):
+            continue
+        if not _carries(module) and not isinstance(module, nn.Embedding):
+            ear = _Ear(name, heard, clean)
+            handles.append(module.register_forward_pre_hook(ear, with_kwargs=True))
+        handles.append(module.register_forward_pre_hook(guard.enter))
+        handles.append(module.register_forward_hook(guard.leave, always_call=True))
+    try:
+        with noise.on(model, gone) if noise else nullcontext(), _quiet(model), guard:
+            heard.answer = model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return heard
+
+
+class _Ear:
+    """Compares what a layer reads with what it read in the clean run, and gives it the latter."""
+
+    def __init__(self, name: str, heard: _Heard, clean: _Heard | None) -> None:
+        self._name, self._heard, self._clean = name, heard, clean
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        values = args[0] if args else kwargs["input"]
+        calls = self._heard.inputs.setdefault(self._name, [])
+        calls.append(values.clone())
+        if self._clean is None:
+            return None
+        known = self._clean.inputs.get(self._name, [])
+        if len(known) < len(calls) or known[len(calls) - 1].shape != values.shape:
+            raise _UndecidedError(f"noise changes how often {self._name} runs")
+        reference = known[len(calls) - 1]
+        weight: Any = module.weight
+        channel = values.dim() + 1 - weight.dim()
+        others = [dim for dim in range(values.dim()) if dim != channel]
+        differs = _differ(values, reference)
+        differs = differs.any(dim=others) if others else differs
+        before = self._heard.moved.get(self._name, np.False_)
+        self._heard.moved[self._name] = before | differs.cpu().numpy()
+        given = reference.clone()
+        return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "input": given})
+
+
+class _Guard(TorchDispatchMode):
+    """Watches contractions outside of layers: none may read a removed unit."""
+
+    def __init__(self, heard: _Heard, clean: _Heard | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._heard, self._clean, self._depth = heard, clean, 0
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """A layer begins to run."""
+        self._depth += 1
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A layer has run."""
+        self._depth -= 1
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = func._schema.name.partition("::")[2]
+        if not self._depth and name in CONTRACTIONS:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            if self._clean is None:
+                self._heard.operands.append([tensor.clone() for tensor in tensors])
+            else:
+                self._compare(name, tensors)
+        return func(*args, **(kwargs or {}))
+
+    def _compare(self, name: str, tensors: list[Tensor]) -> None:
+        assert self._clean is not None
+        self._heard.operands.append([])
+        index = len(self._heard.operands) - 1
+        known = self._clean.operands[index] if index < len(self._clean.operands) else []
+        same = [tensor.shape for tensor in known] == [tensor.shape for tensor in tensors]
+        if not same or any(_differ(a, b).any() for a, b in zip(known, tensors, strict=True)):
+            raise _UndecidedError(f"{name}, which is no layer, reads a removed unit")
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Noise on what is gone, in standard deviations of what it is added to.
+
+    Half of it is the same for a whole channel, which moves windows and means as well.
+    """
+
+    scale: float
+    seed: int
+
+    @contextmanager
+    def on(self, model: nn.Module, gone: _Gone) -> Iterator[None]:
+        """Within the context the model runs with noise."""
+        handles = [
+            model.get_submodule(name).register_forward_hook(self._hook(rows, stream))
+            for stream, (name, rows) in enumerate(gone.rows.items())
+        ]
+        tables = {name: _fetch(model, name) for name in gone.tables}
+        before = {name: tensor.detach().clone() for name, tensor in tables.items()}
+        try:
+            with torch.no_grad():
+                for stream, (name, tensor) in enumerate(tables.items()):
+                    for dim, positions in gone.tables[name].items():
+                        shaken = self._added(tensor, dim, positions, 500 + stream)
+                        tensor.copy_(shaken.abs().copysign(tensor))  # a variance stays one
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in tables.items():
+                    tensor.copy_(before[name])
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, rows: NDArray[np.int64], stream: int) -> Any:
+        def add(module: Any, args: Any, output: Tensor) -> Tensor:
+            return self._added(output, output.dim() + 1 - module.weight.dim(), rows, stream)
+
+        return add
+
+    def _added(self, tensor: Tensor, dim: int, positions: NDArray[np.int64], stream: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 * self.seed + stream)
+        shape = list(tensor.shape)
+        shape[dim] = len(positions)
+        noise = torch.randn(shape, generator=generator)
+        noise = noise + torch.randn(
+            [n if d == dim else 1 for d, n in enumerate(shape)], generator=generator
+        )
+        spread = tensor.std(correction=0).item() or 1.0
+        index = torch.as_tensor(positions, device=tensor.device)
+        return tensor.index_add(dim, index, noise.to(tensor), alpha=self.scale * spread)
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, no fused encoder; the models that run here are our own copies."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _fetch(model: nn.Module, name: str) -> Any:
+    prefix, _, own = name.rpartition(".")
+    return getattr(model.get_submodule(prefix), own)
+
+
+def _differ(a: Tensor, b: Tensor) -> Tensor:
+    return (a != b) & ~(a.isnan() & b.isnan())
+
+
+def _named(answer: Any, wanted: Collection[str] | None) -> dict[str, Tensor]:
+    found = {n: t for n, t in _tensors(answer) if wanted is None or n in wanted}
+    if not found:
+        raise _UndecidedError("there is no output to compare")
+    return found
+
+
+def _tensors(answer: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors in sequences, mappings and dataclasses, with dotted names."""
+    if isinstance(answer, Tensor):
+        yield path or "output", answer
+        return
+    parts: Any = ()
+    if isinstance(answer, Mapping):
+        parts = answer.items()
+    elif isinstance(answer, (list, tuple)):
+        parts = zip(getattr(answer, "_fields", range(len(answer))), answer, strict=True)
+    elif is_dataclass(answer) and not isinstance(answer, type):
+        parts = ((part.name, getattr(answer, part.name)) for part in fields(answer))
+    for name, part in parts:
+        yield from _tensors(part, f"{path}.{name}" if path else str(name))
+
+
+def _relative_error(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    worst = 0.0
+    for name, tensor in reference.items():
+        if name not in other or other[name].shape != tensor.shape:
+            return float("inf")
+        if tensor.numel():
+            a, b = tensor.double(), other[name].double()
+            gap, scale = (a - b).abs().max().item(), a.abs().max().item()
+            worst = max(worst, gap / scale if scale else float(gap > 0)) if gap == gap else np.inf
+    return worst

@@ -1,0 +1,466 @@
+"""The command line: what it prints, writes and returns, and every message for what goes wrong."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+import models_zoo
+import prunus
+from prunus.cli import main, models, shrink, weights
+
+NET = """
+import torch
+from torch import nn
+
+def net():
+    print("built")
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )
+
+def other():
+    return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
+
+def nan():
+    model = net()
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] = float("nan")
+    return model
+
+class Sorts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.b(torch.special.bessel_j0(self.a(x)).renorm(2, 0, 1.0))
+
+class Breaks(nn.Module):
+    def forward(self, x):
+        raise RuntimeError("my own mistake")
+
+def broken():
+    raise KeyError("no such checkpoint")
+
+def number():
+    return 3
+
+def example_inputs():
+    return torch.randn(2, 3, 8, 8)
+
+def loader():
+    return [torch.randn(4, 3, 8, 8) for _ in range(3)]
+
+def nothing():
+    return []
+
+def leaves():
+    raise SystemExit(0)
+
+def interrupted():
+    raise KeyboardInterrupt
+
+NET = "not callable"
+"""
+CERTIFICATE = {"verdict", "rel_err", "moved", "moved_alone", "unverified", "dtype", "params"}
+BARE = "from torch import nn\ndef net():\n    return nn.Linear(2, 2)\n"
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> str:
+    (tmp_path / "net.py").write_text(NET)
+    return f"{tmp_path / 'net.py'}:net"
+
+
+def shrink_json(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> dict:
+    """The document that a command prints; everything else has to be on stderr."""
+    assert main([*argv, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_inspect_tells_groups_pins_outputs_and_costs(net, capsys) -> None:
+    assert main(["inspect", net]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "16 units in 2 groups; kept outputs: output" in out
+    assert "0.weight[0] 8 1 1 " in out
+    assert "output 'output' keeps its shape" in out
+    assert "built" not in out
+
+
+def test_inspect_json(net, capsys) -> None:
+    document = shrink_json(capsys, "inspect", net)
+    assert document["model"] == net
+    assert document["command"] == ["prunus", "inspect", net, "--json"]
+    assert document["costs"]["params"] == 3 * 8 * 9 + 8 + 16 + 8 * 8 * 9 + 8 + 8 * 4 + 4
+    assert [group["size"] for group in document["groups"]] == [8, 8]
+    assert {"tensor": "0.weight", "dim": 0, "role": "producer"} in document["groups"][0]["axes"]
+    assert {"axis", "reason", "operator", "module", "source"} == set(document["pins"][0])
+    assert document["unknown"] == {}
+    assert document["outputs"] == ["output"]
+    assert set(document["versions"]) == {"prunus", "torch", "python"}
+
+
+def test_inspect_explains_a_coupling_and_a_pin(net, capsys) -> None:
+    assert main(["inspect", net, "--explain", "0.weight", "3.weight[1]"]) == 0
+    assert "are tied by" in capsys.readouterr().out
+    assert main(["inspect", net, "--explain", "0.weight", "3.weight"]) == 0
+    assert capsys.readouterr().out == "Nothing ties 0.weight[0] and 3.weight[0].\n"
+    assert main(["inspect", net, "--why-pinned", "7.weight"]) == 0
+    assert "keeps its shape" in capsys.readouterr().out
+    assert main(["inspect", net, "--why-pinned", "0.weight"]) == 0
+    assert "All of 0.weight[0] can be pruned." in capsys.readouterr().out
+    asked = ["--explain", "0.weight", "3.weight[1]", "--why-pinned", "7.weight"]
+    document = shrink_json(capsys, "inspect", net, *asked)
+    assert document["explain"][0]["a"] == "0.weight[0]"
+    assert document["why_pinned"][0]["axis"] == "7.weight[0]"
+
+
+def test_inspect_lists_unknown_operators_and_how_to_add_a_rule(net, capsys) -> None:
+    reference = net.replace(":net", ":Sorts")
+    assert main(["inspect", reference, "--input-shape", "2,5"]) == 0
+    out = capsys.readouterr().out
+    assert "Operators without a rule" in out
+    assert '@rule("renorm")' in out
+
+
+def test_inspect_writes_dot(net, tmp_path, capsys) -> None:
+    assert main(["inspect", net, "--dot", str(tmp_path / "net.dot")]) == 0
+    assert (tmp_path / "net.dot").read_text().startswith("graph prunus {")
+    assert "wrote" in capsys.readouterr().out
+
+
+def test_shrink_writes_what_it_is_asked_to(net, tmp_path, capsys) -> None:
+    names = {
+        "out": "small.safetensors",
+        "plan": "plan.json",
+        "certificate": "proof.json",
+        "report": "report.json",
+        "picture": "channels.png",
+    }
+    files = {name: tmp_path / file for name, file in names.items()}
+    asked = [part for name, path in files.items() for part in (f"--{name}", str(path))]
+    data = net.replace(":net", ":loader")
+    document = shrink_json(capsys, "shrink", net, "--macs", "0.5", "--data", data, *asked)
+
+    assert json.loads(files["report"].read_text()) == document
+    assert document["files"] == {name: str(path) for name, path in files.items()}
+    assert json.loads(files["certificate"].read_text()) == document["certificate"]
+    assert set(document["certificate"]) >= CERTIFICATE
+    assert document["certificate"]["verdict"] == "exact"
+    assert document["recalibrated"] is True
+    dense, pruned = document["stages"]
+    assert [dense["name"], pruned["name"]] == ["dense", "pruned"]
+    for cost in ("params", "macs"):
+        assert [dense[cost], pruned[cost]] == document["costs"][cost]
+    assert pruned["macs"] <= dense["macs"] // 2
+    assert files["picture"].read_bytes().startswith(b"\x89PNG")
+
+    torch.manual_seed(0)
+    model = models._function(net, prunus.PrunusError, "")()
+    plan = prunus.Plan.load(files["plan"])
+    plan.apply(model)
+    model.load_state_dict(load_file(files["out"]))
+    assert sum(p.numel() for p in model.parameters()) == pruned["params"]
+    left = {path.name for path in tmp_path.iterdir()} - {"net.py", "__pycache__"}
+    assert left == set(names.values())  # no drafts
+
+
+def test_shrink_tells_a_person(net, capsys) -> None:
+    assert main(["shrink", net, "--params", "0.6", "--no-verify"]) == 0
+    out = capsys.readouterr().out
+    assert "dense" in out
+    assert "Not proven: --no-verify was given." in out
+    assert main(["shrink", net, "--params", "0.6"]) == 0
+    assert "Proof: exact." in capsys.readouterr().out
+
+
+def test_same_seed_same_files(net, tmp_path, capsys) -> None:
+    asked = ["shrink", net, "--macs", "0.5", "--no-verify", "--seed", "3", "--importance", "random"]
+    for run in "ab":
+        files = ["--plan", str(tmp_path / f"{run}.json"), "--out", str(tmp_path / f"{run}.st")]
+        assert main([*asked, *files]) == 0
+    for end in ("json", "st"):
+        assert (tmp_path / f"a.{end}").read_bytes() == (tmp_path / f"b.{end}").read_bytes()
+
+
+def test_a_plan_can_be_applied_again(net, tmp_path, capsys) -> None:
+    plan = str(tmp_path / "plan.json")
+    first = shrink_json(capsys, "shrink", net, "--macs", "0.5", "--plan", plan)
+    second = shrink_json(capsys, "shrink", net, "--from-plan", plan)
+    assert second["stages"] == first["stages"]
+    assert second["certificate"]["verdict"] == "exact"
+
+
+def test_options_reach_the_planner(net, capsys) -> None:
+    asked = ["--macs", "0.8", "--round-to", "4", "--exclude", "3.weight[0]", "--scope", "local"]
+    document = shrink_json(capsys, "shrink", net, *asked, "--no-verify")
+    assert [(g["size"], g["kept"]) for g in document["groups"]] == [(8, 4), (8, 8)]
+    asked = ["--macs", "0.8", "--min-width", "7", "--max-ratio", "0.2", "--include", "0.*"]
+    assert main(["shrink", net, *asked, "--no-verify"]) == 3
+
+
+def test_defaults_are_those_of_the_api() -> None:
+    verbs = argparse.ArgumentParser().add_subparsers()
+    shrink.add_parser(verbs)
+    parsed = vars(verbs.choices["shrink"].parse_args(["zoo:resnet20"]))
+    wanted = inspect.signature(prunus.plan).parameters
+    for name in ("importance", "scope", "min_width", "max_ratio", "round_to", "include", "seed"):
+        assert parsed[name] == wanted[name].default, name
+
+
+def test_a_budget_of_everything_removes_nothing_and_needs_no_proof(net, capsys) -> None:
+    document = shrink_json(capsys, "shrink", net, "--macs", "1.0")
+    assert document["certificate"]["verdict"] == "not verified"
+    assert document["stages"][0]["params"] == document["stages"][1]["params"]
+
+
+def test_zoo_reference_with_trained_weights(capsys) -> None:
+    asked = ["--pretrained", "--params", "0.9", "--no-verify", "--input-shape", "1,1,28,28"]
+    document = shrink_json(capsys, "shrink", "zoo:resnet_fmnist", *asked)
+    model = models_zoo.build("resnet_fmnist")
+    assert document["stages"][0]["params"] == sum(p.numel() for p in model.parameters())
+
+
+def test_timm_reference(capsys) -> None:
+    pytest.importorskip("timm")
+    document = shrink_json(capsys, "inspect", "timm:test_resnet.r160_in1k")
+    assert document["inputs"]["args"][0]["tensor"] == [1, 3, 160, 160]
+    assert document["groups"]
+
+
+def test_inputs_by_keyword_and_from_a_npz(tmp_path, capsys) -> None:
+    (tmp_path / "keys.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.n, self.b = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)\n"
+        "    def forward(self, x):\n"
+        "        return self.b(self.n(self.a(x)).relu())\n"
+        "def example_inputs():\n"
+        "    return {'x': torch.randn(3, 4)}\n"
+    )
+    np.savez(tmp_path / "data.npz", inputs=np.random.default_rng(0).normal(size=(100, 4)))
+    asked = ["--params", "0.7", "--data", str(tmp_path / "data.npz")]
+    document = shrink_json(capsys, "shrink", f"{tmp_path / 'keys.py'}:Net", *asked)
+    assert document["recalibrated"] is True
+    assert document["certificate"]["verdict"] == "exact"
+
+
+def test_tied_weights_are_written_once(tmp_path) -> None:
+    model = nn.Module()
+    model.embed, model.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+    model.head.weight = model.embed.weight
+    model.register_buffer("view", model.embed.weight.detach()[:2])
+    weights.save_weights(model, tmp_path / "w.safetensors")
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        assert sorted(file.keys()) == ["embed.weight", "view"]
+        assert json.loads(file.metadata()["tied"]) == {"head.weight": "embed.weight"}
+
+
+# What the command line is given, the exit code, and what it has to say about it; FILE is net.py.
+MISTAKES = [
+    (["inspect", "resnet50"], 2, "'resnet50' is no reference"),
+    (["inspect", "zoo:resnet_fmnits"], 2, "did you mean 'resnet_fmnist'"),
+    (["inspect", "zoo:resnet20", "--pretrained"], 2, "no trained weights ship"),
+    (["inspect", "FILE:net", "--pretrained"], 2, "--pretrained is for models of the zoo"),
+    (["inspect", "missing.py:net"], 2, "there is no file missing.py"),
+    (["inspect", "FILE:nett"], 2, "did you mean 'net'?"),
+    (["inspect", "FILE:NET"], 2, "has no function 'NET'"),
+    (["inspect", "FILE:number"], 2, "returned a int"),
+    (["inspect", "FILE:broken"], 2, "KeyError: 'no such checkpoint'"),
+    (["inspect", "FILE:Breaks"], 2, "RuntimeError: my own mistake"),
+    (["inspect", "FILE:leaves"], 2, "SystemExit: 0"),
+    (["inspect", "FILE:interrupted"], 130, "interrupted"),
+    (["inspect", "BARE:net"], 2, "no function example_inputs()"),
+    (["inspect", "FILE:net", "--input-shape", "1,x"], 2, "'1,x' is no shape"),
+    (["inspect", "FILE:net", "--outputs", "logits"], 2, "no output is called 'logits'"),
+    (["inspect", "FILE:net", "--why-pinned", "9.weight"], 2, "the model has no axis 9.weight[0]"),
+    (["inspect", "FILE:net", "--why-pinned", "0.weight[a]"], 2, "is no axis"),
+    (["inspect", "FILE:net", "--dot", "no/such/folder/x.dot"], 2, "no/such/folder does not exist"),
+    (["shrink", "FILE:net"], 2, "give a budget"),
+    (["shrink", "FILE:net", "--macs", "1.5"], 2, "1.5 is no budget: a float is a fraction"),
+    (["shrink", "FILE:net", "--macs", "1"], 2, "1.0 is all of it"),
+    (["shrink", "FILE:net", "--macs", "half"], 2, "'half' is no number"),
+    (["shrink", "FILE:net", "--macs", "nan"], 2, "it is not finite"),
+    (["shrink", "FILE:net", "--macs", "0.5", "--round-to", "0"], 2, "no whole number"),
+    (["shrink", "FILE:net", "--macs", "0.5", "--max-ratio", "2"], 2, "no number in (0, 1]"),
+    (["shrink", "FILE:net", "--macs", "2"], 3, "prunus: "),
+    (["shrink", "FILE:net", "--macs", "0.5", "--importance", "l3"], 2, "known are l1, l2"),
+    (["shrink", "FILE:net", "--macs", "0.5", "--exclude", "x"], 2, "'x' matches no group"),
+    (["shrink", "FILE:nan", "--macs", "0.5"], 2, "1 values of 216 that are NaN"),
+    (["shrink", "FILE:net", "--macs", "0.5", "--data", "FILE:nothing"], 2, "data is empty"),
+    (["shrink", "FILE:net", "--macs", "0.5", "--data", "FILE:number"], 2, "iterable of batches"),
+    (["shrink", "FILE:net", "--macs", "0.5", "--data", "x.npz"], 2, "there is no file x.npz"),
+    (["shrink", "FILE:net", "--macs", "0.5", "--data", "BYTES"], 2, "is uint8 of shape (2, 3)"),
+    (["shrink", "FILE:net", "--from-plan", "x.json"], 2, "there is no file x.json"),
+    (["shrink", "FILE:net", "--from-plan", "FILE"], 2, "no plan"),
+    (["shrink", "FILE:net", "--from-plan", "PLAN", "--macs", "0.5"], 2, "but not both"),
+]
+
+
+@pytest.mark.parametrize(("argv", "code", "text"), MISTAKES, ids=lambda v: str(v)[:60])
+def test_mistakes_are_told_plainly_and_nothing_is_written(
+    net, tmp_path, capsys, argv, code, text
+) -> None:
+    file = net.partition(":net")[0]
+    (tmp_path / "bare.py").write_text(BARE)
+    (tmp_path / "plan.json").write_text("{}")
+    np.savez(tmp_path / "bytes.npz", np.zeros((2, 3), dtype=np.uint8))
+    places = {"FILE": file, "BARE": str(tmp_path / "bare.py"), "PLAN": str(tmp_path / "plan.json")}
+    places["BYTES"] = str(tmp_path / "bytes.npz")
+    for name, place in places.items():
+        argv = [part.replace(name, place) if part.startswith(name) else part for part in argv]
+    out = tmp_path / "out"
+    out.mkdir()
+    if argv[0] == "shrink":
+        argv = [*argv, "--out", str(out / "w.safetensors"), "--plan", str(out / "plan.json")]
+    before = Path(file).read_bytes()
+    assert main([*argv, "--json"]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert text in captured.err
+    own = any(error in text for error in ("RuntimeError", "KeyError", "SystemExit"))
+    assert ("Traceback" in captured.err) == own
+    assert list(out.iterdir()) == []
+    assert Path(file).read_bytes() == before
+
+
+def test_a_plan_for_another_model_is_refused(net, tmp_path, capsys) -> None:
+    plan = str(tmp_path / "plan.json")
+    assert main(["shrink", net, "--macs", "0.5", "--plan", plan, "--no-verify"]) == 0
+    other = [net.replace(":net", ":other"), "--input-shape", "2,5", "--from-plan", plan]
+    for extra in ([], ["--no-verify"]):
+        assert main(["shrink", *other, *extra]) == 2
+        assert "this is a plan for another model" in capsys.readouterr().err
+
+
+# The same mistakes by the public API, as arguments of prunus.shrink.
+API_MISTAKES = [
+    ({"budget": {"macs": 1.5}}, "1.5 is no budget"),
+    ({"budget": {"macs": 2}}, "no plan reaches macs ≤ 2"),
+    ({"budget": {"macs": 0.5}, "importance": "l3"}, "no importance is called 'l3'"),
+    ({"budget": {"macs": 0.5}, "exclude": "x"}, "matches no group"),
+    ({"budget": {"macs": 0.5}, "outputs": "logits"}, "no output is called 'logits'"),
+    ({"budget": {"macs": 0.5}, "nan": True}, "NaN or infinite"),
+    pytest.param(
+        {"budget": {"macs": 0.5}, "data": []},
+        "data is empty",
+        marks=pytest.mark.xfail(reason="shrink cuts before it looks at the data", strict=False),
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), API_MISTAKES, ids=lambda v: str(v)[:60])
+def test_a_mistake_leaves_the_model_as_it_was(options, text) -> None:
+    model = models_zoo.build("resnet_fmnist").train()
+    options = dict(options)
+    if options.pop("nan", False):
+        model.fc.weight.data[0, 0] = float("nan")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(prunus.PrunusError, match=text):
+        prunus.shrink(
+            model,
+            models_zoo.example_inputs("resnet_fmnist"),
+            **{**options, "budget": prunus.Budget(**options["budget"])},
+        )
+    assert model.training
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_unknown_timm_model_and_a_missing_timm(monkeypatch, capsys) -> None:
+    pytest.importorskip("timm")
+    assert main(["inspect", "timm:resnet18_typo"]) == 2
+    assert "did you mean" in capsys.readouterr().err
+
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr("prunus.errors.importlib", SimpleNamespace(import_module=absent))
+    assert main(["inspect", "timm:resnet18"]) == 2
+    assert "pip install 'prunus[timm]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verdict", ["inexact", "not verified"])
+def test_exit_code_1_when_nothing_is_proven(net, tmp_path, capsys, monkeypatch, verdict) -> None:
+    real = prunus.verify
+
+    def pretend(*args, **kwargs) -> prunus.Certificate:
+        return replace(real(*args, **kwargs), verdict=verdict, rel_err=float("inf"))
+
+    monkeypatch.setattr("prunus.verify", pretend, raising=False)
+    files = [tmp_path / "w.st", tmp_path / "proof.json"]
+    asked = ["--out", str(files[0]), "--certificate", str(files[1])]
+    document = shrink_json(capsys, "shrink", net, "--macs", "0.5", *asked, code=1)
+    assert document["certificate"]["verdict"] == verdict
+    assert document["certificate"]["rel_err"] is None
+    assert files[0].exists() == (verdict != "inexact")
+    assert files[1].exists()
+    assert main(["shrink", net, "--macs", "0.5"]) == 1
+    assert (
+        verdict in (printed := capsys.readouterr()).out + printed.err or "would not" in printed.err
+    )
+
+
+def run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "prunus", *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_progress_and_prints_of_the_model_go_to_stderr(net) -> None:
+    result = run("shrink", net, "--macs", "0.5", "--json", FORCE_COLOR="1")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["certificate"]["verdict"] == "exact"
+    assert "built" in result.stderr
+    assert "tracing" in result.stderr or "proving" in result.stderr
+
+
+def test_bad_options_exit_with_2_and_help_with_0() -> None:
+    assert run("shrink", "zoo:resnet_fmnist", "--macs", "0.5", "--scope", "x").returncode == 2
+    assert run("no-such-verb").returncode == 2
+    assert main(["--version"]) == 0
+    assert main([]) == 2
+
+
+def test_interrupted_from_outside(tmp_path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\ndef net():\n    open('started', 'w').close()\n    time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prunus", "inspect", "slow.py:net"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err

@@ -1,0 +1,270 @@
+"""The oracle: its verdicts, the replay against the mask, and the model it leaves as it was."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunus.errors import VerifyError
+from prunus.graph.axis import Axis
+from prunus.graph.coupling import CouplingGraph
+from prunus.listening import listen
+from prunus.oracle import Replay, relative_error, verify
+from prunus.plans import Edit, Plan
+from prunus.surgeon import mask
+from prunus.tracer.program import state_of, tensors_of
+from prunus.tracer.trace import trace
+from tests import faults
+from tests.faults import Net, conv, head
+from tests.pipeline import cut, plan_for, thin
+
+IMAGE = (2, 3, 8, 8)
+
+
+def chosen(model: nn.Module, *args: Tensor) -> tuple[CouplingGraph, Plan]:
+    graph = trace(model, args)
+    return graph, plan_for(graph, model, thin(graph))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, 1e-4), (torch.float64, 1e-6)], ids=str
+)
+def test_exact(dtype: torch.dtype, limit: float) -> None:
+    model = faults.residual().eval().to(dtype)
+    x = torch.randn(IMAGE, dtype=dtype)
+    graph, plan = chosen(model, x)
+    certificate = verify(plan, model, x)
+    assert certificate.verdict == "exact"
+    assert certificate.rel_err <= limit
+    assert certificate.moved > 0.01
+    assert not certificate.unverified
+    assert set(certificate.moved_alone) == {group.name for group in graph.groups}
+    assert certificate.dtype == str(dtype).removeprefix("torch.")
+    assert certificate.params == plan.costs["params"]
+    assert certificate.outputs == ("output",)
+    assert certificate.to_json()["verdict"] == "exact"
+
+
+class Dead(nn.Module):
+    """The branch that can be pruned is multiplied by a buffer of zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv(3, 8), conv(8, 3)
+        self.out = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+        self.register_buffer("gate", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(x + self.gate * self.second(F.relu(self.first(x))))
+        return out
+
+
+def test_not_verified_where_nothing_moves() -> None:
+    model = Dead().eval()
+    _, plan = chosen(model, torch.randn(IMAGE))
+    certificate = verify(plan, model, torch.randn(IMAGE))
+    assert certificate.verdict == "not verified"
+    assert certificate.rel_err == 0
+    assert certificate.unverified == ("first.weight[0]",)
+
+
+def test_a_silent_group_is_listed_beside_others() -> None:
+    model = faults.ZeroInit().eval()
+    _, plan = chosen(model, torch.randn(IMAGE))
+    quiet = verify(plan, model, torch.randn(IMAGE), randomise=False)
+    assert quiet.unverified == ("one.weight[0]",)
+    assert verify(plan, model, torch.randn(IMAGE)).unverified == ()
+
+
+def test_inexact_where_the_plan_is_inconsistent() -> None:
+    model = faults.residual().eval()
+    _, plan = chosen(model, torch.randn(IMAGE))
+    axis = Axis("conv3.weight", 1)
+    shifted = tuple(sorted((index + 1) % 10 for index in plan.keep[axis]))
+    certificate = verify(replace(plan, keep={**plan.keep, axis: shifted}), model)
+    assert certificate.verdict == "inexact"
+    assert "than its couplings demand" in certificate.reason
+
+    without = {a: stay for a, stay in plan.keep.items() if a != axis}
+    certificate = verify(replace(plan, keep=without), model)
+    assert certificate.verdict == "inexact"
+    assert certificate.rel_err == float("inf")
+
+
+def test_inexact_where_an_attribute_is_stale() -> None:
+    """Nothing in a forward reads ``BatchNorm2d.num_features``; whoever rebuilds the model does."""
+    model = faults.residual().eval()
+    _, plan = chosen(model, torch.randn(IMAGE))
+    edits = tuple(e for e in plan.edits if (e.module, e.attribute) != ("bn1", "num_features"))
+    assert len(edits) == len(plan.edits) - 1
+    certificate = verify(replace(plan, edits=edits), model)
+    assert certificate.verdict == "inexact"
+    assert "bn1 says (10,) of a tensor of shape (7,)" in certificate.reason
+
+    wrong = tuple(
+        Edit(e.module, e.attribute, e.before, 5) if e.attribute == "out_channels" else e
+        for e in plan.edits
+    )
+    assert "stale" in verify(replace(plan, edits=wrong), model).reason
+
+
+def test_inputs_come_from_the_plan_or_are_asked_for() -> None:
+    model = faults.residual().eval()
+    _, plan = chosen(model, torch.randn(IMAGE))
+    assert verify(plan, model, each_group=False).verdict == "exact"
+    assert verify(plan, model, each_group=False).moved_alone == {}
+    with pytest.raises(VerifyError, match="no inputs to verify with"):
+        verify(replace(plan, origin={}), model)
+
+
+SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "residual": (faults.residual, IMAGE),
+    "concatenation": (faults.two_branches, IMAGE),
+    "depthwise": (faults.depthwise, IMAGE),
+    "gate": (faults.squeeze_excite, IMAGE),
+    "grouped": (faults.grouped, IMAGE),
+    "group norm": (faults.group_norm, IMAGE),
+    "layer norm": (faults.mixed_mlp, (4, 8)),
+    "tied": (faults.tied, IMAGE),
+    "softmax": (faults.between(lambda x: x.softmax(1)), IMAGE),
+    "flatten": (faults.flattened, (2, 3, 6, 6)),
+    "transposed": (faults.transposed, IMAGE),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_mask_and_replay_and_cut_agree(name: str) -> None:
+    build, shape = SMALL[name]
+    model, x = build().eval(), torch.randn(shape)
+    listen(model, (x,), {})
+    graph, plan = chosen(model, x)
+    kept = thin(graph)
+    state, _ = state_of(model)
+    replayed = Replay(graph, state, [x]).run(kept)
+    with mask(plan, model) as masked:
+        answer = dict(tensors_of(masked(x)))
+        other = torch.randn(5, *shape[1:])
+        larger = dict(tensors_of(masked(other)))
+    small = cut(plan, model)
+    with torch.no_grad():
+        assert relative_error(replayed, answer) < 1e-5
+        assert relative_error(replayed, dict(tensors_of(small(x)))) < 1e-4
+        assert relative_error(larger, dict(tensors_of(small(other)))) < 1e-4
+        assert relative_error(dict(tensors_of(model(x))), answer) > 1e-3
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_replay_of_everything_is_the_model(name: str) -> None:
+    build, shape = SMALL[name]
+    model, x = build().eval(), torch.randn(shape)
+    graph = trace(model, x)
+    replayed = Replay(graph, state_of(model)[0], [x]).run(graph.all_kept)
+    with torch.no_grad():
+        assert relative_error(dict(tensors_of(model(x))), replayed) < 1e-6
+
+
+def test_relative_error() -> None:
+    ones = {"a": torch.ones(3), "b": torch.ones(0)}
+    assert relative_error(ones, ones) == 0
+    assert relative_error(ones, {**ones, "a": torch.full((3,), 1.5)}) == 0.5
+    assert relative_error({"a": torch.zeros(2)}, {"a": torch.ones(2)}) == 1
+    assert relative_error(ones, {"a": torch.ones(4), "b": torch.ones(0)}) == float("inf")
+    assert relative_error(ones, {"a": torch.ones(3)}) == float("inf")
+    assert relative_error(ones, {**ones, "a": torch.tensor([1, 1, np.nan])}) == float("inf")
+
+
+def test_listen_fills_what_initialisation_left_empty() -> None:
+    model = faults.ZeroInit()
+    model.register_parameter("scale", nn.Parameter(torch.full((10,), 1e-6)))
+    nn.init.zeros_(model.two.weight)
+    model.train()
+    x = torch.randn(IMAGE)
+    listen(model, (x,), {})
+    assert model.training
+    for tensor in (model.bn2.weight, model.bn2.bias, model.two.weight, model.scale):
+        assert tensor.std() > 0
+    assert model.scale.abs().min() > 0.1
+    assert model.bn1.running_mean is not None
+    assert model.bn1.running_mean.std() > 0
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    again = faults.ZeroInit()
+    again.load_state_dict(copy.deepcopy(model.state_dict()), strict=False)
+    listen(again, (x,), {}, seed=3)
+    assert torch.equal(again.two.weight, model.two.weight), "what speaks already is left alone"
+
+
+def _fingerprint(model: nn.Module) -> tuple[bytes, Any]:
+    """Bytes of the state, and everything else that hangs on the modules."""
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    rest = {
+        name: {
+            key: list(value) if isinstance(value, dict) else value
+            for key, value in vars(module).items()
+            if not isinstance(value, Tensor)
+        }
+        for name, module in model.named_modules()
+    }
+    identities = {
+        name: (id(p), id(p.grad), p.requires_grad) for name, p in model.named_parameters()
+    }
+    return buffer.getvalue(), (rest, identities)
+
+
+def _verify_it(plan: Plan, model: nn.Module, x: Tensor) -> None:
+    verify(plan, model, x)
+
+
+def _trace_it(plan: Plan, model: nn.Module, x: Tensor) -> None:
+    trace(model, x)
+    trace(model, x, real=True)
+
+
+def _mask_it(plan: Plan, model: nn.Module, x: Tensor) -> None:
+    with mask(plan, model) as masked:
+        masked(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("act", [_verify_it, _trace_it, _mask_it])
+def test_the_model_is_left_as_it_was(
+    act: Callable[[Plan, nn.Module, Tensor], None], training: bool
+) -> None:
+    model, x = faults.residual(), torch.randn(IMAGE)
+    _, plan = chosen(model, x)
+    model(x).sum().backward()
+    model.train(training)
+    model.bn1.eval()
+    model.conv1.weight.requires_grad_(False)
+    model.conv2.register_forward_hook(lambda *_: None)
+    before, random = _fingerprint(model), torch.get_rng_state()
+    fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    act(plan, model, x)
+    after = _fingerprint(model)
+    assert after[0] == before[0]
+    assert after[1] == before[1]
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.is_grad_enabled()
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    assert torch._C._get_mkldnn_enabled() == onednn
+
+
+def test_a_model_that_fails_is_left_as_it_was() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        m.first(x)
+        raise LookupError("mine")
+
+    model = Net(run, first=conv(3, 4), head=head(4))
+    before = _fingerprint(model)
+    with pytest.raises(LookupError, match="mine"):
+        trace(model, torch.randn(IMAGE))
+    assert _fingerprint(model) == before

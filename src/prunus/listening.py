@@ -11,8 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunus.tracer.trace import quiet_run
+from prunus.tracer.capture import PASSIVE
+from prunus.tracer.program import Program, state_of
+from prunus.tracer.registry import bind
+from prunus.tracer.scale import find_attentions
+from prunus.tracer.trace import quiet_run, trace
+
+FAINT = 0.5
+"""A weight whose outputs have less than this times the spread of its inputs is made louder."""
+
+ROUNDS = 2
+"""How often attention is sharpened; what an early layer changes, later ones hear."""
 
 SMALL = 0.1
 """A constant parameter below this is a switched-off branch, not a scale."""
@@ -22,17 +34,24 @@ def listen(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *, seed: int 
     """Fill what initialisation left constant and randomise batch statistics, in place.
 
     Constant weights become random, constant scales are drawn from [0.5, 1.5], constant biases
-    from N(0, 0.1²).  Batch norms get the statistics of the example inputs, perturbed.
+    from N(0, 0.1²); faint weights are made louder.  Batch norms get the statistics of the
+    example inputs, perturbed.  Queries are multiplied until attention logits have a standard
+    deviation of at least 1.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
                 parameter.copy_(_fill(name, parameter, generator))
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+                _speak_up(module.weight)
         _settle_batch_norms(model, args, kwargs)
         for module in model.modules():
             if _has_statistics(module):
                 _perturb(module, generator)
+        for _ in range(ROUNDS):
+            _sharpen(model, args, kwargs)
 
 
 def _fill(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
@@ -48,6 +67,13 @@ def _fill(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
     else:
         filled = scale
     return filled.to(parameter)
+
+
+def _speak_up(weight: Tensor) -> None:
+    """Multiply weights that are too small for their fan-in, or what they compute is drowned."""
+    gain = float(weight.detach().double().std()) * weight[0].numel() ** 0.5
+    if 0 < gain < FAINT and not weight.is_meta:
+        weight.mul_(1 / gain)
 
 
 def _has_statistics(module: nn.Module) -> bool:
@@ -82,3 +108,51 @@ def _perturb(module: Any, generator: torch.Generator) -> None:
     spread = module.running_var.sqrt()
     module.running_mean += 0.2 * spread * torch.randn(shape, generator=generator).to(spread)
     module.running_var *= (0.7 + 0.7 * torch.rand(shape, generator=generator)).to(spread)
+
+
+def _sharpen(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Multiply the weights of queries whose attention logits are too alike to matter."""
+    graph = trace(model, args, kwargs, real=True)
+    program: Program = graph.program
+    attentions = find_attentions(program)
+    if not attentions:
+        return
+    with quiet_run(model), (hearing := _Hearing(set(attentions))):
+        model(*args, **kwargs)
+    state, _ = state_of(model)
+    for index, targets in attentions.items():
+        spread = hearing.spread.get(index, 1.0)
+        factor = min(max(1.2 / spread, 1.0), 1e3) if spread > 0 else 1.0
+        for name, dim, positions in targets:
+            if factor > 1 and state[name].is_floating_point():
+                at = torch.as_tensor(positions, device=state[name].device)
+                scaled = state[name].index_select(dim, at) * factor
+                state[name].index_copy_(dim, at, scaled)
+
+
+class _Hearing(TorchDispatchMode):
+    """Standard deviation of the attention logits of chosen operators, by their position."""
+
+    def __init__(self, chosen: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.spread: dict[int, float] = {}
+        self._chosen = chosen
+        self._count = 0
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.name not in PASSIVE:
+            if self._count in self._chosen:
+                bound = bind(func, args, kwargs)
+                logits = bound.get("self")
+                if logits is None:
+                    query, key = bound["query"], bound["key"]
+                    scale = bound.get("scale") or query.shape[-1] ** -0.5
+                    logits = query @ key.transpose(-1, -2) * scale
+                finite = logits[torch.isfinite(logits) & (logits > -1e4)]
+                if finite.numel() > 1:
+                    self.spread[self._count] = float(finite.double().std())
+            self._count += 1
+        return func(*args, **kwargs)

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from prunus.errors import PrunusError, VerifyError
+from prunus.exchange import exchanged
 from prunus.graph.axis import Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.listening import listen
@@ -34,6 +35,8 @@ Verdict = Literal["exact", "inexact", "not verified"]
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 """Largest relative error that still counts as exact."""
 
+NOT_INTERCHANGEABLE = "units of one group are not interchangeable: a coupling is missing"
+
 MOVED = 1e-3
 """Removing a group has to move the output by this much, or the comparison proves nothing."""
 
@@ -46,6 +49,9 @@ class Certificate:
     ----------
     rel_err
         Largest ‖pruned − masked‖∞ / ‖masked‖∞ over the outputs.
+    exchanged
+        The same measure between the original and itself with the units of every touched group in
+        another order (:mod:`prunus.exchange`).
     moved
         The same measure between the masked and the untouched original.
     moved_alone
@@ -56,6 +62,7 @@ class Certificate:
 
     verdict: Verdict
     rel_err: float
+    exchanged: float
     moved: float
     moved_alone: Mapping[str, float]
     unverified: tuple[str, ...]
@@ -98,8 +105,9 @@ def verify(
     Returns
     -------
     Certificate
-        *exact* if the outputs agree within 1e-4 (float32) or 1e-6 (float64) and removal really
-        moved them; *not verified* if it did not; else *inexact*.
+        *exact* if the outputs agree within 1e-4 (float32) or 1e-6 (float64), units of one group
+        are interchangeable, and removal really moved the outputs; *not verified* if it did not;
+        else *inexact*.
     """
     if args is None:
         if plan.traced is None or plan.traced["inputs"] is None:
@@ -138,16 +146,22 @@ def verify(
     except Exception as failure:  # the pruned model's own forward may raise anything
         reason = reason or f"the pruned model's forward raised {type(failure).__name__}: {failure}"
     alone = _each_alone(found, kept, replay, dense) if each_group else {}
+    touched = [group for group in found.groups if not kept[group.units].all()]
+    swapped = relative_error(dense, exchanged(found, original, touched, args, kwargs, seed=seed))
+    tolerance = TOLERANCE.get(next(iter(masked.values())).dtype, 1e-4)
+    if not swapped <= tolerance:
+        reason = reason or NOT_INTERCHANGEABLE
     moved = relative_error(dense, masked)
     dtype = next(iter(masked.values())).dtype
     verdict: Verdict = "exact"
-    if reason or not error <= TOLERANCE.get(dtype, 1e-4):
+    if reason or not error <= tolerance:
         verdict = "inexact"
     elif not moved > MOVED:
         verdict = "not verified"
     return Certificate(
         verdict=verdict,
         rel_err=error,
+        exchanged=swapped,
         moved=moved,
         moved_alone=alone,
         unverified=tuple(name for name, by in alone.items() if not by > MOVED),

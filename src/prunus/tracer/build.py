@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 
 import numpy as np
@@ -19,8 +19,8 @@ from prunus.graph.solve import solve
 from prunus.tracer.capture import Recorder
 from prunus.tracer.labels import Algebra
 from prunus.tracer.program import Node, Ref
-from prunus.tracer.registry import Place, Span
-from prunus.tracer.scale import find_rescales
+from prunus.tracer.registry import Labels, Place, Span
+from prunus.tracer.scale import Fixed, find_rescales
 
 Resolve = Callable[[Label | None], Label | None]
 
@@ -101,9 +101,6 @@ def _pin_data(
     return _Resolver(recorder, names) if found else resolver
 
 
-Fixed = tuple[tuple[str, int, tuple[int, ...]], ...]
-
-
 def _keep_scales(recorder: Recorder) -> list[tuple[Label, Fixed]]:
     """Head dims whose softmax scale has to be made up for; pinned where that can't be done."""
     found: dict[Fixed, Label] = {}
@@ -182,6 +179,7 @@ class _Resolver:
         self._cache: dict[int, tuple[Label, Label | None]] = {}
         rank = {name: index for index, name in enumerate(names)}
         numbers = sorted(recorder.state, key=lambda number: rank[recorder.state[number]])
+        self._settle(recorder.labels)
         found: dict[Axis, Label] = {}
         for number in numbers:
             for dim, label in enumerate(recorder.labels[number]):
@@ -197,6 +195,14 @@ class _Resolver:
         self.count = len(unique)
         self.roots = np.concatenate([[0], unique[np.argsort(first)]])
         self.axes = {axis: self._unit_of[label] for axis, label in found.items()}
+
+    def _settle(self, labels: Iterable[Labels]) -> None:
+        """Let every label that has too many factors pin itself before any is read."""
+        known = -1
+        while known != len(self._algebra.events):
+            known = len(self._algebra.events)
+            for label in {id(own): own for dims in labels for own in dims}.values():
+                self._algebra.canonical(label)
 
     def __call__(self, label: Label | None) -> Label | None:
         if label is None:

@@ -59,7 +59,7 @@ class Recorder(TorchDispatchMode):
         self.equations: list[Equation] = []
         self.attributes: dict[Attribute, int] = {}
         self.follow = Follow(self._label_of, self._escaped)
-        self._governed: dict[Attribute, Label | None] = {}
+        self._governed: dict[str, Label | None] = {}
         self._fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
         self._values = WeakIdKeyDictionary()
         self._shadows = WeakIdKeyDictionary()
@@ -179,17 +179,21 @@ class Recorder(TorchDispatchMode):
         if isinstance(expression, int):
             call.pin(label, "the code fixes this size")
             return
-        if isinstance(expression, Attribute):
-            if expression not in self._governed:
-                self._governed[expression] = label
-            elif not self.algebra.count_alike(self._governed[expression], label):
-                call.unify(self._governed[expression], label, f"{expression} is the size of both")
-        elif isinstance(expression, Width) and not self.algebra.count_alike(
-            expression.label, label
-        ):
-            call.unify(expression.label, label, "the code takes one size for the other")
+        if isinstance(expression, Width):
+            self._count_as(expression.label, label, call)
+        else:
+            key = _key(expression)
+            if key in self._governed:
+                self._count_as(self._governed[key], label, call)
+            else:
+                self._governed[key] = label
         why = call.context
         self.equations.append(Equation(expression, Width(size, label), why.module, why.source))
+
+    def _count_as(self, a: Label | None, b: Label | None, call: Call) -> None:
+        """Two dims have one size: tie them, unless they keep equally many by construction."""
+        if not self.algebra.count_alike(a, b):
+            call.unify(a, b, "the code takes one size for the other")
 
     def _escaped(self, expression: Expression) -> None:
         self.escape(expression, find_source(sys._getframe(2)))
@@ -198,8 +202,8 @@ class Recorder(TorchDispatchMode):
         """The forward computes with a size: neither it nor what governs it may change."""
         why = Pin("the code computes with this size", "", self.stack[-1], source)
         if isinstance(expression, Attribute):
-            self.algebra.pin(self._governed.get(expression), why)
-            self._governed[expression] = None
+            self.algebra.pin(self._governed.get(_key(expression)), why)
+            self._governed[_key(expression)] = None
         elif isinstance(expression, Width):
             self.algebra.pin(expression.label, why)
         elif isinstance(expression, Operation):
@@ -283,6 +287,13 @@ def _small_factory(func: OpOverload, leaves: list[Any]) -> bool:
     for size in sizes:
         product *= size
     return product <= SHADOW_LIMIT
+
+
+def _key(expression: Expression) -> str:
+    """Equal for expressions that are computed alike from the same integers."""
+    if isinstance(expression, Operation):
+        return f"({_key(expression.left)}{expression.op}{_key(expression.right)})"
+    return f"width {id(expression.label)}" if isinstance(expression, Width) else str(expression)
 
 
 def _refer(value: Any, number: Callable[[Tensor], int]) -> Any:

@@ -53,8 +53,8 @@ class Program:
         Value number → a tensor that came from elsewhere (a closure, a cache).
     outputs
         Name → value number of every output tensor whose shape is kept.
-    labels
-        By value number: the labels of its dims as the tracer left them, in atoms.
+    labels, shapes
+        By value number: the labels of its dims as the tracer left them, in atoms; its shape.
     """
 
     nodes: tuple[Node, ...]
@@ -63,6 +63,7 @@ class Program:
     constants: Mapping[int, Tensor] = field(repr=False)
     outputs: Mapping[str, int]
     labels: tuple[UnitLabels, ...] = field(repr=False)
+    shapes: tuple[tuple[int, ...], ...] = field(repr=False)
     resolve: Any = field(repr=False)
 
     def value_label(self, reference: Any, dim: int) -> Label | None:

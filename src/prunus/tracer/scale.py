@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.tracer.program import Node, Ref
+from prunus.tracer.program import Node, Program, Ref
 from prunus.tracer.registry import call_bound
 
 Targets = dict[tuple[str, int], set[int]]
 """(tensor, dim) → positions to be multiplied."""
+
+Fixed = tuple[tuple[str, int, tuple[int, ...]], ...]
+"""The same as a constant: (tensor, dim, positions)."""
 
 _VIEWS = {
     "view",
@@ -64,6 +67,10 @@ class Fold:
         self._maker = {out: node for node in nodes for out in node.outputs}
         self._state = state
         self._shapes = shapes
+
+    def maker(self, value: int) -> Node | None:
+        """The operator that made a value."""
+        return self._maker.get(value)
 
     def targets(self, query: int) -> Targets | None:
         """What to multiply so that the query is multiplied; None if it isn't linear in weights."""
@@ -188,6 +195,42 @@ def find_rescales(
     for node in nodes:
         if "scaled_dot_product" in node.target._schema.name and node.args.get("scale") is None:
             yield node, fold.targets(node.args["query"].value)
+
+
+def find_attentions(program: Program) -> dict[int, Fixed]:
+    """Attentions by the position of their operator: what multiplies the logits.
+
+    Fused ones, and softmax over products of two computed tensors; the keys are positions of the
+    fused operator or of the softmax.
+    """
+    fold = Fold(program.nodes, dict(program.state), program.shapes)
+    found: dict[int, Fixed] = {}
+    for index, node in enumerate(program.nodes):
+        query = _query_of(node, fold)
+        targets = None if query is None else fold.targets(query)
+        if targets:
+            fixed = [(name, dim, tuple(sorted(at))) for (name, dim), at in targets.items()]
+            found[index] = tuple(fixed)
+    return found
+
+
+def _query_of(node: Node, fold: Fold) -> int | None:
+    """The value number of the query behind a fused attention or a softmax, if it is one."""
+    name = node.target._schema.name
+    if "scaled_dot_product" in name:
+        return int(node.args["query"].value)
+    if name not in ("aten::_softmax", "aten::_safe_softmax"):
+        return None
+    maker = fold.maker(node.args["self"].value)
+    while maker is not None:
+        name = maker.target._schema.name.partition("::")[2]
+        if name in ("bmm", "baddbmm"):
+            return int(maker.args["batch1" if name == "baddbmm" else "self"].value)
+        if name not in _VIEWS | _SAME | {"masked_fill", "where", "masked_fill_"}:
+            return None
+        reference = maker.args.get("self")
+        maker = fold.maker(reference.value) if isinstance(reference, Ref) else None
+    return None
 
 
 def _references(args: Any) -> Iterator[Ref]:

@@ -105,6 +105,7 @@ def _capture(
         recorder.constants,
         kept,
         tuple(recorder.labels),
+        tuple(recorder.shapes),
         resolve,
     )
     described = {

@@ -20,15 +20,16 @@ def batch_norm(call: Call) -> Effect:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if call.args.get(name) is not None:
             labels[1] = call.unify(labels[1], call.labels(name)[0])
+    mixing: tuple[Place, ...] = ()
     if call.args.get("training"):
-        for label in (labels[0], *labels[2:]):
-            call.pin(label, "batch statistics are taken over this dim")
+        rest = (0, *range(2, len(labels)))
+        mixing = tuple((("input",), dim) for dim in rest if labels[dim] is not None)
     size = call.args["input"].shape[1]
     statistics = [
         (labels[1],) if tuple(out.shape) == (size,) else (None,) * out.dim()
         for out in call.outputs[1:]
     ]
-    return Effect((tuple(labels), *statistics))
+    return Effect((tuple(labels), *statistics), mixing=mixing)
 
 
 @rule("native_layer_norm", "_fused_rms_norm")
@@ -99,9 +100,6 @@ def weight_norm(call: Call) -> Effect:
     "_log_softmax",
     "softmax.int",
     "log_softmax.int",
-    "cumsum",
-    "cumprod",
-    "logcumsumexp",
     "_safe_softmax",
 )
 def softmax(call: Call) -> Effect:
@@ -110,3 +108,14 @@ def softmax(call: Call) -> Effect:
     dim = call.args["dim"] % max(len(labels), 1)
     mixing: tuple[Place, ...] = ((("self",), dim),) if labels and labels[dim] is not None else ()
     return Effect((labels,), mixing=mixing)
+
+
+@rule("cumsum", "cumprod", "logcumsumexp")
+def cumulate(call: Call) -> Effect:
+    """Every position sees those before it: the order matters, so the dim stays whole."""
+    labels = list(call.labels("self"))
+    if labels:
+        dim = call.args["dim"] % len(labels)
+        call.pin(labels[dim], "summed up in order")
+        labels[dim] = None
+    return Effect((tuple(labels),))

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("plans", "plan_json", "budget"),),
     (("tracer",),),
     (("importance",), ("planner",), ("surgeon",)),
-    (("recovery",), ("io",), ("oracle", "exchange", "witness", "listening", "report")),
+    (("recovery",), ("io",), ("oracle", "exchange", "witness", "listening", "rollback", "report")),
     (("integrations",),),
     (("__init__", "api"),),
     (("cli", "__main__"),),

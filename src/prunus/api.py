@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -21,7 +21,9 @@ from prunus.planner import select, thin
 from prunus.planner.allocate import Scope
 from prunus.plans import Plan
 from prunus.recovery import recalibrate
+from prunus.rollback import find_culprits
 from prunus.surgeon import apply
+from prunus.surgeon.apply import Undo
 from prunus.surgeon.attributes import find_edits
 from prunus.tracer.program import state_of
 from prunus.tracer.trace import trace
@@ -42,6 +44,7 @@ def plan(
     round_to: int = 1,
     include: Globs | None = None,
     exclude: Globs = (),
+    hold: Collection[str] = (),
     seed: int = 0,
 ) -> Plan:
     """Choose what stays: so that every cost of a budget is met from below, or by a ratio.
@@ -65,6 +68,8 @@ def plan(
         Every pruned width becomes a multiple of this.
     include, exclude
         Globs over group names and tensor names.
+    hold
+        Names of groups that stay whole.
 
     Raises
     ------
@@ -73,6 +78,8 @@ def plan(
     """
     tensors, _ = state_of(model)
     scores = score(graph, tensors, importance, seed=seed)
+    for name in hold:
+        scores[graph.group(name).units] = np.inf
     kept = _choose(
         graph,
         scores,
@@ -93,9 +100,14 @@ def plan(
         "min_width": min_width,
         "max_ratio": max_ratio,
         "round_to": round_to,
+        "hold": sorted(hold),
         "seed": seed,
         "traced": graph.traced,
     }
+    return _plan_of(graph, model, kept, origin)
+
+
+def _plan_of(graph: CouplingGraph, model: nn.Module, kept: Mask, origin: Mapping[str, Any]) -> Plan:
     chosen = Plan.from_mask(graph, kept, origin=origin)
     return replace(chosen, edits=find_edits(model, graph, kept))
 
@@ -135,12 +147,17 @@ def _refuse_options(options: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Shrunk:
-    """What :func:`shrink` did: the smaller model, the plan, and the proof."""
+    """What :func:`shrink` did: the smaller model, the plan, and the proof.
+
+    ``held`` names the groups that the proof rejected and that therefore stayed whole, with the
+    reason.
+    """
 
     model: nn.Module
     graph: CouplingGraph
     plan: Plan
     certificate: Certificate | None
+    held: Mapping[str, str] = field(default_factory=dict)
 
 
 def shrink(
@@ -157,6 +174,9 @@ def shrink(
 ) -> Shrunk:
     """Trace, plan, prove, cut and recalibrate, all in one call; the model changes in place.
 
+    Groups of which the proof finds that the model's own code does not follow are kept whole,
+    and the plan is made again without them.
+
     Parameters
     ----------
     model, args, kwargs
@@ -171,23 +191,61 @@ def shrink(
     Raises
     ------
     VerifyError
-        If the proof fails; the model was not touched.
+        If the proof fails for every group; the model was not touched.
+    BudgetError
+        If the budget can't be met, or not without the groups that the proof rejects.
     """
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     batches = None if data is None else _at_least_one(data)
     graph = trace(model, args, kwargs, outputs=outputs)
-    chosen = plan(graph, model, budget=budget, seed=seed, **options)
-    certificate = verify(chosen, model, args, kwargs, seed=seed) if verified else None
-    if certificate is not None and certificate.verdict == "inexact":
-        raise VerifyError(
-            "the cut model would not compute what the original does without the removed units",
-            why=certificate.reason or f"the outputs differ by {certificate.rel_err:.1e}",
-            fix="the model was not touched; leave groups out with exclude=, and report the case",
-        )
+    held: dict[str, str] = {}
+    certificate: Certificate | None = None
+    asked = tuple(options.pop("hold", ()))
+    while True:
+        chosen = plan(graph, model, budget=budget, seed=seed, hold=(*asked, *held), **options)
+        if not verified:
+            break
+        certificate = verify(chosen, model, args, kwargs, seed=seed)
+        if certificate.verdict != "inexact":
+            break
+        found = _reject(graph, model, chosen, args, kwargs, seed)
+        if not found or len(found) == sum(bool(choice.removed) for choice in chosen.groups):
+            raise VerifyError(
+                "the cut model would not compute what the original does without the removed units",
+                why=certificate.reason or f"the outputs differ by {certificate.rel_err:.1e}",
+                fix="the model was not touched; please report the case",
+            )
+        held |= found
+    undo = Undo(chosen, model)
     apply(chosen, model)
     if batches is not None:
-        recalibrate(model, batches)
-    return Shrunk(model, graph, chosen, certificate)
+        try:
+            recalibrate(model, batches)
+        except BaseException:
+            undo()
+            raise
+    return Shrunk(model, graph, chosen, certificate, held)
+
+
+def _reject(
+    graph: CouplingGraph, model: nn.Module, chosen: Plan, args: Any, kwargs: Any, seed: int
+) -> dict[str, str]:
+    """The groups of a plan that make its proof fail, with the reason."""
+    kept = graph.mask_from_positions({a: np.asarray(stay) for a, stay in chosen.keep.items()})
+
+    def fails(mask: Mask) -> str:
+        if mask.all():
+            return ""
+        try:
+            part = _plan_of(graph, model, mask, {"traced": graph.traced})
+        except PlanError as error:
+            return str(error)
+        proof = verify(part, model, args, kwargs, each_group=False, seed=seed)
+        if proof.verdict != "inexact":
+            return ""
+        return proof.reason or f"the outputs differ by {proof.rel_err:.1e}"
+
+    return find_culprits(graph, kept, fails)
 
 
 def _at_least_one(data: Iterable[Any]) -> Iterable[Any]:

@@ -24,6 +24,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.listening import listen
 from prunus.plans import Plan
 from prunus.surgeon import apply
+from prunus.tracer.capture import find_line
 from prunus.tracer.compress import run_on_kept
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.program import Node, Program, Ref, state_of, tensors_of
@@ -144,7 +145,10 @@ def verify(
     except PrunusError:
         raise
     except Exception as failure:  # the pruned model's own forward may raise anything
-        reason = reason or f"the pruned model's forward raised {type(failure).__name__}: {failure}"
+        reason = reason or (
+            f"the pruned model's forward raised {type(failure).__name__} "
+            f"at {find_line(failure)}: {failure}"
+        )
     alone = _each_alone(found, kept, replay, dense) if each_group else {}
     touched = [group for group in found.groups if not kept[group.units].all()]
     swapped = relative_error(dense, exchanged(found, original, touched, args, kwargs, seed=seed))

@@ -65,7 +65,7 @@ def apply(
         for name, axes in _by_tensor(plan).items()
         if (grad := state[name].grad) is not None
     }
-    undo = _Undo(state, modules, plan, aliases)
+    undo = Undo(plan, model)
     try:
         _swap(modules, state, new, aliases)
         for name, grad in grads.items():
@@ -152,16 +152,12 @@ def _swap(
             store[own] = new[first]
 
 
-class _Undo:
+class Undo:
     """Remembers what :func:`apply` is about to touch, and puts it back."""
 
-    def __init__(
-        self,
-        state: Mapping[str, Tensor],
-        modules: Mapping[str, nn.Module],
-        plan: Plan,
-        aliases: Mapping[str, str],
-    ) -> None:
+    def __init__(self, plan: Plan, model: nn.Module) -> None:
+        state, aliases = state_of(model)
+        modules = dict(model.named_modules(remove_duplicate=False))
         touched = {axis.tensor for axis in plan.keep}
         self._state = {name: state[name] for name in touched}
         self._data = {name: (state[name].data, state[name].grad) for name in touched}

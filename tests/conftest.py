@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -37,6 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+    # Importing ultralytics changes how numpy and torch print, and doctests look at that.
+    np.set_printoptions(linewidth=75, formatter=None, edgeitems=3, threshold=1000)
+    torch.set_printoptions(profile="default")
 
 
 @pytest.fixture

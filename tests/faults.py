@@ -22,7 +22,7 @@ from prunus.graph import coupling
 from prunus.graph.axis import Axis
 from prunus.graph.coupling import CouplingGraph
 from prunus.plans import Plan
-from prunus.tracer import capture, compress, registry
+from prunus.tracer import adapters, capture, compress, registry
 from prunus.tracer.labels import Algebra
 from prunus.tracer.registry import Call, Effect, find_overload, find_rule
 from prunus.tracer.rules.pointwise import pointwise
@@ -779,6 +779,129 @@ def half_a_head_removed(inject: Injector) -> None:
     inject.function(Algebra, "split", faulty)
 
 
+# --- attention and recurrent modules of PyTorch ---------------------------------------------
+
+
+class Packed(nn.Module):
+    """``nn.MultiheadAttention`` of six heads of six dims, and a residual: [B, N, 12] -> [B, 5]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(12, 36)
+        self.attention = nn.MultiheadAttention(36, 6, batch_first=True)
+        self.last = nn.Linear(36, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        mixed, _ = self.attention(x, x, x, need_weights=False)
+        out: Tensor = self.last((x + mixed).mean(1))
+        return out
+
+
+class Recurrent(nn.Module):
+    """An LSTM of two layers, and what it last said: [B, N, 12] -> [B, 5]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(12, 10)
+        self.cells = nn.LSTM(10, 12, num_layers=2, batch_first=True)
+        self.last = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.cells(self.embed(x))[0][:, -1])
+        return out
+
+
+def _edits_changed(change: Callable[[Any, dict[str, Any]], Any]) -> Callable[..., Any]:
+    """Every edit as ``change`` wants it; it also gets the new head dims by module."""
+
+    def faulty(right: Any, *args: Any) -> Any:
+        edits = right(*args)
+        dims = {edit.module: edit.after for edit in edits if edit.attribute == "head_dim"}
+        changed = (change(edit, dims) for edit in edits)
+        return tuple(edit for edit in changed if edit is not None)
+
+    return faulty
+
+
+@fault(Packed, *TOKENS)
+def packed_scale_moves(inject: Injector) -> None:
+    def change(edit: Any, dims: dict[str, Any]) -> Any:
+        if edit.attribute != "__class__":
+            return edit
+        return replace(edit, after=(edit.after[0], dims[edit.module] ** -0.5))
+
+    inject.function(_pipeline(), "find_edits", _edits_changed(change))
+
+
+@fault(Packed, *TOKENS)
+def packed_attention_is_not_replaced(inject: Injector) -> None:
+    def change(edit: Any, dims: dict[str, Any]) -> Any:
+        return None if edit.attribute == "__class__" else edit
+
+    inject.function(_pipeline(), "find_edits", _edits_changed(change))
+
+
+@fault(Packed, *TOKENS)
+def packed_attention_computes_something_else(inject: Injector) -> None:
+    def faulty(right: Any, self: Any, query: Tensor, *rest: Any, **named: Any) -> Any:
+        return right(self, 2 * query, *rest, **named)
+
+    inject.function(adapters.SlimMultiheadAttention, "_attend", faulty)
+
+
+@fault(Packed, *TOKENS)
+def packed_queries_swapped_with_keys(inject: Injector) -> None:
+    inject.slices(
+        "in_proj_weight",
+        lambda stay, size: stay if size == 36 else torch.cat([*stay.view(3, -1)[[1, 0, 2]]]),
+    )
+
+
+@fault(Packed, *TOKENS)
+def stale_num_heads(inject: Injector) -> None:
+    inject.function(_pipeline(), "find_edits", _keep_stale("num_heads"))
+
+
+@fault(Packed, *TOKENS)
+def stale_head_dim(inject: Injector) -> None:
+    inject.function(_pipeline(), "find_edits", _keep_stale("head_dim"))
+
+
+@fault(Recurrent, *TOKENS)
+def gates_interleaved(inject: Injector) -> None:
+    def faulty(right: Any, call: Call) -> Effect:
+        *lead, rows = call.labels("self")
+        count, why = len(call.outputs), call.why("gates")
+        column, gate = call.algebra.split(rows, (call.outputs[0].shape[-1], count), why)
+        call.pin(gate, "gates")
+        return Effect(((*lead, column),) * count)
+
+    inject.rule("unsafe_split.Tensor", to=faulty)
+
+
+@fault(Recurrent, *TOKENS)
+def gates_in_another_order(inject: Injector) -> None:
+    inject.slices(
+        "weight_hh_l1", lambda stay, size: stay.roll(len(stay) // 4) if size == 48 else stay
+    )
+
+
+@fault(Recurrent, *TOKENS)
+def recurrent_columns_shuffled(inject: Injector) -> None:
+    inject.slices("weight_hh_l0", lambda stay, size: stay.roll(1) if size == 12 else stay)
+
+
+@fault(Recurrent, *TOKENS)
+def stale_hidden_size(inject: Injector) -> None:
+    inject.function(_pipeline(), "find_edits", _keep_stale("hidden_size"))
+
+
+@fault(Recurrent, *TOKENS)
+def stale_input_size(inject: Injector) -> None:
+    inject.function(_pipeline(), "find_edits", _keep_stale("input_size"))
+
+
 # --- algebra, plan, oracle ------------------------------------------------------------------
 
 
@@ -817,6 +940,19 @@ def _with_keep(change: Callable[[dict[Axis, tuple[int, ...]], Plan], None]) -> A
         return replace(plan, keep=keep)
 
     return faulty
+
+
+@fault(Packed, *TOKENS)
+def packed_half_a_head_removed(inject: Injector) -> None:
+    """Positions of the last head that stays go: of queries, keys and values, everywhere alike."""
+
+    def change(keep: dict[Axis, tuple[int, ...]], plan: Plan) -> None:
+        for axis, parts in (("in_proj_weight", 3), ("in_proj_bias", 3), ("out_proj.weight", 1)):
+            at = Axis(f"attention.{axis}", int(parts == 1))
+            rows = np.array(keep[at]).reshape(parts, -1)
+            keep[at] = tuple(rows[:, :-2].ravel().tolist())
+
+    inject.function(Plan, "from_mask", _with_keep(change))
 
 
 @fault(residual)

@@ -152,7 +152,12 @@ rows(
     case(". a b, . b c -> . a c", X(1, 4, 6), X(1, 6, 5)),
 )
 rows("mv", case("a b, b -> a", X(4, 6), X(6)))
-rows("dot", case("a, a ->", X(6), X(6)))
+rows("dot vdot", case("a, a ->", X(6), X(6)))
+rows(
+    "_pack_padded_sequence",
+    case(". . a, . -> . a, .", X(3, 4, 6), torch.tensor([4, 2, 1]), True),
+    case(". . a, . -> . a, .", X(4, 3, 6), torch.tensor([3, 3, 1]), False),
+)
 rows(
     "addmm",
     case("a, b c, c a -> b a", X(5), X(4, 6), X(6, 5)),
@@ -289,8 +294,8 @@ rows(
     case("a b . c, a b . c, a b . d, a . . . -> a b . d, a b .", *QKV, attn_mask=X(2, 1, 5, 7)),
     case("a b . c, a b . c, a b . d, . b . . -> a b . d, a b .", *QKV, attn_mask=X(1, 4, 5, 7)),
     case("a b . c, a b . c, a b . d, a b . . -> a b . d, a b .", *QKV, attn_mask=X(2, 4, 5, 7)),
-    case("a b . c, a b . c, a b . d -> a b . d, a b .", *GQA),
-    case("a b . c, a b . c, a b . d, a b . . -> a b . d, a b .", *GQA, attn_mask=X(2, 4, 5, 7)),
+    case("a bc . d, a b . d, a b . e -> a bc . e, a bc .", *GQA),
+    case("a bc . d, a b . d, a b . e, a bc . . -> a bc . e, a bc .", *GQA, attn_mask=X(2, 4, 5, 7)),
     case("a b . c, a . . c, a . . d -> a b . d, a b .", *MQA),
     resize=with_scale,
     again=as_a_forward,
@@ -311,9 +316,9 @@ rows(
         X(2, 4, 5, 6),
         is_causal=True,
     ),
-    case("a b . c, a b . c, a b . d -> a b . d, a b . .", *GQA, enable_gqa=True),
+    case("a bc . d, a b . d, a b . e -> a bc . e, a bc . .", *GQA, enable_gqa=True),
     case(
-        "a b . c, a b . c, a b . d, a b . . -> a b . d, a b . .",
+        "a bc . d, a b . d, a b . e, a bc . . -> a bc . e, a bc . .",
         *GQA,
         X(2, 4, 5, 7),
         enable_gqa=True,

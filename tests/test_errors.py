@@ -36,7 +36,7 @@ def test_message_and_fields_survive_copies(cls, clone) -> None:
 def test_tree() -> None:
     assert issubclass(BudgetError, PlanError)
     assert issubclass(MissingExtraError, ImportError)
-    assert len(CLASSES) == 11
+    assert len(CLASSES) == 12
 
 
 def test_missing_package_names_the_extra() -> None:

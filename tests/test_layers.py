@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest layer first; each tuple is a room, whose modules may import one another.
 LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors",),),
-    (("graph",),),
+    (("graph",), ("files",)),
     (("plans", "plan_json", "budget"),),
     (("tracer",),),
     (("importance",), ("planner",), ("surgeon",)),

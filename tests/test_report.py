@@ -13,6 +13,7 @@ from torch import nn
 
 import models_zoo
 import prunus
+from prunus import files
 from prunus.errors import MissingExtraError
 from prunus.graph.axis import Axis
 from prunus.plans import GroupChoice, Plan
@@ -147,7 +148,7 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        documents.replace_file(path, fail)
+        files.replace_file(path, fail)
     assert json.loads(path.read_text()) == {"run": 1}
     assert list(tmp_path.iterdir()) == [path]
 

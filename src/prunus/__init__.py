@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from prunus.graph.axis import Axis
     from prunus.graph.coupling import CouplingGraph
     from prunus.integrations.torchvision_ops import declare_missing_ops
+    from prunus.io import load, save
     from prunus.listening import listen
     from prunus.oracle import Certificate, verify
     from prunus.plans import Plan
@@ -40,11 +41,13 @@ __all__ = [
     "declare_missing_ops",
     "draw_channels",
     "listen",
+    "load",
     "mask",
     "measure_costs",
     "measure_latency",
     "plan",
     "recalibrate",
+    "save",
     "show_stages",
     "shrink",
     "testify",
@@ -64,11 +67,13 @@ _HOMES = {
     "declare_missing_ops": "prunus.integrations.torchvision_ops",
     "draw_channels": "prunus.report.pictures",
     "listen": "prunus.listening",
+    "load": "prunus.io",
     "mask": "prunus.surgeon",
     "measure_costs": "prunus.report.counting",
     "measure_latency": "prunus.report.counting",
     "plan": "prunus.api",
     "recalibrate": "prunus.recovery",
+    "save": "prunus.io",
     "show_stages": "prunus.report.console",
     "shrink": "prunus.api",
     "testify": "prunus.witness",

@@ -89,6 +89,13 @@ class FormatError(PrunusError):
     """A file is not of the format, or of the version, that was expected."""
 
 
+class FileError(PrunusError, OSError):
+    """A file could not be read or written; nothing half-written is left.
+
+    It is an ``OSError`` as well, since that is what callers of functions with paths expect.
+    """
+
+
 class MissingExtraError(PrunusError, ImportError):
     """An optional package is not installed; the message names the extra that brings it.
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from prunus.graph.axis import Label
 from prunus.graph.coupling import CouplingGraph
@@ -26,7 +27,7 @@ Places = NDArray[np.int64]
 """By unit: which unit takes its place."""
 
 
-def exchanged(
+def exchange_error(
     graph: CouplingGraph,
     model: nn.Module,
     groups: Iterable[Group],
@@ -34,15 +35,39 @@ def exchanged(
     kwargs: Mapping[str, Any],
     *,
     seed: int = 0,
-) -> dict[str, torch.Tensor]:
-    """Outputs of the model with the units of the groups in another order.
+) -> float:
+    """How much the kept outputs change when the units of the groups take another order.
 
     Units change places with units that stand on the same axes equally often.  Where an axis
-    does not allow it (a group whose blocks differ), the group stays as it is.
+    does not allow it (a group whose blocks differ), the group stays as it is.  Both runs are in
+    float64 where the model can, since another order rounds differently and depth amplifies it.
     """
-    place = _permute(graph, groups, seed)
     moved = copy.deepcopy(model)
-    tensors, _ = state_of(moved)
+    _exchange(graph, moved, _permute(graph, groups, seed))
+    try:
+        exact = [_run(copy.deepcopy(m).double(), *_double(args, kwargs)) for m in (model, moved)]
+    except (RuntimeError, TypeError):  # a forward that insists on its own type
+        exact = [_run(m, args, kwargs) for m in (copy.deepcopy(model), moved)]
+    before, after = ({name: run[name] for name in graph.kept_outputs} for run in exact)
+    return relative_error(before, after)
+
+
+def _run(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    with quiet_run(model):
+        return dict(tensors_of(model(*args, **kwargs)))
+
+
+def _double(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    def cast(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.double() if floating else value
+
+    return tree_map(cast, tuple(args)), tree_map(cast, dict(kwargs))
+
+
+def _exchange(graph: CouplingGraph, model: nn.Module, place: Places) -> None:
+    """Put every unit's positions on every axis where the unit goes, in place."""
+    tensors, _ = state_of(model)
     with torch.no_grad():
         for axis, label in graph.labels.items():
             take = _take(label, place)
@@ -50,8 +75,6 @@ def exchanged(
                 tensor = tensors[axis.tensor]
                 index = torch.as_tensor(take, device=tensor.device)
                 tensor.copy_(tensor.index_select(axis.dim, index))
-    with quiet_run(moved):
-        return dict(tensors_of(moved(*args, **kwargs)))
 
 
 def _permute(graph: CouplingGraph, groups: Iterable[Group], seed: int) -> Places:
@@ -85,3 +108,20 @@ def _take(label: Label, place: Places) -> Places | None:
     take = np.empty(len(label), dtype=np.int64)
     take[new] = old
     return take
+
+
+def relative_error(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Largest ‖a − b‖∞ / ‖a‖∞ over the outputs; infinite where they can't be compared."""
+    worst = 0.0
+    for name, a in reference.items():
+        b = other.get(name)
+        if b is None or b.shape != a.shape:
+            return float("inf")
+        if a.numel() == 0:
+            continue
+        a, b = a.double(), b.double()
+        scale, gap = a.abs().max().item(), (a - b).abs().max().item()
+        if not (np.isfinite(scale) and np.isfinite(gap)):
+            return float("inf")
+        worst = max(worst, gap / scale if scale else float(gap > 0))
+    return worst

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prunus.tracer.adapters import adapted
 from prunus.tracer.capture import PASSIVE
 from prunus.tracer.program import Program, state_of
 from prunus.tracer.registry import bind
 from prunus.tracer.scale import find_attentions
-from prunus.tracer.trace import quiet_run, trace
+from prunus.tracer.trace import plain_kernels, quiet_run, trace
 
-FAINT = 0.5
+FAINT = 0.3
 """A weight whose outputs have less than this times the spread of its inputs is made louder."""
 
 ROUNDS = 2
@@ -44,7 +45,7 @@ def listen(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *, seed: int 
             if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
                 parameter.copy_(_fill(name, parameter, generator))
         for module in model.modules():
-            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            if isinstance(module, nn.Linear):
                 _speak_up(module.weight)
         _settle_batch_norms(model, args, kwargs)
         for module in model.modules():
@@ -73,7 +74,7 @@ def _speak_up(weight: Tensor) -> None:
     """Multiply weights that are too small for their fan-in, or what they compute is drowned."""
     gain = float(weight.detach().double().std()) * weight[0].numel() ** 0.5
     if 0 < gain < FAINT and not weight.is_meta:
-        weight.mul_(1 / gain)
+        weight.mul_(FAINT / gain)
 
 
 def _has_statistics(module: nn.Module) -> bool:
@@ -117,7 +118,7 @@ def _sharpen(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
     attentions = find_attentions(program)
     if not attentions:
         return
-    with quiet_run(model), (hearing := _Hearing(set(attentions))):
+    with quiet_run(model), plain_kernels(), adapted(model), (hearing := _Hearing(set(attentions))):
         model(*args, **kwargs)
     state, _ = state_of(model)
     for index, targets in attentions.items():
@@ -148,11 +149,16 @@ class _Hearing(TorchDispatchMode):
                 bound = bind(func, args, kwargs)
                 logits = bound.get("self")
                 if logits is None:
-                    query, key = bound["query"], bound["key"]
-                    scale = bound.get("scale") or query.shape[-1] ** -0.5
-                    logits = query @ key.transpose(-1, -2) * scale
+                    logits = _logits(bound["query"], bound["key"], bound.get("scale"))
                 finite = logits[torch.isfinite(logits) & (logits > -1e4)]
                 if finite.numel() > 1:
                     self.spread[self._count] = float(finite.double().std())
             self._count += 1
         return func(*args, **kwargs)
+
+
+def _logits(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+    """What a fused attention takes the softmax of, mask apart; heads may share a key."""
+    if key.dim() > 2 and key.shape[-3] not in (1, query.shape[-3]):
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    return query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)

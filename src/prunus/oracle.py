@@ -18,16 +18,17 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from prunus.errors import PrunusError, VerifyError
-from prunus.exchange import exchanged
+from prunus.exchange import exchange_error, relative_error
 from prunus.graph.axis import Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.listening import listen
 from prunus.plans import Plan
 from prunus.surgeon import apply
+from prunus.tracer.caches import clear_caches
 from prunus.tracer.capture import find_line
 from prunus.tracer.compress import run_on_kept
 from prunus.tracer.inputs import rebuild_inputs
-from prunus.tracer.program import Node, Program, Ref, state_of, tensors_of
+from prunus.tracer.program import Node, Program, Ref, duplicate, state_of, tensors_of
 from prunus.tracer.registry import call_bound
 from prunus.tracer.trace import quiet_run, trace
 
@@ -36,7 +37,12 @@ Verdict = Literal["exact", "inexact", "not verified"]
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 """Largest relative error that still counts as exact."""
 
+INTERCHANGEABLE = 1e-4
+"""Largest relative change of the outputs when units of one group take another order."""
+
 NOT_INTERCHANGEABLE = "units of one group are not interchangeable: a coupling is missing"
+
+NOT_THE_MODEL = "the traced program does not compute what the model itself does"
 
 MOVED = 1e-3
 """Removing a group has to move the output by this much, or the comparison proves nothing."""
@@ -121,7 +127,8 @@ def verify(
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
     plan.check_model({name: tuple(t.shape) for name, t in state_of(model)[0].items()})
-    original = copy.deepcopy(model)
+    original = duplicate(model)
+    clear_caches(original)
     if randomise:
         listen(original, args, kwargs, seed=seed)
     found = trace(original, args, kwargs, outputs=outputs or _kept_outputs(plan))
@@ -151,10 +158,14 @@ def verify(
         )
     alone = _each_alone(found, kept, replay, dense) if each_group else {}
     touched = [group for group in found.groups if not kept[group.units].all()]
-    swapped = relative_error(dense, exchanged(found, original, touched, args, kwargs, seed=seed))
+    swapped = exchange_error(found, original, touched, args, kwargs, seed=seed)
     tolerance = TOLERANCE.get(next(iter(masked.values())).dtype, 1e-4)
-    if not swapped <= tolerance:
+    if not swapped <= INTERCHANGEABLE:
         reason = reason or NOT_INTERCHANGEABLE
+    with quiet_run(original):
+        whole = dict(tensors_of(original(*args, **kwargs)))
+    if not relative_error(dense, whole) <= tolerance:
+        reason = reason or NOT_THE_MODEL
     moved = relative_error(dense, masked)
     dtype = next(iter(masked.values())).dtype
     verdict: Verdict = "exact"
@@ -221,23 +232,6 @@ class Replay:
                 index = torch.as_tensor(gone, device=operand.device)
                 bound[str(name)] = operand.index_fill(dim, index, 0)
         return bound
-
-
-def relative_error(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Largest ‖a − b‖∞ / ‖a‖∞ over the outputs; infinite where they can't be compared."""
-    worst = 0.0
-    for name, a in reference.items():
-        b = other.get(name)
-        if b is None or b.shape != a.shape:
-            return float("inf")
-        if a.numel() == 0:
-            continue
-        a, b = a.double(), b.double()
-        scale, gap = a.abs().max().item(), (a - b).abs().max().item()
-        if not (np.isfinite(scale) and np.isfinite(gap)):
-            return float("inf")
-        worst = max(worst, gap / scale if scale else float(gap > 0))
-    return worst
 
 
 def _disagreement(plan: Plan, found: CouplingGraph, kept: Mask) -> str:

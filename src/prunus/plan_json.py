@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from prunus.errors import PlanError
 from prunus.graph.axis import Axis
 
 Indices = tuple[int, ...]
+
+LIMIT = 1 << 27
+"""Positions that a plan may speak of; as ranges they take a few bytes, as numbers gigabytes."""
 
 
 def freeze(value: Any) -> Any:
@@ -49,11 +53,11 @@ def to_ranges(indices: Sequence[int]) -> list[list[int]]:
     return [[int(part[0]), int(part[-1]) + 1] for part in np.split(array, breaks)]
 
 
-def read(text: str, version: int) -> dict[str, Any]:
+def read(text: str, version: int, limit: int = LIMIT) -> dict[str, Any]:
     """The fields of a plan: edits and groups as tuples of what their records are made of."""
     try:
         document = json.loads(text, parse_constant=_refuse_constant)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise _malformed("the text", f"it is not JSON: {error}") from error
     if not isinstance(document, dict) or "prunus_plan" not in document:
         raise _malformed("the text", 'it has no "prunus_plan"')
@@ -64,6 +68,7 @@ def read(text: str, version: int) -> dict[str, Any]:
             why=f"this Prunus reads version {version}",
             fix="install the Prunus that wrote it, or plan anew",
         )
+    _check_size(document, limit)
     shapes = {n: _read_shape(v, f"shapes.{n}") for n, v in _entries(document, "shapes")}
     return {
         "keep": dict(_read_keep(_entries(document, "keep"), shapes)),
@@ -74,6 +79,23 @@ def read(text: str, version: int) -> dict[str, Any]:
         "costs": {n: _pair(v, f"costs.{n}") for n, v in _entries(document, "costs")},
         "origin": _field(document, "origin", dict, ""),
     }
+
+
+def _check_size(document: Mapping[str, Any], limit: int) -> None:
+    """Refuse ranges of too many positions before they are expanded."""
+    keep, lists = document.get("keep"), (document.get("groups"), document.get("scalings"))
+    ranges = list(keep.values()) if isinstance(keep, dict) else []
+    for entry in (e for entries in lists if isinstance(entries, list) for e in entries):
+        if isinstance(entry, dict):
+            ranges += [entry.get("removed"), entry.get("positions")]
+    pairs = (pair for entry in ranges if isinstance(entry, list) for pair in entry)
+    total = sum(
+        max(0, pair[1] - pair[0])
+        for pair in pairs
+        if isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is type(pair[1]) is int
+    )
+    if total > limit:
+        raise _malformed("the text", f"its ranges speak of {total} positions, at most {limit} can")
 
 
 def _malformed(where: str, why: str) -> PlanError:
@@ -165,6 +187,9 @@ def _read_edit(entry: Any, where: str) -> tuple[str, str, Any, Any]:
     if "before" not in entry or "after" not in entry:
         raise _malformed(where, 'it needs a "before" and an "after"')
     module, attribute = (_field(entry, name, str, where) for name in ("module", "attribute"))
+    parts = re.split(r"[.\[\]]", attribute)
+    if attribute != "__class__" and any(part.startswith("__") for part in parts):  # Python's own
+        raise _malformed(where, f"{attribute!r} is no attribute that a plan may set")
     return module, attribute, entry["before"], entry["after"]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prunus.errors import PlanError
+from prunus.files import replace_file
 from prunus.graph.axis import Axis, Mask
-from prunus.plan_json import freeze, read, to_ranges
+from prunus.plan_json import LIMIT, freeze, read, to_ranges
 
 if TYPE_CHECKING:
     from prunus.graph.coupling import CouplingGraph
@@ -258,9 +258,12 @@ class Plan:
         return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Read what :meth:`to_json` wrote; :class:`~prunus.errors.PlanError` on anything else."""
-        fields = read(text, VERSION)
+    def from_json(cls, text: str, *, limit: int = LIMIT) -> Plan:
+        """Read what :meth:`to_json` wrote; :class:`~prunus.errors.PlanError` on anything else.
+
+        A text of few bytes can speak of many positions; more than ``limit`` are refused.
+        """
+        fields = read(text, VERSION, limit)
         fields["edits"] = tuple(Edit(*edit) for edit in fields["edits"])
         fields["scalings"] = tuple(Scaling(*scaling) for scaling in fields["scalings"])
         fields["groups"] = tuple(GroupChoice(*group) for group in fields["groups"])
@@ -268,17 +271,8 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON; the file is the old one or the new one, never half of it."""
-        target = Path(path)
-        handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, target)
-        except BaseException:
-            os.unlink(draft)
-            raise
+        text = self.to_json()
+        replace_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from prunus import __version__
 
-VERBS = ("inspect", "shrink")
+VERBS = ("inspect", "plan", "shrink", "apply", "verify", "load")
 
 EXIT_CODES = """\
 exit codes:
@@ -42,7 +42,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed what there is to say
         return int(stop.code or 0)
     options.command = ["prunus", *(sys.argv[1:] if argv is None else argv)]
-    return _run(options)
+    return _run_logged(options)
+
+
+def _run_logged(options: argparse.Namespace) -> int:
+    from prunus.cli.journal import Journal
+    from prunus.errors import FileError
+    from prunus.report.console import show_error
+
+    try:
+        options.journal = Journal(options.log)
+        options.journal.write("start", command=options.command)
+        code = _run(options)
+        options.journal.write("end", exit_code=code)
+    except FileError as error:  # the log's own
+        show_error("prunus", error)
+        return BAD_INPUT
+    return code
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -54,21 +70,20 @@ def _run(options: argparse.Namespace) -> int:
         code: int = options.run(options)
         sys.stdout.flush()
         return code
-    except VerifyError as error:
-        show_error("prunus", error)
-        return NOT_PROVEN
-    except (ApplyError, BudgetError) as error:
-        show_error("prunus", error)
-        return REFUSED
     except PrunusError as error:
         show_error("prunus", error)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        warn("prunus: interrupted")
+        options.journal.write_error(error)
+        if isinstance(error, VerifyError):
+            return NOT_PROVEN
+        return REFUSED if isinstance(error, (ApplyError, BudgetError)) else BAD_INPUT
+    except KeyboardInterrupt as error:
+        warn("prunus: interrupted; nothing half-written is left")
+        options.journal.write_error(error)
         return INTERRUPTED
     except BrokenPipeError:  # the reader, ``head`` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, SystemExit) as error:  # the model's own: only its traceback helps
         show_traceback(error)
+        options.journal.write_error(error)
         return BAD_INPUT

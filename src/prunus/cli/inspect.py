@@ -41,10 +41,11 @@ def run(options: argparse.Namespace) -> int:
     """Trace the model and print what was found."""
     import prunus
     from prunus.cli.models import load_model
-    from prunus.report.console import follow_steps, show, show_json
-    from prunus.report.documents import describe_graph, replace_file
+    from prunus.files import replace_file
+    from prunus.report.console import show
+    from prunus.report.documents import describe_graph
 
-    with follow_steps(3) as step:
+    with shared.follow(options, 3) as step:
         step("building the model")
         loaded = load_model(options)
         step("tracing")
@@ -52,13 +53,14 @@ def run(options: argparse.Namespace) -> int:
     answers = _answer(graph, options)
     if options.dot:
         replace_file(options.dot, lambda draft: draft.write_text(graph.dot(), encoding="utf-8"))
-    if options.json:
-        head = {"command": options.command, "versions": shared.versions(), "model": options.model}
-        show_json({**head, **describe_graph(graph), **answers["json"]})
-    else:
+
+    def tell() -> None:
         show(*(answers["shown"] or _overview(graph, options.model)))
         if options.dot:
             show(f"wrote {options.dot}")
+
+    document = {**shared.head(options), **describe_graph(graph), **answers["json"]}
+    shared.answer(options, document, tell)
     return 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,40 @@ MODEL_HELP = """\
 MODEL is one of
   zoo:NAME            a model of the zoo that ships with Prunus
   timm:NAME           a model of timm (the extra 'timm')
+  hf:FOLDER           a folder with config.json and *.safetensors, as save_pretrained() writes it
+                      (the extra 'hf'); code from the folder is never run
+  yolo:FILE           a .yaml of ultralytics (the extra 'yolo'), or a .pt file with --trust-pickle
   path/to/file.py:F   what the function F() in that file returns; where the file also has
                       example_inputs(), that gives the forward's arguments (a tensor, a tuple,
                       or a dict of keyword arguments)
 """
 
+DATA_HELP = """\
+DATA is one of
+  FOLDER              of images, also in folders below it (the extra 'images'): each is resized and
+                      cropped to the size of the example input, scaled to 0..1, and normalised
+                      with --mean and --std (by default what the model came with, if anything)
+  FILE.npz            with the array 'inputs', prepared as the model wants it
+  FILE.txt            one text a line (the extra 'hf'), with the tokenizer in --tokenizer FOLDER or
+                      beside an hf: model
+  path/to/file.py:F   what the function F() returns: an iterable of batches
+"""
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """MODEL, and what belongs to it."""
-    parser.add_argument("model", metavar="MODEL", help="zoo:NAME, timm:NAME or file.py:FUNCTION")
+
+def add_model_options(parser: argparse.ArgumentParser, *, flag: bool = False) -> None:
+    """MODEL, and what belongs to it; under the name ``--build`` if it is a flag."""
+    text = "zoo:NAME, timm:NAME, hf:FOLDER, yolo:FILE or file.py:FUNCTION"
+    if flag:
+        parser.add_argument("--build", metavar="MODEL", dest="model", required=True, help=text)
+    else:
+        parser.add_argument("model", metavar="MODEL", help=text)
     parser.add_argument(
         "--pretrained", action="store_true", help="with trained weights (zoo and timm)"
+    )
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="read weights from pickles, which can run any code: only from people you trust",
     )
     parser.add_argument(
         "--input-shape",
@@ -42,6 +67,108 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, help="of everything that is random (default: 0)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    parser.add_argument(
+        "--log", metavar="FILE", type=new_file, help="write what happens, as JSON lines"
+    )
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Calibration data, and how it is prepared."""
+    group = parser.add_argument_group("calibration data")
+    group.add_argument("--data", metavar="DATA", help="batches for the batch norms; see below")
+    group.add_argument(
+        "--samples",
+        metavar="N",
+        type=count,
+        default=512,
+        help="images or lines that are used at most (default: 512)",
+    )
+    group.add_argument("--mean", metavar="R,R,…", type=numbers, help="of the images' channels")
+    group.add_argument("--std", metavar="R,R,…", type=numbers, help="of the images' channels")
+    group.add_argument("--tokenizer", metavar="FOLDER", help="for a text file")
+
+
+def add_choice_options(parser: argparse.ArgumentParser) -> None:
+    """What to remove."""
+    group = parser.add_argument_group("what to remove")
+    text = "upper bound: a fraction of the dense cost, as 0.5, or a number, as 2000000"
+    group.add_argument("--macs", metavar="N", type=bound, help=text)
+    group.add_argument("--params", metavar="N", type=bound, help=text)
+    group.add_argument(
+        "--importance", default="l2", metavar="NAME", help="score of a unit (default: l2)"
+    )
+    group.add_argument(
+        "--scope",
+        default="local",
+        choices=("local", "isomorphic", "global"),
+        help="which units compete: those of one group, of groups of one shape, all "
+        "(default: local)",
+    )
+    group.add_argument(
+        "--round-to", default=1, metavar="N", type=count, help="widths are multiples of it"
+    )
+    group.add_argument(
+        "--min-width", default=1, metavar="N", type=count, help="units every group keeps"
+    )
+    group.add_argument(
+        "--max-ratio",
+        default=1.0,
+        metavar="R",
+        type=ratio,
+        help="the largest share of its units that a group may lose",
+    )
+    text = "groups, by globs over their names and those of their tensors; may be repeated"
+    group.add_argument("--include", metavar="GLOB", action="append", help=f"only these {text}")
+    group.add_argument(
+        "--exclude", metavar="GLOB", action="append", default=[], help=f"not these {text}"
+    )
+
+
+def add_files(parser: argparse.ArgumentParser, files: Sequence[tuple[str, str]]) -> None:
+    """Files to write, by the option's name and what it says."""
+    group = parser.add_argument_group("files to write")
+    for name, text in files:
+        group.add_argument(f"--{name}", metavar="FILE", type=new_file, help=text)
+
+
+@contextmanager
+def follow(options: argparse.Namespace, count: int) -> Iterator[Callable[..., None]]:
+    """Progress on stderr, each new step in the log as well."""
+    from prunus.report.console import follow_steps
+
+    with follow_steps(count) as step:
+
+        def logged(description: str, *, same: bool = False) -> None:
+            if not same:
+                options.journal.write("step", name=description)
+            step(description, same=same)
+
+        yield logged
+
+
+def head(options: argparse.Namespace) -> dict[str, Any]:
+    """What every JSON document begins with."""
+    return {
+        "command": options.command,
+        "versions": versions(),
+        "model": options.model,
+        "seed": options.seed,
+    }
+
+
+def answer(options: argparse.Namespace, document: dict[str, Any], show: Callable[[], None]) -> None:
+    """Print the result, as JSON if that was asked for; it goes into the log as well."""
+    from prunus.report.console import show_json
+    from prunus.report.documents import to_json
+
+    if options.log:
+        import json
+
+        options.journal.write("result", document=json.loads(to_json(document)))
+    if options.json:
+        show_json(document)
+    else:
+        show()
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -53,6 +180,15 @@ def shape(text: str) -> tuple[int, ...]:
     if min(sizes) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no shape; write it as 1,3,224,224")
     return sizes
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Read ``"0.485,0.456,0.406"``."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        message = f"{text!r} is no list of numbers; write it as 0.485,0.456,0.406"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def count(text: str) -> int:
@@ -72,6 +208,21 @@ def ratio(text: str) -> float:
     if not 0 < number <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number in (0, 1]")
     return number
+
+
+def bound(text: str) -> float | int:
+    """Read a bound, and let the budget itself say whether it is one."""
+    from prunus.budget import Budget
+    from prunus.errors import BudgetError
+
+    try:
+        value = int(text) if text.isascii() and text.isdigit() else float(text)
+        Budget(macs=value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    except BudgetError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no budget: {error.why}; {error.fix}") from None
+    return value
 
 
 def axis(text: str) -> Any:

@@ -67,6 +67,8 @@ class CouplingGraph:
         The inputs and the shapes of the kept outputs, as plain data.
     program
         The operators that ran (:class:`prunus.tracer.program.Program`), for replay.
+    seconds
+        What it took: ``"trace"`` for the forward and its rules, ``"group"`` for the rest.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -88,6 +90,7 @@ class CouplingGraph:
     attributes: Mapping[Attribute, int] = field(default_factory=dict)
     traced: Mapping[str, Any] = field(default_factory=dict)
     program: Any = field(default=None, repr=False, compare=False)
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def all_kept(self) -> Mask:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunus.tracer.trace import quiet_run
+from prunus.tracer.trace import plain_kernels, quiet_run
 
 
 def measure_costs(
@@ -39,7 +39,7 @@ def measure_costs(
     """
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     counter = FlopCounterMode(display=False)
-    with quiet_run(model), sdpa_kernel(SDPBackend.MATH), counter:
+    with quiet_run(model), plain_kernels(), sdpa_kernel(SDPBackend.MATH), counter:
         model(*args, **(kwargs or {}))
     state = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return {

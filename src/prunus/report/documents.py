@@ -1,14 +1,14 @@
-"""Reports as plain data, and files that are the old one or the new one, never half of it."""
+"""Reports as plain data."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
+from prunus.files import replace_file
 from prunus.graph.axis import Axis
 from prunus.graph.constraints import Lockstep, Pin
 from prunus.graph.coupling import Coupling, CouplingGraph
@@ -90,19 +90,6 @@ def write_json(document: Any, path: str | os.PathLike[str]) -> None:
     """Write a document as JSON."""
     text = to_json(document) + "\n"
     replace_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
-
-
-def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a draft beside the file, then put it in the file's place."""
-    target = Path(path)
-    draft = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
-    try:
-        write(draft)
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from prunus.errors import require
+from prunus.files import replace_file
 from prunus.plans import GroupChoice, Plan
-from prunus.report.documents import replace_file
 
 KEPT, REMOVED, TEXT = "#2a6fbb", "#f0b27a", "#333333"
 

@@ -61,6 +61,18 @@ def choices_table(plan: Plan) -> Table:
     return table
 
 
+def costs_table(costs: Mapping[str, Mapping[str, int | None]]) -> Table:
+    """Every cost ``before``, as ``requested`` at most, and as ``achieved``; with its share."""
+    table = _table(
+        "cost", "before", "at most", "achieved", numbers=("before", "at most", "achieved")
+    )
+    for name, cost in costs.items():
+        whole = cost["before"] or 0
+        cells = [cost[column] for column in ("before", "requested", "achieved")]
+        _row(table, name, *("–" if n is None else _with_share(n, whole) for n in cells))
+    return table
+
+
 def stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     """One row for each state of a model: ``name``, ``params``, ``macs`` and ``bytes``, and where
     they are known ``accuracy`` (in percent) and ``latency_ms`` (by batch size).

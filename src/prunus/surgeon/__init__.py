@@ -1,6 +1,8 @@
-"""The only code that changes a model: slice, attributes, mask."""
+"""The only code that changes a model: slice, attributes, mask, restore."""
 
+from prunus.surgeon.applied import applied_plan, remember
 from prunus.surgeon.apply import apply
 from prunus.surgeon.mask import mask
+from prunus.surgeon.restore import restore
 
-__all__ = ["apply", "mask"]
+__all__ = ["applied_plan", "apply", "mask", "remember", "restore"]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_map
 
 from prunus.errors import ApplyError
 from prunus.graph.axis import Axis
 from prunus.plans import Plan
+from prunus.surgeon.applied import plans_of, remember, remember_only
 from prunus.surgeon.attributes import read_attribute, write_attribute
+from prunus.tracer.caches import drop_caches
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.program import state_of, tensors_of
 from prunus.tracer.trace import quiet_run
@@ -55,7 +59,7 @@ def apply(
     state, aliases = state_of(model)
     plan.check_model({name: tuple(tensor.shape) for name, tensor in state.items()})
     modules = dict(model.named_modules(remove_duplicate=False))
-    _check_edits(plan, modules)
+    check_edits(plan, modules)
     new = {
         name: slice_tensor(_scaled(plan, name, state[name]), axes)
         for name, axes in _by_tensor(plan).items()
@@ -72,6 +76,8 @@ def apply(
             state[name].grad = grad
         for edit in plan.edits:
             write_attribute(modules[edit.module], edit.attribute, edit.after)
+        if plan.traced is not None:
+            drop_caches(model, plan.traced.get("caches", ()))
         if check:
             _check_outputs(plan, model)
         if optimizer is not None:
@@ -79,7 +85,23 @@ def apply(
     except BaseException:
         undo()
         raise
+    _renew(model.modules())
+    remember(model, plan)
     return model
+
+
+def _renew(modules: Iterable[nn.Module]) -> None:
+    """What modules keep beside their parameters, and would make anew at their next run."""
+    for module in modules:
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()  # cuDNN wants them in one piece; nothing happens on CPU
+        for hook in module._forward_pre_hooks.values():  # the older norms keep what they compute
+            if isinstance(hook, (WeightNorm, SpectralNorm)):
+                iterate = {"do_power_iteration": False} if isinstance(hook, SpectralNorm) else {}
+                with torch.no_grad():
+                    weight = hook.compute_weight(module, **iterate)
+                if weight.shape != getattr(module, hook.name).shape:
+                    setattr(module, hook.name, weight)
 
 
 def slice_tensor(tensor: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
@@ -116,15 +138,20 @@ def _by_tensor(plan: Plan) -> dict[str, dict[int, Tensor]]:
     return keep
 
 
-def _check_edits(plan: Plan, modules: Mapping[str, nn.Module]) -> None:
+_PLAIN = (bool, int, float, str, tuple, dict)
+"""What can be compared with a plan's values: tensors and arrays compare element by element."""
+
+
+def check_edits(plan: Plan, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse a model whose attributes are not those that the plan changes."""
     for edit in plan.edits:
         module = modules.get(edit.module)
         try:
             value = None if module is None else read_attribute(module, edit.attribute)
-        except AttributeError:
+        except Exception:  # a property may raise anything
             value = None
         value = tuple(value) if isinstance(value, list) else value
-        if value != edit.before:
+        if not isinstance(value, _PLAIN) or value != edit.before:
             raise ApplyError(
                 f"{edit.module}.{edit.attribute} is {value!r}, the plan expects {edit.before!r}",
                 where=edit.module,
@@ -142,14 +169,26 @@ def _swap(
     """Put the sliced tensors in place: parameters keep their identity, buffers are replaced."""
     for name, tensor in new.items():
         if isinstance(state[name], nn.Parameter):
-            state[name].grad = None  # of the old shape, which torch refuses beside the new data
-            state[name].data = tensor
+            _put(state[name], tensor)
     for name, first in [*((n, n) for n in new), *aliases.items()]:
         if first in new and not isinstance(state[first], nn.Parameter):
             prefix, _, own = name.rpartition(".")
             module = modules[prefix]
             store = module._buffers if own in module._buffers else vars(module)
             store[own] = new[first]
+
+
+def _put(parameter: Tensor, data: Tensor) -> None:
+    """Other data for the same object.
+
+    Autograd remembers a parameter's shape as long as anything of an old graph is alive (a loss
+    that is still in scope, say), and forgets it when the type changes in between.
+    """
+    parameter.grad = None  # of the old shape, which torch refuses beside the new data
+    if data.is_floating_point():
+        other = torch.float32 if data.dtype == torch.float16 else torch.float16
+        parameter.data = data.new_empty(0, dtype=other)
+    parameter.data = data
 
 
 class Undo:
@@ -163,6 +202,7 @@ class Undo:
         self._data = {name: (state[name].data, state[name].grad) for name in touched}
         self._aliases = {name: first for name, first in aliases.items() if first in touched}
         self._modules = modules
+        self._plans = plans_of(model)
         self._attributes = [
             (modules[edit.module], edit.attribute, edit.before) for edit in plan.edits
         ]
@@ -170,13 +210,14 @@ class Undo:
     def __call__(self) -> None:
         for name, (data, grad) in self._data.items():
             if isinstance(self._state[name], nn.Parameter):
-                self._state[name].grad = None
-                self._state[name].data = data
+                _put(self._state[name], data)
                 self._state[name].grad = grad
         buffers = {n: t for n, t in self._state.items() if not isinstance(t, nn.Parameter)}
         _swap(self._modules, self._state, buffers, self._aliases)
         for module, attribute, value in self._attributes:
             write_attribute(module, attribute, value)
+        _renew(self._modules.values())
+        remember_only(self._modules[""], self._plans)
 
 
 def _check_outputs(plan: Plan, model: nn.Module) -> None:

@@ -19,6 +19,10 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.graph.expressions import Attribute
 from prunus.graph.solve import solve
 from prunus.plans import Edit
+from prunus.tracer.adapters import become, kind_of, slim_kind
+
+CLASS = "__class__"
+"""The attribute under which a plan notes that a module changes to its equivalent."""
 
 Kept = Mapping[tuple[str, int], NDArray[np.int64]]
 """(tensor's own name, dim) → positions that stay, for the axes of one module that lose some."""
@@ -113,6 +117,32 @@ def _prelu(module: nn.PReLU, kept: Kept) -> dict[str, Any]:
     return _counts(kept, num_parameters=("weight", 0))
 
 
+@_for(nn.MultiheadAttention)
+def _attention(module: nn.MultiheadAttention, kept: Kept) -> dict[str, Any]:
+    """Heads and head dims are what the forward itself states."""
+    packed = ("in_proj_weight", 1)
+    query, key, value = (
+        packed if packed in kept else (f"{name}_proj_weight", 1) for name in ("q", "k", "v")
+    )
+    return {CLASS: slim_kind(module)} | _counts(kept, embed_dim=query, kdim=key, vdim=value)
+
+
+@_for(nn.RNNBase)
+def _recurrent(module: nn.RNNBase, kept: Kept) -> dict[str, Any]:
+    hidden = ("weight_hr_l0", 1) if module.proj_size else ("weight_hh_l0", 1)
+    own = {
+        "input_size": ("weight_ih_l0", 1),
+        "hidden_size": hidden,
+        "proj_size": ("weight_hr_l0", 0),
+    }
+    return _counts(kept, **own)
+
+
+@_for(nn.RNNCellBase)
+def _recurrent_cell(module: nn.RNNCellBase, kept: Kept) -> dict[str, Any]:
+    return _counts(kept, input_size=("weight_ih", 1), hidden_size=("weight_hh", 1))
+
+
 def find_rewrite(module: nn.Module) -> Rewrite | None:
     """The table's entry for a module's type or its nearest ancestor."""
     return next((_TABLE[kind] for kind in type(module).__mro__ if kind in _TABLE), None)
@@ -142,11 +172,30 @@ def find_edits(model: nn.Module, graph: CouplingGraph, kept: Mask) -> tuple[Edit
         path = str(Attribute("", attribute.name, attribute.keys))
         if value != before and (attribute.module, attribute.name) not in standard:
             edits[attribute.module, path] = Edit(attribute.module, path, before, value)
-    return tuple(edits.values())
+    return (*edits.values(), *_of_transformers(model, edits))
+
+
+def _of_transformers(model: nn.Module, edits: Mapping[tuple[str, str], Edit]) -> Iterator[Edit]:
+    """What PyTorch's transformers keep beside their layers.
+
+    An encoder may hand nested tensors to its layers, which only PyTorch's own attention takes.
+    """
+    slim = [path for path, attribute in edits if attribute == CLASS]
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+            if any(path.startswith(prefix) for path in slim):
+                yield Edit(name, "use_nested_tensor", True, False)
+        elif isinstance(module, nn.Transformer):
+            width = edits.get((f"{prefix}encoder.layers.0.self_attn", "embed_dim"))
+            if width is not None and (name, "d_model") not in edits:
+                yield Edit(name, "d_model", module.d_model, width.after)
 
 
 def read_attribute(module: nn.Module, path: str) -> Any:
     """The value at ``"name"``, ``"name[1]"`` or ``"name.key"``; AttributeError if there is none."""
+    if path == CLASS:
+        return kind_of(module)
     value: Any = module
     for key in _keys(path):
         try:
@@ -158,6 +207,9 @@ def read_attribute(module: nn.Module, path: str) -> Any:
 
 def write_attribute(module: nn.Module, path: str, value: Any) -> None:
     """Set what :func:`read_attribute` reads; tuples on the way are rebuilt."""
+    if path == CLASS:
+        become(module, value)
+        return
     keys = _keys(path)
     holders: list[Any] = [module]
     for key in keys[:-1]:
@@ -206,7 +258,7 @@ def _edits(
         if not kept:
             continue
         for attribute, after in rewrite(module, kept).items():
-            edit = Edit(prefix, attribute, getattr(module, attribute), after)
+            edit = Edit(prefix, attribute, read_attribute(module, attribute), after)
             if edit.before != edit.after:
                 yield edit
 
@@ -214,10 +266,14 @@ def _edits(
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, str]]:
     """Names that the table knows, with the tensors that have their shape.
 
-    A parametrization, or the older ``weight_norm``, computes the weight from another tensor.
+    A parametrization, or the older ``weight_norm`` and ``spectral_norm``, computes the weight
+    from another tensor.
     """
     for name in (*module._parameters, *module._buffers):
-        yield name.removesuffix("_v"), name
+        plain = name.removesuffix("_orig")
+        if f"{name.removesuffix('_v')}_g" in module._parameters:
+            plain = name.removesuffix("_v")
+        yield plain, name
     chains = module._modules.get("parametrizations")
     for name, chain in ({} if chains is None else chains._modules).items():
         originals = () if chain is None else tuple(chain._parameters)

@@ -7,26 +7,29 @@ read a removed unit are zeroed there, and operators that mix positions see the k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from prunus.errors import ApplyError
-from prunus.graph.axis import Mask, kept_positions
+from prunus.graph.axis import Axis, Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.plans import Plan
 from prunus.surgeon.apply import kept_axes
+from prunus.tracer.adapters import adapted
 from prunus.tracer.capture import PASSIVE
 from prunus.tracer.compress import run_on_kept
 from prunus.tracer.program import Node, Program, state_of
 from prunus.tracer.registry import bind, call_bound
-from prunus.tracer.trace import quiet_run, trace
+from prunus.tracer.trace import plain_kernels, quiet_run, trace
 
 
 @contextmanager
@@ -57,7 +60,9 @@ def mask(plan: Plan, model: nn.Module) -> Iterator[nn.Module]:
                 traces[key] = trace(model, args, kwargs, real=True)
         found = traces[key]
         kept = found.mask_from_positions(kept_axes(plan))
+        _check_same(plan, dict(found.positions(kept)))
         running.enter_context(quiet_run(model))
+        running.enter_context(plain_kernels())
         running.enter_context(Silencer(found.program, kept))
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -66,10 +71,22 @@ def mask(plan: Plan, model: nn.Module) -> Iterator[nn.Module]:
     handles = _Hooks(model, enter, leave)
     handles.attach()
     try:
-        yield model
+        with adapted(model):
+            yield model
     finally:
         handles.detach()
         running.close()
+
+
+def _check_same(plan: Plan, implied: Mapping[Axis, NDArray[np.int64]]) -> None:
+    """Refuse inputs for which the model couples other positions than when the plan was made."""
+    for axis in (*plan.keep, *implied):
+        if list(plan.keep.get(axis, ())) != list(implied.get(axis, ())):
+            raise ApplyError(
+                f"for these inputs the model couples {axis} in another way",
+                why="its forward takes another path than with the inputs that were traced",
+                fix="evaluate the pruned model itself",
+            )
 
 
 class Silencer(TorchDispatchMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -93,8 +94,10 @@ def _pin_data(
     unmixed = np.zeros(resolver.count + 1, dtype=np.bool_)
     found = False
     for group in form_groups(resolver.axes, own, resolver.count, unmixed):
-        made = (a.tensor in parameters and role is not Role.CONSUMER for a, role in group.axes)
-        if not any(made):
+        makers = [axis.tensor for axis, role in group.axes if role is Role.PRODUCER] or [
+            axis.tensor for axis, role in group.axes if role is Role.CARRIER
+        ]
+        if parameters.isdisjoint(makers):
             found = True
             why = Pin("data that no parameter makes", "", "", "")
             recorder.algebra.pin(resolver.roots[group.units][:, None], why)
@@ -104,16 +107,16 @@ def _pin_data(
 def _keep_scales(recorder: Recorder) -> list[tuple[Label, Fixed]]:
     """Head dims whose softmax scale has to be made up for; pinned where that can't be done."""
     found: dict[Fixed, Label] = {}
-    for node, targets in find_rescales(recorder.nodes, recorder.state, recorder.shapes):
-        label = recorder.labels[node.args["query"].value][3]
+    for attention, fixed in find_rescales(
+        recorder.nodes, recorder.state, recorder.shapes, recorder.attended
+    ):
+        label = recorder.labels[attention.query][-1]
         if label is None or recorder.algebra.canonical(label) is None:
             continue
-        if targets is None:
-            reason = "the softmax scale depends on this dim, and the query isn't linear in weights"
-            why = Pin(reason, str(node.target), node.module, node.source)
-            recorder.algebra.pin(label, why)
+        if fixed is None:
+            reason = "the softmax scale depends on this dim, and no weights serve the query alone"
+            recorder.algebra.pin(label, replace(attention.why, reason=reason))
             continue
-        fixed = tuple((name, dim, tuple(sorted(at))) for (name, dim), at in targets.items())
         found.setdefault(fixed, label)
     return [(label, fixed) for fixed, label in found.items()]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,13 +26,21 @@ from prunus.graph.constraints import Pin
 from prunus.graph.expressions import Attribute, Equation, Expression, Operation, Width
 from prunus.tracer.labels import Algebra
 from prunus.tracer.program import Node, Ref
-from prunus.tracer.provenance import Follow
+from prunus.tracer.provenance import Follow, Given, expression_of
 from prunus.tracer.registry import Call, Effect, Labels, bind, find_rule
+from prunus.tracer.scale import Attention
 
 SHADOW_LIMIT = 1 << 16
 """Tensors of at most this many elements are also computed for real when their content is known."""
 
-PASSIVE = {"prim::device", "prim::layout", "aten::sym_size", "aten::sym_numel", "aten::is_pinned"}
+PASSIVE = {
+    "prim::device",
+    "prim::layout",
+    "aten::sym_size",
+    "aten::sym_numel",
+    "aten::is_pinned",
+    "aten::_local_scalar_dense",
+}
 
 
 class Recorder(TorchDispatchMode):
@@ -58,7 +67,9 @@ class Recorder(TorchDispatchMode):
         self.stack: list[str] = [""]
         self.equations: list[Equation] = []
         self.attributes: dict[Attribute, int] = {}
-        self.follow = Follow(self._label_of, self._escaped)
+        self.attended: list[Attention] = []
+        self._begun: Given | None = None
+        self.follow = Follow(self._label_of, self._escaped, self._seal)
         self._governed: dict[str, Label | None] = {}
         self._fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
         self._values = WeakIdKeyDictionary()
@@ -116,10 +127,7 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func._schema.name in PASSIVE:
-            return func(*args, **kwargs)
-        if func._schema.name == "aten::_local_scalar_dense" and self._shadow(args[0]) is not None:
-            with unset_fake_temporarily():
-                return self._shadow(args[0]).item()
+            return self._passive(func, args, kwargs)
         known = self._run_shadow(func, args, kwargs)
         strides = args[0].stride() if args and isinstance(args[0], Tensor) else ()
         if self._fake is None:
@@ -135,11 +143,26 @@ class Recorder(TorchDispatchMode):
                 self._shadows[tensor] = shadow
         return out
 
+    def _passive(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        """What leaves no trace: questions about a tensor, and values that are known."""
+        if func._schema.name == "aten::_local_scalar_dense":
+            shadow = self._shadow(args[0])
+            if shadow is not None:
+                with unset_fake_temporarily():
+                    return shadow.item()
+        if self._fake is None:
+            return func(*args, **kwargs)
+        with self._fake:
+            return func(*args, **kwargs)
+
     def _record(
         self, func: OpOverload, bound: dict[str, Any], out: Any, strides: tuple[int, ...]
     ) -> None:
         outputs = tuple(t for t in tree_leaves(out) if isinstance(t, Tensor))
         module, source = self.stack[-1], find_source(sys._getframe(2))
+        given = self.follow.given
+        if given is not None:
+            self._enter_function(given, Pin("", str(func), module, source))
         call = Call(
             func,
             bound,
@@ -148,7 +171,7 @@ class Recorder(TorchDispatchMode):
             lambda tensor: self.labels[self.value_of(tensor)],
             Pin("", str(func), module, source),
             strides,
-            self.follow.given,
+            given,
             lambda tensor: self.from_state[self.value_of(tensor)],
         )
         args = {name: _refer(value, self.value_of) for name, value in bound.items()}
@@ -162,7 +185,7 @@ class Recorder(TorchDispatchMode):
             effect = rule(call)
             labels = effect.outputs
             for expression, size, label in effect.equations:
-                self._equate(expression, size, label, call)
+                self._equate(expression, size, label, call.context)
         for tensor, own in zip(outputs, labels, strict=True):
             if len(own) != tensor.dim():
                 raise AssertionError(
@@ -174,26 +197,47 @@ class Recorder(TorchDispatchMode):
         )
         self.nodes.append(Node(func, args, numbers, effect, module, source))
 
-    def _equate(self, expression: Expression, size: int, label: Label | None, call: Call) -> None:
+    def _enter_function(self, given: Given, why: Pin) -> None:
+        """Take down what a torch function is told, whatever operators it consists of."""
+        first = given is not self._begun
+        self._begun = given
+        if given.name in ("layer_norm", "rms_norm") and first:
+            tensor, written = given.argument(0, "input"), given.argument(1, "normalized_shape")
+            labels, shape = self.labels[self.value_of(tensor)], tensor.shape
+            for dim in range(-len(written), 0):
+                expression = expression_of(written[dim])
+                if expression is not None:
+                    self._equate(expression, shape[dim], labels[dim], why)
+        elif given.name == "scaled_dot_product_attention" and given.argument(6, "scale") is None:
+            index = len(self.nodes)
+            if not first:
+                why = self.attended[-1].why
+                index = self.attended.pop().nodes.start
+            operands = [given.argument(i, n) for i, n in enumerate(("query", "key", "value"))]
+            query, *others = map(self.value_of, operands)
+            nodes = range(index, len(self.nodes) + 1)
+            self.attended.append(Attention(query, query not in others, nodes, why))
+
+    def _equate(self, expression: Expression, size: int, label: Label | None, why: Pin) -> None:
         """What the forward's code says a size is: tie, pin, or remember to check."""
         if isinstance(expression, int):
-            call.pin(label, "the code fixes this size")
+            self.algebra.pin(label, replace(why, reason="the code fixes this size"))
             return
         if isinstance(expression, Width):
-            self._count_as(expression.label, label, call)
+            self._count_as(expression.label, label, why)
         else:
             key = _key(expression)
             if key in self._governed:
-                self._count_as(self._governed[key], label, call)
+                self._count_as(self._governed[key], label, why)
             else:
                 self._governed[key] = label
-        why = call.context
         self.equations.append(Equation(expression, Width(size, label), why.module, why.source))
 
-    def _count_as(self, a: Label | None, b: Label | None, call: Call) -> None:
+    def _count_as(self, a: Label | None, b: Label | None, why: Pin) -> None:
         """Two dims have one size: tie them, unless they keep equally many by construction."""
         if not self.algebra.count_alike(a, b):
-            call.unify(a, b, "the code takes one size for the other")
+            reason = "the code takes one size for the other"
+            self.algebra.unify(a, b, replace(why, reason=reason))
 
     def _escaped(self, expression: Expression) -> None:
         self.escape(expression, find_source(sys._getframe(2)))
@@ -209,6 +253,14 @@ class Recorder(TorchDispatchMode):
         elif isinstance(expression, Operation):
             self.escape(expression.left, source)
             self.escape(expression.right, source)
+
+    def _seal(self, arguments: Any, reason: str) -> None:
+        """Pin whatever goes into a function that can't be seen into."""
+        why = Pin(reason, "", self.stack[-1], find_source(sys._getframe(2)))
+        for tensor in tree_leaves(arguments):
+            if isinstance(tensor, Tensor):
+                for label in self.labels[self.value_of(tensor)]:
+                    self.algebra.pin(label, why)
 
     def _label_of(self, tensor: Tensor, dim: int) -> Label | None:
         number = self._values.get(tensor)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from prunus.graph.axis import Label
@@ -83,6 +83,7 @@ def tensors_of(structure: Any, path: str = "") -> list[tuple[str, Tensor]]:
 
     Lists, tuples, mappings and dataclasses are searched, other objects (caches, say) are not.
 
+    >>> import torch
     >>> [name for name, _ in tensors_of({"a": [torch.ones(1)], "b": torch.ones(1)})]
     ['a.0', 'b']
     """
@@ -102,7 +103,17 @@ def tensors_of(structure: Any, path: str = "") -> list[tuple[str, Tensor]]:
     return found
 
 
-def state_of(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def duplicate(model: nn.Module) -> nn.Module:
+    """A deep copy; tensors that the model computed from its weights are copied as data.
+
+    The older ``weight_norm`` keeps one as an attribute, and PyTorch refuses to copy that.
+    """
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    made = [v for v in attributes if isinstance(v, Tensor) and not v.is_leaf]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in made})
+
+
+def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Parameters, buffers and tensor attributes by first name, and the other names of tied ones.
 
     Returns

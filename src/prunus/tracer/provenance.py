@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -166,7 +167,7 @@ def _mark(value: Any, at: Attribute, seen: set[int], found: dict[Attribute, int]
             found[at] = int(value)
             return Provenance(value, at)
         return value
-    if type(value) in (tuple, list):
+    if type(value) in (tuple, list, torch.Size):
         return type(value)(inner(index, item) for index, item in enumerate(value))
     if type(value) is dict:
         named = (str, int)
@@ -197,10 +198,24 @@ def _is_config(value: Any) -> bool:
 
 ARITHMETIC = frozenset(
     prefix + name + suffix
-    for name in ("mul", "div", "truediv", "add", "sub", "pow", "floor_divide", "true_divide")
+    for name in (
+        *("mul", "div", "truediv", "add", "sub", "pow", "floor_divide", "true_divide"),
+        *("mod", "remainder", "fmod", "lt", "le", "gt", "ge", "eq", "ne", "clamp", "clip"),
+        *("tensor", "as_tensor", "asarray", "scalar_tensor", "new_tensor", "full_like"),
+        *("fill", "masked_fill", "where", "arange", "linspace", "logspace"),
+    )
     for prefix, suffix in (("", ""), ("__", "__"), ("__r", "__"), ("__i", "__"), ("", "_"))
 )
 """Functions in which an int among the arguments is a number, not a size."""
+
+FILLED = {"full": 1, "new_full": 2}
+"""Functions of a size and a number, with the position of the number."""
+
+SEALED = {
+    F.multi_head_attention_forward: "computes its sizes by itself; no class with a forward of its "
+    "own is replaced, only nn.MultiheadAttention as it is"
+}
+"""Functions that PyTorch writes in Python, whose integers nobody sees: they pin all they get."""
 
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
@@ -215,10 +230,12 @@ class Follow(TorchFunctionMode):
         self,
         label_of: Callable[[Tensor, int], Any],
         escaped: Callable[[Expression], None],
+        sealed: Callable[[Any, str], None],
     ) -> None:
         super().__init__()
         self._label_of = label_of
         self._listener = escaped
+        self._sealed = sealed
         self.given: Given | None = None
 
     def __enter__(self) -> Any:
@@ -233,10 +250,11 @@ class Follow(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in ARITHMETIC:
-            for value in args:
-                if isinstance(value, Provenance):
-                    self._listener(value.expression)
+        for value in _numbers(getattr(func, "__name__", ""), args, kwargs):
+            if isinstance(value, Provenance):
+                self._listener(value.expression)
+        if func in SEALED:
+            self._sealed((args, kwargs), f"{func.__name__} {SEALED[func]}")
         outer, self.given = self.given, Given(func, args, kwargs)
         try:
             result = func(*args, **kwargs)
@@ -252,6 +270,14 @@ class Follow(TorchFunctionMode):
     def _mark(self, tensor: Tensor, dim: int, size: int) -> int:
         label = self._label_of(tensor, dim)
         return size if label is None else Provenance(size, Width(size, label))
+
+
+def _numbers(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[int]:
+    """The ints among the arguments of a function that are numbers."""
+    if name in ARITHMETIC:
+        yield from _integers((args, tuple(kwargs.values())))
+    elif name in FILLED:
+        yield from _integers((args[FILLED[name] :], kwargs.get("fill_value")))
 
 
 class Given:
@@ -276,6 +302,10 @@ class Given:
             if sized and all(isinstance(item, int) for item in value):
                 return list(value)
         return None
+
+    def argument(self, position: int, name: str) -> Any:
+        """An argument by its position or name; None if it was left out."""
+        return self._args[position] if position < len(self._args) else self._kwargs.get(name)
 
     def other(self) -> Tensor | None:
         """The second tensor argument, as in ``x.view_as(other)``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,10 +20,12 @@ from torch.utils._pytree import tree_map
 
 from prunus.errors import TraceError
 from prunus.graph.coupling import CouplingGraph
+from prunus.tracer.adapters import adapted
 from prunus.tracer.build import build_graph
+from prunus.tracer.caches import clear_caches, find_caches, remember_attributes
 from prunus.tracer.capture import Recorder
 from prunus.tracer.inputs import describe_inputs
-from prunus.tracer.program import Program, state_of, tensors_of
+from prunus.tracer.program import Program, duplicate, state_of, tensors_of
 from prunus.tracer.provenance import mark_attributes, marked_objects
 
 SIDE_OUTPUTS = ("hidden_states", "attentions", "past_key_values", "mems", "cache_params", "states")
@@ -69,28 +71,35 @@ def trace(
         except Exception:  # whatever a forward may raise on fake tensors: the real run decides
             if any(tensor.device.type == "meta" for tensor in model.parameters()):
                 raise
-    return _capture(copy.deepcopy(model), args, kwargs, outputs, real=True)
+    return _capture(duplicate(model), args, kwargs, outputs, real=True)
 
 
 def _capture(
     model: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any, *, real: bool
 ) -> CouplingGraph:
+    started = time.perf_counter()
     state, aliases = state_of(model)
     recorder = Recorder(state, real=real)
     numbers: list[int] = []
+    admitted: dict[int, Tensor] = {}
 
     def admit(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        admitted = recorder.fake_input(value)
-        numbers.append(recorder.value_of(admitted))
-        return admitted
+        if id(value) not in admitted:  # a tensor that is given twice is one tensor to the forward
+            admitted[id(value)] = recorder.fake_input(value)
+        numbers.append(recorder.value_of(admitted[id(value)]))
+        return admitted[id(value)]
 
-    with quiet_run(model), follow_modules(model, recorder.stack):
+    with quiet_run(model), plain_kernels(), adapted(model), follow_modules(model, recorder.stack):
         fake_args, fake_kwargs = tree_map(admit, (args, kwargs))
+        clear_caches(model)
         recorder.attributes = mark_attributes(model)
+        before = remember_attributes(model)
         with recorder, recorder.follow:
             result = model(*fake_args, **fake_kwargs)
+        caches = find_caches(model, before)
+    traced = time.perf_counter()
     chosen = select_outputs(tensors_of(result), outputs)
     kept: dict[str, int] = {}
     for name, tensor in chosen:
@@ -111,8 +120,10 @@ def _capture(
     described = {
         "inputs": describe_inputs(args, kwargs),
         "outputs": {name: list(tensor.shape) for name, tensor in chosen},
+        "caches": caches,
     }
-    return replace(graph, program=program, traced=described)
+    seconds = {"trace": traced - started, "group": time.perf_counter() - traced}
+    return replace(graph, program=program, traced=described, seconds=seconds)
 
 
 def select_outputs(
@@ -140,25 +151,23 @@ def select_outputs(
 
 @contextmanager
 def quiet_run(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no fast paths; everything touched is put back afterwards.
+    """Eval mode, no gradients, no fast path; everything touched is put back afterwards.
 
-    The multi-head-attention fast path and oneDNN's recurrent kernels hide what they compute.
-    Modules that cache tensors during a forward get their attributes back.
+    The multi-head-attention fast path hides what it computes.  Modules that cache tensors
+    during a forward get their attributes back.
     """
     modes = {module: module.training for module in model.modules()}
     snapshots = [_Snapshot(module) for module in modes]
     settings = [(values, dict(values)) for values in marked_objects(model)]
-    fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.backends.mha.set_fastpath_enabled(False)
-            torch._C._set_mkldnn_enabled(False)
             model.eval()
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        torch._C._set_mkldnn_enabled(onednn)
         for snapshot in snapshots:
             snapshot.restore()
         for values, saved in settings:
@@ -166,6 +175,17 @@ def quiet_run(model: nn.Module) -> Iterator[None]:
             values.update(saved)
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Without oneDNN, whose recurrent kernels are one operator that says nothing of its parts."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def _same(container: Any, content: Any) -> bool:

@@ -57,9 +57,8 @@ def _tie_lead(call: Call, dim: int) -> Label | None:
         elif size == 1:
             joined, size = label, own
         elif own > 1:
-            why = call.why("the heads that share a key stay together")
-            shared, place = call.algebra.split(joined, (own, size // own), why)
-            call.pin(place, why.reason)
+            why = call.why("every key is shared by equally many heads")
+            shared, _ = call.algebra.split(joined, (own, size // own), why)
             call.unify(shared, label)
     return call.algebra.canonical(joined)
 

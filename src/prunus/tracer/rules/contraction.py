@@ -49,7 +49,7 @@ def add_bias(call: Call, labels: Labels, out: Tensor, bias: str) -> Labels:
     return tuple(joined)
 
 
-@rule("mm", "bmm", "mv", "dot")
+@rule("mm", "bmm", "mv", "dot", "vdot")
 def product(call: Call) -> Effect:
     """Plain matrix products."""
     first, second = (argument.name for argument in call.target._schema.arguments[:2])

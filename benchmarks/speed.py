@@ -1,0 +1,235 @@
+"""Seconds and memory of each stage, side by side with Torch-Pruning; ``results/speed.csv``.
+
+    python benchmarks/speed.py                      # all models, both engines
+    python benchmarks/speed.py resnet50 bert_12     # some; their rows are replaced
+
+Every run has a fresh process; the engines take turns, and each figure is the median of three
+rounds.  Both remove half of the parameters by L2 norm: ours by budget, Torch-Pruning by the
+ratio that comes to about as much (its build and step are what is timed).  ``fake_s`` is a warmed
+plain forward of the same model on fake tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results") / "speed.csv"
+ROUNDS = 3
+LIMIT = 600
+FIELDS = (
+    "engine", "model", "trace_s", "group_s", "plan_s", "apply_s", "verify_s", "total_s",
+    "peak_mb", "fake_s", "params_left", "note",
+)  # fmt: skip
+STAGES = ("trace_s", "group_s", "plan_s", "apply_s")
+
+
+def _timm(name: str) -> Callable[[], tuple[Any, Any, Any]]:
+    def build() -> tuple[Any, Any, Any]:
+        import timm
+        import torch
+
+        return timm.create_model(name).eval(), (torch.randn(1, 3, 224, 224),), {}
+
+    return build
+
+
+def _bert(layers: int) -> Callable[[], tuple[Any, Any, Any]]:
+    def build() -> tuple[Any, Any, Any]:
+        import torch
+        from transformers import BertConfig, BertModel
+
+        ids = torch.randint(5, 30000, (1, 128))
+        return BertModel(BertConfig(num_hidden_layers=layers)).eval(), (ids,), {}
+
+    return build
+
+
+def _llama_8b() -> tuple[Any, Any, Any]:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).eval()
+        ids = torch.zeros(1, 128, dtype=torch.long)
+    return model, (), {"input_ids": ids, "use_cache": False}
+
+
+MODELS: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
+    "resnet50": _timm("resnet50"),
+    "hrnet_w48": _timm("hrnet_w48"),
+    "vit_base": _timm("vit_base_patch16_224"),
+    "swin_tiny": _timm("swin_tiny_patch4_window7_224"),
+    "bert_12": _bert(12),
+    "bert_24": _bert(24),
+    "bert_48": _bert(48),
+    "llama_8b_meta": _llama_8b,
+}
+
+
+def run_prunus(name: str) -> dict[str, Any]:
+    """One round of ours, in this process."""
+    import prunus
+
+    prunus.declare_missing_ops()
+    model, args, kwargs = MODELS[name]()
+    meta = name.endswith("meta")
+    row: dict[str, Any] = {"fake_s": _fake_forward(model, args, kwargs)}
+    graph = prunus.trace(model, args, kwargs)
+    row["trace_s"], row["group_s"] = graph.seconds["trace"], graph.seconds["group"]
+    started = time.perf_counter()
+    importance = "random" if meta else "l2"
+    plan = prunus.plan(graph, model, budget=prunus.Budget(params=0.5), importance=importance)
+    row["plan_s"], started = time.perf_counter() - started, time.perf_counter()
+    if not meta:
+        reference = prunus.verify(plan, model, args, kwargs, each_group=False)
+        row["verify_s"] = time.perf_counter() - started
+        row["note"] = reference.verdict
+    started = time.perf_counter()
+    prunus.apply(plan, model)
+    row["apply_s"] = time.perf_counter() - started
+    row["params_left"] = plan.costs["params"][1] / plan.costs["params"][0]
+    return row
+
+
+def run_torch_pruning(name: str) -> dict[str, Any]:
+    """One round of Torch-Pruning, in this process."""
+    import torch
+    import torch_pruning
+    from torch import nn
+
+    import prunus
+
+    prunus.declare_missing_ops()
+    model, args, kwargs = MODELS[name]()
+    before = sum(parameter.numel() for parameter in model.parameters())
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    heads = {m.qkv: m.num_heads for m in model.modules() if hasattr(m, "qkv")}
+    heads |= {
+        linear: m.num_attention_heads
+        for m in model.modules()
+        if hasattr(m, "num_attention_heads") and hasattr(m, "query")
+        for linear in (m.query, m.key, m.value)
+    }
+    started = time.perf_counter()
+    pruner = torch_pruning.pruner.BasePruner(
+        model,
+        kwargs or args[0],
+        importance=torch_pruning.importance.MagnitudeImportance(p=2),
+        pruning_ratio=0.3,
+        ignored_layers=linears[-1:],
+        num_heads=heads,
+        prune_num_heads=True,
+        prune_head_dims=False,
+    )
+    built = time.perf_counter()
+    pruner.step()
+    row = {"trace_s": built - started, "group_s": 0.0, "plan_s": 0.0}
+    row["apply_s"] = time.perf_counter() - built
+    row["params_left"] = sum(parameter.numel() for parameter in model.parameters()) / before
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+        return row | {"note": "forward runs"}
+    except Exception as error:
+        return row | {"note": f"broken forward: {error}"[:80].replace("\n", " ")}
+
+
+def _fake_forward(model: Any, args: Any, kwargs: Any) -> float:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._pytree import tree_map
+
+    seconds = []
+    for _ in range(3):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+        def fake(value: Any, mode: FakeTensorMode = mode) -> Any:
+            return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+        inputs, named = tree_map(fake, (args, kwargs))
+        started = time.perf_counter()
+        with torch.no_grad(), mode:
+            model(*inputs, **named)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+ENGINES = {"prunus": run_prunus, "torch-pruning": run_torch_pruning}
+
+
+def measure(engine: str, name: str) -> dict[str, Any]:
+    """One round in a process of its own."""
+    command = [sys.executable, __file__, "--round", engine, name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+    except subprocess.TimeoutExpired:
+        return {"note": f"did not finish in {LIMIT} s"}
+    if done.returncode:
+        return {"note": f"failed: {done.stderr.strip().splitlines()[-1]}"[:120]}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def summarise(engine: str, name: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the rounds that came through."""
+    good = [one for one in rounds if "apply_s" in one]
+    row: dict[str, Any] = {"engine": engine, "model": name, "note": rounds[-1].get("note", "")}
+    if not good:
+        return row
+    for key in (*STAGES, "verify_s", "fake_s", "params_left"):
+        values = [one[key] for one in good if key in one]
+        if values:
+            row[key] = f"{median(values):.3f}"
+    row["total_s"] = f"{median(sum(one[stage] for stage in STAGES) for one in good):.3f}"
+    row["peak_mb"] = f"{max(one['peak_mb'] for one in good):.0f}"
+    return row
+
+
+def main() -> None:
+    """Measure the models asked for, engines in turn, and replace their rows."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("models", nargs="*", default=list(MODELS))
+    parser.add_argument("--round", nargs=2, metavar=("ENGINE", "MODEL"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.round:
+        engine, name = options.round
+        row = ENGINES[engine](name)
+        row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps(row))
+        return
+    rows: list[dict[str, Any]] = []
+    if RESULTS.exists():
+        with RESULTS.open() as file:
+            rows = list(csv.DictReader(file))
+    for name in options.models:
+        rounds: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
+        for _ in range(ROUNDS):
+            for engine, known in rounds.items():
+                if not known or "apply_s" in known[-1]:
+                    known.append(measure(engine, name))
+        found = [summarise(engine, name, rounds[engine]) for engine in ENGINES]
+        print(*found, sep="\n", flush=True)
+        rows = [row for row in rows if row["model"] != name] + found
+        rows.sort(key=lambda row: list(MODELS).index(row["model"]))
+        with RESULTS.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

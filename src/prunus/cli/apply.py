@@ -1,0 +1,77 @@
+"""``prunus apply``: cut a model by a plan that was made before, and prove the cut."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from prunus.cli import cutting
+from prunus.cli import options as shared
+
+if TYPE_CHECKING:
+    from prunus import Plan
+    from prunus.cli.models import Loaded
+
+
+def add_parser(verbs: Any) -> None:
+    """Declare the verb."""
+    parser = verbs.add_parser(
+        "apply",
+        help="cut a model by a plan that was made before, and prove the cut",
+        description=__doc__.partition(": ")[2],
+        epilog=f"{shared.MODEL_HELP}\n{shared.DATA_HELP}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "plan_file", metavar="PLAN", type=shared.old_file, help="what 'prunus plan' wrote"
+    )
+    shared.add_model_options(parser)
+    shared.add_files(parser, [file for file in cutting.FILES if file[0] != "plan"])
+    shared.add_data_options(parser)
+    parser.add_argument("--no-verify", action="store_true", help="don't prove the cut")
+    parser.set_defaults(run=run, plan=None)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Read the plan, prove, cut, recalibrate; write what was asked for; print the outcome."""
+    from prunus.cli.data import load_data
+    from prunus.cli.models import load_model
+
+    with shared.follow(options, 6) as step:
+        step("building the model")
+        loaded = load_model(options)
+        data = load_data(options, loaded)
+        plan = cutting.read_plan(options.plan_file, loaded.model)
+        outcome = _cut(loaded, plan, data, options, step)
+        step("writing")
+        cutting.write(outcome, options)
+    return cutting.finish(outcome, options)
+
+
+def _cut(
+    loaded: Loaded,
+    plan: Plan,
+    data: Any,
+    options: argparse.Namespace,
+    step: Callable[..., None],
+) -> cutting.Outcome:
+    """Prove on a copy; if that does not fail, cut the model in place and recalibrate."""
+    import prunus
+
+    model = loaded.model
+    step("counting")
+    stages = [cutting.measure(loaded, "dense")]
+    certificate, recalibrated = None, False
+    if not options.no_verify:
+        step("proving")
+        certificate = prunus.verify(
+            plan, model, loaded.args, loaded.kwargs, outputs=options.outputs, seed=options.seed
+        )
+    if certificate is None or certificate.verdict != "inexact":
+        step("cutting")
+        prunus.apply(plan, model)
+        recalibrated = cutting.recalibrate(loaded, data, step)
+        stages.append(cutting.measure(loaded, "pruned"))
+    document = cutting.describe(options, plan, certificate, stages, recalibrated=recalibrated)
+    return cutting.Outcome(model, plan, certificate, document)

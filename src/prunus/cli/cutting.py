@@ -1,0 +1,172 @@
+"""What ``shrink`` and ``apply`` have in common: prove, cut, recalibrate, write, tell."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunus.cli import NOT_PROVEN
+from prunus.cli import options as shared
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from prunus import Certificate, Plan
+    from prunus.cli.models import Loaded
+
+FILES = [
+    ("out", "the smaller model, as safetensors: prunus.load(FILE, build=…) reads it"),
+    ("plan", "which units stay, as JSON"),
+    ("certificate", "what was compared, and the verdict, as JSON"),
+    ("report", "all of it in one JSON document, the same that --json prints"),
+    ("picture", "the units that stay and go, as PNG (the extra 'plot')"),
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The model, cut unless the proof failed; and what is told of it."""
+
+    model: nn.Module
+    plan: Plan
+    certificate: Certificate | None
+    document: dict[str, Any]
+
+
+def read_plan(path: Path, model: nn.Module) -> Plan:
+    """A plan from a file, for this model; :class:`~prunus.errors.PlanError` if it is another's."""
+    from prunus import Plan
+    from prunus.tracer.program import state_of
+
+    plan = Plan.load(path)
+    state, _ = state_of(model)
+    plan.check_model({name: tuple(tensor.shape) for name, tensor in state.items()})
+    return plan
+
+
+def measure(loaded: Loaded, name: str) -> dict[str, Any]:
+    """The costs of the model as it is now."""
+    import prunus
+
+    return {"name": name, **prunus.measure_costs(loaded.model, loaded.args, loaded.kwargs)}
+
+
+def recalibrate(loaded: Loaded, data: Any, step: Callable[..., None]) -> bool:
+    """Whether there was anything to measure."""
+    import prunus
+
+    batches = 0
+
+    def count(done: int) -> None:
+        nonlocal batches
+        batches = done
+        step(f"recalibrating: {done} batches", same=True)
+
+    if data is not None:
+        step("recalibrating")
+        prunus.recalibrate(loaded.model, data, progress=count)
+    return batches > 0
+
+
+def describe(
+    options: argparse.Namespace,
+    plan: Plan,
+    certificate: Certificate | None,
+    stages: list[dict[str, Any]],
+    *,
+    recalibrated: bool,
+) -> dict[str, Any]:
+    """The report of a cut, as plain data."""
+    from prunus.report.documents import describe_choices
+
+    return {
+        **shared.head(options),
+        "recalibrated": recalibrated,
+        "costs": {name: list(pair) for name, pair in sorted(plan.costs.items())},
+        "stages": stages,
+        "groups": describe_choices(plan),
+        "certificate": None if certificate is None else certificate.to_json(),
+    }
+
+
+def write(outcome: Outcome, options: argparse.Namespace) -> None:
+    """Write the files that were asked for; the model only if it was cut."""
+    import prunus
+    from prunus.report.documents import write_json
+    from prunus.report.pictures import draw_channels
+
+    document, certificate = outcome.document, outcome.certificate
+    written: dict[str, str] = {}
+    document["files"] = written
+    if options.out and len(document["stages"]) == 2:
+        prunus.save(outcome.model, options.out, plan=outcome.plan)
+        written["out"] = str(options.out)
+    if options.plan:
+        outcome.plan.save(options.plan)
+        written["plan"] = str(options.plan)
+    if options.certificate and certificate is not None:
+        write_json(certificate.to_json(), options.certificate)
+        written["certificate"] = str(options.certificate)
+    if options.picture:
+        draw_channels(outcome.plan, options.picture, title=options.model)
+        written["picture"] = str(options.picture)
+    if options.report:
+        written["report"] = str(options.report)
+        write_json(document, options.report)
+
+
+def finish(outcome: Outcome, options: argparse.Namespace) -> int:
+    """Tell the outcome; the exit code."""
+    shared.answer(options, outcome.document, lambda: _show(outcome, options))
+    return exit_code(outcome.plan, outcome.certificate)
+
+
+def exit_code(plan: Plan, certificate: Certificate | None) -> int:
+    """Who asked for no proof, or removed nothing, needs none."""
+    verdict = "exact" if certificate is None else certificate.verdict
+    proven = verdict == "exact" or (verdict == "not verified" and not plan.keep)
+    return 0 if proven else NOT_PROVEN
+
+
+def show_certificate(certificate: Certificate) -> None:
+    """The verdict in a sentence or two."""
+    from prunus.report.console import show, warn
+    from prunus.report.tables import spell_places
+
+    if certificate.verdict == "inexact":
+        why = certificate.reason or f"the outputs differ by {certificate.rel_err:.1e}"
+        warn(
+            "prunus: the smaller model would not compute what the masked original computes\n"
+            f"  why:   {why}\n"
+            "  fix:   no model was written; leave groups out with --exclude"
+        )
+        return
+    show(
+        f"Proof: {certificate.verdict}. Pruned and masked outputs differ by "
+        f"{certificate.rel_err:.1e}; the removal moved them by {certificate.moved:.1e}."
+    )
+    if certificate.unverified:
+        show(f"Nothing is proven of: {spell_places(certificate.unverified)}")
+
+
+def _show(outcome: Outcome, options: argparse.Namespace) -> None:
+    from prunus.report.console import show, show_stages
+    from prunus.report.tables import choices_table
+
+    show_stages(outcome.document["stages"])
+    show(choices_table(outcome.plan))
+    if outcome.certificate is None:
+        show("Not proven: --no-verify was given.")
+    else:
+        show_certificate(outcome.certificate)
+    for name, reason in outcome.document.get("held", {}).items():
+        show(f"{name} stays whole, since the proof rejects its cut: {reason}")
+    if outcome.document["recalibrated"]:
+        show("Batch norms were measured again on the calibration data.")
+    elif options.data is not None and len(outcome.document["stages"]) == 2:
+        show("The model has no batch norm; the calibration data was not used.")
+    for name, path in outcome.document["files"].items():
+        show(f"wrote {name}: {path}")

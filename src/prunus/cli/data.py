@@ -1,0 +1,179 @@
+"""Calibration data: a folder of images, an array, lines of text, or a user's own function."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prunus.cli.models import Loaded
+from prunus.cli.python_file import find_function
+from prunus.errors import DataError, require
+from prunus.tracer.program import tensors_of
+
+_BATCH = 64
+"""Samples in a batch that is cut from an array or a folder."""
+_LINES, _TOKENS = 16, 128
+_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_REFERENCE = "write a folder of images, FILE.npz, FILE.txt or path/to/file.py:FUNCTION"
+
+
+def load_data(options: argparse.Namespace, loaded: Loaded) -> Iterable[Any] | None:
+    """Calibration batches, or None if none were asked for; what is missing is told at once."""
+    if options.data is None:
+        return None
+    reference: str = options.data
+    path = Path(reference)
+    if path.is_dir():
+        return _image_batches(path, options, loaded)
+    if path.suffix in (".npz", ".txt") and not path.is_file():
+        raise DataError(f"there is no file {path}")
+    if path.suffix == ".npz":
+        return _array_batches(path)
+    if path.suffix == ".txt":
+        return _text_batches(path, options, loaded)
+    batches = find_function(reference, DataError, _REFERENCE)()
+    if not isinstance(batches, Iterable):
+        raise DataError(
+            f"{reference} returned a {type(batches).__name__}",
+            why="calibration data is an iterable of batches",
+            fix="return a DataLoader or a list of batches",
+        )
+    return batches
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Batches of the images in a folder, read as they are needed."""
+
+    files: Sequence[Path]
+    shape: tuple[int, int, int]
+    mean: Tensor
+    std: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        files = iter(self.files)
+        while batch := list(islice(files, _BATCH)):
+            yield torch.stack([self._read(file) for file in batch])
+
+    def _read(self, file: Path) -> Tensor:
+        pillow, fitting = require("PIL.Image", "images"), require("PIL.ImageOps", "images")
+        channels, height, width = self.shape
+        try:
+            with pillow.open(file) as image:
+                whole = fitting.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+                fitted = fitting.fit(whole, (width, height), pillow.Resampling.BICUBIC)
+        except Exception as error:  # decoders, and who patches Pillow, have many ways to say it
+            raise DataError(f"{file} is no image that can be read", why=str(error)) from error
+        values = torch.from_numpy(np.array(fitted, dtype=np.float32) / 255)
+        values = values[None] if channels == 1 else values.permute(2, 0, 1)
+        return (values - self.mean) / self.std
+
+
+def _image_batches(folder: Path, options: argparse.Namespace, loaded: Loaded) -> _Images:
+    require("PIL.Image", "images")
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _IMAGES and f.is_file())
+    if not files:
+        raise DataError(
+            f"there are no images in {folder}",
+            why=f"files that end in {', '.join(_IMAGES)} are taken for images",
+        )
+    inputs = [tensor for _, tensor in tensors_of([loaded.args, dict(loaded.kwargs)])]
+    shape = tuple(inputs[0].shape[1:]) if len(inputs) == 1 and inputs[0].dim() == 4 else ()
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        told = ", ".join(str(list(tensor.shape)) for tensor in inputs)
+        raise DataError(
+            "images don't fit this model",
+            why=f"it takes {told or 'nothing'}, images are [N, 1 or 3, height, width]",
+            fix="give --input-shape, or write a function that returns batches: file.py:FUNCTION",
+        )
+    mean = _per_channel(options.mean or loaded.source.mean or (0.0,), shape[0], "--mean")
+    std = _per_channel(options.std or loaded.source.std or (1.0,), shape[0], "--std")
+    if not bool((std > 0).all()):
+        raise DataError("--std has a number that is not above zero", fix="give one above zero")
+    found = _Images(files[: options.samples], (shape[0], shape[1], shape[2]), mean, std)
+    found._read(files[0])
+    return found
+
+
+def _per_channel(values: Sequence[float], channels: int, option: str) -> Tensor:
+    if len(values) not in (1, channels):
+        raise DataError(
+            f"{option} has {len(values)} numbers", why=f"the images have {channels} channels"
+        )
+    return torch.tensor(values).expand(channels).reshape(-1, 1, 1)
+
+
+def _array_batches(path: Path) -> list[Tensor]:
+    """Batches of the array ``inputs``, or of the only one; float64 becomes float32."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            names = list(arrays.files)
+            chosen = "inputs" if "inputs" in names else names[0] if len(names) == 1 else ""
+            array = arrays[chosen] if chosen else None
+    except Exception as error:  # numpy, zipfile and zlib have many ways to say it
+        raise DataError(f"{path} can't be read", why=f"{type(error).__name__}: {error}") from error
+    if array is None:
+        raise DataError(
+            f"{path} has several arrays and none is called 'inputs'",
+            why=f"it has {', '.join(names)}" if names else "it is empty",
+            fix="save it with numpy.savez(file, inputs=…)",
+        )
+    if array.ndim == 0 or array.dtype.kind not in "fi":
+        raise DataError(
+            f"the array {chosen!r} is {array.dtype} of shape {array.shape}",
+            where=str(path),
+            why="it is fed to the model as it is, in batches along its first dim",
+            fix="save floats, or ids as signed integers, prepared as the model wants them",
+        )
+    if array.dtype == np.float64:
+        array = array.astype(np.float32)
+    return list(torch.from_numpy(array).split(_BATCH)) if len(array) else []
+
+
+def _text_batches(
+    path: Path, options: argparse.Namespace, loaded: Loaded
+) -> list[dict[str, Tensor]]:
+    """Batches of ids and attention masks, one text a line."""
+    place = options.tokenizer or loaded.source.folder
+    if place is None or not Path(place).is_dir():
+        raise DataError(
+            "a text file needs a tokenizer",
+            where=str(path),
+            why=f"there is no folder {place}" if place else "only an hf: model brings one along",
+            fix="give --tokenizer FOLDER, written by save_pretrained()",
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text", why=str(error), fix="save it as UTF-8") from error
+    lines = [line for line in text.splitlines() if line.strip()][: options.samples]
+    transformers = require("transformers", "hf")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            place, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(f"there is no tokenizer in {place}", why=str(error)) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    step = _LINES if tokenizer.pad_token is not None else 1
+    return [
+        dict(
+            tokenizer(
+                lines[start : start + step],
+                return_tensors="pt",
+                padding=step > 1,
+                truncation=True,
+                max_length=_TOKENS,
+            )
+        )
+        for start in range(0, len(lines), step)
+    ]

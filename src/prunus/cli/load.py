@@ -1,0 +1,109 @@
+"""``prunus load``: check that a file of ``prunus.save`` is whole, and that its model runs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from prunus.cli import options as shared
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from prunus import Plan
+    from prunus.cli.source import Source
+
+
+def add_parser(verbs: Any) -> None:
+    """Declare the verb."""
+    parser = verbs.add_parser(
+        "load",
+        help="check that a file of prunus.save is whole, and that its model runs",
+        description=__doc__.partition(": ")[2],
+        epilog=shared.MODEL_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", metavar="FILE", type=shared.old_file, help="what to check")
+    shared.add_model_options(parser, flag=True)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Load the model, run it once, and compare its outputs' shapes with what the plan recorded."""
+    import torch
+
+    import prunus
+    from prunus.cli.models import find_source
+    from prunus.report.documents import describe_choices
+    from prunus.surgeon import applied_plan
+
+    with shared.follow(options, 3) as step:
+        step("reading")
+        torch.manual_seed(options.seed)
+        source = find_source(options)
+        model = prunus.load(options.file, build=source.bare).eval()
+        plan = applied_plan(model)
+        step("running the model")
+        outputs = _run_once(model, plan, source, options)
+        step("comparing")
+        _compare(outputs, plan, options)
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    document = {
+        **shared.head(options),
+        "file": str(options.file),
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "costs": {} if plan is None else {n: list(pair) for n, pair in sorted(plan.costs.items())},
+        "groups": [] if plan is None else describe_choices(plan),
+        "outputs": outputs,
+    }
+    shared.answer(options, document, lambda: _show(document, plan))
+    return 0
+
+
+def _run_once(
+    model: nn.Module, plan: Plan | None, source: Source, options: argparse.Namespace
+) -> dict[str, list[int]]:
+    """Shapes of the outputs, for the inputs that the plan recorded, else for example inputs."""
+    import torch
+
+    from prunus.cli.models import example_inputs
+    from prunus.tracer.inputs import rebuild_inputs
+    from prunus.tracer.program import tensors_of
+
+    recorded = None if plan is None or plan.traced is None else plan.traced["inputs"]
+    if recorded is None or options.input_shape:
+        args, kwargs = example_inputs(source, model, options)
+    else:
+        args, kwargs = rebuild_inputs(recorded, model, seed=options.seed)
+    with torch.no_grad():
+        result = model(*args, **kwargs)
+    return {name: list(tensor.shape) for name, tensor in tensors_of(result)}
+
+
+def _compare(outputs: dict[str, list[int]], plan: Plan | None, options: argparse.Namespace) -> None:
+    from prunus.errors import FormatError
+
+    if plan is None or plan.traced is None or options.input_shape:
+        return
+    for name, shape in plan.traced["outputs"].items():
+        if outputs.get(name) != list(shape):
+            raise FormatError(
+                f"output {name!r} has shape {outputs.get(name)}, it should be {list(shape)}",
+                where=str(options.file),
+                why="--build makes another model than the one that was saved",
+            )
+
+
+def _show(document: dict[str, Any], plan: Plan | None) -> None:
+    from prunus.report.console import show
+    from prunus.report.tables import choices_table, spell_count
+
+    params, size = spell_count(document["params"]), spell_count(document["bytes"])
+    show(f"{document['file']}: {params} parameters, {size}B of tensors, the digest is right.")
+    if plan is None:
+        show("It has no plan: the model was not pruned.")
+    else:
+        show(choices_table(plan))
+    shapes = ", ".join(f"{name} {shape}" for name, shape in document["outputs"].items())
+    show(f"The model runs: {shapes}")

@@ -1,0 +1,69 @@
+"""Functions in a user's own file: ``path/to/file.py:FUNCTION``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from prunus.errors import DataError, ModelError
+
+
+def find_function(
+    reference: str, problem: type[ModelError] | type[DataError], fix: str
+) -> Callable[[], Any]:
+    """Import the file and take the function; ``problem`` is raised if there is none.
+
+    An error in the user's own code is raised as it is.
+    """
+    file, _, name = reference.rpartition(":")
+    path = Path(file)
+    if not file or not name.isidentifier() or path.suffix != ".py":
+        raise problem(f"{reference!r} is no reference", fix=fix)
+    if not path.is_file():
+        raise problem(f"there is no file {file}", where=reference, fix=fix)
+    module = _import_file(path, _module_name(reference))
+    function = getattr(module, name, None)
+    if not callable(function):
+        own = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise problem(
+            f"{file} has no function {name!r}",
+            where=reference,
+            why=f"it has {', '.join(own)}" if own else "it defines none",
+            fix=f"did you mean {near[0]!r}?"
+            if (near := difflib.get_close_matches(name, own, n=1))
+            else fix,
+        )
+    return function  # type: ignore[no-any-return]
+
+
+def find_beside(reference: str, name: str) -> Callable[[], Any] | None:
+    """Another function of a file that has been imported."""
+    return getattr(sys.modules[_module_name(reference)], name, None)
+
+
+def _module_name(reference: str) -> str:
+    """The name under which a reference's file is imported: one that no package has."""
+    return "prunus_file:" + str(Path(reference.rpartition(":")[0]).resolve())
+
+
+def _import_file(path: Path, name: str) -> ModuleType:
+    """Run a file as Python runs a script: its folder can be imported from."""
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

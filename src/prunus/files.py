@@ -1,0 +1,73 @@
+"""Writing files: what stands there is the old one or the new one, never half of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prunus.errors import FileError
+
+_FIXES = {
+    errno.ENOSPC: "make room on the disk, or write elsewhere",
+    errno.EDQUOT: "make room in your quota, or write elsewhere",
+    errno.EACCES: "write to a folder that you may write to",
+    errno.EPERM: "write to a folder that you may write to",
+    errno.EROFS: "write to a folder that you may write to",
+    errno.ENOENT: "create the folder first",
+    errno.ENOTDIR: "create the folder first",
+    errno.EISDIR: "give the name of a file",
+}
+
+
+def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a draft beside the file, then put it in the file's place.
+
+    A new file gets the permissions that the umask leaves, an old one keeps its own; what a symbolic
+    link points at is replaced, not the link.  Whatever goes wrong, the draft is removed.
+
+    Raises
+    ------
+    FileError
+        If the system refuses; it is an ``OSError`` as well.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     replace_file(Path(folder, "a.txt"), lambda draft: draft.write_text("whole"))
+    ...     Path(folder, "a.txt").read_text(), os.listdir(folder)
+    ('whole', ['a.txt'])
+    """
+    target = Path(os.path.realpath(path))
+    draft = target.with_name(f".prunus-{secrets.token_hex(6)}{target.suffix}")
+    try:
+        try:
+            _create(draft, target)
+            write(draft)
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(draft, target)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise FileError(
+            f"{path} can't be written",
+            why=error.strerror or str(error),
+            fix=_FIXES.get(error.errno or 0, ""),
+        ) from error
+
+
+def _create(draft: Path, target: Path) -> None:
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        if target.exists():
+            os.fchmod(handle, stat.S_IMODE(target.stat().st_mode))
+    finally:
+        os.close(handle)

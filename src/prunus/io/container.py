@@ -1,0 +1,274 @@
+"""The safetensors container with a digest: written deterministically, read without any trust.
+
+A file is eight bytes with the length of the header, the header as JSON, and the tensors one after
+the other.  The digest, an entry of the metadata, is the SHA-256 of the file with zeros in its own
+place.  Any reader of safetensors can read the file; this one takes no number in it for granted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from prunus.errors import FileError, FormatError
+
+DIGEST = "digest"
+"""The metadata entry that the container keeps for itself."""
+
+_PLACE = "0" * 64
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PICKLES = (b"PK\x03\x04", *(bytes([0x80, version]) for version in range(1, 6)))
+"""What files of ``torch.save`` and other pickles begin with."""
+
+_MAX_HEADER = 100_000_000
+_FLOOR = 16 << 20
+"""Bytes that reading a header may always take, however small the file."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file; its bytes lie from ``start`` to ``stop``, counted after the header."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Container:
+    """An open file whose header has been read and checked, the tensors not yet."""
+
+    path: str
+    size: int
+    metadata: Mapping[str, str]
+    entries: tuple[Entry, ...]
+    header: bytes
+    file: BinaryIO
+
+    def read(self) -> dict[str, Tensor]:
+        """Every tensor, in memory of its own, once the digest has been compared."""
+        told = self.metadata.get(DIGEST, "")
+        if len(told) != 64 or self.header.count(told.encode()) != 1:
+            raise damaged(self.path, "it has no digest")
+        digest = hashlib.sha256(len(self.header).to_bytes(8, "little"))
+        digest.update(self.header.replace(told.encode(), _PLACE.encode()))
+        tensors: dict[str, Tensor] = {}
+        for entry in self.entries:
+            tensor = torch.empty(entry.shape, dtype=entry.dtype)
+            content = _bytes_of(tensor)
+            if content and self.file.readinto(content) != len(content):  # type: ignore[attr-defined]
+                raise damaged(self.path, "it became shorter while it was read")
+            digest.update(content)
+            if entry.dtype == torch.bool and max(content, default=0) > 1:
+                raise damaged(self.path, f"{entry.name} holds what is neither true nor false")
+            tensors[entry.name] = tensor
+        if digest.hexdigest() != told:
+            raise damaged(self.path, "its content is not what its digest was made of")
+        return tensors
+
+
+def write_container(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Fill a file; the same tensors and metadata make the same bytes."""
+    # Wide numbers first, so that every tensor is aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    head: dict[str, Any] = {"__metadata__": {**metadata, DIGEST: _PLACE}}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        head[name] = {
+            "dtype": _dtype_name(name, tensors[name]),
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        digest = hashlib.sha256()
+        for chunk in (len(text).to_bytes(8, "little"), text):
+            digest.update(chunk)
+            file.write(chunk)
+        for name in order:
+            content = _bytes_of(tensors[name].detach().cpu().resolve_conj().resolve_neg())
+            digest.update(content)
+            file.write(content)
+        file.seek(8 + text.index(f'"{DIGEST}":"{_PLACE}"'.encode()) + len(f'"{DIGEST}":"'))
+        file.write(digest.hexdigest().encode())
+
+
+@contextmanager
+def open_container(path: str | os.PathLike[str]) -> Iterator[Container]:
+    """Open a file and check its header against the file's size.
+
+    Raises
+    ------
+    FileError
+        If the file can't be opened.
+    FormatError
+        If it is no safetensors file, or a truncated or damaged one.
+    """
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise FileError(f"{path} can't be read", why=error.strerror or str(error)) from error
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        text = _read_header(file, size, str(path))
+        document = parse_json(text, size, str(path))
+        metadata = document.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise damaged(str(path), "its metadata is no table of strings")
+        entries = tuple(_entry(str(path), name, entry) for name, entry in document.items())
+        _check_layout(str(path), entries, size - 8 - len(text))
+        yield Container(str(path), size, metadata, _in_order(entries), text, file)
+
+
+def damaged(path: str, why: str) -> FormatError:
+    """The error for a file that is none of ours or not what it was."""
+    return FormatError(
+        "the file is damaged",
+        where=path,
+        why=why,
+        fix="copy or save it again",
+    )
+
+
+def parse_json(text: bytes | str, size: int, path: str) -> dict[str, Any]:
+    """An object without repeated keys, refused if it would take more memory than the file."""
+    mark: Any = (lambda c: c.encode()) if isinstance(text, bytes) else (lambda c: c)
+    weights = {"[": 100, "{": 200, ",": 16, '"': 35}
+    taken = 4 * len(text) + sum(n * text.count(mark(c)) for c, n in weights.items())
+    if taken > max(_FLOOR, size):
+        raise damaged(path, f"a header of {len(text)} bytes would take {taken} bytes of memory")
+    try:
+        document = json.loads(text, object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"its header is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise damaged(path, "its header is no JSON object")
+    return document
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is repeated")
+    return found
+
+
+def _read_header(file: BinaryIO, size: int, path: str) -> bytes:
+    start, first = file.read(8), file.read(1)
+    length = int.from_bytes(start, "little")
+    if first != b"{" and start.startswith(_PICKLES):
+        raise FormatError(
+            "this is a pickle, not a file of prunus.save",
+            where=path,
+            why="a pickle can run any code when it is read, so it was not read",
+            fix="load it where you trust it, and save the model with prunus.save",
+        )
+    if first != b"{" or length < 2:
+        raise FormatError(
+            "this is no safetensors file", where=path, why="it does not begin with a header"
+        )
+    if length > min(size - 8, _MAX_HEADER):
+        raise damaged(path, f"a header of {length} bytes is promised in a file of {size} bytes")
+    text = first + file.read(length - 1)
+    if len(text) != length:
+        raise damaged(path, "it became shorter while it was read")
+    return text
+
+
+def _entry(path: str, name: str, entry: Any) -> Entry:
+    """One row of the header, with every number in bounds and of the right size."""
+    fields = entry if isinstance(entry, dict) else {}
+    dtype = fields.get("dtype")
+    shape, offsets = _counts(fields.get("shape")), _counts(fields.get("data_offsets"))
+    if not name.isprintable():
+        raise damaged(path, f"{name!r} is no name of a tensor")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise damaged(path, f"{name} is of the unknown type {dtype!r}")
+    if shape is None or offsets is None or len(offsets) != 2:
+        raise damaged(path, f"{name} has no proper shape or place")
+    if len(shape) > 64 or math.prod(max(n, 1) for n in shape) >= 1 << 62:
+        raise damaged(path, f"{name} has an impossible shape")
+    start, stop = offsets
+    if math.prod(shape) * _DTYPES[dtype].itemsize != stop - start:
+        raise damaged(path, f"{name}, {dtype} {list(shape)}, does not fit in {stop - start} bytes")
+    return Entry(name, _DTYPES[dtype], shape, start, stop)
+
+
+def _counts(value: Any) -> tuple[int, ...] | None:
+    if isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in value):
+        return tuple(value)
+    return None
+
+
+def _in_order(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    return tuple(sorted(entries, key=lambda entry: (entry.start, entry.stop)))
+
+
+def _check_layout(path: str, entries: tuple[Entry, ...], size: int) -> None:
+    """Tensors lie one after the other and fill the file."""
+    end = 0
+    for entry in _in_order(entries):
+        if entry.start != end:
+            raise damaged(path, f"{entry.name} begins at byte {entry.start}, not at {end}")
+        end = entry.stop
+    if end != size:
+        told = "it was cut short" if end > size else "something was added"
+        raise damaged(path, f"its tensors take {end} bytes, and {size} are there: {told}")
+
+
+def _dtype_name(name: str, tensor: Tensor) -> str:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in _NAMES:
+        kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+        raise FormatError(
+            f"a tensor of type {kind} can't be saved",
+            where=name,
+            fix="convert it, to float32 say",
+        )
+    if tensor.device.type == "meta":
+        raise FormatError(
+            "a tensor on the meta device can't be saved",
+            where=name,
+            why="it has a shape and no values",
+            fix="load weights first",
+        )
+    return _NAMES[tensor.dtype]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a dense tensor, in row-major order; that of a fresh one can be written."""
+    if not tensor.numel():
+        return memoryview(b"")
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]

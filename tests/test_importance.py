@@ -11,7 +11,7 @@ from prunus.graph.axis import Axis, Label, Role
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group, form_groups
 from prunus.importance import Context, importance, names, registry, score
-from prunus.importance.magnitude import reduce_axis
+from prunus.importance.magnitude import reduce_axes
 
 
 def make_graph(
@@ -117,9 +117,14 @@ def test_a_unit_in_two_columns_of_a_position_counts_once() -> None:
 
 def test_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(7, 5, 3)
-    whole = [reduce_axis(Axis("w", dim), values, 2) for dim in range(3)]
+    axes = [Axis("w", dim) for dim in range(3)]
+    whole = reduce_axes(axes, values, 2)
+    for axis, sums in zip(axes, whole, strict=True):
+        others = [dim for dim in range(3) if dim != axis.dim]
+        np.testing.assert_allclose(sums, values.double().square().sum(others), rtol=1e-12)
+        np.testing.assert_allclose(sums, reduce_axes([axis], values, 2)[0], rtol=1e-12)
     monkeypatch.setattr("prunus.importance.magnitude._CHUNK", 30)
-    parts = [reduce_axis(Axis("w", dim), values, 2) for dim in range(3)]
+    parts = reduce_axes(axes, values, 2)
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
@@ -129,11 +134,11 @@ def test_every_axis_is_read_once(
 ) -> None:
     read: list[Axis] = []
 
-    def counting(axis: Axis, values: torch.Tensor, power: int) -> np.ndarray:
-        read.append(axis)
-        return reduce_axis(axis, values, power)
+    def counting(axes: list[Axis], values: torch.Tensor, power: int) -> list[np.ndarray]:
+        read.extend(axes)
+        return reduce_axes(axes, values, power)
 
-    monkeypatch.setattr("prunus.importance.magnitude.reduce_axis", counting)
+    monkeypatch.setattr("prunus.importance.magnitude.reduce_axes", counting)
     score(graph, tensors, "l2")
     assert len(read) == len(set(read)) == len(graph.labels) - 1
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils._pytree import tree_map
 
 from prunus.errors import ApplyError
 from prunus.graph.axis import Axis
@@ -19,9 +18,10 @@ from prunus.plans import Plan
 from prunus.surgeon.applied import plans_of, remember, remember_only
 from prunus.surgeon.attributes import read_attribute, write_attribute
 from prunus.tracer.caches import drop_caches
+from prunus.tracer.fakes import FakeRun
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.program import state_of, tensors_of
-from prunus.tracer.trace import quiet_run
+from prunus.tracer.trace import quiet_run, uncollected
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -250,16 +250,8 @@ def _check_outputs(plan: Plan, model: nn.Module) -> None:
 
 
 def _output_shapes(model: nn.Module, args: Any, kwargs: Any, *, fake: bool) -> dict[str, list[int]]:
-    with quiet_run(model):
-        if fake:
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
-            args, kwargs = tree_map(
-                lambda v: mode.from_tensor(v) if isinstance(v, Tensor) else v, (args, kwargs)
-            )
-            with mode:
-                result = model(*args, **kwargs)
-        else:
-            result = model(*args, **kwargs)
+    with uncollected(), quiet_run(model), FakeRun() if fake else nullcontext():
+        result = model(*args, **kwargs)
     return {name: list(tensor.shape) for name, tensor in tensors_of(result)}
 
 

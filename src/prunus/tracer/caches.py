@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
 
 def clear_caches(model: nn.Module) -> None:
     """Empty every plain dict of tensors that a module keeps, in place; the caller restores it."""
@@ -63,10 +65,9 @@ def _filled(model: nn.Module, before: dict[str, dict[str, Any]]) -> Iterator[tup
 
 
 def _is_cache(name: str, value: Any) -> bool:
-    private = name.startswith("_") and name in vars(nn.Module())
     return (
         type(value) is dict
-        and not private
         and bool(value)
+        and name not in _OF_EVERY_MODULE
         and all(isinstance(item, Tensor) for item in value.values())
     )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from prunus.graph.axis import Axis, Label
 from prunus.graph.constraints import Pin
 from prunus.graph.expressions import Attribute, Equation, Expression, Operation, Width
+from prunus.tracer.fakes import Fakes
 from prunus.tracer.labels import Algebra
 from prunus.tracer.program import Node, Ref
 from prunus.tracer.provenance import Follow, Given, expression_of
@@ -71,7 +72,7 @@ class Recorder(TorchDispatchMode):
         self._begun: Given | None = None
         self.follow = Follow(self._label_of, self._escaped, self._seal)
         self._governed: dict[str, Label | None] = {}
-        self._fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
+        self._fakes = None if real else Fakes()
         self._values = WeakIdKeyDictionary()
         self._shadows = WeakIdKeyDictionary()
         self._stale: set[int] = set()
@@ -82,8 +83,8 @@ class Recorder(TorchDispatchMode):
 
     def fake_input(self, tensor: Tensor) -> Tensor:
         """An input as the forward will see it; its dims are never pruned."""
-        if self._fake is not None:
-            fake: Tensor = self._fake.from_tensor(tensor.detach())
+        if self._fakes is not None:
+            fake = self._fakes.of(tensor.detach())
             if tensor.numel() <= SHADOW_LIMIT and not tensor.is_floating_point():
                 self._shadows[fake] = tensor.detach()
             tensor = fake
@@ -130,11 +131,7 @@ class Recorder(TorchDispatchMode):
             return self._passive(func, args, kwargs)
         known = self._run_shadow(func, args, kwargs)
         strides = args[0].stride() if args and isinstance(args[0], Tensor) else ()
-        if self._fake is None:
-            out = func(*args, **kwargs)
-        else:
-            with self._fake:
-                out = func(*args, **kwargs)
+        out = self._run(func, args, kwargs)
         self._record(func, bind(func, args, kwargs), out, strides)
         if known is None and func._schema.is_mutable:
             self._stale.update(_storage(t) for t in tree_leaves((args, kwargs)) if _is_fake(t))
@@ -150,10 +147,12 @@ class Recorder(TorchDispatchMode):
             if shadow is not None:
                 with unset_fake_temporarily():
                     return shadow.item()
-        if self._fake is None:
+        return self._run(func, args, kwargs)
+
+    def _run(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        if self._fakes is None:
             return func(*args, **kwargs)
-        with self._fake:
-            return func(*args, **kwargs)
+        return self._fakes.run(func, args, kwargs)
 
     def _record(
         self, func: OpOverload, bound: dict[str, Any], out: Any, strides: tuple[int, ...]
@@ -295,7 +294,7 @@ class Recorder(TorchDispatchMode):
 
     def _run_shadow(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """The real result, where all tensors that go in are small and known; else None."""
-        if self._fake is None or torch.Tag.nondeterministic_seeded in func.tags:
+        if self._fakes is None or torch.Tag.nondeterministic_seeded in func.tags:
             return None
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

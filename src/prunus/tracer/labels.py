@@ -90,7 +90,7 @@ class Algebra:
         roots = self._parent[atoms]
         while True:
             above = self._parent[roots]
-            if np.array_equal(above, roots):
+            if (above == roots).all():
                 return roots
             roots = above
 
@@ -98,7 +98,10 @@ class Algebra:
         """The label in terms of roots without definition; None when every position is kept."""
         if label is None:
             return None
-        columns = [self.find(column) for column in label.T]
+        roots = self.find(label)
+        if label.shape[1] == 1 and not self._defined[roots].any():
+            return roots if roots.any() else None
+        columns = list(roots.T)
         done: list[Atoms] = []
         while columns:
             column = columns.pop()

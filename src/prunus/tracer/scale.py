@@ -78,6 +78,7 @@ _VIEWS = {
 _SAME = {"mul", "neg", "_to_copy", "add", "sub", "mul_", "add_", "div"}
 _SUMS = {"add", "add_", "sub"}
 _FACTORS = {"mul", "mul_", "div"}
+_NOWHERE = torch.tensor(-1)
 
 
 class Fold:
@@ -117,8 +118,7 @@ class Fold:
         if index is None:
             return None
         for name, dim, positions in index:
-            present = positions[positions >= 0].unique().tolist()
-            found.setdefault((name, dim), set()).update(present)
+            found.setdefault((name, dim), set()).update(_present(positions))
         return found
 
     def serves_only(self, attentions: Sequence[Attention], targets: Targets) -> bool:
@@ -156,7 +156,7 @@ class Fold:
             return True
         columns = self._columns(out)
         return columns is None or any(
-            not targets.get((name, dim), set()).isdisjoint(positions.unique().tolist())
+            not targets.get((name, dim), set()).isdisjoint(_present(positions))
             for name, dim, positions in columns
         )
 
@@ -269,11 +269,11 @@ class Fold:
             parts = [part[min(turn, len(part) - 1)] for part in carried]
             keys = list(dict.fromkeys((w, d) for w, d, _ in parts))
             for weight, dim in keys:
-                given = iter(
-                    (index if (w, d) == (weight, dim) else torch.full_like(index, -1)).contiguous()
+                given = [
+                    index if (w, d) == (weight, dim) else _NOWHERE.expand(index.shape)
                     for w, d, index in parts
-                )
-                out = call_bound(node.target, _replace(node.args, given))
+                ]
+                out = _rearrange(node, given)
                 out = out[node.outputs.index(value)] if isinstance(out, (list, tuple)) else out
                 result.append((weight, dim, out))
         return result
@@ -374,6 +374,23 @@ def _name(node: Node) -> str:
 
 def _values(node: Node) -> set[int]:
     return {reference.value for reference in _references(node.args)}
+
+
+def _rearrange(node: Node, given: list[Tensor]) -> Any:
+    """Run a view; on expanded tensors, which are small, unless it wants them written out."""
+    try:
+        return call_bound(node.target, _replace(node.args, iter(given)))
+    except RuntimeError:
+        whole = iter([index.contiguous() for index in given])
+        return call_bound(node.target, _replace(node.args, whole))
+
+
+def _present(positions: Tensor) -> set[int]:
+    """The positions that stand somewhere; −1 stands for none of them."""
+    for dim, stride in enumerate(positions.stride()):
+        if stride == 0 and positions.shape[dim]:
+            positions = positions.narrow(dim, 0, 1)
+    return set(positions.unique().tolist()) - {-1}
 
 
 def _replace(args: Any, given: Iterator[Tensor]) -> dict[str, Any]:

@@ -4,9 +4,10 @@
     python benchmarks/speed.py resnet50 bert_12     # some; their rows are replaced
 
 Every run has a fresh process; the engines take turns, and each figure is the median of three
-rounds after a small model to warm up; ``peak_mb`` is before verification.  Both remove half of the parameters by L2 norm: ours by budget, Torch-Pruning by the
-ratio that comes to about as much (its build and step are what is timed).  ``fake_s`` is a warmed
-plain forward of the same model on fake tensors.
+rounds after a small model to warm up; ``peak_mb`` is before verification.  Both remove half of
+the parameters by L2 norm: ours by budget, Torch-Pruning by the ratio that comes to about as much
+(its build and step are what is timed).  ``fake_s`` is a warmed plain forward of the same model on
+fake tensors.
 """
 
 from __future__ import annotations

@@ -26,11 +26,12 @@ from prunus.surgeon import apply
 from prunus.surgeon.apply import Undo
 from prunus.surgeon.attributes import find_edits
 from prunus.tracer.program import state_of
-from prunus.tracer.trace import trace
+from prunus.tracer.trace import trace, uncollected
 
 Globs = str | Sequence[str]
 
 
+@uncollected()
 def plan(
     graph: CouplingGraph,
     model: nn.Module,

@@ -1,4 +1,4 @@
-"""``prunus load``: check that a file of ``prunus.save`` is whole, and that its model runs."""
+"""``prunus load``: check that a file of prunus.save is whole, and that its model runs."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from prunus.tracer.trace import quiet_run, uncollected
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@uncollected()
 def apply(
     plan: Plan,
     model: Model,
@@ -60,13 +61,13 @@ def apply(
     plan.check_model({name: tuple(tensor.shape) for name, tensor in state.items()})
     modules = dict(model.named_modules(remove_duplicate=False))
     check_edits(plan, modules)
+    kept = _by_tensor(plan)
     new = {
-        name: slice_tensor(_scaled(plan, name, state[name]), axes)
-        for name, axes in _by_tensor(plan).items()
+        name: slice_tensor(_scaled(plan, name, state[name]), axes) for name, axes in kept.items()
     }
     grads = {
         name: slice_tensor(grad, axes)
-        for name, axes in _by_tensor(plan).items()
+        for name, axes in kept.items()
         if (grad := state[name].grad) is not None
     }
     undo = Undo(plan, model)
@@ -250,7 +251,7 @@ def _check_outputs(plan: Plan, model: nn.Module) -> None:
 
 
 def _output_shapes(model: nn.Module, args: Any, kwargs: Any, *, fake: bool) -> dict[str, list[int]]:
-    with uncollected(), quiet_run(model), FakeRun() if fake else nullcontext():
+    with quiet_run(model), FakeRun() if fake else nullcontext():
         result = model(*args, **kwargs)
     return {name: list(tensor.shape) for name, tensor in tensors_of(result)}
 

@@ -18,7 +18,7 @@ from prunus.graph.groups import form_groups
 from prunus.graph.polynomial import Monomial, Polynomial
 from prunus.graph.solve import solve
 from prunus.tracer.capture import Recorder
-from prunus.tracer.labels import Algebra
+from prunus.tracer.labels import MAX_FACTORS, Algebra
 from prunus.tracer.program import Node, Ref
 from prunus.tracer.registry import Labels, Place, Span
 from prunus.tracer.scale import Fixed, find_rescales
@@ -201,10 +201,13 @@ class _Resolver:
 
     def _settle(self, labels: Iterable[Labels]) -> None:
         """Let every label that has too many factors pin itself before any is read."""
+        found = {id(own): own for dims in labels for own in dims if own is not None}
+        if not self._algebra.has_definitions:
+            found = {key: label for key, label in found.items() if label.shape[1] > MAX_FACTORS}
         known = -1
         while known != len(self._algebra.events):
             known = len(self._algebra.events)
-            for label in {id(own): own for dims in labels for own in dims}.values():
+            for label in found.values():
                 self._algebra.canonical(label)
 
     def __call__(self, label: Label | None) -> Label | None:

@@ -288,13 +288,16 @@ class Recorder(TorchDispatchMode):
 
     def _shadow(self, tensor: Any) -> Any:
         if _is_fake(tensor):
-            return None if _storage(tensor) in self._stale else self._shadows.get(tensor)
+            shadow = self._shadows.get(tensor)
+            return None if shadow is None or _storage(tensor) in self._stale else shadow
         small = tensor.numel() <= SHADOW_LIMIT and tensor.device.type != "meta"
         return tensor if small and not isinstance(tensor, nn.Parameter) else None
 
     def _run_shadow(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """The real result, where all tensors that go in are small and known; else None."""
         if self._fakes is None or torch.Tag.nondeterministic_seeded in func.tags:
+            return None
+        if any(isinstance(one, Tensor) and self._shadow(one) is None for one in args):
             return None
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

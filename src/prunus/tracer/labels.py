@@ -66,6 +66,11 @@ class Algebra:
         """Number of atoms made so far, atom 0 included."""
         return self._count
 
+    @property
+    def has_definitions(self) -> bool:
+        """Whether any atom stands for several others."""
+        return bool(self._defined[: self._count].any())
+
     def fresh(self, size: int, owner: Axis = NOBODY) -> Atoms:
         """New atoms with consecutive ids, shape ``(size,)``, in the name of an axis."""
         self.owners.append(owner)
@@ -229,6 +234,8 @@ class Algebra:
         if first is None or second is None:
             self.pin(first if second is None else second, why)
             return None
+        if first.shape == second.shape and (first == second).all():
+            return first
         left = [c for c in first.T if not any(np.array_equal(c, d) for d in second.T)]
         right = [c for c in second.T if not any(np.array_equal(c, d) for d in first.T)]
         self._match(left, right)

@@ -10,6 +10,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from prunus.cli import main
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 PROGRAMS = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", README, re.M | re.S)
+FILES = re.findall(r"^```py\n(# (\S+\.py)\n.*?)^```", README, re.M | re.S)
 COMMANDS = re.findall(r"^\$ prunus (.*?)\n(.*?)^```", README, re.M | re.S)
 
 
@@ -35,17 +37,33 @@ def test_programs_print_what_is_shown(code, shown, tmp_path, monkeypatch) -> Non
     assert without_noise(printed.getvalue()) == without_noise(shown)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where a reader is: with the benchmarks, the README's own files, and some pictures."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
+    for text, name in FILES:
+        (folder / name).write_text(text)
+    (folder / "pictures").mkdir()
+    images = pytest.importorskip("PIL.Image")
+    noise = np.random.default_rng(0)
+    for number in range(8):
+        pixels = noise.integers(0, 256, (70, 90, 3), dtype=np.uint8)
+        images.fromarray(pixels).save(folder / "pictures" / f"{number}.png")
+    return folder
+
+
 @pytest.mark.parametrize(("command", "shown"), COMMANDS, ids=range(len(COMMANDS)))
-def test_commands_print_what_is_shown(command, shown, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+def test_commands_print_what_is_shown(command, shown, folder, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(folder)
     assert main(shlex.split(command)) == 0
     assert without_noise(capsys.readouterr().out) == without_noise(shown)
 
 
 def test_there_is_something_to_test() -> None:
     assert len(PROGRAMS) >= 2
-    assert len(COMMANDS) >= 1
+    assert len(COMMANDS) >= 3
+    assert len(FILES) >= 1
     assert all(shown for _, shown in PROGRAMS)
 
 

@@ -224,7 +224,7 @@ EXTRAS = [
     ("hf", "transformers", "inspect hf:@bare"),
     ("yolo", "ultralytics", "inspect yolo:yolov8n.yaml"),
     ("images", "PIL", f"{SHRINK} --data @pictures"),
-    ("plot", "matplotlib", f"{SHRINK} --picture OUT/x.png"),
+    ("plot", "matplotlib", f"{SHRINK} --picture OUT/x.png --out OUT/x.safetensors"),
 ]
 
 

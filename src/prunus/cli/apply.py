@@ -38,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
     from prunus.cli.data import load_data
     from prunus.cli.models import load_model
 
+    cutting.check(options)
     with shared.follow(options, 6) as step:
         step("building the model")
         loaded = load_model(options)

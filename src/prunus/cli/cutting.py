@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunus.cli import NOT_PROVEN
 from prunus.cli import options as shared
+from prunus.errors import require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +35,12 @@ class Outcome:
     plan: Plan
     certificate: Certificate | None
     document: dict[str, Any]
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse early what writing would refuse late, when other files are there already."""
+    if options.picture:
+        require("matplotlib.figure", "plot")
 
 
 def read_plan(path: Path, model: nn.Module) -> Plan:

@@ -34,6 +34,7 @@ def run(options: argparse.Namespace) -> int:
     from prunus.cli.models import load_model
 
     bounds = bounds_of(options)
+    cutting.check(options)
     with shared.follow(options, 5) as step:
         step("building the model")
         loaded = load_model(options)

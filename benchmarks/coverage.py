@@ -27,9 +27,8 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
-
-import coverage_models
 
 Row = dict[str, str]
 
@@ -44,13 +43,23 @@ FIELDS = (
 EXPECTED_PINS = ("a convolution needs every position", "keeps its shape")
 
 
+def _models() -> ModuleType:
+    """The list of models, imported late: other programs here may take this file for a package.
+
+    Libraries look for the well-known ``coverage`` when they are imported, and find this file.
+    """
+    import coverage_models
+
+    return coverage_models
+
+
 def draw(names: Sequence[str], size: int, seed: int) -> list[str]:
     """A sample that holds every library in its share, the same for the same seed.
 
     >>> draw(["timm:a", "timm:b", "ultralytics:c"], 60, 0)
     ['timm:a', 'timm:b', 'ultralytics:c']
     """
-    strata = coverage_models.STRATA
+    strata = _models().STRATA
     chosen: set[str] = set()
     for library, share in strata.items():
         own = sorted(name for name in names if name.startswith(f"{library}:"))
@@ -80,11 +89,11 @@ def examine(name: str, target: str | None, row: Row) -> None:
     import torch
 
     torch.set_num_threads(1)
-    model, args, kwargs = _load(target) if target else coverage_models.build(name)
+    model, args, kwargs = _load(target) if target else _models().build(name)
     _hold_to_the_line(model, args, kwargs, row)
 
 
-def _load(target: str) -> coverage_models.Built:
+def _load(target: str) -> Any:
     import prunus
 
     prunus.declare_missing_ops()
@@ -255,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--memory", type=float, default=10, help="GiB of address space per model")
     options = parser.parse_args(argv)
     listed = read_list(options.list) if options.list else {}
-    names = list(listed) or coverage_models.names()
+    names = list(listed) or _models().names()
     if options.sample:
         names = draw(names, options.sample, options.seed)
     chosen = options.models or names

@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                      # all models, both engines
     python benchmarks/speed.py resnet50 bert_12     # some; their rows are replaced
+    python benchmarks/speed.py --profile resnet50   # where the time of each stage goes
 
 Every run has a fresh process; the engines take turns, and each figure is the median of three
 rounds after a small model to warm up; ``peak_mb`` is before verification.  Both remove half of
@@ -188,6 +189,46 @@ def _fake_forward(model: Any, args: Any, kwargs: Any) -> float:
     return min(seconds)
 
 
+PARTS = {
+    "operators on fakes, while tracing and in the check below": ("fakes.py", "run"),
+    "labels, by the rules of the operators": ("capture.py", "_record"),
+    "the graph from the labels": ("build.py", "build_graph"),
+    "scores": ("registry.py", "score"),
+    "choosing under the budget": ("allocate.py", "select"),
+    "attributes to follow": ("attributes.py", "find_edits"),
+    "slicing": ("apply.py", "slice_tensor"),
+    "the check that the cut model runs": ("apply.py", "_check_outputs"),
+}
+"""Parts of a run by the function that they are spent in: its file and name."""
+
+
+def profile(name: str) -> None:
+    """Print the stages of one run, and the share of each part, from Python's own profiler."""
+    import cProfile
+    import pstats
+
+    import prunus
+
+    prunus.declare_missing_ops()
+    run_prunus("warm_up")
+    model, args, kwargs = MODELS[name]()
+    profiler = cProfile.Profile()
+    profiler.enable()
+    graph = prunus.trace(model, args, kwargs)
+    plan = prunus.plan(graph, model, budget=prunus.Budget(params=0.5), importance="l2")
+    prunus.apply(plan, model)
+    profiler.disable()
+    stats: Any = pstats.Stats(profiler)
+    print(f"{name}: {stats.total_tt:.2f} s under the profiler, of which")
+    for what, (file, function) in PARTS.items():
+        spent = sum(
+            row[3]
+            for (path, _, found), row in stats.stats.items()
+            if found == function and Path(path).name == file and "prunus" in path
+        )
+        print(f"  {spent / stats.total_tt:6.0%}  {what}")
+
+
 ENGINES = {"prunus": run_prunus, "torch-pruning": run_torch_pruning}
 
 
@@ -224,7 +265,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("models", nargs="*", default=list(MODELS)[1:])
     parser.add_argument("--round", nargs=2, metavar=("ENGINE", "MODEL"), help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true", help="print where the time goes")
     options = parser.parse_args()
+    if options.profile:
+        for name in options.models:
+            profile(name)
+        return
     if options.round:
         engine, name = options.round
         ENGINES[engine]("warm_up")

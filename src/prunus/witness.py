@@ -18,6 +18,7 @@ import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -121,7 +122,9 @@ def testify(
             dense = _named(own(*args, **kwargs), outputs)
         with _quiet(own := copy.deepcopy(pruned)):
             answer = _answer_of(own, args, kwargs, dense)
-        expected, consumers = _silenced_answer(model, _find_gone(plan, model), args, kwargs, dense)
+        expected, consumers = _silenced_answer(
+            model, pruned, _find_gone(plan, model), args, kwargs, dense
+        )
         if _relative_error(dense, expected) <= MOVED:
             raise _UndecidedError("silencing the consumers moves no output")
     except _UndecidedError as undecided:
@@ -152,6 +155,7 @@ def _answer_of(
 
 def _silenced_answer(
     model: nn.Module,
+    pruned: nn.Module,
     gone: _Gone,
     args: Any,
     kwargs: Any,
@@ -164,16 +168,22 @@ def _silenced_answer(
     """
     subject = copy.deepcopy(model)
     clean = _run(subject, gone, None, None, args, kwargs)
-    for run in (clean, _run(subject, gone, None, clean, args, kwargs)):
-        _compare_runs(dense, run, "the model does not answer the same twice")
+    if still := [name for name in gone.rows if name not in clean.ran]:
+        raise _UndecidedError(f"{', '.join(still)} never runs: its weight is read by other code")
+    again = _run(subject, gone, None, clean, args, kwargs)
+    untouched = _named(clean.answer, dense)
+    _compare_runs(untouched, again, "the model does not answer the same twice")
+    if _relative_error(dense, untouched) > MOVED or any(at.any() for at in again.moved.values()):
+        raise _UndecidedError("the model does not answer the same twice")
     moved: dict[str, Any] = {}
     consumers: dict[str, tuple[int, ...]] = {}
     for attempt in range(ATTEMPTS):
         for scale in SCALES:
             noisy = _run(subject, gone, _Noise(scale, 2 * attempt), clean, args, kwargs)
-            _compare_runs(dense, noisy, "a removed unit reaches an output past all layers")
+            _compare_runs(untouched, noisy, "a removed unit reaches an output past all layers")
             for name, channels in noisy.moved.items():
                 moved[name] = moved.get(name, False) | channels
+            _refuse_passengers(model, pruned, noisy)
         found = {n: tuple(np.flatnonzero(at).tolist()) for n, at in moved.items() if at.any()}
         if found == consumers and attempt:
             continue
@@ -186,6 +196,18 @@ def _silenced_answer(
     raise _UndecidedError(
         "noise on the removed units reaches an output although all layers that read it are silent"
     )
+
+
+def _refuse_passengers(model: nn.Module, pruned: nn.Module, run: _Heard) -> None:
+    """A layer over tokens, say, that channels pass through one by one: it reads none of them.
+
+    Then noise moves all that the layer sums over, at some places only, and it stays whole.
+    """
+    for name in run.patchy:
+        before, after = (_fetch(m, f"{name}.weight").shape for m in (model, pruned))
+        dim = 0 if isinstance(model.get_submodule(name), _ConvTransposeNd) else 1
+        if before[dim] == after[dim]:
+            raise _UndecidedError(f"removed units pass through {name} without being summed over")
 
 
 def _compare_runs(dense: Mapping[str, Tensor], run: _Heard, reason: str) -> None:
@@ -222,7 +244,7 @@ def _find_gone(plan: Plan, model: nn.Module) -> _Gone:
     rows: dict[str, NDArray[np.int64]] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if not isinstance(module, _LAYERS) or weight is None or _carries(module):
+        if not isinstance(module, _LAYERS) or weight is None or _carries_one(module):
             continue
         if isinstance(module, _ConvTransposeNd):
             channels = _transposed_rows(lost(weight, 0), lost(weight, 1), module)
@@ -269,6 +291,11 @@ def _carries(module: nn.Module) -> bool:
     return grouped and module.in_channels == module.groups
 
 
+def _carries_one(module: nn.Module) -> bool:
+    """Whether it has one output channel for every input channel, so that none is its own."""
+    return _carries(module) and bool(module.out_channels == module.in_channels)
+
+
 def _silence(model: nn.Module, consumers: Mapping[str, tuple[int, ...]]) -> nn.Module:
     """A copy whose layers do not read the given input channels; tied weights come apart."""
     silent = copy.deepcopy(model)
@@ -312,6 +339,8 @@ class _Heard:
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     operands: list[list[Tensor]] = field(default_factory=list)
     moved: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+    patchy: set[str] = field(default_factory=set)
+    ran: set[str] = field(default_factory=set)
     answer: Any = None
 
 
@@ -336,7 +365,7 @@ def _run(
         if not _carries(module) and not isinstance(module, nn.Embedding):
             ear = _Ear(name, heard, clean)
             handles.append(module.register_forward_pre_hook(ear, with_kwargs=True))
-        handles.append(module.register_forward_pre_hook(guard.enter))
+        handles.append(module.register_forward_pre_hook(partial(guard.enter, name)))
         handles.append(module.register_forward_hook(guard.leave, always_call=True))
     try:
         with noise.on(model, gone) if noise else nullcontext(), _quiet(model), guard:
@@ -348,17 +377,21 @@ def _run(
 
 
 class _Ear:
-    """Compares what a layer reads with what it read in the clean run, and gives it the latter."""
+    """Compares what a layer reads with what it read in the clean run, and gives it the latter.
+
+    In the clean run a layer gets a copy as well: a kernel rounds differently on a slice of a
+    larger tensor than on a tensor of its own, and runs are compared bit for bit.
+    """
 
     def __init__(self, name: str, heard: _Heard, clean: _Heard | None) -> None:
         self._name, self._heard, self._clean = name, heard, clean
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         values = args[0] if args else kwargs["input"]
         calls = self._heard.inputs.setdefault(self._name, [])
         calls.append(values.clone())
         if self._clean is None:
-            return None
+            return _given(values.clone(), args, kwargs)
         known = self._clean.inputs.get(self._name, [])
         if len(known) < len(calls) or known[len(calls) - 1].shape != values.shape:
             raise _UndecidedError(f"noise changes how often {self._name} runs")
@@ -367,11 +400,22 @@ class _Ear:
         channel = values.dim() + 1 - weight.dim()
         others = [dim for dim in range(values.dim()) if dim != channel]
         differs = _differ(values, reference)
+        if any(_is_patchy(differs, dim) for dim in others):
+            self._heard.patchy.add(self._name)
         differs = differs.any(dim=others) if others else differs
         before = self._heard.moved.get(self._name, np.False_)
         self._heard.moved[self._name] = before | differs.cpu().numpy()
-        given = reference.clone()
-        return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "input": given})
+        return _given(reference.clone(), args, kwargs)
+
+
+def _is_patchy(differs: Tensor, dim: int) -> bool:
+    """Whether some positions of a dim differ and others don't."""
+    hit = differs.movedim(dim, 0).flatten(1).any(1)
+    return bool(hit.any()) and not bool(hit.all())
+
+
+def _given(values: Tensor, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return ((values, *args[1:]), kwargs) if args else (args, {**kwargs, "input": values})
 
 
 class _Guard(TorchDispatchMode):
@@ -381,8 +425,9 @@ class _Guard(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._heard, self._clean, self._depth = heard, clean, 0
 
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, name: str, module: nn.Module, args: Any) -> None:
         """A layer begins to run."""
+        self._heard.ran.add(name)
         self._depth += 1
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:

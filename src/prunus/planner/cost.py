@@ -72,7 +72,7 @@ class CostState:
 
     def __init__(self, graph: CouplingGraph, names: Sequence[str], owner: Ints) -> None:
         labels = _watched(graph)
-        polynomials = [graph.costs[name] for name in names]
+        polynomials = self._polynomials = [graph.costs[name] for name in names]
         self._dims = len(labels)
         self.widths: Exact = np.array([len(label) for label in labels] + [1], dtype=np.int64)
         if any(_bound(p, self.widths) >= _OVERFLOW for p in polynomials):
@@ -116,6 +116,28 @@ class CostState:
         saved = self.savings(quantum)
         loss, reach = self._loss(quantum)
         self._move(quantum, saved, loss, reach, 1)
+
+    def steps_above(self, limit: int, index: int) -> int:
+        """How many quanta may go, whichever they are, with a cost still above its limit.
+
+        Savings only shrink while quanta go, so none of them saves more than the best does now.
+        """
+        if not self._kinds or -1 in self._kind[1:]:
+            return 0
+        best = max(self._difference(*kind)[index] for kind in self._kinds)
+        return max(0, (self.costs[index] - limit - 1) // best) if best else 0
+
+    def remove_unpriced(self, quantum: int) -> None:
+        """Take a quantum out, and leave the costs for :meth:`price`."""
+        loss, reach = self._kinds[self._kind[quantum]]
+        self.widths[reach.widths] -= loss[:-1]
+
+    def price(self) -> None:
+        """Bring the costs up to date with the widths."""
+        widths = self.widths[: self._dims]
+        self.costs = [int(polynomial(widths)) for polynomial in self._polynomials]
+        self._dirty[:] = True
+        self._memo = None
 
     def restore(self, quantum: int) -> None:
         """Put a quantum back that was removed."""

@@ -19,6 +19,9 @@ TOLERANCE = 0.01
 _EXCHANGES = 16
 """How many chains may offer a quantum in exchange before the result is taken as it is."""
 
+_FAR = 16
+"""Fewer steps than this are not worth the question whether they can go without a look."""
+
 _NAMED = 5
 """How many groups an error names."""
 
@@ -173,15 +176,26 @@ class Descent:
                 heap.append((key, chain))
         heapq.heapify(heap)
         state, limit = self._state, self._limits[bound]
+        unpriced = 0
+        far = self._ranks is not None and not fine  # so that no key depends on a cost
         while state.costs[bound] > limit:
+            if far and not unpriced:
+                unpriced = state.steps_above(limit, bound)
+                far = unpriced >= _FAR
+                unpriced *= far
             if not heap:
+                state.price()
                 return False
             known, chain = heap[0]
             key = self._next_key(chain, following, bound, fine)
             if key is not None and key <= known:
                 quantum = self._chains[chain][following[chain]]
                 if self._may_take(quantum):
-                    self._take(quantum)
+                    self._take(quantum, priced=not unpriced)
+                    if unpriced:
+                        unpriced -= 1
+                        if not unpriced:
+                            state.price()
                 elif quantum in self._quanta.gates or self._at_floor(quantum):
                     following[chain] = len(self._chains[chain])
                 following[chain] += 1
@@ -233,8 +247,11 @@ class Descent:
         floors = self._floors.units
         return any(self._left[g] - n < floors[g] for g, n in self._quanta.shares[quantum])
 
-    def _take(self, quantum: int) -> None:
-        self._state.remove(quantum)
+    def _take(self, quantum: int, *, priced: bool = True) -> None:
+        if priced:
+            self._state.remove(quantum)
+        else:
+            self._state.remove_unpriced(quantum)
         self.removed[quantum] = True
         self._taken.append(quantum)
         for group, count in self._quanta.shares[quantum]:

@@ -220,16 +220,17 @@ class _Snapshot:
     def __init__(self, module: nn.Module) -> None:
         self._attributes = vars(module)
         self._saved = dict(self._attributes)
-        self._contents = [
-            (value, value.copy())
-            for value in self._saved.values()
-            if isinstance(value, (dict, list, set))
-        ]
+        held = [v for v in self._saved.values() if isinstance(v, (dict, list, set))]
+        self._empty = [container for container in held if not container]
+        self._contents = [(container, container.copy()) for container in held if container]
 
     def restore(self) -> None:
         """Undo what was set, added or removed since."""
         self._attributes.clear()
         self._attributes.update(self._saved)
+        for container in self._empty:
+            if container:
+                container.clear()
         for container, content in self._contents:
             if isinstance(container, list):
                 container[:] = content

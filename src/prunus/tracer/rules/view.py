@@ -156,11 +156,22 @@ def expand(call: Call) -> Effect:
         for dim, (label, size, stretched) in enumerate(zip(own, shape, out.shape, strict=True))
     )
     like_another(call, labels)
+    copies = [label for size, label in zip(shape, labels, strict=True) if size == 1]
     return Effect(
         (labels,),
         sizes={"size": list(zip(out.shape, labels, strict=True))},
-        equations=stated(call, out.shape, labels, "expand", "broadcast_to"),
+        equations=stated(call, out.shape, labels, "expand", "broadcast_to")
+        + interleaved(call, copies),
     )
+
+
+def interleaved(call: Call, copies: Sequence[Label | None]) -> Equations:
+    """``x.repeat_interleave(n)`` stretches one dim to n copies: as many as the forward wrote."""
+    if call.given is None or call.given.name != "repeat_interleave":
+        return ()
+    times = expression_of(call.given.argument(1, "repeats"))
+    stretched = [label for label in copies if label is not None]
+    return () if times is None else tuple((times, len(label), label) for label in stretched)
 
 
 @rule("repeat")

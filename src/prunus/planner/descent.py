@@ -19,7 +19,7 @@ TOLERANCE = 0.01
 _EXCHANGES = 16
 """How many chains may offer a quantum in exchange before the result is taken as it is."""
 
-_FAR = 16
+_FAR = 64
 """Fewer steps than this are not worth the question whether they can go without a look."""
 
 _NAMED = 5

@@ -13,6 +13,7 @@ is held to the exactness line.  A factory returns a model, its args and its kwar
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import importlib.util
 import json
@@ -37,8 +38,8 @@ ENGINE = "prunus"
 RATIO = 0.3
 FIELDS = (
     "engine", "library", "model", "status", "verdict", "rel_err", "exchanged", "moved_min",
-    "not_verified", "params_ratio", "prunable_share", "groups", "units", "unknown", "pins",
-    "seconds", "peak_mb", "reason", "commit",
+    "not_verified", "params_ratio", "prunable_share", "witness", "groups", "units", "unknown",
+    "pins", "seconds", "peak_mb", "reason", "commit",
 )  # fmt: skip
 EXPECTED_PINS = ("a convolution needs every position", "keeps its shape")
 
@@ -136,6 +137,22 @@ def _hold_to_the_line(model: Any, args: Any, kwargs: Any, row: Row) -> None:
         "params_ratio": f"{certificate.params[1] / certificate.params[0]:.3f}",
         "reason": _short(certificate.reason),
     }
+    row["witness"] = _witness(plan, graph, model, args, kwargs)
+
+
+def _witness(plan: Any, graph: Any, model: Any, args: Any, kwargs: Any) -> str:
+    """What the second witness says, which shares nothing with the tracer."""
+    import prunus
+
+    model = copy.deepcopy(model)
+    prunus.listen(model, args, kwargs)
+    try:
+        pruned = prunus.apply(plan, copy.deepcopy(model))
+    except prunus.PrunusError as error:
+        return _short(f"not asked: {error}")[:120]
+    found = prunus.testify(plan, model, pruned, args, kwargs, outputs=graph.kept_outputs)
+    error = "" if math.isnan(found.rel_err) else f" {found.rel_err:.1e}"
+    return _short(f"{found.verdict}{error} {found.reason}")[:120].strip()
 
 
 def _prunable_share(graph: Any) -> float:

@@ -85,13 +85,13 @@ def read_list(path: Path) -> dict[str, str]:
     return found
 
 
-def examine(name: str, target: str | None, row: Row) -> None:
+def examine(name: str, target: str | None, row: Row, *, alone: bool = True) -> None:
     """Fill in the row of one model, as far as it comes."""
     import torch
 
     torch.set_num_threads(1)
     model, args, kwargs = _load(target) if target else _models().build(name)
-    _hold_to_the_line(model, args, kwargs, row)
+    _hold_to_the_line(model, args, kwargs, row, alone=alone)
 
 
 def _load(target: str) -> Any:
@@ -108,7 +108,7 @@ def _load(target: str) -> Any:
     return model.eval(), args, kwargs
 
 
-def _hold_to_the_line(model: Any, args: Any, kwargs: Any, row: Row) -> None:
+def _hold_to_the_line(model: Any, args: Any, kwargs: Any, row: Row, *, alone: bool) -> None:
     import prunus
 
     row["status"] = "trace failed"
@@ -125,15 +125,15 @@ def _hold_to_the_line(model: Any, args: Any, kwargs: Any, row: Row) -> None:
     if not plan.keep:
         row |= {"status": "refused", "reason": "nothing is prunable"}
         return
-    certificate = prunus.verify(plan, model, args, kwargs)
+    certificate = prunus.verify(plan, model, args, kwargs, each_group=alone)
     moved = [value for value in certificate.moved_alone.values() if value > 1e-3]
     row |= {
         "status": "ok",
         "verdict": certificate.verdict,
         "rel_err": f"{certificate.rel_err:.1e}",
         "exchanged": f"{certificate.exchanged:.1e}",
-        "moved_min": f"{min(moved, default=0):.1e}",
-        "not_verified": str(len(certificate.unverified)),
+        "moved_min": f"{min(moved, default=0):.1e}" if alone else "",
+        "not_verified": str(len(certificate.unverified)) if alone else "",
         "params_ratio": f"{certificate.params[1] / certificate.params[0]:.3f}",
         "reason": _short(certificate.reason),
     }
@@ -173,7 +173,7 @@ def _short(text: str) -> str:
     return " ".join(text.split())[:300]
 
 
-def _child(name: str, target: str | None, gigabytes: float, pipe: Any) -> None:
+def _child(name: str, target: str | None, gigabytes: float, alone: bool, pipe: Any) -> None:
     """In the process of one model: whatever happens, a row goes up the pipe."""
     limit = int(gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -181,7 +181,7 @@ def _child(name: str, target: str | None, gigabytes: float, pipe: Any) -> None:
     row: Row = {"status": "not built"}
     started = time.perf_counter()
     try:
-        examine(name, target, row)
+        examine(name, target, row, alone=alone)
     except BaseException as error:  # whatever a model may raise: its row says it
         _blame(error, row)
     row["seconds"] = f"{time.perf_counter() - started:.1f}"
@@ -206,13 +206,17 @@ def _blame(error: BaseException, row: Row) -> None:
         row["reason"] += f" [{file}:{last.tb_lineno}]"
 
 
-def sweep_one(name: str, target: str | None, seconds: float, gigabytes: float) -> Row:
+def sweep_one(
+    name: str, target: str | None, seconds: float, gigabytes: float, *, alone: bool = True
+) -> Row:
     """The row of one model, from a process of its own that is stopped at the limit."""
     library, _, short = name.partition(":")
     row: Row = {"engine": ENGINE, "library": library, "model": short, "commit": find_commit()}
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(name, target, gigabytes, sender), daemon=True)
+    process = context.Process(
+        target=_child, args=(name, target, gigabytes, alone, sender), daemon=True
+    )
     process.start()
     sender.close()
     if not receiver.poll(seconds):
@@ -279,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--limit", type=float, default=120, help="seconds per model")
     parser.add_argument("--memory", type=float, default=10, help="GiB of address space per model")
+    parser.add_argument("--together", action="store_true", help="don't try every group alone")
     options = parser.parse_args(argv)
     listed = read_list(options.list) if options.list else {}
     names = list(listed) or _models().names()
@@ -289,7 +294,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number, name in enumerate(chosen, 1):
         if options.resume and name in rows:
             continue
-        rows[name] = sweep_one(name, listed.get(name), options.limit, options.memory)
+        rows[name] = sweep_one(
+            name, listed.get(name), options.limit, options.memory, alone=not options.together
+        )
         write_rows(options.out, rows)
         print(f"{number}/{len(chosen)}", json.dumps(
             {k: v for k, v in rows[name].items() if k not in ("pins", "engine", "commit")}

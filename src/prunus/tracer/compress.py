@@ -42,8 +42,9 @@ def run_on_kept(node: Node, bound: Mapping[str, Any], program: Program, kept: Ma
     result = call_bound(node.target, arguments)
     leaves, spec = tree_flatten(result)
     numbers = iter(node.outputs)
+    whole = bound[str(node.effect.mixing[0][0][0])]
     spread = [
-        _spread(leaf, program.labels[next(numbers)], program, kept)
+        _spread(leaf, whole, program.labels[next(numbers)], program, kept)
         if isinstance(leaf, Tensor)
         else leaf
         for leaf in leaves
@@ -61,9 +62,13 @@ def resize(value: Any, program: Program, kept: Mask) -> Any:
 
 
 def _spread(
-    small: Tensor, labels: tuple[Label | None, ...], program: Program, kept: Mask
+    small: Tensor, whole: Tensor, labels: tuple[Label | None, ...], program: Program, kept: Mask
 ) -> Tensor:
-    """Back to full size along every dim that was cut; zeros where nothing stayed."""
+    """Back to full size along every dim that was cut; zeros where nothing stayed.
+
+    Where the shape is that of the operand, so is the memory format: it decides on the kernels of
+    operators that follow.
+    """
     for dim, label in enumerate(labels):
         units = program.label(label)
         if units is None or small.shape[dim] == len(units):
@@ -72,4 +77,6 @@ def _spread(
         shape = list(small.shape)
         shape[dim] = len(units)
         small = small.new_zeros(shape).index_copy_(dim, stay, small)
+    if small.shape == whole.shape and small.stride() != whole.stride():
+        return torch.empty_like(whole, dtype=small.dtype).copy_(small)
     return small

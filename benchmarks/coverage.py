@@ -1,13 +1,21 @@
-"""Sweep library models, each in a process of its own, and write one row per model.
+"""Sweep library models through Prunus and its peers; one row per engine and model.
 
-    python benchmarks/coverage.py                        # the full list, hours
-    python benchmarks/coverage.py --sample 60 --seed 0   # a stratified draw from it
-    python benchmarks/coverage.py --resume               # only the models without a row
-    python benchmarks/coverage.py timm:cait_xxs24_224    # some; their rows are replaced
-    python benchmarks/coverage.py --list FILE            # NAME = path.py:factory, one a line
+    python benchmarks/coverage.py                            # our rows of the full list, an hour
+    python benchmarks/coverage.py --engine torch-pruning     # a peer's; several may be named
+    python benchmarks/coverage.py --resume                   # only what has no row yet
+    python benchmarks/coverage.py timm:cait_xxs24_224        # some models; their rows are replaced
+    python benchmarks/coverage.py --sample 60 --seed 0       # a stratified draw from the list
+    python benchmarks/coverage.py --list FILE                # NAME = path.py:factory, one a line
+    python benchmarks/coverage.py --table                    # only render results/coverage.md
 
-About 30 % of the units of every group go, all groups at once, and the pruned model's own forward
-is held to the exactness line.  A factory returns a model, its args and its kwargs.
+Every model runs in a process of its own, forked from one that has imported the libraries, under a
+limit of time and memory.  A factory returns a model, its args and its kwargs.
+
+Of ours two plans are held to the exactness line: about 30 % of the units of every group at once,
+and half of the parameters asked for as a user would.  The second witness judges what nothing
+mixes, the shadow run (``tests/shadow.py``, which shares nothing with the engine) all of it.
+``seconds`` are those of trace, plan, proof and cut; ``forward_s`` those of one plain forward;
+``peak_mb`` is what the process took beyond the imported libraries.
 """
 
 from __future__ import annotations
@@ -15,6 +23,8 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import gc
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -23,23 +33,32 @@ import os
 import random
 import resource
 import subprocess
+import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-Row = dict[str, str]
+from coverage_table import ENOUGH, OURS, PEERS, Key, Row, render
 
-RESULTS = Path(__file__).with_name("results") / "coverage_baseline.csv"
-ENGINE = "prunus"
+RESULTS = Path(__file__).with_name("results") / "coverage.csv"
+ROOT = Path(__file__).resolve().parents[1]
 RATIO = 0.3
+BUDGETS = (0.5, 0.6, 0.7)
+"""Half of the parameters is asked for; where floors stop it, the next that can be reached."""
+
+ALONE_SECONDS = 40
+"""Groups are tried one by one where that takes no longer than about this."""
+
 FIELDS = (
-    "engine", "library", "model", "status", "verdict", "rel_err", "exchanged", "moved_min",
-    "not_verified", "params_ratio", "prunable_share", "witness", "groups", "units", "unknown",
-    "pins", "seconds", "peak_mb", "reason", "commit",
+    "engine", "library", "model", "status", "verdict", "moved", "param_ratio", "prunable_share",
+    "seconds", "peak_mb", "reason", "line_ratio", "rel_err", "moved_min", "not_verified",
+    "witness", "shadow", "forward_s", "groups", "units", "unknown", "pins", "version", "commit",
 )  # fmt: skip
 EXPECTED_PINS = ("a convolution needs every position", "keeps its shape")
 
@@ -85,16 +104,13 @@ def read_list(path: Path) -> dict[str, str]:
     return found
 
 
-def examine(name: str, target: str | None, row: Row, *, alone: bool = True) -> None:
-    """Fill in the row of one model, as far as it comes."""
-    import torch
-
-    torch.set_num_threads(1)
-    model, args, kwargs = _load(target) if target else _models().build(name)
-    _hold_to_the_line(model, args, kwargs, row, alone=alone)
+# -- one model, in its own process -----------------------------------------------------------------
 
 
-def _load(target: str) -> Any:
+def build(name: str, target: str | None) -> Any:
+    """The model of a row, with its args and kwargs."""
+    if target is None:
+        return _models().build(name)
     import prunus
 
     prunus.declare_missing_ops()
@@ -108,44 +124,104 @@ def _load(target: str) -> Any:
     return model.eval(), args, kwargs
 
 
-def _hold_to_the_line(model: Any, args: Any, kwargs: Any, row: Row, *, alone: bool) -> None:
+def examine(model: Any, args: Any, kwargs: Any, row: Row) -> None:
+    """Hold one model to the exactness line, and prune it to half of its parameters."""
     import prunus
 
+    forward = float(row["forward_s"])
+    prunus.listen(model, args, kwargs)
     row["status"] = "trace failed"
+    started = time.perf_counter()
     graph = prunus.trace(model, args, kwargs)
     row |= {
-        "status": "verify failed",
+        "status": "failed",
         "groups": str(len(graph.groups)),
         "units": str(graph.unit_count),
         "prunable_share": f"{_prunable_share(graph):.3f}",
         "unknown": "; ".join(f"{name} x{count}" for name, count in sorted(graph.unknown.items())),
         "pins": _pins(graph),
     }
-    plan = prunus.plan(graph, model, ratio=RATIO, importance="random")
-    if not plan.keep:
-        row |= {"status": "refused", "reason": "nothing is prunable"}
+    half = _plan_half(graph, model)
+    proof = prunus.verify(half, model, args, kwargs, randomise=False, each_group=False)
+    pruned = prunus.apply(half, copy.deepcopy(model))
+    row |= {
+        "seconds": f"{time.perf_counter() - started:.1f}",
+        "param_ratio": f"{proof.params[1] / proof.params[0]:.3f}",
+        "verdict": proof.verdict,
+        "rel_err": f"{proof.rel_err:.1e}",
+        "reason": _short(proof.reason),
+    }
+    if not _answers_alike(model, pruned, args, kwargs, graph.kept_outputs):
+        row |= {"status": "shape changed"}
         return
-    certificate = prunus.verify(plan, model, args, kwargs, each_group=alone)
+    line = prunus.plan(graph, model, ratio=RATIO, importance="random")
+    alone = forward * len(graph.groups) <= ALONE_SECONDS
+    certificate = prunus.verify(line, model, args, kwargs, randomise=False, each_group=alone)
     moved = [value for value in certificate.moved_alone.values() if value > 1e-3]
     row |= {
-        "status": "ok",
-        "verdict": certificate.verdict,
-        "rel_err": f"{certificate.rel_err:.1e}",
-        "exchanged": f"{certificate.exchanged:.1e}",
+        "moved": f"{certificate.moved:.1e}",
+        "line_ratio": f"{certificate.params[1] / certificate.params[0]:.3f}",
+        "rel_err": f"{max(proof.rel_err, certificate.rel_err):.1e}",
         "moved_min": f"{min(moved, default=0):.1e}" if alone else "",
         "not_verified": str(len(certificate.unverified)) if alone else "",
-        "params_ratio": f"{certificate.params[1] / certificate.params[0]:.3f}",
-        "reason": _short(certificate.reason),
     }
-    row["witness"] = _witness(plan, graph, model, args, kwargs)
+    if certificate.verdict != "exact":
+        row |= {"verdict": certificate.verdict, "reason": _short(certificate.reason)}
+    row |= {"shadow": _shadow(line, model, args, kwargs)}
+    row |= {"witness": _witness(graph, model, args, kwargs)}
+    enough = float(row["param_ratio"]) <= ENOUGH
+    row["status"] = "ok" if enough else "too little removed"
 
 
-def _witness(plan: Any, graph: Any, model: Any, args: Any, kwargs: Any) -> str:
-    """What the second witness says, which shares nothing with the tracer."""
+def _plan_half(graph: Any, model: Any) -> Any:
+    """The plan for half of the parameters, or for the least that the floors allow."""
     import prunus
 
-    model = copy.deepcopy(model)
-    prunus.listen(model, args, kwargs)
+    for share in BUDGETS:
+        try:
+            return prunus.plan(graph, model, budget=prunus.Budget(params=share))
+        except prunus.PrunusError as error:
+            refusal = error
+    plan = prunus.plan(graph, model, ratio=0.6, importance="random")
+    if not plan.keep:
+        raise refusal
+    return plan
+
+
+def _answers_alike(model: Any, pruned: Any, args: Any, kwargs: Any, outputs: Iterable[str]) -> bool:
+    """Whether the pruned model's own forward runs and answers in the shapes of the original."""
+    import torch
+
+    with torch.no_grad():
+        before, after = (shapes_of(one(*args, **kwargs)) for one in (model, pruned))
+    return all(before[name] == after.get(name) for name in outputs)
+
+
+def shapes_of(answer: Any, path: str = "") -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in nested containers, by dotted names."""
+    if hasattr(answer, "shape"):
+        return {path or "output": tuple(answer.shape)}
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(answer, Mapping):
+        items = answer.items()
+    elif isinstance(answer, (list, tuple)):
+        items = zip(getattr(answer, "_fields", range(len(answer))), answer, strict=True)
+    elif hasattr(answer, "__dataclass_fields__"):
+        items = ((name, getattr(answer, name)) for name in answer.__dataclass_fields__)
+    found: dict[str, tuple[int, ...]] = {}
+    for name, value in items:
+        found |= shapes_of(value, f"{path}.{name}" if path else str(name))
+    return found
+
+
+def _witness(graph: Any, model: Any, args: Any, kwargs: Any) -> str:
+    """What the second witness says of the groups that nothing mixes."""
+    import prunus
+
+    mixed = [group.name for group in graph.groups if group.mixing]
+    plan = prunus.plan(graph, model, ratio=RATIO, importance="random", hold=mixed)
+    if not plan.keep:
+        return "none (all groups mix)"
     try:
         pruned = prunus.apply(plan, copy.deepcopy(model))
     except prunus.PrunusError as error:
@@ -153,6 +229,21 @@ def _witness(plan: Any, graph: Any, model: Any, args: Any, kwargs: Any) -> str:
     found = prunus.testify(plan, model, pruned, args, kwargs, outputs=graph.kept_outputs)
     error = "" if math.isnan(found.rel_err) else f" {found.rel_err:.1e}"
     return _short(f"{found.verdict}{error} {found.reason}")[:120].strip()
+
+
+def _shadow(plan: Any, model: Any, args: Any, kwargs: Any) -> str:
+    """What a forward with a mask beside every tensor says of all groups at once, in float64."""
+    import prunus
+    from tests import shadow
+
+    try:
+        pruned = prunus.apply(plan, copy.deepcopy(model)).double()
+        gap = shadow.compare(model, pruned, plan.keep, args, kwargs)
+    except prunus.PrunusError as error:
+        return _short(f"not asked: {error}")[:120]
+    except Exception as error:  # an operator or a type that it does not know
+        return _short(f"undecided {type(error).__name__}: {error}")[:120]
+    return f"{'agrees' if gap <= 1e-5 else 'disagrees'} {gap:.1e}"
 
 
 def _prunable_share(graph: Any) -> float:
@@ -163,30 +254,79 @@ def _prunable_share(graph: Any) -> float:
 
 
 def _pins(graph: Any) -> str:
-    reasons = Counter(
-        pin.reason for _, pin in graph.pins if not any(e in pin.reason for e in EXPECTED_PINS)
-    )
-    return "; ".join(f"{reason} x{count}" for reason, count in reasons.most_common(6))
+    """The commonest reasons, each with the operator, module and line of one case."""
+    reasons: Counter[str] = Counter()
+    where: dict[str, str] = {}
+    for _, pin in graph.pins:
+        if not any(expected in pin.reason for expected in EXPECTED_PINS):
+            reasons[pin.reason] += 1
+            where.setdefault(pin.reason, str(pin))
+    return "; ".join(f"{where[reason]} x{count}" for reason, count in reasons.most_common(6))
 
 
 def _short(text: str) -> str:
     return " ".join(text.split())[:300]
 
 
-def _child(name: str, target: str | None, gigabytes: float, alone: bool, pipe: Any) -> None:
+def ask_peer(engine: str, model: Any, args: Any, kwargs: Any, row: Row) -> None:
+    """What another engine makes of the model; see ``peers.py``."""
+    import peers
+
+    row["status"] = "failed"
+    found = peers.DRIVERS[engine](model, args, kwargs)
+    row |= {
+        "status": found.status,
+        "verdict": found.verdict,
+        "moved": _number(found.moved, ".1e"),
+        "param_ratio": _number(found.param_ratio, ".3f"),
+        "seconds": f"{found.seconds:.1f}",
+        "reason": _short(found.reason),
+    }
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:{form}}"
+
+
+def _time_forward(model: Any, args: Any, kwargs: Any) -> float:
+    """Seconds of one plain forward, after another one."""
+    import torch
+
+    with torch.no_grad():
+        model(*args, **kwargs)
+        started = time.perf_counter()
+        model(*args, **kwargs)
+    return time.perf_counter() - started
+
+
+def _child(key: Key, target: str | None, gigabytes: float, pipe: Connection) -> None:
     """In the process of one model: whatever happens, a row goes up the pipe."""
+    import torch
+
     limit = int(gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    engine, name = key
     row: Row = {"status": "not built"}
     started = time.perf_counter()
     try:
-        examine(name, target, row, alone=alone)
+        model, args, kwargs = build(name, target)
+        row["forward_s"] = f"{_time_forward(model, args, kwargs):.3f}"
+        started = time.perf_counter()
+        if engine == OURS:
+            examine(model, args, kwargs, row)
+        else:
+            ask_peer(engine, model, args, kwargs, row)
     except BaseException as error:  # whatever a model may raise: its row says it
         _blame(error, row)
-    row["seconds"] = f"{time.perf_counter() - started:.1f}"
-    row["peak_mb"] = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}"
+    row.setdefault("seconds", f"{time.perf_counter() - started:.1f}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    row["peak_mb"] = f"{(peak - before) / 1024:.0f}"
     pipe.send(row)
+    pipe.close()
+    os._exit(0)  # what the libraries registered to run at exit is the parent's to run
 
 
 def _blame(error: BaseException, row: Row) -> None:
@@ -206,35 +346,92 @@ def _blame(error: BaseException, row: Row) -> None:
         row["reason"] += f" [{file}:{last.tb_lineno}]"
 
 
-def sweep_one(
-    name: str, target: str | None, seconds: float, gigabytes: float, *, alone: bool = True
-) -> Row:
-    """The row of one model, from a process of its own that is stopped at the limit."""
-    library, _, short = name.partition(":")
-    row: Row = {"engine": ENGINE, "library": library, "model": short, "commit": find_commit()}
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_child, args=(name, target, gigabytes, alone, sender), daemon=True
-    )
-    process.start()
-    sender.close()
-    if not receiver.poll(seconds):
-        row |= {"status": "timeout", "seconds": f"{seconds:.0f}"}
-        row["reason"] = f"stopped after {seconds:.0f} s"
-    else:
-        try:
-            row |= receiver.recv()
-        except EOFError:  # the process died before it could answer
-            process.join()
-            row |= {"status": "crashed", "reason": f"exit code {process.exitcode}"}
-    process.kill()
-    process.join()
-    return row
+# -- all of them -----------------------------------------------------------------------------------
+
+
+class Running:
+    """A child that works on one row."""
+
+    def __init__(self, key: Key, target: str | None, gigabytes: float) -> None:
+        context = multiprocessing.get_context("fork")
+        self.key = key
+        self.started = time.perf_counter()
+        self._pipe, sender = context.Pipe(duplex=False)
+        self._process: BaseProcess = context.Process(
+            target=_child, args=(key, target, gigabytes, sender), daemon=True
+        )
+        self._process.start()
+        sender.close()
+
+    def row(self, limit: float) -> Row | None:
+        """The row, once there is one, or the time is up."""
+        engine, name = self.key
+        library, _, short = name.partition(":")
+        row: Row = {"engine": engine, "library": library, "model": short, "commit": find_commit(),
+                    "version": _version(engine)}  # fmt: skip
+        if self._pipe.poll(0.2):
+            try:
+                row |= self._pipe.recv()
+            except EOFError:  # the process died before it could answer
+                self._process.join()
+                row |= {"status": "crashed", "reason": f"exit code {self._process.exitcode}"}
+        elif time.perf_counter() - self.started > limit:
+            row |= {"status": "timeout", "seconds": f"{limit:.0f}"}
+            row["reason"] = f"stopped after {limit:.0f} s"
+        else:
+            return None
+        self._process.kill()
+        self._process.join()
+        return row
+
+
+def sweep(
+    keys: Sequence[Key],
+    targets: Mapping[str, str],
+    *,
+    limit: float,
+    gigabytes: float,
+    jobs: int,
+    done: Callable[[Key, Row], None],
+) -> None:
+    """Work through the rows, ``jobs`` at a time."""
+    waiting = list(reversed(keys))
+    running: list[Running] = []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            key = waiting.pop()
+            running.append(Running(key, targets.get(key[1]), gigabytes))
+        for one in list(running):
+            row = one.row(limit)
+            if row is not None:
+                running.remove(one)
+                done(one.key, row)
+
+
+def preload(engines: Iterable[str]) -> None:
+    """Import once what every child needs."""
+    import torch
+
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(ROOT))  # for ``tests.shadow``
+    models = _models()
+    models.import_libraries()
+    if any(engine != OURS for engine in engines):
+        importlib.import_module("peers")
+    gc.freeze()  # a collection in a child would copy all these pages
+
+
+def _version(engine: str) -> str:
+    return importlib.metadata.version(PEERS.get(engine, OURS))
+
+
+_commit: list[str] = []
 
 
 def find_commit() -> str:
     """The short hash of HEAD, with a ``+`` where the working tree's sources differ from it."""
+    if _commit:
+        return _commit[0]
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -242,66 +439,83 @@ def find_commit() -> str:
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--", "../src")
-    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    _commit.append(git("rev-parse", "--short", "HEAD") + ("+" if changed else ""))
+    return _commit[0]
 
 
-def read_rows(path: Path) -> dict[str, Row]:
-    """Rows by ``library:model``; none where there is no file yet."""
+def read_rows(path: Path) -> dict[Key, Row]:
+    """Rows by engine and model; none where there is no file yet."""
     if not path.exists():
         return {}
     with path.open(encoding="utf-8", newline="") as file:
-        return {f"{row['library']}:{row['model']}": row for row in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    return {(row["engine"], f"{row['library']}:{row['model']}"): row for row in rows}
 
 
-def write_rows(path: Path, rows: Mapping[str, Row]) -> None:
-    """Sorted by library and model; the old file stays whole until the new one is written."""
+def write_rows(path: Path, rows: Mapping[Key, Row]) -> None:
+    """Sorted by engine, library and model; the old file stays whole until the new one is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     with draft.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, restval="", extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(rows[name] for name in sorted(rows))
+        writer.writerows(rows[key] for key in sorted(rows))
     os.replace(draft, path)
 
 
-def summarise(rows: Mapping[str, Row]) -> str:
-    """Statuses and verdicts by library."""
-    counts: dict[str, Counter[str]] = {}
-    for row in rows.values():
-        counts.setdefault(row["library"], Counter())[row.get("verdict") or row["status"]] += 1
-    return "\n".join(f"{library}: {dict(count)}" for library, count in sorted(counts.items()))
+def _save(path: Path, rows: Mapping[Key, Row]) -> None:
+    write_rows(path, rows)
+    path.with_suffix(".md").write_text(render(rows), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Sweep the models asked for, one process after the other; every row is saved at once."""
+    """Sweep what is asked for; every row is saved at once."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("models", nargs="*", help="library:name; the whole list without")
+    parser.add_argument("--engine", action="append", choices=(OURS, *PEERS), help="ours without")
     parser.add_argument("--list", type=Path, help="models from a file instead")
     parser.add_argument("--sample", type=int, help="draw that many, stratified by library")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="skip models that have a row")
+    parser.add_argument("--resume", action="store_true", help="skip what has a row")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--limit", type=float, default=120, help="seconds per model")
-    parser.add_argument("--memory", type=float, default=10, help="GiB of address space per model")
-    parser.add_argument("--together", action="store_true", help="don't try every group alone")
+    parser.add_argument("--limit", type=float, help="seconds per row: ours 300, a peer's 60")
+    parser.add_argument("--memory", type=float, default=12, help="GiB of address space per row")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
+    parser.add_argument("--table", action="store_true", help="render the table and stop")
     options = parser.parse_args(argv)
+    rows = read_rows(options.out)
+    if options.table:
+        _save(options.out, rows)
+        return
+    engines = options.engine or [OURS]
+    preload(engines)
     listed = read_list(options.list) if options.list else {}
     names = list(listed) or _models().names()
     if options.sample:
         names = draw(names, options.sample, options.seed)
-    chosen = options.models or names
-    rows = read_rows(options.out)
-    for number, name in enumerate(chosen, 1):
-        if options.resume and name in rows:
-            continue
-        rows[name] = sweep_one(
-            name, listed.get(name), options.limit, options.memory, alone=not options.together
+    keys = [(engine, name) for engine in engines for name in options.models or names]
+    keys = [key for key in keys if not (options.resume and key in rows)]
+    finished = 0
+
+    def done(key: Key, row: Row) -> None:
+        nonlocal finished
+        finished += 1
+        row = dict.fromkeys(FIELDS, "") | row
+        rows.update({**read_rows(options.out), key: row})  # another sweep may write as well
+        _save(options.out, rows)
+        shown = {k: v for k, v in row.items() if k not in ("pins", "version", "commit", "library")}
+        print(f"{finished}/{len(keys)}", json.dumps(shown), flush=True)
+
+    limits = {engine: options.limit or (300 if engine == OURS else 60) for engine in engines}
+    for engine in engines:
+        sweep(
+            [key for key in keys if key[0] == engine],
+            listed,
+            limit=limits[engine],
+            gigabytes=options.memory,
+            jobs=options.jobs,
+            done=done,
         )
-        write_rows(options.out, rows)
-        print(f"{number}/{len(chosen)}", json.dumps(
-            {k: v for k, v in rows[name].items() if k not in ("pins", "engine", "commit")}
-        ), flush=True)  # fmt: skip
-    print(summarise(rows))
 
 
 if __name__ == "__main__":

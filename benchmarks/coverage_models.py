@@ -409,6 +409,14 @@ def build(name: str) -> Built:
     return model.eval(), args, kwargs
 
 
+def import_libraries() -> None:
+    """Import all of them, for a process that others are forked from."""
+    _stay_offline()
+    prunus.declare_missing_ops()
+    for library in ("timm", "torchvision.models", "transformers", "ultralytics.nn.tasks"):
+        importlib.import_module(library)
+
+
 def _stay_offline() -> None:
     """Read when the libraries are first imported: no downloads, no settings in the home folder."""
     for key, value in (("HF_HUB_OFFLINE", "1"), ("YOLO_OFFLINE", "true"),

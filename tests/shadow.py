@@ -386,7 +386,38 @@ def masks_of(model: nn.Module, keep: Mapping[Axis, Any]) -> dict[str, Tensor]:
     return masks
 
 
-def run(model: nn.Module, keep: Mapping[Axis, Any], *args: Tensor) -> tuple[Any, bool]:
+def compare(
+    model: nn.Module, pruned: nn.Module, keep: Mapping[Axis, Any], args: Any, kwargs: Any
+) -> float:
+    """Largest relative difference of a pruned model in float64 over the outputs that are whole.
+
+    Raises
+    ------
+    UndecidedError
+        If an operator is not known, or no output is whole.
+    """
+    expected, _ = run(model, keep, *args, **kwargs)
+    with torch.no_grad():
+        answer = tree_leaves(pruned.eval()(*_as_double(args), **_as_double(kwargs)))
+    answer = [leaf for leaf in answer if isinstance(leaf, Tensor)]
+    if len(answer) != len(expected):
+        return float("inf")
+    pairs = [(a.double(), b.double()) for a, b in zip(expected, answer, strict=True)
+             if a.shape == b.shape and a.numel()]  # fmt: skip
+    if not pairs:
+        raise UndecidedError("no output is whole")
+    gaps = [float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs]
+    return max(gap if gap == gap else float("inf") for gap in gaps)
+
+
+def _as_double(values: Any) -> Any:
+    def cast(v: Any) -> Any:
+        return v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+
+    return tree_map(cast, values)
+
+
+def run(model: nn.Module, keep: Mapping[Axis, Any], *args: Any, **kwargs: Any) -> tuple[Any, bool]:
     """The model's answer in float64 without the entries that are gone; whether all of it is there.
 
     Raises
@@ -395,7 +426,6 @@ def run(model: nn.Module, keep: Mapping[Axis, Any], *args: Tensor) -> tuple[Any,
         If an operator is not known.
     """
     own = copy.deepcopy(model).double().eval()
-    inputs = tree_map(lambda v: v.double() if v.is_floating_point() else v, args)
     masks = masks_of(own, keep)
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
@@ -410,7 +440,7 @@ def run(model: nn.Module, keep: Mapping[Axis, Any], *args: Tensor) -> tuple[Any,
             for name, tensor in (*own.named_parameters(), *own.named_buffers()):
                 if name in masks:
                     shadow.set(tensor, masks[name])
-        answer = own(*inputs)
+        answer = own(*_as_double(args), **_as_double(kwargs))
         with torch.utils._python_dispatch._disable_current_modes():
             leaves = [leaf for leaf in tree_flatten(answer)[0] if isinstance(leaf, Tensor)]
             whole = all(bool(shadow.mask(leaf).all()) for leaf in leaves)

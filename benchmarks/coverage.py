@@ -125,13 +125,11 @@ def build(name: str, target: str | None) -> Any:
 
 
 def examine(model: Any, args: Any, kwargs: Any, row: Row) -> None:
-    """Hold one model to the exactness line, and prune it to half of its parameters."""
+    """Prune one model to half of its parameters, and hold another copy to the exactness line."""
     import prunus
 
     forward = float(row["forward_s"])
-    prunus.listen(model, args, kwargs)
     row["status"] = "trace failed"
-    started = time.perf_counter()
     graph = prunus.trace(model, args, kwargs)
     row |= {
         "status": "failed",
@@ -141,22 +139,22 @@ def examine(model: Any, args: Any, kwargs: Any, row: Row) -> None:
         "unknown": "; ".join(f"{name} x{count}" for name, count in sorted(graph.unknown.items())),
         "pins": _pins(graph),
     }
-    half = _plan_half(graph, model)
-    proof = prunus.verify(half, model, args, kwargs, randomise=False, each_group=False)
-    pruned = prunus.apply(half, copy.deepcopy(model))
+    started = time.perf_counter()
+    half = _halve(copy.deepcopy(model), args, kwargs)
+    proof = half.certificate
     row |= {
         "seconds": f"{time.perf_counter() - started:.1f}",
         "param_ratio": f"{proof.params[1] / proof.params[0]:.3f}",
         "verdict": proof.verdict,
         "rel_err": f"{proof.rel_err:.1e}",
-        "reason": _short(proof.reason),
+        "reason": _short("; ".join(f"{n} held: {why}" for n, why in half.held.items())),
     }
-    if not _answers_alike(model, pruned, args, kwargs, graph.kept_outputs):
+    if not _answers_alike(model, half.model, args, kwargs, graph.kept_outputs):
         row |= {"status": "shape changed"}
         return
-    line = prunus.plan(graph, model, ratio=RATIO, importance="random")
     alone = forward * len(graph.groups) <= ALONE_SECONDS
-    certificate = prunus.verify(line, model, args, kwargs, randomise=False, each_group=alone)
+    line = prunus.plan(graph, model, ratio=RATIO, importance="random", hold=tuple(half.held))
+    certificate = prunus.verify(line, model, args, kwargs, each_group=alone)
     moved = [value for value in certificate.moved_alone.values() if value > 1e-3]
     row |= {
         "moved": f"{certificate.moved:.1e}",
@@ -167,25 +165,25 @@ def examine(model: Any, args: Any, kwargs: Any, row: Row) -> None:
     }
     if certificate.verdict != "exact":
         row |= {"verdict": certificate.verdict, "reason": _short(certificate.reason)}
+    prunus.listen(model, args, kwargs)
     row |= {"shadow": _shadow(line, model, args, kwargs)}
-    row |= {"witness": _witness(graph, model, args, kwargs)}
+    row |= {"witness": _witness(graph, model, args, kwargs, half.held)}
     enough = float(row["param_ratio"]) <= ENOUGH
     row["status"] = "ok" if enough else "too little removed"
 
 
-def _plan_half(graph: Any, model: Any) -> Any:
-    """The plan for half of the parameters, or for the least that the floors allow."""
+def _halve(model: Any, args: Any, kwargs: Any) -> Any:
+    """Shrunk to half of the parameters, or to the least that the floors allow."""
     import prunus
+    from prunus.errors import BudgetError
 
     for share in BUDGETS:
+        budget = prunus.Budget(params=share)
         try:
-            return prunus.plan(graph, model, budget=prunus.Budget(params=share))
-        except prunus.PrunusError as error:
-            refusal = error
-    plan = prunus.plan(graph, model, ratio=0.6, importance="random")
-    if not plan.keep:
-        raise refusal
-    return plan
+            return prunus.shrink(model, args, kwargs, budget=budget, each_group=False)
+        except BudgetError:
+            continue
+    return prunus.shrink(model, args, kwargs, ratio=0.6, importance="random", each_group=False)
 
 
 def _answers_alike(model: Any, pruned: Any, args: Any, kwargs: Any, outputs: Iterable[str]) -> bool:
@@ -214,12 +212,12 @@ def shapes_of(answer: Any, path: str = "") -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _witness(graph: Any, model: Any, args: Any, kwargs: Any) -> str:
+def _witness(graph: Any, model: Any, args: Any, kwargs: Any, held: Iterable[str]) -> str:
     """What the second witness says of the groups that nothing mixes."""
     import prunus
 
     mixed = [group.name for group in graph.groups if group.mixing]
-    plan = prunus.plan(graph, model, ratio=RATIO, importance="random", hold=mixed)
+    plan = prunus.plan(graph, model, ratio=RATIO, importance="random", hold=[*mixed, *held])
     if not plan.keep:
         return "none (all groups mix)"
     try:

@@ -274,7 +274,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "convnextv2": ("ConvNextV2ForImageClassification", {"hidden_sizes": [16, 24, 32, 48],
                                                         "depths": [1, 1, 1, 1]}),
     "cvt": ("CvtForImageClassification", {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 4],
-                                          "depth": [1, 1, 3]}),
+                                          "depth": [1, 2, 3]}),
     "deit": ("DeiTForImageClassification", _IMAGE),
     "depth_anything": ("DepthAnythingForDepthEstimation", {
         "backbone_config": {"model_type": "dinov2", **_IMAGE, "out_indices": [1, 2],

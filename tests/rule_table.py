@@ -184,9 +184,15 @@ rows("addbmm", case(". ., . . ., . . . -> . .", X(4, 5), X(2, 4, 6), X(2, 6, 5))
 rows(
     "_grouped_mm",
     case(
-        ". ., . . ., . -> . .",
+        ". a, . a b, . -> . b",
         X(7, 8).float(),
-        X(3, 8, 4).float(),
+        X(3, 8, 12).float(),
+        torch.tensor([2, 4, 7], dtype=torch.int32),
+    ),
+    case(
+        ". a, . a b, . -> . b",
+        X(7, 8).bfloat16(),
+        X(3, 16, 8).bfloat16().transpose(1, 2),
         torch.tensor([2, 4, 7], dtype=torch.int32),
     ),
     case(". . ., . . . -> . . .", X(3, 4, 8).float(), X(3, 8, 4).float()),

@@ -228,7 +228,17 @@ class Trial:
                 label = constrained[index]
                 if not len(kept_positions(label, kept)):
                     kept[label[rng.integers(len(label))]] = True
+            self._align(kept)
             yield kept
+
+    def _align(self, kept: Mask) -> None:
+        """Keep more, until every dim is a multiple of what its kernel takes."""
+        found = [(self.resolve(label), multiple) for label, multiple in self._effect.aligned]
+        labels = [(label, multiple) for label, multiple in found if label is not None]
+        while wrong := [
+            label for label, multiple in labels if len(kept_positions(label, kept)) % multiple
+        ]:
+            kept[wrong[0][~kept[wrong[0]].all(axis=1)][0]] = True
 
     def compare(self, kept: Mask, row: Row) -> None:
         """Raise :class:`DisagreementError` unless cutting gives what the silenced original does."""

@@ -166,8 +166,13 @@ def converted(s: Shadow, func: Any, own: Tensor, **kwargs: Any) -> Tensor:
 
 @handles("constant_pad_nd")
 def padded(s: Shadow, func: Any, own: Tensor, pad: Any, value: Any = 0) -> Tensor:
+    """New positions are there wherever any of the old ones beside them is."""
     result = func(own, pad, value)
-    s.set(result, func(s.mask(own), pad, 1.0))
+    mask = s.mask(own)
+    dims = [own.dim() - 1 - n for n in range(len(pad) // 2) if any(pad[2 * n : 2 * n + 2])]
+    beside = mask.amax(dims, keepdim=True) if dims else mask
+    fresh = func(torch.zeros_like(mask), pad, 1.0)
+    s.set(result, func(mask, pad, 0.0) + fresh * beside)
     return result
 
 
@@ -400,6 +405,8 @@ def compare(
     with torch.no_grad():
         answer = tree_leaves(pruned.eval()(*_as_double(args), **_as_double(kwargs)))
     answer = [leaf for leaf in answer if isinstance(leaf, Tensor)]
+    if not all(bool(leaf.isfinite().all()) for leaf in expected if leaf.is_floating_point()):
+        raise UndecidedError("the model itself overflows in float64")
     if len(answer) != len(expected):
         return float("inf")
     pairs = [(a.double(), b.double()) for a, b in zip(expected, answer, strict=True)

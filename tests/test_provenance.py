@@ -282,3 +282,59 @@ def test_a_mask_answers_like_the_pruned_model_at_any_batch_and_length(build: Any
             masked = model(other)
         with torch.no_grad():
             assert torch.allclose(masked, pruned(other), atol=1e-5)
+
+
+class Checked(nn.Module):
+    """Compares a width with what it keeps, before it goes on."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.channels = width
+        self.first, self.last = nn.Linear(6, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if x.shape[-1] != self.channels:
+            raise ValueError("channels are not those of the configuration")
+        out: Tensor = self.last(x.relu())
+        return out
+
+
+def test_an_attribute_that_is_compared_with_a_width_follows() -> None:
+    model, x = Checked().eval(), torch.randn(2, 6)
+    plan = prunus.plan(prunus.trace(model, x), model, ratio=0.5)
+    assert prunus.verify(plan, model, x).verdict == "exact"
+    prunus.apply(plan, model)
+    assert model.channels == 6
+
+
+class Multiple(nn.Module):
+    """Values as wide as a multiple of the keys, and nothing says it but the product."""
+
+    def __init__(self, ratio: int = 2, key_dim: int = 6) -> None:
+        super().__init__()
+        self.heads, self.key_dim, self.ratio = 2, key_dim, ratio
+        self.qkv = nn.Linear(10, 2 * (2 + ratio) * key_dim)
+        self.last = nn.Linear(2 * ratio * key_dim, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (
+            self.qkv(x)
+            .view(b, n, self.heads, -1)
+            .split([self.key_dim, self.key_dim, self.ratio * self.key_dim], dim=3)
+        )
+        mixed = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).softmax(-1) @ v.transpose(1, 2)
+        out: Tensor = self.last(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+def test_a_multiple_of_another_size_goes_with_it() -> None:
+    model, x = Multiple().eval(), torch.randn(2, 5, 10)
+    graph = prunus.trace(model, x)
+    plan = prunus.plan(graph, model, ratio=0.34, importance="random")
+    assert prunus.verify(plan, model, x).verdict == "exact"
+    prunus.apply(plan, model)
+    assert model.key_dim < 6
+    assert model.ratio == 2
+    assert model.last.in_features == model.heads * 2 * model.key_dim

@@ -170,6 +170,7 @@ def shrink(
     data: Iterable[Any] | None = None,
     outputs: Globs | None = None,
     verified: bool = True,
+    each_group: bool = True,
     seed: int = 0,
     **options: Any,
 ) -> Shrunk:
@@ -188,6 +189,9 @@ def shrink(
         Calibration batches for batch norms; without them they keep the old statistics.
     verified
         Prove first, on a copy, that the cut model computes the masked original.
+    each_group
+        Let the proof also remove every group alone, and list those whose removal moves nothing;
+        for a model of many groups that takes most of the time.
 
     Raises
     ------
@@ -206,7 +210,7 @@ def shrink(
         chosen = plan(graph, model, budget=budget, seed=seed, hold=(*asked, *held), **options)
         if not verified:
             break
-        certificate = verify(chosen, model, args, kwargs, seed=seed)
+        certificate = verify(chosen, model, args, kwargs, each_group=each_group, seed=seed)
         if certificate.verdict != "inexact":
             break
         found = _reject(graph, model, chosen, args, kwargs, seed)

@@ -46,7 +46,10 @@ def exchange_error(
     _exchange(graph, moved, _permute(graph, groups, seed))
     try:
         exact = [_run(copy.deepcopy(m).double(), *_double(args, kwargs)) for m in (model, moved)]
-    except (RuntimeError, TypeError):  # a forward that insists on its own type
+        known = all(bool(exact[0][name].isfinite().all()) for name in graph.kept_outputs)
+    except (RuntimeError, TypeError):
+        known = False
+    if not known:  # a forward that insists on its own type, or overflows in another
         exact = [_run(m, args, kwargs) for m in (copy.deepcopy(model), moved)]
     before, after = ({name: run[name] for name in graph.kept_outputs} for run in exact)
     return relative_error(before, after)

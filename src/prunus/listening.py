@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunus.tracer.adapters import adapted
 from prunus.tracer.capture import PASSIVE
-from prunus.tracer.program import Program, state_of
+from prunus.tracer.program import Program, state_of, tensors_of
 from prunus.tracer.registry import bind
 from prunus.tracer.scale import find_attentions
 from prunus.tracer.trace import plain_kernels, quiet_run, trace
@@ -53,6 +53,7 @@ def listen(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *, seed: int 
                 _perturb(module, generator)
         for _ in range(ROUNDS):
             _sharpen(model, args, kwargs)
+        _wake(model, args, kwargs)
 
 
 def _fill(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
@@ -75,6 +76,26 @@ def _speak_up(weight: Tensor) -> None:
     gain = float(weight.detach().double().std()) * weight[0].numel() ** 0.5
     if 0 < gain < FAINT and not weight.is_meta:
         weight.mul_(FAINT / gain)
+
+
+def _wake(model: nn.Module, args: Any, kwargs: Any) -> None:
+    """Turn the sign of the last layer where every output is one constant, as behind a dead ReLU."""
+    last: list[nn.Module] = []
+
+    def ran(module: nn.Module, *_: Any) -> None:
+        if isinstance(getattr(module, "weight", None), Tensor) and not _has_statistics(module):
+            last.append(module)
+
+    handles = [module.register_forward_hook(ran) for module in model.modules()]
+    try:
+        with quiet_run(model):
+            outputs = [t for _, t in tensors_of(model(*args, **kwargs)) if t.is_floating_point()]
+    finally:
+        for handle in handles:
+            handle.remove()
+    if last and outputs and all(bool((t == t.flatten()[:1]).all()) for t in outputs):
+        for parameter in last[-1].parameters(recurse=False):
+            parameter.neg_()
 
 
 def _has_statistics(module: nn.Module) -> bool:

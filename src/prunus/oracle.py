@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -216,7 +217,7 @@ class Replay:
         bound = {name: _fetch(value, values) for name, value in node.args.items()}
         result = run_on_kept(node, bound, self._program, kept)
         if result is None:
-            result = call_bound(node.target, self._silenced(node, bound, kept))
+            result = _call_anyhow(node.target, self._silenced(node, bound, kept))
         tensors = [t for t in _leaves(result) if isinstance(t, Tensor)]
         values.update(zip(node.outputs, tensors, strict=True))
 
@@ -232,6 +233,19 @@ class Replay:
                 index = torch.as_tensor(gone, device=operand.device)
                 bound[str(name)] = operand.index_fill(dim, index, 0)
         return bound
+
+
+def _call_anyhow(target: OpOverload, bound: dict[str, Any]) -> Any:
+    """Run an operator on tensors whose strides may be others than when it was recorded.
+
+    PyTorch picks a fused attention by strides, and its kernels trust that choice: on others some
+    compute nonsense.  A view that strides don't allow becomes a copy.
+    """
+    if "scaled_dot_product" in target._schema.name:
+        bound = {n: v.contiguous() if isinstance(v, Tensor) else v for n, v in bound.items()}
+    if target is torch.ops.aten.view.default:
+        return torch.ops.aten.reshape.default(bound["self"], bound["size"])
+    return call_bound(target, bound)
 
 
 def _disagreement(plan: Plan, found: CouplingGraph, kept: Mask) -> str:

@@ -48,7 +48,13 @@ ATTEMPTS = 8
 
 CONTRACTIONS = {
     *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "convolution"),
-    *("mkldnn_rnn_layer", "native_layer_norm", "_fused_rms_norm", "native_group_norm"),
+    *(
+        "_grouped_mm",
+        "mkldnn_rnn_layer",
+        "native_layer_norm",
+        "_fused_rms_norm",
+        "native_group_norm",
+    ),
     *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"),
     *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
 }

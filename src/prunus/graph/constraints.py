@@ -34,6 +34,15 @@ class Nonempty:
 
 
 @dataclass(frozen=True, eq=False)
+class Aligned:
+    """A dim of which a kernel takes multiples of ``multiple`` positions only."""
+
+    label: Label
+    multiple: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
 class Rescale:
     """Weights to be multiplied by √(kept / size) when a head dim of ``size`` shrinks.
 
@@ -49,7 +58,7 @@ class Rescale:
         return float(np.sqrt(kept[self.label].all(axis=1).sum() / len(self.label)))
 
 
-Constraint = Lockstep | Nonempty
+Constraint = Lockstep | Nonempty | Aligned
 
 
 @dataclass(frozen=True, slots=True)

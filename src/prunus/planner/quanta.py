@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import lcm
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prunus.graph.axis import Label, Mask, Role
-from prunus.graph.constraints import Lockstep
+from prunus.graph.constraints import Aligned, Lockstep
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
 from prunus.planner.lockstep import merge_locksteps
@@ -68,7 +69,8 @@ def form_quanta(
     untouched = dict(excluded)
     conflicts, chains = _form_chains(graph, scores, untouched)
     live = [group for group in graph.groups if group.name not in untouched]
-    cuts = align(chains, _aligned_labels(graph, live), graph.unit_count, round_to)
+    labels = _aligned_labels(graph, live, round_to)
+    cuts = align(chains, labels, graph.unit_count)
     owner, ordered, gates = _number(cuts, graph.unit_count)
     group_of = np.full(graph.unit_count + 1, -1, dtype=np.int64)
     for n, group in enumerate(graph.groups):
@@ -77,7 +79,8 @@ def form_quanta(
     finite = np.where(owner > 0, scores, 0.0)
     for group in live:
         if not owner[group.units].any():
-            untouched[group.name] = f"it can't be cut to multiples of {round_to}"
+            multiple = lcm(*(number for _, number in labels))
+            untouched[group.name] = f"it can't be cut to multiples of {multiple}"
     return Quanta(
         owner=owner,
         chains=tuple(ordered),
@@ -129,19 +132,25 @@ def _ascending(units: Ints, scores: NDArray[np.float64]) -> Ints:
     return units[np.argsort(scores[units], kind="stable")]
 
 
-def _aligned_labels(graph: CouplingGraph, groups: Sequence[Group]) -> list[Label]:
-    """Labels of the axes on which alignment pays: those of contractions, both sides.
+def _aligned_labels(
+    graph: CouplingGraph, groups: Sequence[Group], round_to: int
+) -> list[tuple[Label, int]]:
+    """Labels that have to be multiples, and of what: where kernels demand it or it pays.
 
-    A group that is on no contraction is aligned on whatever carries it.  Carriers beside a
-    contraction follow it, or (a bias table with a row per head) don't matter.
+    It pays on the axes of contractions, both sides.  A group that is on no contraction is aligned
+    on whatever carries it.  Carriers beside a contraction follow it, or (a bias table with a row
+    per head) don't matter.
     """
+    needed = [(c.label, c.multiple) for c in graph.constraints if isinstance(c, Aligned)]
+    if round_to == 1:
+        return needed
     found: dict[tuple[tuple[int, ...], bytes], Label] = {}
     for group in groups:
         axes = [axis for axis, role in group.axes if role is not Role.CARRIER]
         for axis in axes or [axis for axis, _ in group.axes]:
             label = graph.labels[axis]
             found.setdefault((label.shape, label.tobytes()), label)
-    return list(found.values())
+    return [*needed, *((label, round_to) for label in found.values())]
 
 
 def _number(cuts: Sequence[Cut], unit_count: int) -> tuple[Ints, list[Ints], set[int]]:

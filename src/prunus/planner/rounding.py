@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd, prod
+from math import gcd, lcm, prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,10 @@ class Cut:
 
 @dataclass(eq=False, slots=True)
 class _Dim:
-    """Width of a dim: ``fixed`` + Σ lone · length + Σ products · lengths, chains by number."""
+    """Width of a dim: ``fixed`` + Σ lone · length + Σ products · lengths, chains by number.
+
+    A position may count several times.
+    """
 
     fixed: int
     lone: dict[int, tuple[int, int]]  # positions per row (modulo round_to), positions in all
@@ -57,24 +60,27 @@ class _Dim:
 
 
 def align(
-    chains: Sequence[Chain], labels: Sequence[Label], unit_count: int, round_to: int
+    chains: Sequence[Chain], labels: Sequence[tuple[Label, int]], unit_count: int
 ) -> tuple[Cut, ...]:
-    """Cuts after each of which every dim that lost something is a multiple of ``round_to``.
+    """Cuts after each of which every dim that lost something is a multiple of its number.
 
     A chain whose rows fill different numbers of positions becomes several.
 
     >>> chain = Chain(np.arange(1, 21)[:, None], 20)
-    >>> [(cut.first, cut.step) for cut in align([chain], [np.arange(1, 21)[:, None]], 20, 8)]
+    >>> [(cut.first, cut.step) for cut in align([chain], [(np.arange(1, 21)[:, None], 8)], 20)]
     [(4, 8)]
     >>> heads = np.repeat(np.arange(1, 21), 4)[:, None]
-    >>> [(cut.first, cut.step) for cut in align([chain], [heads], 20, 8)]
+    >>> [(cut.first, cut.step) for cut in align([chain], [(heads, 8)], 20)]
     [(0, 2)]
     """
+    round_to = lcm(*(multiple for _, multiple in labels))
     if round_to == 1:
         return tuple(Cut(chain, 0, 1) for chain in chains)
-    chains = _split(chains, labels, unit_count, round_to)
+    # To be a multiple of 4 is, for a position that counts twice, to be a multiple of 8.
+    weighted = [(label, round_to // multiple) for label, multiple in labels]
+    chains = _split(chains, weighted, unit_count, round_to)
     layout = _Layout(chains, unit_count)
-    dims = [_measure(label, layout, round_to) for label in labels]
+    dims = [_measure(label, weight, layout, round_to) for label, weight in weighted]
     sizes = [len(chain.rows) for chain in chains]
     frozen: set[int] = set().union(*(dim.ragged for dim in dims))
     while True:
@@ -119,19 +125,19 @@ class _Layout:
 
 
 def _split(
-    chains: Sequence[Chain], labels: Sequence[Label], unit_count: int, round_to: int
+    chains: Sequence[Chain], labels: Sequence[tuple[Label, int]], unit_count: int, round_to: int
 ) -> list[Chain]:
     """Part the chains so that the rows of each fill equally many positions of every dim."""
     layout = _Layout(chains, unit_count)
     marks: list[list[Ints]] = [[] for _ in chains]
-    for label in labels:
+    for label, weight in labels:
         rows, several = layout.rows(label)
         lone = np.bincount(rows[several == 1].max(axis=1, initial=0), minlength=layout.starts[-1])
         shared = np.bincount(rows[several > 1].ravel(), minlength=layout.starts[-1])
         present = np.unique(layout.chain_of[np.unique(rows)])
         for n in present[present >= 0].tolist():
             own = slice(layout.starts[n], layout.starts[n + 1])
-            for counts in (lone[own] % round_to, shared[own]):
+            for counts in (lone[own] * weight % round_to, shared[own]):
                 if counts.min() != counts.max():
                     marks[n].append(counts)
     parted: list[Chain] = []
@@ -146,14 +152,15 @@ def _split(
     return parted
 
 
-def _measure(label: Label, layout: _Layout, round_to: int) -> _Dim:
+def _measure(label: Label, weight: int, layout: _Layout, round_to: int) -> _Dim:
+    """The width of a dim whose positions count ``weight`` times."""
     rows, several = layout.rows(label)
-    dim = _Dim(int((several == 0).sum()), {}, [], set())
+    dim = _Dim(weight * int((several == 0).sum()), {}, [], set())
     lone = rows[several == 1].max(axis=1, initial=0)
     counts = np.bincount(lone, minlength=layout.starts[-1])
     for n in np.unique(layout.chain_of[lone]).tolist():
         own = counts[layout.starts[n] : layout.starts[n + 1]]
-        dim.lone[n] = int(own[0]) % round_to, int(own.sum())
+        dim.lone[n] = weight * int(own[0]) % round_to, weight * int(own.sum())
     crossing = rows[several > 1]
     if not len(crossing):
         return dim
@@ -168,7 +175,7 @@ def _measure(label: Label, layout: _Layout, round_to: int) -> _Dim:
                 code = code * layout.sizes[n] + (column - layout.starts[n])
             _, times = np.unique(code, return_counts=True)
             if len(times) == prod(sizes) and times.min() == times.max():
-                dim.products.append((chains, int(times[0])))
+                dim.products.append((chains, weight * int(times[0])))
                 continue
         dim.ragged |= set(chains)
     return dim

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from prunus.errors import PlanError
 from prunus.graph.axis import Label, Mask
-from prunus.graph.constraints import Lockstep, Nonempty
+from prunus.graph.constraints import Aligned, Lockstep, Nonempty
 from prunus.graph.coupling import CouplingGraph
 
 
@@ -15,7 +15,8 @@ def thin(graph: CouplingGraph, scores: NDArray[np.float64], ratio: float) -> Mas
     """The mask that takes the units of lowest score from every group.
 
     A group loses the rounded share, at least one unit where it has two, never its last; sets in
-    lockstep lose the same number.  Units are given back where a dim would be left empty.
+    lockstep lose the same number.  Units are given back where a dim would be left empty,
+    or no multiple of what a kernel takes.
 
     Parameters
     ----------
@@ -45,7 +46,19 @@ def thin(graph: CouplingGraph, scores: NDArray[np.float64], ratio: float) -> Mas
     dims = [c.label for c in graph.constraints if isinstance(c, Nonempty)]
     for label in (*graph.labels.values(), *dims):
         _fill(label, kept, scores)
+    aligned = [c for c in graph.constraints if isinstance(c, Aligned)]
+    while any(_round_up(c.label, c.multiple, kept, scores) for c in aligned):
+        pass  # what one dim is given back may be one too many for another
     return kept
+
+
+def _round_up(label: Label, multiple: int, kept: Mask, scores: NDArray[np.float64]) -> bool:
+    """Give back the best units of a dim until it is a multiple; whether any was given back."""
+    changed = False
+    while kept[label].all(axis=1).sum() % multiple:
+        gone = np.unique(label[~kept[label]])
+        kept[gone[np.argmax(scores[gone])]] = changed = True
+    return changed
 
 
 def _fill(label: Label, kept: Mask, scores: NDArray[np.float64]) -> None:

@@ -18,7 +18,7 @@ from prunus.plans import Plan
 from prunus.surgeon.applied import plans_of, remember, remember_only
 from prunus.surgeon.attributes import read_attribute, write_attribute
 from prunus.tracer.caches import drop_caches
-from prunus.tracer.fakes import FakeRun
+from prunus.tracer.fakes import FakeRun, unlogged
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.program import state_of, tensors_of
 from prunus.tracer.trace import quiet_run, uncollected
@@ -251,7 +251,7 @@ def _check_outputs(plan: Plan, model: nn.Module) -> None:
 
 
 def _output_shapes(model: nn.Module, args: Any, kwargs: Any, *, fake: bool) -> dict[str, list[int]]:
-    with quiet_run(model), FakeRun() if fake else nullcontext():
+    with quiet_run(model), unlogged(), FakeRun() if fake else nullcontext():
         result = model(*args, **kwargs)
     return {name: list(tensor.shape) for name, tensor in tensors_of(result)}
 

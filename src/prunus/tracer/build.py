@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prunus.graph.axis import Axis, Label, Role
-from prunus.graph.constraints import Constraint, Nonempty, Pin, Rescale
+from prunus.graph.constraints import Aligned, Constraint, Nonempty, Pin, Rescale
 from prunus.graph.coupling import Coupling, CouplingGraph
-from prunus.graph.expressions import Equation, Expression, Operation, Width
+from prunus.graph.expressions import Equation, Expression, Operation, Width, attributes_in
 from prunus.graph.groups import form_groups
 from prunus.graph.polynomial import Monomial, Polynomial
 from prunus.graph.solve import solve
@@ -141,15 +141,47 @@ def _pin_unsolvable(recorder: Recorder, names: list[str]) -> None:
             kept[0] = True
             broken = solve(equations, recorder.attributes, kept).broken
             for index in [i for i, equation in enumerate(equations) if equation in broken]:
-                equation = recorder.equations[index]
-                reason = "the code computes a size that can't follow"
-                why = Pin(reason, "", equation.module, equation.source)
-                for label in (equation.width.label, *_labels_in(equation.expression)):
-                    if recorder.algebra.canonical(label) is not None:
-                        recorder.algebra.pin(label, why)
-                        pending = True
+                pending |= _make_solvable(recorder, recorder.equations[index])
             if pending:
                 break
+
+
+def _make_solvable(recorder: Recorder, equation: Equation) -> bool:
+    """Tie or pin what keeps an equation from holding; False where nothing is left to do."""
+    expression, label = equation.expression, equation.width.label
+    algebra = recorder.algebra
+    if algebra.canonical(label) is not None and _tie_multiple(recorder, equation):
+        return True
+    why = Pin("the code computes a size that can't follow", "", equation.module, equation.source)
+    own = [label, *_labels_in(expression)]
+    for labels in (own, [recorder.governed(one) for one in attributes_in(expression)]):
+        free = [one for one in labels if algebra.canonical(one) is not None]
+        for one in free:
+            algebra.pin(one, why)
+        if free:
+            return True
+    return False
+
+
+def _tie_multiple(recorder: Recorder, equation: Equation) -> bool:
+    """Let a width that the code states as a multiple of another one lose the same places of each.
+
+    ``self.ratio * self.key_dim``: the dim is ratio × key_dim, and its columns go with the dim that
+    ``key_dim`` governs.
+    """
+    expression, label = equation.expression, equation.width.label
+    if label is None or not isinstance(expression, Operation) or expression.op != "*":
+        return False
+    for factor in (expression.left, expression.right):
+        other = recorder.governed(factor)
+        if other is None or recorder.algebra.canonical(other) is None or len(label) % len(other):
+            continue
+        why = Pin("a multiple of another size", "", equation.module, equation.source)
+        times, column = recorder.algebra.split(label, (len(label) // len(other), len(other)), why)
+        recorder.algebra.pin(times, why)
+        recorder.algebra.unify(column, other, why)
+        return True
+    return False
 
 
 def _labels_in(expression: Expression) -> Iterator[Label | None]:
@@ -333,12 +365,18 @@ def _roles(recorder: Recorder) -> dict[Axis, Role]:
 def _constraints(recorder: Recorder, resolve: Resolve) -> tuple[Constraint, ...]:
     found: dict[bytes, Constraint] = {}
     for node in recorder.nodes:
-        for label in node.effect.nonempty if node.effect else ():
+        if node.effect is None:
+            continue
+        why = f"{node.target} in {node.module}"
+        for label in node.effect.nonempty:
             units = resolve(label)
             if units is not None and (units > 0).any(axis=1).all():
-                found.setdefault(
-                    units.tobytes(), Nonempty(units, f"{node.target} in {node.module}")
-                )
+                found.setdefault(units.tobytes(), Nonempty(units, why))
+        for dim, multiple in node.effect.aligned:
+            units = resolve(dim)
+            if units is not None and multiple > 1:
+                key = multiple.to_bytes(4, "little") + units.tobytes()
+                found.setdefault(key, Aligned(units, multiple, why))
     return tuple(found.values())
 
 

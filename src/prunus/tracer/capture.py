@@ -70,7 +70,7 @@ class Recorder(TorchDispatchMode):
         self.attributes: dict[Attribute, int] = {}
         self.attended: list[Attention] = []
         self._begun: Given | None = None
-        self.follow = Follow(self._label_of, self._escaped, self._seal)
+        self.follow = Follow(self._label_of, self._escaped, self._seal, self._compared)
         self._governed: dict[str, Label | None] = {}
         self._fakes = None if real else Fakes()
         self._values = WeakIdKeyDictionary()
@@ -231,6 +231,17 @@ class Recorder(TorchDispatchMode):
             else:
                 self._governed[key] = label
         self.equations.append(Equation(expression, Width(size, label), why.module, why.source))
+
+    def _compared(self, a: Expression, b: Expression) -> None:
+        """The forward checks that an attribute says what a width is: so it has to follow."""
+        for one, width in ((a, b), (b, a)):
+            if isinstance(one, Attribute) and isinstance(width, Width):
+                source = find_source(sys._getframe(2))
+                self._equate(one, width.size, width.label, Pin("", "", self.stack[-1], source))
+
+    def governed(self, expression: Expression) -> Label | None:
+        """The dim whose width an expression was found to state, if any was."""
+        return self._governed.get(_key(expression))
 
     def _count_as(self, a: Label | None, b: Label | None, why: Pin) -> None:
         """Two dims have one size: tie them, unless they keep equally many by construction."""

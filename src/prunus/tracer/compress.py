@@ -42,9 +42,9 @@ def run_on_kept(node: Node, bound: Mapping[str, Any], program: Program, kept: Ma
     result = call_bound(node.target, arguments)
     leaves, spec = tree_flatten(result)
     numbers = iter(node.outputs)
-    whole = bound[str(node.effect.mixing[0][0][0])]
+    layouts = iter(_layouts(node, bound))
     spread = [
-        _spread(leaf, whole, program.labels[next(numbers)], program, kept)
+        _lay(_spread(leaf, program.labels[next(numbers)], program, kept), next(layouts))
         if isinstance(leaf, Tensor)
         else leaf
         for leaf in leaves
@@ -61,14 +61,29 @@ def resize(value: Any, program: Program, kept: Mask) -> Any:
     return size if units is None else len(kept_positions(units, kept))
 
 
-def _spread(
-    small: Tensor, whole: Tensor, labels: tuple[Label | None, ...], program: Program, kept: Mask
-) -> Tensor:
-    """Back to full size along every dim that was cut; zeros where nothing stayed.
+def _layouts(node: Node, bound: Mapping[str, Any]) -> list[tuple[int, ...] | None]:
+    """Strides of the operator's own results, which decide on kernels that follow.
 
-    Where the shape is that of the operand, so is the memory format: it decides on the kernels of
-    operators that follow.
+    It has to run for that, unless all that goes in is contiguous, and so what comes out.
     """
+    tensors = [value for value in bound.values() if isinstance(value, Tensor)]
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return [None] * len(node.outputs)
+    whole = tree_flatten(call_bound(node.target, bound))[0]
+    return [leaf.stride() for leaf in whole if isinstance(leaf, Tensor)]
+
+
+def _lay(tensor: Tensor, strides: tuple[int, ...] | None) -> Tensor:
+    """The same content with the given strides."""
+    if strides is None or tensor.stride() == strides:
+        return tensor
+    return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
+
+
+def _spread(
+    small: Tensor, labels: tuple[Label | None, ...], program: Program, kept: Mask
+) -> Tensor:
+    """Back to full size along every dim that was cut; zeros where nothing stayed."""
     for dim, label in enumerate(labels):
         units = program.label(label)
         if units is None or small.shape[dim] == len(units):
@@ -77,6 +92,4 @@ def _spread(
         shape = list(small.shape)
         shape[dim] = len(units)
         small = small.new_zeros(shape).index_copy_(dim, stay, small)
-    if small.shape == whole.shape and small.stride() != whole.stride():
-        return torch.empty_like(whole, dtype=small.dtype).copy_(small)
     return small

@@ -7,6 +7,9 @@ of the same shapes is not asked again.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +90,17 @@ class Fakes:
         if isinstance(value, (list, tuple)):
             return type(value)([self._all_of(item) for item in value])
         return value
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Without PyTorch's account of every fake kernel that fails: a run on real tensors decides."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 class FakeRun(TorchDispatchMode):

@@ -62,6 +62,14 @@ class Provenance(int):
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
 
+    def __eq__(self, other: Any) -> bool:
+        return _tell_compared(self, other, int.__eq__(self, other))
+
+    def __ne__(self, other: Any) -> bool:
+        return not _tell_compared(self, other, int.__eq__(self, other))
+
+    __hash__ = int.__hash__
+
     def __neg__(self) -> Any:
         return Provenance(-int(self), Operation("-", 0, self.expression))
 
@@ -91,6 +99,15 @@ class Provenance(int):
 
 
 _listeners: list[Callable[[Expression], None]] = []
+_comparisons: list[Callable[[Expression, Expression], None]] = []
+
+
+def _tell_compared(a: Provenance, b: Any, equal: bool) -> bool:
+    """Tell whoever traces that the code has found two integers equal, as a check of sizes does."""
+    if equal is True and isinstance(b, Provenance):
+        for listener in _comparisons:
+            listener(a.expression, b.expression)
+    return equal
 
 
 def _escape(number: Provenance) -> Provenance:
@@ -231,19 +248,23 @@ class Follow(TorchFunctionMode):
         label_of: Callable[[Tensor, int], Any],
         escaped: Callable[[Expression], None],
         sealed: Callable[[Any, str], None],
+        compared: Callable[[Expression, Expression], None],
     ) -> None:
         super().__init__()
         self._label_of = label_of
         self._listener = escaped
         self._sealed = sealed
+        self._compared = compared
         self.given: Given | None = None
 
     def __enter__(self) -> Any:
         _listeners.append(self._listener)
+        _comparisons.append(self._compared)
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         _listeners.remove(self._listener)
+        _comparisons.remove(self._compared)
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(

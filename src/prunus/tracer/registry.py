@@ -64,6 +64,8 @@ class Effect:
         Slices of dims that have to keep at least one position.
     equations
         Sizes that the forward's code states; a plain int pins its dim.
+    aligned
+        Dims of which the kernel takes multiples only, as (label, multiple).
     """
 
     outputs: tuple[Labels, ...]
@@ -74,6 +76,7 @@ class Effect:
     spans: tuple[Span, ...] = ()
     nonempty: tuple[Label, ...] = ()
     equations: Equations = ()
+    aligned: tuple[tuple[Label | None, int], ...] = ()
 
 
 class Call:
@@ -259,18 +262,9 @@ def bind(target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 
 
 def call_bound(target: OpOverload, bound: Mapping[str, Any]) -> Any:
-    """Run an overload on arguments by name, whatever their strides.
-
-    Where a program is run again, strides may be others than when it was recorded.  PyTorch picks
-    a fused attention by strides, and its kernels trust that choice: on others some compute
-    nonsense.  A view that strides don't allow becomes a copy.
-    """
-    if "scaled_dot_product" in target._schema.name:
-        bound = {n: v.contiguous() if isinstance(v, Tensor) else v for n, v in bound.items()}
+    """Run an overload on arguments by name."""
     positional = [bound[a.name] for a in target._schema.arguments if not a.kwarg_only]
     named = {a.name: bound[a.name] for a in target._schema.arguments if a.kwarg_only}
-    if target is torch.ops.aten.view.default:
-        return torch.ops.aten.reshape.default(*positional)
     return target(*positional, **named)
 
 

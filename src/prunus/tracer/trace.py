@@ -25,6 +25,7 @@ from prunus.tracer.adapters import adapted
 from prunus.tracer.build import build_graph
 from prunus.tracer.caches import clear_caches, find_caches, remember_attributes
 from prunus.tracer.capture import Recorder
+from prunus.tracer.fakes import unlogged
 from prunus.tracer.inputs import describe_inputs
 from prunus.tracer.program import Program, duplicate, state_of, tensors_of
 from prunus.tracer.provenance import mark_attributes, marked_objects
@@ -67,7 +68,8 @@ def trace(
     with uncollected():
         if not real:
             try:
-                return _capture(model, args, kwargs, outputs, real=False)
+                with unlogged():
+                    return _capture(model, args, kwargs, outputs, real=False)
             except TraceError:
                 raise
             except Exception:  # whatever a forward may raise on fake tensors: the real run decides

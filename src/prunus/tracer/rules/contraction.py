@@ -68,9 +68,31 @@ def product_and_sum(call: Call) -> Effect:
 
 @rule("_grouped_mm")
 def product_by_expert(call: Call) -> Effect:
-    """One product per expert; its kernel takes no other rows than of multiples of 16 bytes."""
-    call.pin_all("a grouped product takes rows of multiples of 16 bytes only")
-    return Effect(call.unlabelled())
+    """Tokens (t, k), sorted by expert, times the weight (e, k, n) of the expert of each.
+
+    The kernel takes no other rows than of multiples of 16 bytes.
+    """
+    tokens, weights = call.labels("self"), call.labels("mat2")
+    if len(tokens) != 2 or len(weights) != 3:
+        call.pin_all("a grouped product of another kind than tokens by experts")
+        return Effect(call.unlabelled())
+    for label in (tokens[0], weights[0], *(call.labels("offs") or ())):
+        call.pin(label, "tokens are counted off by expert")
+    inner = call.unify(tokens[1], weights[1], CONTRACTED)
+    labels: Labels = (None, weights[2])
+    if call.args.get("bias") is not None:
+        bias = call.labels("bias")
+        call.pin(bias[0], "tokens are counted off by expert")
+        labels = (None, call.unify(weights[2], bias[-1]))
+    first, second = call.args["self"], call.args["mat2"]
+    multiple = max(16 // first.element_size(), 1)
+    return Effect(
+        (labels,),
+        contracted=((("self",), 1), (("mat2",), 1)),
+        produced=((("mat2",), 2),),
+        spans=(((first.shape[0], None), (first.shape[1], inner), (second.shape[2], labels[1])),),
+        aligned=((inner, multiple), (labels[1], multiple)),
+    )
 
 
 @rule("convolution", "_convolution")

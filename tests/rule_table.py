@@ -768,6 +768,10 @@ rows(
 )
 rows("miopen_batch_norm", case("a b c d, b, b, b, b -> a b c d, b", *ON_GPU, *TRAINING))
 rows(
+    "_thnn_fused_lstm_cell",
+    case("a b, a b, a b, b, b -> a b", M(2, 16), M(2, 16), M(2, 4), M(16), M(16)),
+)
+rows(
     "native_layer_norm",
     case("a b c, c, c -> a b c, a b .", X(2, 5, 6), [6], X(6), X(6), 1e-5),
     case("a b c -> a b c, a b .", X(2, 5, 6), [6], None, None, 1e-5),

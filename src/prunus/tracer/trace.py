@@ -195,11 +195,12 @@ def quiet_run(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Without oneDNN, whose recurrent kernels are one operator that says nothing of its parts."""
+    """Without oneDNN and cuDNN, whose recurrent kernels say nothing of what they consist of."""
     enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
-        yield
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
     finally:
         torch._C._set_mkldnn_enabled(enabled)
 

@@ -1,0 +1,89 @@
+"""Prune random networks at random and let judges that share nothing with the engine object.
+
+    python benchmarks/fuzz.py --count 10000     # about an hour on one core; resumes where it ended
+
+Network number N is drawn from seed N (``tests/random_networks.py``), pruned by a random share and
+verified; where the certificate does not say *inexact*, ``prunus.mask``, the second witness and the
+shadow run judge it.  ``results/fuzz.csv`` has one row for every hundred networks.  A network that
+breaks the promise is printed with its seed: it belongs into ``tests/test_random_networks.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).with_name("results") / "fuzz.csv"
+CHUNK = 100
+FIELDS = (
+    "first_seed", "networks", "exact", "not_verified", "inexact", "refused", "judges_undecided",
+    "wrong", "seconds", "commit",
+)  # fmt: skip
+FIRST = 10_000
+"""Seeds below this one are the test-suite's."""
+
+
+def examine_chunk(first: int) -> dict[str, object]:
+    """The row for the networks of one chunk."""
+    from tests.random_networks import from_seed
+    from tests.test_random_networks import examine
+
+    counts: Counter[str] = Counter()
+    started = time.perf_counter()
+    for seed in range(first, first + CHUNK):
+        found = examine(from_seed(seed), seed)
+        counts[found.verdict.replace(" ", "_") or "refused"] += 1
+        counts["judges_undecided"] += bool(found.undecided)
+        if found.wrong:
+            counts["wrong"] += 1
+            print(f"seed {seed}: {found}", flush=True)
+    row: dict[str, object] = {name: counts[name] for name in FIELDS}
+    return row | {
+        "first_seed": first,
+        "networks": CHUNK,
+        "seconds": round(time.perf_counter() - started),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    command = ("git", "rev-parse", "--short", "HEAD")
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def main() -> None:
+    """Go on where the last run ended, and save every chunk."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--count", type=int, default=10_000, help="networks in all")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    torch.set_num_threads(1)
+    rows: list[dict[str, object]] = []
+    if options.out.exists():
+        with options.out.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    for first in range(FIRST + CHUNK * len(rows), FIRST + options.count, CHUNK):
+        rows.append(examine_chunk(first))
+        draft = options.out.with_suffix(".tmp")
+        with draft.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(draft, options.out)
+        print(rows[-1], flush=True)
+    totals = {name: sum(int(str(row[name])) for row in rows) for name in FIELDS[1:-1]}
+    print(totals)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -338,6 +339,23 @@ def test_other_files_are_whole_or_not_there(
     assert run(f"{option} OUT/x", shelf, tmp_path) == 2
     assert f"{tmp_path / 'x'} can't be written" in capsys.readouterr().err
     assert contents(tmp_path) == {}
+
+
+OUTPUTS = [
+    *(f"{SHRINK} --{name}" for name in ("out", "plan", "certificate", "report", "picture")),
+    "plan @net.py:net --macs 0.5 --out",
+    "inspect @net.py:net --dot",
+]
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_a_pipe_is_no_place_for_a_file(shelf, tmp_path, capsys, command) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    argv = [part.replace("@", f"{shelf}/") for part in command.split()]
+    assert main([*argv, str(tmp_path / "pipe.png")]) == 2
+    assert "pipe.png is no regular file" in capsys.readouterr().err
+    assert stat.S_ISFIFO((tmp_path / "pipe.png").stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe.png"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")

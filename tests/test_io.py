@@ -9,6 +9,8 @@ import json
 import os
 import pickle
 import random
+import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -667,6 +669,22 @@ def test_the_old_file_survives_a_failure_and_keeps_its_permissions(tmp_path, mon
     assert sorted(os.listdir(tmp_path)) == ["link.st", "m.st"]
     with pytest.raises(FileError, match="Is a directory"):
         files.replace_file(tmp_path, lambda draft: draft.write_text("x"))
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(tmp_path / "socket"))
+    server.close()
+    for path in (pipe, link, tmp_path / "socket"):
+        with pytest.raises(FileError, match=f"{path.name} is no regular file"):
+            prunus.save(nn.Linear(2, 2), path)
+        with pytest.raises(FileError, match="is no regular file"):
+            files.replace_file(path, lambda draft: draft.write_text("x"))
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe", "socket"]
 
 
 def test_models_are_not_kept_alive() -> None:

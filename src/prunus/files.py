@@ -24,6 +24,26 @@ _FIXES = {
 }
 
 
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Refuse devices, pipes and sockets: a file in their place would be no device any more.
+
+    Raises
+    ------
+    FileError
+        If something is there that is neither a file nor a folder; folders are told by the system.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # nothing is there, or whoever writes is told more
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise FileError(
+            f"{path} is no regular file",
+            why="a device, pipe or socket would be replaced by a file",
+            fix="give the name of a file",
+        )
+
+
 def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill a draft beside the file, then put it in the file's place.
 
@@ -33,7 +53,8 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
     Raises
     ------
     FileError
-        If the system refuses; it is an ``OSError`` as well.
+        If the system refuses, or if a device, pipe or socket is there; it is an ``OSError`` as
+        well.
 
     Examples
     --------
@@ -43,6 +64,7 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
     ...     Path(folder, "a.txt").read_text(), os.listdir(folder)
     ('whole', ['a.txt'])
     """
+    check_target(path)
     target = Path(os.path.realpath(path))
     draft = target.with_name(f".prunus-{secrets.token_hex(6)}{target.suffix}")
     try:

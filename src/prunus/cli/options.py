@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from prunus import __version__
+from prunus.errors import FileError
+from prunus.files import check_target
 
 MODEL_HELP = """\
 MODEL is one of
@@ -68,7 +70,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, flag: bool = False) ->
     )
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     parser.add_argument(
-        "--log", metavar="FILE", type=new_file, help="write what happens, as JSON lines"
+        "--log", metavar="FILE", type=stream, help="write what happens, as JSON lines"
     )
 
 
@@ -237,6 +239,16 @@ def axis(text: str) -> Any:
 
 def new_file(text: str) -> Path:
     """A path that can be written: found out before the work, not after it."""
+    path = stream(text)
+    try:
+        check_target(path)
+    except FileError as error:
+        raise argparse.ArgumentTypeError(error.what) from None
+    return path
+
+
+def stream(text: str) -> Path:
+    """A path that can be written to, be it a file, a pipe or a device."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder")

@@ -564,23 +564,136 @@ def test_bad_options_exit_with_2_and_help_with_0() -> None:
     assert main([]) == 2
 
 
-def test_interrupted_from_outside(tmp_path) -> None:
-    (tmp_path / "slow.py").write_text(
-        "import time\ndef net():\n    open('started', 'w').close()\n    time.sleep(60)\n"
-    )
+SLOW = """
+import time
+from pathlib import Path
+from prunus.files import replace_file
+
+def net():
+    replace_file("out", write)
+
+def write(draft):
+    draft.write_text("half of it")
+    Path("started").touch()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "text"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_stopped_from_outside(tmp_path, number, code, text) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
     process = subprocess.Popen(
-        [sys.executable, "-m", "prunus", "inspect", "slow.py:net"],
+        [sys.executable, "-m", "prunus", "inspect", "slow.py:net", "--log", "log"],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         # A shell starts its background jobs with the signal ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     while not (tmp_path / "started").exists():
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "interrupted" in err
-    assert "Traceback" not in err
+    assert process.returncode == code
+    assert err == f"prunus: {text}; nothing half-written is left\n"
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {
+        *("slow.py", "started", "log")
+    }
+    last = json.loads((tmp_path / "log").read_text().splitlines()[-1])
+    assert (last["event"], last["exit_code"]) == ("end", code)
+
+
+def test_termination_is_heeded_only_while_a_command_runs(net, capsys) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["inspect", net]) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+STOP = """
+import sys
+
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == "MODULE":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Stop())
+"""
+
+
+@pytest.mark.parametrize(
+    ("verb", "module"),
+    [
+        ("inspect", "argparse"),
+        ("inspect", "numpy"),
+        ("inspect", "scipy"),
+        ("shrink", "prunus.cli.plan"),
+        ("shrink", "numpy"),
+        ("shrink", "torch"),
+        ("shrink", "rich"),
+    ],
+)
+def test_interrupted_while_modules_are_imported(net, tmp_path, verb, module) -> None:
+    (tmp_path / "sitecustomize.py").write_text(STOP.replace("MODULE", module))
+    asked = [net, "--explain", "0.weight", "3.weight"] if verb == "inspect" else [net, "--macs=0.5"]
+    path = os.pathsep.join(filter(None, [str(tmp_path), *sys.path]))
+    result = run(verb, *asked, PYTHONPATH=path)
+    assert result.stderr.replace("built\n", "") == (
+        "prunus: interrupted; nothing half-written is left\n"
+    )
+    assert result.returncode == 130
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("argv", [["inspect", "NET"], ["inspect", "NET", "--json"], ["--help"]])
+def test_a_reader_that_leaves(net, argv) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(
+        [sys.executable, "-m", "prunus", *(net if part == "NET" else part for part in argv)],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert result.stderr.replace("built\n", "") == ""
+    assert result.returncode == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("argv", [["inspect", "NET"], ["inspect", "NET", "--json"], ["--help"]])
+def test_a_full_disk_under_stdout(net, tmp_path, argv) -> None:
+    log = [] if argv == ["--help"] else ["--log", str(tmp_path / "log")]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [
+                *(sys.executable, "-m", "prunus"),
+                *(net if part == "NET" else part for part in argv),
+                *log,
+            ],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == 2
+    assert result.stderr.replace("built\n", "") == (
+        "prunus: the result can't be printed\n"
+        "  where: stdout\n"
+        "  why:   No space left on device\n"
+        "  fix:   make room on the disk, or write elsewhere\n"
+    )
+    if log:
+        *_, error, end = map(json.loads, (tmp_path / "log").read_text().splitlines())
+        assert (error["kind"], end["exit_code"]) == ("FileError", 2)
+
+
+def test_a_pipe_that_breaks_in_the_model_is_an_error_of_the_model(tmp_path, capsys) -> None:
+    (tmp_path / "pipe.py").write_text("def net():\n    raise BrokenPipeError('my socket')\n")
+    assert main(["inspect", f"{tmp_path / 'pipe.py'}:net"]) == 2
+    assert "BrokenPipeError: my socket" in capsys.readouterr().err

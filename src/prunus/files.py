@@ -1,4 +1,7 @@
-"""Writing files: what stands there is the old one or the new one, never half of it."""
+"""Writing files: what stands there is the old one or the new one, never half of it.
+
+And stdout: what was printed is out, or an error says that it is not.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,16 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prunus.errors import FileError
+
+STDOUT = "stdout"
+"""Where an error of :func:`printing` is."""
 
 _FIXES = {
     errno.ENOSPC: "make room on the disk, or write elsewhere",
@@ -79,6 +87,31 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
     except OSError as error:
         raise FileError(
             f"{path} can't be written",
+            why=error.strerror or str(error),
+            fix=_FIXES.get(error.errno or 0, ""),
+        ) from error
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Whatever is printed meanwhile has left the process afterwards.
+
+    Raises
+    ------
+    FileError
+        If the system refuses; its cause is a ``BrokenPipeError`` if the reader has left.
+    """
+    try:
+        if getattr(sys, "stdout", None) is None:
+            raise OSError(errno.EBADF, "it is closed")
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        raise FileError(
+            "the result can't be printed",
+            where=STDOUT,
             why=error.strerror or str(error),
             fix=_FIXES.get(error.errno or 0, ""),
         ) from error

@@ -240,6 +240,12 @@ def test_plan_shows_widths_and_costs_and_writes_only_if_asked_to(net, tmp_path, 
     assert "Nothing was written: --dry-run." in printed
 
 
+def test_a_model_may_be_replaced_by_a_second_run(net, tmp_path, capsys) -> None:
+    files = ["--out", str(tmp_path / "w.st"), "--log", str(tmp_path / "log")]
+    for _ in range(2):
+        assert main(["shrink", net, "--macs", "0.5", "--no-verify", *files]) == 0
+
+
 def test_the_log_has_every_event_as_a_line_of_json(net, tmp_path, capsys) -> None:
     log = tmp_path / "log.jsonl"
     document = shrink_json(capsys, "shrink", net, "--macs", "0.5", "--log", str(log))

@@ -97,6 +97,7 @@ def shelf(tmp_path_factory) -> Path:
     (folder / "short.safetensors").write_bytes(whole[:-5])
     (folder / "flipped.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     torch.save({}, folder / "weights.pt")
+    (folder / "link.py").symlink_to(folder / "net.py")
     (folder / "pictures").mkdir()
     (folder / "pictures" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
     (folder / "empty").mkdir()
@@ -142,6 +143,23 @@ COMMANDS = [
     ("load @small.safetensors", 2, "the following arguments are required: --build"),
     (f"{SHRINK} --exclude fc*", 2, "'fc*' matches no group"),
     ("shrink @net.py:net --macs 2", 3, "no plan reaches macs"),
+    # files to write that are one another, or files to read
+    ("shrink @net.py:net --macs 0.5 --out OUT/a --plan OUT/a", 2, "--out and --plan are one file"),
+    ("shrink @net.py:net --macs 0.5 --plan OUT/a --log OUT/./a", 2, "--plan and --log are one"),
+    ("shrink @net.py:net --macs 0.5 --report OUT/a.png --picture OUT/a.png", 2, "--report and"),
+    ("inspect @net.py:net --dot OUT/a --log OUT/a", 2, "--log and --dot are one file"),
+    ("verify @plan.json @net.py:net --certificate @plan.json", 2, "--certificate and PLAN are one"),
+    ("verify @plan.json @net.py:net --log @plan.json", 2, "--log and PLAN are one file"),
+    ("inspect @net.py:net --log @net.py", 2, "--log and MODEL are one file"),
+    ("inspect @net.py --log @net.py", 2, "--log and MODEL are one file"),
+    ("inspect @net.py:net --log @link.py", 2, "--log and MODEL are one file"),
+    ("inspect yolo:@weights.pt --log @weights.pt", 2, "--log and MODEL are one file"),
+    ("inspect hf:@bare --log @bare/config.json", 2, "--log and MODEL are one file"),
+    ("load @small.safetensors --build @net.py:net --log @small.safetensors", 2, "--log and FILE"),
+    ("load @small.safetensors --build @net.py:net --log @net.py", 2, "--log and --build are one"),
+    (f"{SHRINK} --data @lines.txt --log @lines.txt", 2, "--log and --data are one file"),
+    (f"{SHRINK} --data @net.py:objects --log @net.py", 2, "--log and MODEL are one file"),
+    (f"{SHRINK} --data @pictures --log @pictures/a.png", 2, "--log and --data are one file"),
     # models
     ("inspect @net.py", 2, "is no reference"),
     ("inspect @gone.py:net", 2, "there is no file"),
@@ -195,7 +213,8 @@ def run(command: str, shelf: Path, out: Path) -> int:
     argv = [part.replace("@", f"{shelf}/").replace("OUT", str(out)) for part in command.split()]
     if argv[0] in ("shrink", "apply"):
         names = ["out", "certificate", "report"] + ["plan"] * (argv[0] == "shrink")
-        argv += [part for name in names for part in (f"--{name}", str(out / name))]
+        asked = [name for name in names if f"--{name}" not in argv]
+        argv += [part for name in asked for part in (f"--{name}", str(out / name))]
     return main(argv)
 
 

@@ -77,13 +77,15 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _run_logged(options: argparse.Namespace) -> int:
     from prunus.cli.journal import Journal
+    from prunus.cli.options import check_files
 
     try:
+        check_files(options)
         options.journal = Journal(options.log)
         options.journal.write("start", command=options.command)
         code = _run(options)
         options.journal.write("end", exit_code=code)
-    except FileError as error:  # the log's own
+    except FileError as error:  # before the verb runs, or the log's own
         return _tell(error)
     return code
 

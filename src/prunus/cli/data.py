@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prunus.cli.models import Loaded
+from prunus.cli.options import IMAGES
 from prunus.cli.python_file import find_function
 from prunus.errors import DataError, require
 from prunus.tracer.program import tensors_of
@@ -21,7 +22,6 @@ from prunus.tracer.program import tensors_of
 _BATCH = 64
 """Samples in a batch that is cut from an array or a folder."""
 _LINES, _TOKENS = 16, 128
-_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _REFERENCE = "write a folder of images, FILE.npz, FILE.txt or path/to/file.py:FUNCTION"
 
 
@@ -79,11 +79,12 @@ class _Images:
 
 def _image_batches(folder: Path, options: argparse.Namespace, loaded: Loaded) -> _Images:
     require("PIL.Image", "images")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _IMAGES and f.is_file())
+    endings = tuple(pattern.removeprefix("*") for pattern in IMAGES)
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in endings and f.is_file())
     if not files:
         raise DataError(
             f"there are no images in {folder}",
-            why=f"files that end in {', '.join(_IMAGES)} are taken for images",
+            why=f"files that end in {', '.join(endings)} are taken for images",
         )
     inputs = [tensor for _, tensor in tensors_of([loaded.args, dict(loaded.kwargs)])]
     shape = tuple(inputs[0].shape[1:]) if len(inputs) == 1 and inputs[0].dim() == 4 else ()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,15 @@ DATA is one of
                       beside an hf: model
   path/to/file.py:F   what the function F() returns: an iterable of batches
 """
+
+IMAGES = ("*.bmp", "*.gif", "*.jpeg", "*.jpg", "*.png", "*.ppm", "*.tif", "*.tiff", "*.webp")
+"""Files of a folder of calibration data."""
+
+TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "sentencepiece*")
+"""Files of which a folder with a tokenizer has at least one."""
+
+_PRETRAINED = (*("*config.json", "*.bin", "model*", "*.index.json"), *TOKENIZERS)
+_OUTPUTS = ("out", "plan", "certificate", "report", "picture", "log", "dot")
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, flag: bool = False) -> None:
@@ -131,6 +142,67 @@ def add_files(parser: argparse.ArgumentParser, files: Sequence[tuple[str, str]])
     group = parser.add_argument_group("files to write")
     for name, text in files:
         group.add_argument(f"--{name}", metavar="FILE", type=new_file, help=text)
+
+
+def check_files(options: argparse.Namespace) -> None:
+    """Refuse files to write that are one file, or one that is read; nothing has been opened yet."""
+    seen: dict[str, str] = {}
+    for name in _OUTPUTS:
+        path = getattr(options, name, None)
+        if path is not None:
+            _claim(seen, f"--{name}", path)
+    for name, path in _files_read(options):
+        other = seen.get(os.path.realpath(path))
+        if other is not None:
+            raise _one_file(other, name, path)
+
+
+def _claim(seen: dict[str, str], name: str, path: Path) -> None:
+    other = seen.setdefault(os.path.realpath(path), name)
+    if other != name:
+        raise _one_file(other, name, path)
+
+
+def _one_file(first: str, second: str, path: str | Path) -> FileError:
+    return FileError(
+        f"{first} and {second} are one file",
+        where=str(path),
+        why="one would destroy the other",
+        fix="write to a file of its own",
+    )
+
+
+def _files_read(options: argparse.Namespace) -> Iterator[tuple[str, str | Path]]:
+    """What a command reads, by the name of the argument."""
+    for name, attribute in (("PLAN", "plan_file"), ("FILE", "file")):
+        if getattr(options, attribute, None) is not None:
+            yield name, getattr(options, attribute)
+    model = "--build" if hasattr(options, "file") else "MODEL"
+    kind, _, rest = options.model.partition(":")
+    if kind == "hf":
+        yield from ((model, path) for path in _inside(Path(rest), _PRETRAINED))
+    elif kind == "yolo":
+        yield model, rest
+    else:
+        yield from ((model, path) for path in _python_file(options.model))
+    data: str | None = getattr(options, "data", None)
+    if data is not None:
+        yield from (("--data", path) for path in (data, *_python_file(data)))
+        yield from (("--data", path) for path in _inside(Path(data), IMAGES, deep=True))
+    tokenizer = getattr(options, "tokenizer", None)
+    if tokenizer is not None:
+        yield from (("--tokenizer", path) for path in _inside(Path(tokenizer), _PRETRAINED))
+
+
+def _python_file(reference: str) -> list[str]:
+    """The file of ``path/to/file.py:FUNCTION``, also where the function is missing."""
+    return [part for part in (reference, reference.rpartition(":")[0]) if part.endswith(".py")]
+
+
+def _inside(folder: Path, patterns: Sequence[str], *, deep: bool = False) -> Iterator[Path]:
+    for path in folder.rglob("*") if deep else folder.glob("*"):
+        if any(fnmatch(path.name.lower(), pattern) for pattern in patterns):
+            yield path
 
 
 @contextmanager

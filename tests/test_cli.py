@@ -347,6 +347,14 @@ def test_a_folder_of_transformers_with_lines_of_text(tmp_path, capsys) -> None:
     assert document["recalibrated"] is False  # there is no batch norm
     loaded = shrink_json(capsys, "load", out, "--build", f"hf:{folder}")
     assert loaded["outputs"] == {"logits": [1, 16, 9]}
+    told = run("inspect", f"hf:{folder}")
+    assert (told.returncode, "Loading" in told.stderr) == (0, False)
+    for path in folder.glob("tokenizer*"):
+        path.rename(path.with_name(f"no-{path.name}"))
+    assert main(asked) == 2
+    assert "there is no tokenizer in" in capsys.readouterr().err
+    for path in folder.glob("no-*"):
+        path.rename(path.with_name(path.name.removeprefix("no-")))
     options = SimpleNamespace(data=data, samples=9, tokenizer=str(folder))
     (batch,) = load_data(options, SimpleNamespace(source=None))
     assert batch["input_ids"].tolist() == [[2, 3, 4], [4, 1, 0]]
@@ -477,6 +485,31 @@ def test_a_plan_for_another_model_is_refused(net, tmp_path, capsys) -> None:
         assert "this is a plan for another model" in capsys.readouterr().err
 
 
+def test_a_plan_for_a_part_of_the_model_is_refused(tmp_path, capsys) -> None:
+    plan = str(tmp_path / "plan.json")
+    small = ["--input-shape", "1,3,32,32"]
+    assert main(["plan", "zoo:resnet20", *small, "--macs", "0.5", "--out", plan]) == 0
+    for verb in ("verify", "apply"):
+        assert main([verb, plan, "zoo:resnet56", *small]) == 2
+        err = capsys.readouterr().err
+        assert "this is a plan for another model" in err
+        assert "more than the plan has" in err
+
+
+def test_weights_that_are_not_on_this_machine(tmp_path, monkeypatch, capsys) -> None:
+    timm = pytest.importorskip("timm")
+
+    def offline(name: str, pretrained: bool = False) -> None:
+        raise ConnectionError("offline mode is enabled")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    assert main(["inspect", "timm:resnet18", "--pretrained"]) == 2
+    err = capsys.readouterr().err
+    assert "the trained weights of resnet18 can't be had" in err
+    assert "offline mode is enabled" in err
+    assert "Traceback" not in err
+
+
 # The same mistakes by the public API, as arguments of prunus.shrink.
 API_MISTAKES = [
     ({"budget": {"macs": 1.5}}, "1.5 is no budget"),
@@ -539,10 +572,16 @@ def test_exit_code_1_when_nothing_is_proven(net, tmp_path, capsys, monkeypatch, 
     assert document["certificate"]["rel_err"] is None
     assert files[0].exists() == (verdict != "inexact")
     assert files[1].exists()
-    for argv in (["verify", plan, net], ["apply", plan, net], ["shrink", net, "--macs", "0.5"]):
+    for argv, fix in (
+        (["verify", plan, net], "fix:   plan anew, and leave groups out with --exclude"),
+        (["apply", plan, net], "fix:   no model was written; plan anew, and leave groups out"),
+        (["shrink", net, "--macs", "0.5"], "fix:   no model was written; leave groups out"),
+    ):
         assert main(argv) == 1
         printed = capsys.readouterr()
         assert verdict in printed.out or "would not" in printed.err
+        if verdict == "inexact" and argv[0] != "shrink":
+            assert fix in printed.err
 
 
 def run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -105,6 +106,14 @@ def shelf(tmp_path_factory) -> Path:
     np.savez(folder / "two.npz", a=np.zeros(2), b=np.zeros(2))
     np.savez(folder / "objects.npz", np.array([{}], dtype=object))
     (folder / "lines.txt").write_text("one\ntwo\n")
+    (folder / "empty.txt").write_text("\n \n")
+    (folder / "words").mkdir()
+    (folder / "words" / "tokenizer.json").write_text("{}")
+    (folder / "table.csv").write_text("1,2\n")
+    np.savez(folder / "empty.npz", inputs=np.zeros((0, 3, 8, 8)))
+    (folder / "half_good").mkdir()
+    write_picture(folder / "half_good" / "a.png")
+    (folder / "half_good" / "z.png").write_bytes((folder / "half_good" / "a.png").read_bytes()[:60])
     for name, config in {
         "nojson": "{",
         "remote": '{"architectures": ["Mine"], "auto_map": {"AutoModel": "mine.Mine"}}',
@@ -118,6 +127,12 @@ def shelf(tmp_path_factory) -> Path:
     (folder / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     (folder / "remote" / "mine.py").write_text("raise SystemExit('ran code')\n")
     return folder
+
+
+def write_picture(path: Path) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    pillow.fromarray(pixels).save(path)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -161,7 +176,8 @@ COMMANDS = [
     (f"{SHRINK} --data @net.py:objects --log @net.py", 2, "--log and MODEL are one file"),
     (f"{SHRINK} --data @pictures --log @pictures/a.png", 2, "--log and --data are one file"),
     # models
-    ("inspect @net.py", 2, "is no reference"),
+    ("inspect @net.py", 2, "net.py:NAME, where NAME is net, words, late"),
+    ("inspect @syntax.py", 2, "is no reference"),
     ("inspect @gone.py:net", 2, "there is no file"),
     ("inspect @syntax.py:net", 2, "SyntaxError"),
     ("inspect @net.py:nett", 2, "did you mean 'net'?"),
@@ -204,7 +220,16 @@ COMMANDS = [
     (f"{SHRINK} --data @net.py:wrong_batches", 2, "RuntimeError"),
     (f"{SHRINK} --data @net.py:objects", 2, "a calibration batch is a object"),
     (f"{SHRINK} --data @net.py:broken_loader", 2, "OSError: my disk is gone"),
-    (f"{SHRINK} --data @elsewhere", 2, "is no reference"),
+    (f"{SHRINK} --data @elsewhere", 2, "there is no file or folder"),
+    (f"{SHRINK} --data @gone.py:f", 2, "there is no file"),
+    (f"{SHRINK} --data @net.py", 2, "where NAME is net, words, late"),
+    (f"{SHRINK} --data @table.csv", 2, "files that end in .npz and .txt are known"),
+    (f"{SHRINK} --data @half_good", 2, "z.png is no image that can be read"),
+    (f"{SHRINK} --data @empty.txt --tokenizer @words", 2, "there is no text in"),
+    (f"{SHRINK} --data @lines.txt --tokenizer @empty", 2, "there is no tokenizer in"),
+    (f"{SHRINK} --data @empty.npz", 2, "it has no samples"),
+    ("shrink @net.py:words --input-shape 2,5 --params 0.8 --data @empty.npz", 2, "no samples"),
+    (f"{SHRINK} --picture OUT/v.txt", 2, "is no picture: give a name that ends in .png, .svg or"),
 ]
 
 
@@ -231,6 +256,14 @@ def test_commands(shelf, tmp_path, capsys, command, code, text) -> None:
     assert "wrote" not in printed.out
     assert contents(tmp_path) == {}
     assert contents(shelf) == before
+
+
+def test_pictures_are_tried_before_the_work(shelf, tmp_path, capsys) -> None:
+    asked = f"{SHRINK} --data @half_good --log OUT/log"
+    assert run(asked, shelf, tmp_path) == 2
+    events = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [e["name"] for e in events if e["event"] == "step"] == ["building the model"]
+    assert "z.png is no image that can be read" in capsys.readouterr().err
 
 
 def test_the_table_is_long_enough() -> None:

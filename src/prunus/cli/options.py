@@ -19,8 +19,8 @@ MODEL_HELP = """\
 MODEL is one of
   zoo:NAME            a model of the zoo that ships with Prunus
   timm:NAME           a model of timm (the extra 'timm')
-  hf:FOLDER           a folder with config.json and *.safetensors, as save_pretrained() writes it
-                      (the extra 'hf'); code from the folder is never run
+  hf:FOLDER           a folder with config.json and *.safetensors, as save_pretrained() writes it,
+                      or *.bin with --trust-pickle (the extra 'hf'); its code is never run
   yolo:FILE           a .yaml of ultralytics (the extra 'yolo'), or a .pt file with --trust-pickle
   path/to/file.py:F   what the function F() in that file returns; where the file also has
                       example_inputs(), that gives the forward's arguments (a tensor, a tuple,
@@ -141,7 +141,8 @@ def add_files(parser: argparse.ArgumentParser, files: Sequence[tuple[str, str]])
     """Files to write, by the option's name and what it says."""
     group = parser.add_argument_group("files to write")
     for name, text in files:
-        group.add_argument(f"--{name}", metavar="FILE", type=new_file, help=text)
+        kind = new_picture if name == "picture" else new_file
+        group.add_argument(f"--{name}", metavar="FILE", type=kind, help=text)
 
 
 def check_files(options: argparse.Namespace) -> None:
@@ -317,6 +318,14 @@ def new_file(text: str) -> Path:
     except FileError as error:
         raise argparse.ArgumentTypeError(error.what) from None
     return path
+
+
+def new_picture(text: str) -> Path:
+    """A path for a picture; its ending says of what kind."""
+    if not text.lower().endswith((".png", ".svg", ".pdf")):
+        message = f"{text} is no picture: give a name that ends in .png, .svg or .pdf"
+        raise argparse.ArgumentTypeError(message)
+    return new_file(text)
 
 
 def stream(text: str) -> Path:

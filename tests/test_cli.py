@@ -240,6 +240,12 @@ def test_plan_shows_widths_and_costs_and_writes_only_if_asked_to(net, tmp_path, 
     assert "Nothing was written: --dry-run." in printed
 
 
+def test_a_model_may_be_replaced_by_a_second_run(net, tmp_path, capsys) -> None:
+    files = ["--out", str(tmp_path / "w.st"), "--log", str(tmp_path / "log")]
+    for _ in range(2):
+        assert main(["shrink", net, "--macs", "0.5", "--no-verify", *files]) == 0
+
+
 def test_the_log_has_every_event_as_a_line_of_json(net, tmp_path, capsys) -> None:
     log = tmp_path / "log.jsonl"
     document = shrink_json(capsys, "shrink", net, "--macs", "0.5", "--log", str(log))
@@ -341,6 +347,14 @@ def test_a_folder_of_transformers_with_lines_of_text(tmp_path, capsys) -> None:
     assert document["recalibrated"] is False  # there is no batch norm
     loaded = shrink_json(capsys, "load", out, "--build", f"hf:{folder}")
     assert loaded["outputs"] == {"logits": [1, 16, 9]}
+    told = run("inspect", f"hf:{folder}")
+    assert (told.returncode, "Loading" in told.stderr) == (0, False)
+    for path in folder.glob("tokenizer*"):
+        path.rename(path.with_name(f"no-{path.name}"))
+    assert main(asked) == 2
+    assert "there is no tokenizer in" in capsys.readouterr().err
+    for path in folder.glob("no-*"):
+        path.rename(path.with_name(path.name.removeprefix("no-")))
     options = SimpleNamespace(data=data, samples=9, tokenizer=str(folder))
     (batch,) = load_data(options, SimpleNamespace(source=None))
     assert batch["input_ids"].tolist() == [[2, 3, 4], [4, 1, 0]]
@@ -471,6 +485,31 @@ def test_a_plan_for_another_model_is_refused(net, tmp_path, capsys) -> None:
         assert "this is a plan for another model" in capsys.readouterr().err
 
 
+def test_a_plan_for_a_part_of_the_model_is_refused(tmp_path, capsys) -> None:
+    plan = str(tmp_path / "plan.json")
+    small = ["--input-shape", "1,3,32,32"]
+    assert main(["plan", "zoo:resnet20", *small, "--macs", "0.5", "--out", plan]) == 0
+    for verb in ("verify", "apply"):
+        assert main([verb, plan, "zoo:resnet56", *small]) == 2
+        err = capsys.readouterr().err
+        assert "this is a plan for another model" in err
+        assert "more than the plan has" in err
+
+
+def test_weights_that_are_not_on_this_machine(tmp_path, monkeypatch, capsys) -> None:
+    timm = pytest.importorskip("timm")
+
+    def offline(name: str, pretrained: bool = False) -> None:
+        raise ConnectionError("offline mode is enabled")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    assert main(["inspect", "timm:resnet18", "--pretrained"]) == 2
+    err = capsys.readouterr().err
+    assert "the trained weights of resnet18 can't be had" in err
+    assert "offline mode is enabled" in err
+    assert "Traceback" not in err
+
+
 # The same mistakes by the public API, as arguments of prunus.shrink.
 API_MISTAKES = [
     ({"budget": {"macs": 1.5}}, "1.5 is no budget"),
@@ -533,10 +572,16 @@ def test_exit_code_1_when_nothing_is_proven(net, tmp_path, capsys, monkeypatch, 
     assert document["certificate"]["rel_err"] is None
     assert files[0].exists() == (verdict != "inexact")
     assert files[1].exists()
-    for argv in (["verify", plan, net], ["apply", plan, net], ["shrink", net, "--macs", "0.5"]):
+    for argv, fix in (
+        (["verify", plan, net], "fix:   plan anew, and leave groups out with --exclude"),
+        (["apply", plan, net], "fix:   no model was written; plan anew, and leave groups out"),
+        (["shrink", net, "--macs", "0.5"], "fix:   no model was written; leave groups out"),
+    ):
         assert main(argv) == 1
         printed = capsys.readouterr()
         assert verdict in printed.out or "would not" in printed.err
+        if verdict == "inexact" and argv[0] != "shrink":
+            assert fix in printed.err
 
 
 def run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -564,23 +609,136 @@ def test_bad_options_exit_with_2_and_help_with_0() -> None:
     assert main([]) == 2
 
 
-def test_interrupted_from_outside(tmp_path) -> None:
-    (tmp_path / "slow.py").write_text(
-        "import time\ndef net():\n    open('started', 'w').close()\n    time.sleep(60)\n"
-    )
+SLOW = """
+import time
+from pathlib import Path
+from prunus.files import replace_file
+
+def net():
+    replace_file("out", write)
+
+def write(draft):
+    draft.write_text("half of it")
+    Path("started").touch()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "text"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_stopped_from_outside(tmp_path, number, code, text) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
     process = subprocess.Popen(
-        [sys.executable, "-m", "prunus", "inspect", "slow.py:net"],
+        [sys.executable, "-m", "prunus", "inspect", "slow.py:net", "--log", "log"],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         # A shell starts its background jobs with the signal ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     while not (tmp_path / "started").exists():
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "interrupted" in err
-    assert "Traceback" not in err
+    assert process.returncode == code
+    assert err == f"prunus: {text}; nothing half-written is left\n"
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {
+        *("slow.py", "started", "log")
+    }
+    last = json.loads((tmp_path / "log").read_text().splitlines()[-1])
+    assert (last["event"], last["exit_code"]) == ("end", code)
+
+
+def test_termination_is_heeded_only_while_a_command_runs(net, capsys) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["inspect", net]) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+STOP = """
+import sys
+
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == "MODULE":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Stop())
+"""
+
+
+@pytest.mark.parametrize(
+    ("verb", "module"),
+    [
+        ("inspect", "argparse"),
+        ("inspect", "numpy"),
+        ("inspect", "scipy"),
+        ("shrink", "prunus.cli.plan"),
+        ("shrink", "numpy"),
+        ("shrink", "torch"),
+        ("shrink", "rich"),
+    ],
+)
+def test_interrupted_while_modules_are_imported(net, tmp_path, verb, module) -> None:
+    (tmp_path / "sitecustomize.py").write_text(STOP.replace("MODULE", module))
+    asked = [net, "--explain", "0.weight", "3.weight"] if verb == "inspect" else [net, "--macs=0.5"]
+    path = os.pathsep.join(filter(None, [str(tmp_path), *sys.path]))
+    result = run(verb, *asked, PYTHONPATH=path)
+    assert result.stderr.replace("built\n", "") == (
+        "prunus: interrupted; nothing half-written is left\n"
+    )
+    assert result.returncode == 130
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("argv", [["inspect", "NET"], ["inspect", "NET", "--json"], ["--help"]])
+def test_a_reader_that_leaves(net, argv) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(
+        [sys.executable, "-m", "prunus", *(net if part == "NET" else part for part in argv)],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert result.stderr.replace("built\n", "") == ""
+    assert result.returncode == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("argv", [["inspect", "NET"], ["inspect", "NET", "--json"], ["--help"]])
+def test_a_full_disk_under_stdout(net, tmp_path, argv) -> None:
+    log = [] if argv == ["--help"] else ["--log", str(tmp_path / "log")]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [
+                *(sys.executable, "-m", "prunus"),
+                *(net if part == "NET" else part for part in argv),
+                *log,
+            ],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == 2
+    assert result.stderr.replace("built\n", "") == (
+        "prunus: the result can't be printed\n"
+        "  where: stdout\n"
+        "  why:   No space left on device\n"
+        "  fix:   make room on the disk, or write elsewhere\n"
+    )
+    if log:
+        *_, error, end = map(json.loads, (tmp_path / "log").read_text().splitlines())
+        assert (error["kind"], end["exit_code"]) == ("FileError", 2)
+
+
+def test_a_pipe_that_breaks_in_the_model_is_an_error_of_the_model(tmp_path, capsys) -> None:
+    (tmp_path / "pipe.py").write_text("def net():\n    raise BrokenPipeError('my socket')\n")
+    assert main(["inspect", f"{tmp_path / 'pipe.py'}:net"]) == 2
+    assert "BrokenPipeError: my socket" in capsys.readouterr().err

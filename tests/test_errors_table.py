@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,6 +98,7 @@ def shelf(tmp_path_factory) -> Path:
     (folder / "short.safetensors").write_bytes(whole[:-5])
     (folder / "flipped.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     torch.save({}, folder / "weights.pt")
+    (folder / "link.py").symlink_to(folder / "net.py")
     (folder / "pictures").mkdir()
     (folder / "pictures" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
     (folder / "empty").mkdir()
@@ -103,6 +106,14 @@ def shelf(tmp_path_factory) -> Path:
     np.savez(folder / "two.npz", a=np.zeros(2), b=np.zeros(2))
     np.savez(folder / "objects.npz", np.array([{}], dtype=object))
     (folder / "lines.txt").write_text("one\ntwo\n")
+    (folder / "empty.txt").write_text("\n \n")
+    (folder / "words").mkdir()
+    (folder / "words" / "tokenizer.json").write_text("{}")
+    (folder / "table.csv").write_text("1,2\n")
+    np.savez(folder / "empty.npz", inputs=np.zeros((0, 3, 8, 8)))
+    (folder / "half_good").mkdir()
+    write_picture(folder / "half_good" / "a.png")
+    (folder / "half_good" / "z.png").write_bytes((folder / "half_good" / "a.png").read_bytes()[:60])
     for name, config in {
         "nojson": "{",
         "remote": '{"architectures": ["Mine"], "auto_map": {"AutoModel": "mine.Mine"}}',
@@ -116,6 +127,12 @@ def shelf(tmp_path_factory) -> Path:
     (folder / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     (folder / "remote" / "mine.py").write_text("raise SystemExit('ran code')\n")
     return folder
+
+
+def write_picture(path: Path) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    pillow.fromarray(pixels).save(path)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -141,8 +158,26 @@ COMMANDS = [
     ("load @small.safetensors", 2, "the following arguments are required: --build"),
     (f"{SHRINK} --exclude fc*", 2, "'fc*' matches no group"),
     ("shrink @net.py:net --macs 2", 3, "no plan reaches macs"),
+    # files to write that are one another, or files to read
+    ("shrink @net.py:net --macs 0.5 --out OUT/a --plan OUT/a", 2, "--out and --plan are one file"),
+    ("shrink @net.py:net --macs 0.5 --plan OUT/a --log OUT/./a", 2, "--plan and --log are one"),
+    ("shrink @net.py:net --macs 0.5 --report OUT/a.png --picture OUT/a.png", 2, "--report and"),
+    ("inspect @net.py:net --dot OUT/a --log OUT/a", 2, "--log and --dot are one file"),
+    ("verify @plan.json @net.py:net --certificate @plan.json", 2, "--certificate and PLAN are one"),
+    ("verify @plan.json @net.py:net --log @plan.json", 2, "--log and PLAN are one file"),
+    ("inspect @net.py:net --log @net.py", 2, "--log and MODEL are one file"),
+    ("inspect @net.py --log @net.py", 2, "--log and MODEL are one file"),
+    ("inspect @net.py:net --log @link.py", 2, "--log and MODEL are one file"),
+    ("inspect yolo:@weights.pt --log @weights.pt", 2, "--log and MODEL are one file"),
+    ("inspect hf:@bare --log @bare/config.json", 2, "--log and MODEL are one file"),
+    ("load @small.safetensors --build @net.py:net --log @small.safetensors", 2, "--log and FILE"),
+    ("load @small.safetensors --build @net.py:net --log @net.py", 2, "--log and --build are one"),
+    (f"{SHRINK} --data @lines.txt --log @lines.txt", 2, "--log and --data are one file"),
+    (f"{SHRINK} --data @net.py:objects --log @net.py", 2, "--log and MODEL are one file"),
+    (f"{SHRINK} --data @pictures --log @pictures/a.png", 2, "--log and --data are one file"),
     # models
-    ("inspect @net.py", 2, "is no reference"),
+    ("inspect @net.py", 2, "net.py:NAME, where NAME is net, words, late"),
+    ("inspect @syntax.py", 2, "is no reference"),
     ("inspect @gone.py:net", 2, "there is no file"),
     ("inspect @syntax.py:net", 2, "SyntaxError"),
     ("inspect @net.py:nett", 2, "did you mean 'net'?"),
@@ -185,7 +220,16 @@ COMMANDS = [
     (f"{SHRINK} --data @net.py:wrong_batches", 2, "RuntimeError"),
     (f"{SHRINK} --data @net.py:objects", 2, "a calibration batch is a object"),
     (f"{SHRINK} --data @net.py:broken_loader", 2, "OSError: my disk is gone"),
-    (f"{SHRINK} --data @elsewhere", 2, "is no reference"),
+    (f"{SHRINK} --data @elsewhere", 2, "there is no file or folder"),
+    (f"{SHRINK} --data @gone.py:f", 2, "there is no file"),
+    (f"{SHRINK} --data @net.py", 2, "where NAME is net, words, late"),
+    (f"{SHRINK} --data @table.csv", 2, "files that end in .npz and .txt are known"),
+    (f"{SHRINK} --data @half_good", 2, "z.png is no image that can be read"),
+    (f"{SHRINK} --data @empty.txt --tokenizer @words", 2, "there is no text in"),
+    (f"{SHRINK} --data @lines.txt --tokenizer @empty", 2, "there is no tokenizer in"),
+    (f"{SHRINK} --data @empty.npz", 2, "it has no samples"),
+    ("shrink @net.py:words --input-shape 2,5 --params 0.8 --data @empty.npz", 2, "no samples"),
+    (f"{SHRINK} --picture OUT/v.txt", 2, "is no picture: give a name that ends in .png, .svg or"),
 ]
 
 
@@ -194,7 +238,8 @@ def run(command: str, shelf: Path, out: Path) -> int:
     argv = [part.replace("@", f"{shelf}/").replace("OUT", str(out)) for part in command.split()]
     if argv[0] in ("shrink", "apply"):
         names = ["out", "certificate", "report"] + ["plan"] * (argv[0] == "shrink")
-        argv += [part for name in names for part in (f"--{name}", str(out / name))]
+        asked = [name for name in names if f"--{name}" not in argv]
+        argv += [part for name in asked for part in (f"--{name}", str(out / name))]
     return main(argv)
 
 
@@ -211,6 +256,14 @@ def test_commands(shelf, tmp_path, capsys, command, code, text) -> None:
     assert "wrote" not in printed.out
     assert contents(tmp_path) == {}
     assert contents(shelf) == before
+
+
+def test_pictures_are_tried_before_the_work(shelf, tmp_path, capsys) -> None:
+    asked = f"{SHRINK} --data @half_good --log OUT/log"
+    assert run(asked, shelf, tmp_path) == 2
+    events = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [e["name"] for e in events if e["event"] == "step"] == ["building the model"]
+    assert "z.png is no image that can be read" in capsys.readouterr().err
 
 
 def test_the_table_is_long_enough() -> None:
@@ -338,6 +391,23 @@ def test_other_files_are_whole_or_not_there(
     assert run(f"{option} OUT/x", shelf, tmp_path) == 2
     assert f"{tmp_path / 'x'} can't be written" in capsys.readouterr().err
     assert contents(tmp_path) == {}
+
+
+OUTPUTS = [
+    *(f"{SHRINK} --{name}" for name in ("out", "plan", "certificate", "report", "picture")),
+    "plan @net.py:net --macs 0.5 --out",
+    "inspect @net.py:net --dot",
+]
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_a_pipe_is_no_place_for_a_file(shelf, tmp_path, capsys, command) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    argv = [part.replace("@", f"{shelf}/") for part in command.split()]
+    assert main([*argv, str(tmp_path / "pipe.png")]) == 2
+    assert "pipe.png is no regular file" in capsys.readouterr().err
+    assert stat.S_ISFIFO((tmp_path / "pipe.png").stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe.png"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")

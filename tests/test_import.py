@@ -68,6 +68,24 @@ def test_help_is_lean() -> None:
     assert not modules & HEAVY
 
 
+PARSE = """
+import sys
+from prunus.cli import main
+assert main(["shrink", "gone.py:net", "--macs", "half"]) == 2
+assert main(["shrink", "gone.py:net", "--macs", "0.5", "--picture", "nowhere/x.png"]) == 2
+"""
+
+
+def test_reading_the_options_is_lean() -> None:
+    _, modules = run(PARSE)
+    assert not modules & {*HEAVY, "numpy", "networkx", "scipy", "rich"}
+
+
+def test_printing_needs_no_graph() -> None:
+    _, modules = run("import prunus.report.console")
+    assert not modules & {*HEAVY, "numpy", "networkx", "scipy"}
+
+
 def test_using_the_api_loads_torch_but_no_optional_package() -> None:
     _, modules = run("import prunus\nfor name in prunus.__all__: getattr(prunus, name)")
     assert "torch" in modules

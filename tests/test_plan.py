@@ -333,6 +333,9 @@ def test_another_model_is_told_by_its_tensors() -> None:
     shapes = dict(PLAN.shapes)
     PLAN.check_model(shapes)
     PLAN.check_model({**shapes, "tied.weight": (3,)})
+    PLAN.check_model({**shapes, "cache": (3,)}, parameters=shapes)
+    with pytest.raises(PlanError, match=r"for another model(.|\n)*more than the plan has: more.w"):
+        PLAN.check_model({**shapes, "more.w": (3,)}, parameters=[*shapes, "more.w"])
     with pytest.raises(
         PlanError, match=r"another model(.|\n)*l0.weight \(6, 9\) where .* \(6, 5\)"
     ):

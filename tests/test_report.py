@@ -170,6 +170,21 @@ def test_picture_of_any_depth(tmp_path: Path, groups: int) -> None:
     assert [c.name for c in pictures._widest(choices)] == [c.name for c in choices[-60:]]
 
 
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("a.svg", b"<?xml"), ("a.PDF", b"%PDF"), ("a.png", b"\x89PNG"), ("a", b"\x89PNG")],
+)
+def test_a_picture_is_what_its_name_says(tmp_path: Path, name, start) -> None:
+    pytest.importorskip("matplotlib")
+    plan = Plan({}, {}, groups=(GroupChoice("a", 4, (1,)),))
+    for folder in "xy":
+        (tmp_path / folder).mkdir()
+        prunus.draw_channels(plan, tmp_path / folder / name)
+    drawn = (tmp_path / "x" / name).read_bytes()
+    assert drawn.startswith(start)
+    assert drawn == (tmp_path / "y" / name).read_bytes()
+
+
 def test_picture_without_matplotlib_names_the_extra(tmp_path: Path, monkeypatch) -> None:
     import importlib
 

@@ -1,9 +1,20 @@
-"""``python -m prunus``."""
+"""``python -m prunus``, and the command ``prunus``: nothing is imported outside the ``try``."""
 
 from __future__ import annotations
 
 import sys
 
-from prunus.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the command line; Ctrl-C while it is imported is Ctrl-C as well."""
+    try:
+        from prunus.cli import main as run
+
+        return run()
+    except KeyboardInterrupt:
+        sys.stderr.write("prunus: interrupted; nothing half-written is left\n")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from typing import TYPE_CHECKING
-
-import numpy as np
+from numbers import Integral, Rational, Real
+from typing import TYPE_CHECKING, Any
 
 from prunus.errors import BudgetError
 
@@ -66,23 +65,26 @@ class Budget:
                     why=f"it counts {', '.join(sorted(graph.costs)) or 'nothing'}",
                     fix="bound one of those",
                 )
-            if isinstance(value, (float, np.floating)):
+            number: Any = value
+            if not isinstance(number, Integral):
                 found[name] = math.floor(Fraction(repr(float(value))) * graph.cost(name))
             else:
                 found[name] = int(value)
         return found
 
 
-def _check(name: str, value: object) -> None:
+def _check(name: str, value: Any) -> None:
     """Refuse whatever is neither a fraction nor a number."""
 
     def refuse(why: str) -> BudgetError:
         return BudgetError(f"{name}={value!r} is no budget", why=why, fix=_FIX)
 
-    whole = isinstance(value, (int, np.integer))
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+    # These know numpy's numbers as well, without importing numpy.
+    whole = isinstance(value, Integral)
+    fraction = isinstance(value, Real) and not isinstance(value, Rational)
+    if isinstance(value, bool) or not (whole or fraction):
         raise refuse(f"it is a {type(value).__name__}")
-    if not np.isfinite(value):
+    if not math.isfinite(value):
         raise refuse("it is not finite")
     if value <= 0:
         raise refuse("a model that costs nothing computes nothing")

@@ -1,4 +1,7 @@
-"""Writing files: what stands there is the old one or the new one, never half of it."""
+"""Writing files: what stands there is the old one or the new one, never half of it.
+
+And stdout: what was printed is out, or an error says that it is not.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,16 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prunus.errors import FileError
+
+STDOUT = "stdout"
+"""Where an error of :func:`printing` is."""
 
 _FIXES = {
     errno.ENOSPC: "make room on the disk, or write elsewhere",
@@ -24,6 +32,26 @@ _FIXES = {
 }
 
 
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Refuse devices, pipes and sockets: a file in their place would be no device any more.
+
+    Raises
+    ------
+    FileError
+        If something is there that is neither a file nor a folder; folders are told by the system.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # nothing is there, or whoever writes is told more
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise FileError(
+            f"{path} is no regular file",
+            why="a device, pipe or socket would be replaced by a file",
+            fix="give the name of a file",
+        )
+
+
 def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill a draft beside the file, then put it in the file's place.
 
@@ -33,7 +61,8 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
     Raises
     ------
     FileError
-        If the system refuses; it is an ``OSError`` as well.
+        If the system refuses, or if a device, pipe or socket is there; it is an ``OSError`` as
+        well.
 
     Examples
     --------
@@ -43,6 +72,7 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
     ...     Path(folder, "a.txt").read_text(), os.listdir(folder)
     ('whole', ['a.txt'])
     """
+    check_target(path)
     target = Path(os.path.realpath(path))
     draft = target.with_name(f".prunus-{secrets.token_hex(6)}{target.suffix}")
     try:
@@ -57,6 +87,31 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
     except OSError as error:
         raise FileError(
             f"{path} can't be written",
+            why=error.strerror or str(error),
+            fix=_FIXES.get(error.errno or 0, ""),
+        ) from error
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Whatever is printed meanwhile has left the process afterwards.
+
+    Raises
+    ------
+    FileError
+        If the system refuses; its cause is a ``BrokenPipeError`` if the reader has left.
+    """
+    try:
+        if getattr(sys, "stdout", None) is None:
+            raise OSError(errno.EBADF, "it is closed")
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        raise FileError(
+            "the result can't be printed",
+            where=STDOUT,
             why=error.strerror or str(error),
             fix=_FIXES.get(error.errno or 0, ""),
         ) from error

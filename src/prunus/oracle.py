@@ -25,6 +25,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.listening import listen
 from prunus.plans import Plan
 from prunus.surgeon import apply
+from prunus.surgeon.apply import check_model
 from prunus.tracer.caches import clear_caches
 from prunus.tracer.capture import find_line
 from prunus.tracer.compress import run_on_kept
@@ -127,7 +128,7 @@ def verify(
         args, kwargs = rebuild_inputs(plan.traced["inputs"], model, seed=seed)
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
-    plan.check_model({name: tuple(t.shape) for name, t in state_of(model)[0].items()})
+    check_model(plan, model, state_of(model)[0])
     original = duplicate(model)
     clear_caches(original)
     if randomise:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,16 +155,26 @@ class Plan:
             shapes[axis.tensor][axis.dim] = len(stay)
         return {name: tuple(shape) for name, shape in shapes.items()}
 
-    def check_model(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def check_model(
+        self, shapes: Mapping[str, tuple[int, ...]], parameters: Iterable[str] = ()
+    ) -> None:
         """Refuse a model in which a tensor of the plan is missing or has another shape.
 
-        Tensors that the plan doesn't know are no objection: tied names are among them.
+        Tensors that the plan doesn't know are no objection, since tied names and what a forward
+        leaves behind are among them; but ``parameters``, by their first names, are.
         """
         missing = [name for name in self.shapes if name not in shapes]
         if missing:
             raise PlanError(
                 "this is a plan for another model",
                 why=f"the model has no {_some(missing)}",
+                fix="apply it to the model that was traced",
+            )
+        surplus = [name for name in parameters if name not in self.shapes]
+        if surplus:
+            raise PlanError(
+                "this is a plan for another model",
+                why=f"the model has more than the plan has: {_some(surplus)}",
                 fix="apply it to the model that was traced",
             )
         other = [n for n, shape in self.shapes.items() if tuple(shapes[n]) != tuple(shape)]

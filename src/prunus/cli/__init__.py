@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from prunus import __version__
+from prunus.errors import ApplyError, BudgetError, FileError, PrunusError, VerifyError
+from prunus.files import STDOUT, printing
 
 VERBS = ("inspect", "plan", "shrink", "apply", "verify", "load")
 
@@ -20,14 +26,35 @@ exit codes:
   2    bad input: options, model, data or files; an error of the model itself shows its traceback
   3    refused: the budget is out of reach, or the plan could not be applied
   130  interrupted
+  141  who read stdout, 'head' say, left before the end
+  143  terminated
 """
 
-NOT_PROVEN, BAD_INPUT, REFUSED, INTERRUPTED = 1, 2, 3, 130
+NOT_PROVEN, BAD_INPUT, REFUSED, INTERRUPTED, UNREAD, TERMINATED = 1, 2, 3, 130, 141, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which stops a command as Ctrl-C does."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse keeps to itself that help could not be printed."""
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; ``argv`` is without the program's name."""
-    parser = argparse.ArgumentParser(
+    try:
+        with _heed_termination():
+            return _main(argv)
+    except KeyboardInterrupt as stop:  # at whatever moment, while modules are imported as well
+        return _tell_stop(stop)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = _Parser(
         prog="prunus",
         description="Structured pruning that rewrites a PyTorch model into a smaller dense one.",
         epilog=EXIT_CODES,
@@ -38,52 +65,97 @@ def main(argv: Sequence[str] | None = None) -> int:
     for verb in VERBS:
         importlib.import_module(f"{__name__}.{verb}").add_parser(verbs)
     try:
-        options = parser.parse_args(argv)
+        with printing():
+            options = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has printed what there is to say
         return int(stop.code or 0)
+    except FileError as error:
+        return _tell(error)
     options.command = ["prunus", *(sys.argv[1:] if argv is None else argv)]
     return _run_logged(options)
 
 
 def _run_logged(options: argparse.Namespace) -> int:
     from prunus.cli.journal import Journal
-    from prunus.errors import FileError
-    from prunus.report.console import show_error
+    from prunus.cli.options import check_files
 
     try:
+        check_files(options)
         options.journal = Journal(options.log)
         options.journal.write("start", command=options.command)
         code = _run(options)
         options.journal.write("end", exit_code=code)
-    except FileError as error:  # the log's own
-        show_error("prunus", error)
-        return BAD_INPUT
+    except FileError as error:  # before the verb runs, or the log's own
+        return _tell(error)
     return code
 
 
 def _run(options: argparse.Namespace) -> int:
     """Call the verb, and turn whatever it raises into a message and an exit code."""
-    from prunus.errors import ApplyError, BudgetError, PrunusError, VerifyError
-    from prunus.report.console import show_error, show_traceback, warn
-
     try:
         code: int = options.run(options)
-        sys.stdout.flush()
         return code
     except PrunusError as error:
-        show_error("prunus", error)
+        code = _tell(error)
         options.journal.write_error(error)
-        if isinstance(error, VerifyError):
-            return NOT_PROVEN
-        return REFUSED if isinstance(error, (ApplyError, BudgetError)) else BAD_INPUT
-    except KeyboardInterrupt as error:
-        warn("prunus: interrupted; nothing half-written is left")
-        options.journal.write_error(error)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader, ``head`` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return code
+    except KeyboardInterrupt as stop:
+        code = _tell_stop(stop)
+        options.journal.write_error(stop)
+        return code
     except (Exception, SystemExit) as error:  # the model's own: only its traceback helps
+        from prunus.report.console import show_traceback
+
         show_traceback(error)
         options.journal.write_error(error)
         return BAD_INPUT
+
+
+def _tell(error: PrunusError) -> int:
+    """Print what was raised on purpose; the exit code."""
+    if error.where == STDOUT:
+        _abandon_stdout()
+        if isinstance(error.__cause__, BrokenPipeError):
+            return UNREAD
+    from prunus.report.console import show_error
+
+    show_error("prunus", error)
+    if isinstance(error, VerifyError):
+        return NOT_PROVEN
+    return REFUSED if isinstance(error, (ApplyError, BudgetError)) else BAD_INPUT
+
+
+def _tell_stop(stop: KeyboardInterrupt) -> int:
+    terminated = isinstance(stop, Terminated)
+    with suppress(OSError):
+        told = "terminated" if terminated else "interrupted"
+        print(f"prunus: {told}; nothing half-written is left", file=sys.stderr)
+    return TERMINATED if terminated else INTERRUPTED
+
+
+def _abandon_stdout() -> None:
+    """What is left in its buffer would fail once more when Python exits."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _heed_termination() -> Iterator[None]:
+    """Let SIGTERM raise, so that drafts are removed; unless somebody else heeds it already."""
+    own = os.getpid()
+
+    def stop(number: int, _: Any) -> None:
+        if os.getpid() != own:  # a child that was forked from here ends as any other
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise Terminated
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

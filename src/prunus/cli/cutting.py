@@ -23,7 +23,7 @@ FILES = [
     ("plan", "which units stay, as JSON"),
     ("certificate", "what was compared, and the verdict, as JSON"),
     ("report", "all of it in one JSON document, the same that --json prints"),
-    ("picture", "the units that stay and go, as PNG (the extra 'plot')"),
+    ("picture", "the units that stay and go, as .png, .svg or .pdf (the extra 'plot')"),
 ]
 
 
@@ -46,11 +46,11 @@ def check(options: argparse.Namespace) -> None:
 def read_plan(path: Path, model: nn.Module) -> Plan:
     """A plan from a file, for this model; :class:`~prunus.errors.PlanError` if it is another's."""
     from prunus import Plan
+    from prunus.surgeon.apply import check_model
     from prunus.tracer.program import state_of
 
     plan = Plan.load(path)
-    state, _ = state_of(model)
-    plan.check_model({name: tuple(tensor.shape) for name, tensor in state.items()})
+    check_model(plan, model, state_of(model)[0])
     return plan
 
 
@@ -138,8 +138,8 @@ def exit_code(plan: Plan, certificate: Certificate | None) -> int:
     return 0 if proven else NOT_PROVEN
 
 
-def show_certificate(certificate: Certificate) -> None:
-    """The verdict in a sentence or two."""
+def show_certificate(certificate: Certificate, fix: str) -> None:
+    """The verdict in a sentence or two; ``fix`` is what can be done where it is inexact."""
     from prunus.report.console import show, warn
     from prunus.report.tables import spell_places
 
@@ -148,7 +148,7 @@ def show_certificate(certificate: Certificate) -> None:
         warn(
             "prunus: the smaller model would not compute what the masked original computes\n"
             f"  why:   {why}\n"
-            "  fix:   no model was written; leave groups out with --exclude"
+            f"  fix:   {fix}"
         )
         return
     show(
@@ -168,7 +168,9 @@ def _show(outcome: Outcome, options: argparse.Namespace) -> None:
     if outcome.certificate is None:
         show("Not proven: --no-verify was given.")
     else:
-        show_certificate(outcome.certificate)
+        leave = "leave groups out with --exclude"
+        fix = leave if hasattr(options, "exclude") else f"plan anew, and {leave}"
+        show_certificate(outcome.certificate, f"no model was written; {fix}")
     for name, reason in outcome.document.get("held", {}).items():
         show(f"{name} stays whole, since the proof rejects its cut: {reason}")
     if outcome.document["recalibrated"]:

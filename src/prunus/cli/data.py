@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prunus.cli.models import Loaded
+from prunus.cli.options import IMAGES, TOKENIZERS
 from prunus.cli.python_file import find_function
 from prunus.errors import DataError, require
 from prunus.tracer.program import tensors_of
@@ -21,7 +22,6 @@ from prunus.tracer.program import tensors_of
 _BATCH = 64
 """Samples in a batch that is cut from an array or a folder."""
 _LINES, _TOKENS = 16, 128
-_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _REFERENCE = "write a folder of images, FILE.npz, FILE.txt or path/to/file.py:FUNCTION"
 
 
@@ -39,6 +39,14 @@ def load_data(options: argparse.Namespace, loaded: Loaded) -> Iterable[Any] | No
         return _array_batches(path)
     if path.suffix == ".txt":
         return _text_batches(path, options, loaded)
+    if ".py" not in reference:
+        raise DataError(
+            f"{reference} is no calibration data"
+            if path.is_file()
+            else f"there is no file or folder {reference}",
+            why="files that end in .npz and .txt are known",
+            fix=_REFERENCE,
+        )
     batches = find_function(reference, DataError, _REFERENCE)()
     if not isinstance(batches, Iterable):
         raise DataError(
@@ -79,11 +87,12 @@ class _Images:
 
 def _image_batches(folder: Path, options: argparse.Namespace, loaded: Loaded) -> _Images:
     require("PIL.Image", "images")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _IMAGES and f.is_file())
+    endings = tuple(pattern.removeprefix("*") for pattern in IMAGES)
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in endings and f.is_file())
     if not files:
         raise DataError(
             f"there are no images in {folder}",
-            why=f"files that end in {', '.join(_IMAGES)} are taken for images",
+            why=f"files that end in {', '.join(endings)} are taken for images",
         )
     inputs = [tensor for _, tensor in tensors_of([loaded.args, dict(loaded.kwargs)])]
     shape = tuple(inputs[0].shape[1:]) if len(inputs) == 1 and inputs[0].dim() == 4 else ()
@@ -99,7 +108,8 @@ def _image_batches(folder: Path, options: argparse.Namespace, loaded: Loaded) ->
     if not bool((std > 0).all()):
         raise DataError("--std has a number that is not above zero", fix="give one above zero")
     found = _Images(files[: options.samples], (shape[0], shape[1], shape[2]), mean, std)
-    found._read(files[0])
+    for file in found.files:  # what can't be read is told before the work, not after it
+        found._read(file)
     return found
 
 
@@ -135,7 +145,9 @@ def _array_batches(path: Path) -> list[Tensor]:
         )
     if array.dtype == np.float64:
         array = array.astype(np.float32)
-    return list(torch.from_numpy(array).split(_BATCH)) if len(array) else []
+    if not len(array):
+        raise DataError(f"the array {chosen!r} is empty", where=str(path), why="it has no samples")
+    return list(torch.from_numpy(array).split(_BATCH))
 
 
 def _text_batches(
@@ -155,13 +167,19 @@ def _text_batches(
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no text", why=str(error), fix="save it as UTF-8") from error
     lines = [line for line in text.splitlines() if line.strip()][: options.samples]
+    if not lines:
+        raise DataError(f"there is no text in {path}", why="it has no line that is not blank")
     transformers = require("transformers", "hf")
+    fix = "give --tokenizer FOLDER, written by save_pretrained()"
+    if not any(next(Path(place).glob(pattern), None) for pattern in TOKENIZERS):
+        raise DataError(f"there is no tokenizer in {place}", why="its files are missing", fix=fix)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             place, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise DataError(f"there is no tokenizer in {place}", why=str(error)) from error
+    except Exception as error:  # transformers and tokenizers have many ways to say it
+        why = f"{type(error).__name__}: {error}"
+        raise DataError(f"the tokenizer in {place} can't be read", why=why, fix=fix) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     step = _LINES if tokenizer.pad_token is not None else 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,13 @@ def find_folder(place: str, options: argparse.Namespace) -> Source:
 
     def build() -> nn.Module:
         _require_weights(folder, options)
-        model: nn.Module = kind.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, use_safetensors=_safe(folder)
-        )
+        with _without_bars():
+            model: nn.Module = kind.from_pretrained(
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=_safe(folder),
+            )
         return model
 
     def bare() -> nn.Module:
@@ -40,6 +45,19 @@ def find_folder(place: str, options: argparse.Namespace) -> Source:
 
     mean, std = _normalisation(folder)
     return Source(build, bare, lambda model: _examples(model, options), mean, std, folder)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Its progress bars would run into ours."""
+    logging = require("transformers", "hf").utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -105,8 +105,23 @@ def _from_timm(name: str, options: argparse.Namespace) -> Source:
         )
     config = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
     size, mean, std = (getattr(config, n, None) for n in ("input_size", "mean", "std"))
+
+    def build() -> nn.Module:
+        try:
+            model: nn.Module = timm.create_model(name, pretrained=options.pretrained)
+        except Exception as error:  # of timm, its hub and its network, which share no class
+            if not options.pretrained:
+                raise
+            raise ModelError(
+                f"the trained weights of {name} can't be had",
+                where=options.model,
+                why=f"{type(error).__name__}: {error}",
+                fix="go online, or leave out --pretrained",
+            ) from error
+        return model
+
     return Source(
-        lambda: timm.create_model(name, pretrained=options.pretrained),
+        build,
         lambda: timm.create_model(name),
         lambda model: random_image(options, tuple(size or (3, 224, 224))),
         mean,

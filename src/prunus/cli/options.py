@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from prunus import __version__
+from prunus.errors import FileError
+from prunus.files import check_target
 
 MODEL_HELP = """\
 MODEL is one of
   zoo:NAME            a model of the zoo that ships with Prunus
   timm:NAME           a model of timm (the extra 'timm')
-  hf:FOLDER           a folder with config.json and *.safetensors, as save_pretrained() writes it
-                      (the extra 'hf'); code from the folder is never run
+  hf:FOLDER           a folder with config.json and *.safetensors, as save_pretrained() writes it,
+                      or *.bin with --trust-pickle (the extra 'hf'); its code is never run
   yolo:FILE           a .yaml of ultralytics (the extra 'yolo'), or a .pt file with --trust-pickle
   path/to/file.py:F   what the function F() in that file returns; where the file also has
                       example_inputs(), that gives the forward's arguments (a tensor, a tuple,
@@ -33,6 +37,15 @@ DATA is one of
                       beside an hf: model
   path/to/file.py:F   what the function F() returns: an iterable of batches
 """
+
+IMAGES = ("*.bmp", "*.gif", "*.jpeg", "*.jpg", "*.png", "*.ppm", "*.tif", "*.tiff", "*.webp")
+"""Files of a folder of calibration data."""
+
+TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "sentencepiece*")
+"""Files of which a folder with a tokenizer has at least one."""
+
+_PRETRAINED = (*("*config.json", "*.bin", "model*", "*.index.json"), *TOKENIZERS)
+_OUTPUTS = ("out", "plan", "certificate", "report", "picture", "log", "dot")
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, flag: bool = False) -> None:
@@ -68,7 +81,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, flag: bool = False) ->
     )
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     parser.add_argument(
-        "--log", metavar="FILE", type=new_file, help="write what happens, as JSON lines"
+        "--log", metavar="FILE", type=stream, help="write what happens, as JSON lines"
     )
 
 
@@ -128,7 +141,69 @@ def add_files(parser: argparse.ArgumentParser, files: Sequence[tuple[str, str]])
     """Files to write, by the option's name and what it says."""
     group = parser.add_argument_group("files to write")
     for name, text in files:
-        group.add_argument(f"--{name}", metavar="FILE", type=new_file, help=text)
+        kind = new_picture if name == "picture" else new_file
+        group.add_argument(f"--{name}", metavar="FILE", type=kind, help=text)
+
+
+def check_files(options: argparse.Namespace) -> None:
+    """Refuse files to write that are one file, or one that is read; nothing has been opened yet."""
+    seen: dict[str, str] = {}
+    for name in _OUTPUTS:
+        path = getattr(options, name, None)
+        if path is not None:
+            _claim(seen, f"--{name}", path)
+    for name, path in _files_read(options):
+        other = seen.get(os.path.realpath(path))
+        if other is not None:
+            raise _one_file(other, name, path)
+
+
+def _claim(seen: dict[str, str], name: str, path: Path) -> None:
+    other = seen.setdefault(os.path.realpath(path), name)
+    if other != name:
+        raise _one_file(other, name, path)
+
+
+def _one_file(first: str, second: str, path: str | Path) -> FileError:
+    return FileError(
+        f"{first} and {second} are one file",
+        where=str(path),
+        why="one would destroy the other",
+        fix="write to a file of its own",
+    )
+
+
+def _files_read(options: argparse.Namespace) -> Iterator[tuple[str, str | Path]]:
+    """What a command reads, by the name of the argument."""
+    for name, attribute in (("PLAN", "plan_file"), ("FILE", "file")):
+        if getattr(options, attribute, None) is not None:
+            yield name, getattr(options, attribute)
+    model = "--build" if hasattr(options, "file") else "MODEL"
+    kind, _, rest = options.model.partition(":")
+    if kind == "hf":
+        yield from ((model, path) for path in _inside(Path(rest), _PRETRAINED))
+    elif kind == "yolo":
+        yield model, rest
+    else:
+        yield from ((model, path) for path in _python_file(options.model))
+    data: str | None = getattr(options, "data", None)
+    if data is not None:
+        yield from (("--data", path) for path in (data, *_python_file(data)))
+        yield from (("--data", path) for path in _inside(Path(data), IMAGES, deep=True))
+    tokenizer = getattr(options, "tokenizer", None)
+    if tokenizer is not None:
+        yield from (("--tokenizer", path) for path in _inside(Path(tokenizer), _PRETRAINED))
+
+
+def _python_file(reference: str) -> list[str]:
+    """The file of ``path/to/file.py:FUNCTION``, also where the function is missing."""
+    return [part for part in (reference, reference.rpartition(":")[0]) if part.endswith(".py")]
+
+
+def _inside(folder: Path, patterns: Sequence[str], *, deep: bool = False) -> Iterator[Path]:
+    for path in folder.rglob("*") if deep else folder.glob("*"):
+        if any(fnmatch(path.name.lower(), pattern) for pattern in patterns):
+            yield path
 
 
 @contextmanager
@@ -237,6 +312,24 @@ def axis(text: str) -> Any:
 
 def new_file(text: str) -> Path:
     """A path that can be written: found out before the work, not after it."""
+    path = stream(text)
+    try:
+        check_target(path)
+    except FileError as error:
+        raise argparse.ArgumentTypeError(error.what) from None
+    return path
+
+
+def new_picture(text: str) -> Path:
+    """A path for a picture; its ending says of what kind."""
+    if not text.lower().endswith((".png", ".svg", ".pdf")):
+        message = f"{text} is no picture: give a name that ends in .png, .svg or .pdf"
+        raise argparse.ArgumentTypeError(message)
+    return new_file(text)
+
+
+def stream(text: str) -> Path:
+    """A path that can be written to, be it a file, a pipe or a device."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib.util
 import sys
@@ -22,6 +23,11 @@ def find_function(
     """
     file, _, name = reference.rpartition(":")
     path = Path(file)
+    if reference.endswith(".py") and (own := _functions(Path(reference))):
+        raise problem(
+            f"{reference!r} names a file and no function in it",
+            fix=f"write {reference}:NAME, where NAME is {', '.join(own)}",
+        )
     if not file or not name.isidentifier() or path.suffix != ".py":
         raise problem(f"{reference!r} is no reference", fix=fix)
     if not path.is_file():
@@ -44,6 +50,16 @@ def find_function(
 def find_beside(reference: str, name: str) -> Callable[[], Any] | None:
     """Another function of a file that has been imported."""
     return getattr(sys.modules[_module_name(reference)], name, None)
+
+
+def _functions(path: Path) -> list[str]:
+    """What a file defines, read and not run; nothing where it can't be read."""
+    try:
+        found = ast.parse(path.read_bytes()).body
+    except (OSError, ValueError, SyntaxError):
+        return []
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return [node.name for node in found if isinstance(node, kinds) and node.name[0] != "_"]
 
 
 def _module_name(reference: str) -> str:

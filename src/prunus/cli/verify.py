@@ -8,6 +8,8 @@ from typing import Any
 from prunus.cli import cutting
 from prunus.cli import options as shared
 
+_FIX = "plan anew, and leave groups out with --exclude"
+
 
 def add_parser(verbs: Any) -> None:
     """Declare the verb."""
@@ -52,5 +54,5 @@ def run(options: argparse.Namespace) -> int:
     }
     if options.certificate:
         write_json(certificate.to_json(), options.certificate)
-    shared.answer(options, document, lambda: cutting.show_certificate(certificate))
+    shared.answer(options, document, lambda: cutting.show_certificate(certificate, _FIX))
     return cutting.exit_code(plan, certificate)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunus.errors import FormatError, PlanError
-from prunus.io.container import Container, damaged, parse_json
+from prunus.io.container import FLOOR, Container, damaged, parse_json
 from prunus.plans import Plan
 from prunus.surgeon.restore import Kind
 
@@ -17,6 +17,9 @@ SCHEMA = 1
 
 _KINDS: tuple[Kind, ...] = ("buffer", "hidden", "attribute")
 """Those that are listed; what is in no list is a parameter."""
+
+_POSITION = 64
+"""Bytes that a position takes: a number, its places in a list and a tuple, and some room."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def _read_plan(container: Container) -> Plan | None:
         return None
     parse_json(text, container.size, container.path)  # bounds what reading it takes
     try:
-        plan = Plan.from_json(text, limit=max(1 << 18, container.size // 40))
+        plan = Plan.from_json(text, limit=(container.size + FLOOR) // _POSITION)
     except PlanError as error:
         where = f"{container.path} {error.where}".rstrip()
         raise PlanError(error.what, where=where, why=error.why, fix=error.fix) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -13,26 +13,37 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from prunus.files import printing
 from prunus.report.documents import to_json
 
 _UNCUT = 100_000
 """Columns of a pipe or a file: nothing is folded or cut."""
 
 
+class _Console(Console):
+    """One that leaves it to the caller what a broken pipe means."""
+
+    def on_broken_pipe(self) -> None:
+        """Called while the error is handled; rich itself would exit."""
+        raise
+
+
 def show(*parts: RenderableType) -> None:
     """Print tables and sentences on stdout; strings are plain text, without markup."""
-    console = _console(stderr=False)
-    for part in parts:
-        console.print(
-            Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str)
-        )
-        if isinstance(part, Table):
-            console.print()
+    with printing():
+        console = _console(stderr=False)
+        for part in parts:
+            console.print(
+                Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str)
+            )
+            if isinstance(part, Table):
+                console.print()
 
 
 def show_json(document: Any) -> None:
     """Print a document on stdout as JSON."""
-    print(to_json(document))
+    with printing():
+        print(to_json(document))
 
 
 def show_stages(stages: Sequence[Mapping[str, Any]]) -> None:
@@ -50,8 +61,9 @@ def show_stages(stages: Sequence[Mapping[str, Any]]) -> None:
 
 
 def warn(text: str) -> None:
-    """Print a sentence on stderr."""
-    _console(stderr=True).print(Text(text), soft_wrap=True)
+    """Print a sentence on stderr; where that can't be written, nobody can be told."""
+    with suppress(OSError):
+        _console(stderr=True).print(Text(text), soft_wrap=True)
 
 
 def show_error(command: str, error: BaseException) -> None:
@@ -91,4 +103,4 @@ def follow_steps(count: int) -> Iterator[Callable[..., None]]:
 def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _UNCUT
-    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+    return _Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)

@@ -6,17 +6,21 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prunus.files import replace_file
-from prunus.graph.axis import Axis
-from prunus.graph.constraints import Lockstep, Pin
-from prunus.graph.coupling import Coupling, CouplingGraph
-from prunus.plans import Plan
+
+if TYPE_CHECKING:
+    from prunus.graph.axis import Axis
+    from prunus.graph.constraints import Pin
+    from prunus.graph.coupling import Coupling, CouplingGraph
+    from prunus.plans import Plan
 
 
 def describe_graph(graph: CouplingGraph) -> dict[str, Any]:
     """Groups, constraints, pins, unknown operators, outputs and costs of a traced model."""
+    from prunus.graph.constraints import Lockstep
+
     return {
         "costs": {name: graph.cost(name) for name in sorted(graph.costs)},
         "tensors": len(graph.shapes) - len(graph.aliases.keys() & graph.shapes.keys()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,21 @@ from prunus.plans import GroupChoice, Plan
 
 KEPT, REMOVED, TEXT = "#2a6fbb", "#f0b27a", "#333333"
 
+# Without dates and the version of matplotlib in the file, the same plan makes the same bytes.
+_METADATA: dict[str, dict[str, None]] = {
+    ".png": {"Software": None},
+    ".svg": {"Date": None, "Creator": None},
+    ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
+
 _ROWS = 60
 """Groups in one picture; of a deeper model those with the most units are drawn."""
 
 
 def draw_channels(plan: Plan, path: str | os.PathLike[str], *, title: str = "") -> None:
-    """Draw the units of every group, those that stay and those that go, as a PNG.
+    """Draw the units of every group, those that stay and those that go.
+
+    The picture is an SVG or a PDF if the path ends so, else a PNG.
 
     One bar for each group, from the model's input at the top to its output at the bottom; each
     removed unit is marked at its place.
@@ -28,7 +38,7 @@ def draw_channels(plan: Plan, path: str | os.PathLike[str], *, title: str = "") 
     MissingExtraError
         Without matplotlib; the message names the extra.
     """
-    figures = require("matplotlib.figure", "plot")
+    figures, settings = require("matplotlib.figure", "plot"), require("matplotlib", "plot")
     choices = _widest(plan.groups)
     figure = figures.Figure(figsize=(10, 1.3 + 0.26 * max(len(choices), 3)), layout="constrained")
     axes = figure.add_subplot()
@@ -37,11 +47,14 @@ def draw_channels(plan: Plan, path: str | os.PathLike[str], *, title: str = "") 
     _dress(axes, choices, title or "Units that stay and units that go")
     if len(choices) < len(plan.groups):
         axes.set_xlabel(f"units; the {len(choices)} widest of {len(plan.groups)} groups")
-    replace_file(
-        path,
-        # Without the version of matplotlib in the file, the same plan makes the same bytes.
-        lambda draft: figure.savefig(draft, format="png", dpi=120, metadata={"Software": None}),
-    )
+    ending = os.fspath(path)[-4:].lower()
+    kind = ending[1:] if ending in _METADATA else "png"
+
+    def write(draft: Path) -> None:
+        with settings.rc_context({"svg.hashsalt": "prunus"}):
+            figure.savefig(draft, format=kind, dpi=120, metadata=_METADATA[f".{kind}"])
+
+    replace_file(path, write)
 
 
 def _widest(groups: tuple[GroupChoice, ...]) -> list[GroupChoice]:

@@ -58,7 +58,7 @@ def apply(
         If the smaller model does not run or answers in other shapes; it was put back.
     """
     state, aliases = state_of(model)
-    plan.check_model({name: tuple(tensor.shape) for name, tensor in state.items()})
+    check_model(plan, model, state)
     modules = dict(model.named_modules(remove_duplicate=False))
     check_edits(plan, modules)
     kept = _by_tensor(plan)
@@ -141,6 +141,13 @@ def _by_tensor(plan: Plan) -> dict[str, dict[int, Tensor]]:
 
 _PLAIN = (bool, int, float, str, tuple, dict)
 """What can be compared with a plan's values: tensors and arrays compare element by element."""
+
+
+def check_model(plan: Plan, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Refuse another model than the plan's; ``state`` is the model's, by first names."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    own = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    plan.check_model(shapes, [name for name in own if name in state])
 
 
 def check_edits(plan: Plan, modules: Mapping[str, nn.Module]) -> None:

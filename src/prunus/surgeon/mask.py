@@ -23,7 +23,7 @@ from prunus.errors import ApplyError
 from prunus.graph.axis import Axis, Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.plans import Plan
-from prunus.surgeon.apply import kept_axes
+from prunus.surgeon.apply import check_model, kept_axes
 from prunus.tracer.adapters import adapted
 from prunus.tracer.capture import PASSIVE
 from prunus.tracer.compress import run_on_kept
@@ -49,7 +49,7 @@ def mask(plan: Plan, model: nn.Module) -> Iterator[nn.Module]:
     ...     accuracy = evaluate(model, loader)
     """
     state, _ = state_of(model)
-    plan.check_model({name: tuple(tensor.shape) for name, tensor in state.items()})
+    check_model(plan, model, state)
     traces: dict[Any, CouplingGraph] = {}
     running = ExitStack()
 

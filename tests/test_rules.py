@@ -41,6 +41,28 @@ def test_the_tag_covers_what_it_should() -> None:
     assert {"add.Tensor", "mul_.Scalar", "gelu", "where.self", "silu_"} <= names
 
 
+class Compared(nn.Module):
+    """Its forward asks whether two tensors are equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(x if torch.equal(x, x.relu()) else 2 * x)
+
+
+def test_what_returns_no_tensor_reads_values() -> None:
+    """``equal`` is tagged pointwise."""
+    equal = find_overload("equal")
+    assert torch.Tag.pointwise in equal.tags
+    assert find_rule(equal) is None
+    graph = trace(Compared(), torch.randn(2, 6), real=True)
+    assert graph.unknown == {"aten.equal.default": 1}
+    assert Axis("first.weight", 0) not in graph.labels
+
+
 # -- the validator can fail ------------------------------------------------------------------------
 
 

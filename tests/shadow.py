@@ -178,7 +178,8 @@ def columns(s: Shadow, func: Any, own: Tensor, *rest: Any) -> Tensor:
     return result
 
 
-@handles("upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d")
+@handles("upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d",
+         "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")  # fmt: skip
 def resampled(s: Shadow, func: Any, own: Tensor, *rest: Any) -> Tensor:
     """Of images of which all or nothing is gone."""
     dims, mask = list(range(2, own.dim())), s.mask(own)

@@ -211,7 +211,7 @@ def _error_in_double(
         wide = copy.deepcopy(original).double()
         values = to_double((args, kwargs))
         again = verify(plan, wide, *values, randomise=False, each_group=False, outputs=outputs)
-    except (RuntimeError, TypeError, PrunusError):  # a forward that insists on its own type
+    except Exception:  # a forward that insists on its own type may raise anything
         return None
     return None if again.reason or again.dtype != "float64" else again.rel_err
 

@@ -23,9 +23,9 @@ RESULTS = Path(__file__).with_name("results") / "budgets.csv"
 FIELDS = ("model", "budget", "requested", "achieved", "round_to", "unaligned", "verdict", "plan_s")
 MODELS = (
     "zoo:resnet_fmnist", "zoo:resnet20", "zoo:resnet56", "zoo:resnet18", "zoo:resnet50",
-    "zoo:hrnet_w18", "zoo:mobilenetv2", "zoo:yolov8n", "zoo:yolov3_tiny", "timm:resnet50",
-    "timm:hrnet_w18_small", "timm:mobilenetv2_100", "timm:efficientnet_b0", "timm:densenet121",
-    "timm:resnext50_32x4d", "timm:convnext_atto",
+    "zoo:hrnet_w18", "zoo:hrnet_w18_small", "zoo:mobilenetv2", "zoo:yolov8n", "zoo:yolov3_tiny",
+    "timm:resnet50", "timm:hrnet_w18_small", "timm:mobilenetv2_100", "timm:efficientnet_b0",
+    "timm:densenet121", "timm:resnext50_32x4d", "timm:convnext_atto",
 )  # fmt: skip
 TOLERANCE = 0.01
 

@@ -64,11 +64,15 @@ HF: dict[str, tuple[str, dict[str, Any]]] = {
 """Name → the class and its config's settings."""
 
 
-def build(name: str) -> Built:
+HIDDEN_STATE = ("zoo:bert_tiny",)
+"""Models that answer with a hidden state, of which no channel may go."""
+
+
+def build(name: str, seed: int = 0) -> Built:
     """A model by ``"library:name"``, seeded."""
     library, _, short = name.partition(":")
     prunus.declare_missing_ops()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model, args, kwargs = _BUILDERS[library](short)
     return model.eval(), args, kwargs
 

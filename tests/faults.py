@@ -1034,6 +1034,15 @@ def surgeon_forgets_a_buffer(inject: Injector) -> None:
     inject.slices("gain", lambda stay, size: torch.arange(size))
 
 
+@fault(residual)
+def surgeon_scales_a_weight_a_little(inject: Injector) -> None:
+    def faulty(right: Any, tensor: Tensor, keep: Any) -> Tensor:
+        sliced: Tensor = right(tensor, keep)
+        return sliced * (1 + 5e-4) if tensor.shape == (12, 10, 3, 3) else sliced
+
+    inject.function(surgeon, "slice_tensor", faulty)
+
+
 @fault(tied)
 def surgeon_unties(inject: Injector) -> None:
     def faulty(right: Any, modules: Any, state: Any, new: Any, aliases: Any) -> None:

@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from prunus.graph.expressions import Attribute
 from prunus.tracer.provenance import Given, Provenance
-from prunus.tracer.registry import registered
+from prunus.tracer.registry import registered, returns_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -1051,21 +1051,41 @@ rows(
 rows("clamp clamp_ clip clip_", case("a b -> a b", X(4, 6), -0.5, 0.5))  # defaults do nothing
 
 
-def pointwise_rows() -> list[Row]:
-    """A row for every ATen overload that has its rule by the pointwise tag, and no row yet."""
-    known = set(registered())
-    by_hand = {row.overload for row in ROWS}
+def tagged() -> list[OpOverload]:
+    """Every ATen overload that has its rule by the pointwise tag, those with ``out`` left out.
+
+    The dispatcher knows all of them; ``dir(torch.ops.aten)`` those that were used before.
+    """
     found = []
-    for name in dir(torch.ops.aten):
-        packet = getattr(torch.ops.aten, name)
-        for overload in packet.overloads() if hasattr(packet, "overloads") else ():
-            target = getattr(packet, overload)
-            written = any(argument.is_out for argument in target._schema.arguments)
-            if torch.Tag.pointwise in target.tags and target not in known and not written:
-                text = name + ("" if overload == "default" else f".{overload}")
-                if text not in by_hand:
-                    found.append(generated_row(text, target))
-    return found
+    for text in sorted(torch._C._dispatch_get_all_op_names()):
+        namespace, _, name = text.partition("::")
+        packet, _, overload = name.partition(".")
+        if namespace != "aten":
+            continue
+        try:
+            target = getattr(getattr(torch.ops.aten, packet), overload or "default")
+        except AttributeError:  # what TorchScript alone can call
+            continue
+        written = any(argument.is_out for argument in target._schema.arguments)
+        if torch.Tag.pointwise in target.tags and returns_tensor(target) and not written:
+            found.append(target)
+    own = set(registered())
+    return [target for target in found if target not in own]
+
+
+def pointwise_rows() -> list[Row]:
+    """A row for every overload that has its rule by the pointwise tag, and no row yet."""
+    by_hand = {row.overload for row in ROWS}
+    return [
+        generated_row(text, target) for target in tagged() if (text := spell(target)) not in by_hand
+    ]
+
+
+def spell(target: OpOverload) -> str:
+    """The name under which a rule registers an overload."""
+    namespace, _, name = str(target._schema.name).partition("::")
+    overload = "" if target._overloadname == "default" else f".{target._overloadname}"
+    return ("" if namespace == "aten" else f"{namespace}::") + name + overload
 
 
 CONTENTS: tuple[Callable[..., Tensor], ...] = (

@@ -45,7 +45,7 @@ from prunus.tracer.registry import (
 
 if __name__ == "__main__":  # a program finds what lies beside it, not the folder above
     sys.path.insert(0, str(Folder(__file__).parents[1]))
-from tests.rule_table import ROWS, Cut, Row, Sample, pointwise_rows
+from tests.rule_table import ROWS, Cut, Row, Sample, pointwise_rows, spell, tagged
 
 MASKS = 3
 """Random selections of units per sample and way of labelling."""
@@ -111,9 +111,10 @@ def examine(target: OpOverload, rule: Rule, sample: Sample, row: Row, seed: int)
 
 
 def missing(rows: Iterable[Row], overloads: Iterable[OpOverload] | None = None) -> list[Finding]:
-    """Findings for the overloads (by default all with a rule of their own) that have no row."""
+    """Findings for the overloads (by default all with a rule, by name or tag) that have no row."""
     covered = {row.overload for row in rows}
-    names = {spell(target) for target in (registered() if overloads is None else overloads)}
+    ruled = (*registered(), *tagged()) if overloads is None else overloads
+    names = {spell(target) for target in ruled}
     return [Finding(n, "MISSING", "a rule without a row") for n in sorted(names - covered)]
 
 
@@ -130,13 +131,6 @@ def report(findings: Iterable[Finding]) -> str:
         counts[finding.status] = counts.get(finding.status, 0) + 1
     summary = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     return "\n".join([*lines, "", f"{len(findings)} overloads: {summary}"])
-
-
-def spell(target: OpOverload) -> str:
-    """The name under which a rule registers an overload."""
-    namespace, _, name = str(target._schema.name).partition("::")
-    overload = "" if target._overloadname == "default" else f".{target._overloadname}"
-    return ("" if namespace == "aten" else f"{namespace}::") + name + overload
 
 
 class Trial:
@@ -532,7 +526,8 @@ def agree(one: Tensor, other: Tensor) -> bool:
 
 def main() -> int:
     """Print the table; 1 if a rule is wrong, unexpected or missing."""
-    findings = [validate(row) for row in (*ROWS, *pointwise_rows())] + missing(ROWS)
+    rows = [*ROWS, *pointwise_rows()]
+    findings = [validate(row) for row in rows] + missing(rows)
     print(report(findings))
     return int(any(finding.status not in ("OK", "PINNED") for finding in findings))
 

@@ -183,6 +183,18 @@ def columns(s: Shadow, func: Any, own: Tensor, *rest: Any) -> Tensor:
     return result
 
 
+@handles("upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d",
+         "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")  # fmt: skip
+def resampled(s: Shadow, func: Any, own: Tensor, *rest: Any) -> Tensor:
+    """Of images of which all or nothing is gone."""
+    dims, mask = list(range(2, own.dim())), s.mask(own)
+    if not torch.equal(mask.amin(dims), mask.amax(dims)):
+        raise UndecidedError(f"{func} of an image of which a part is gone")
+    result = func(own, *rest)
+    s.set(result, mask.amax(dims, True).expand(result.shape).clone())
+    return result
+
+
 @handles("mm", "bmm", "mv", "dot")
 def product(s: Shadow, func: Any, a: Tensor, b: Tensor) -> Tensor:
     result = func(s.there(a), s.there(b))
@@ -401,7 +413,7 @@ def compare(
     UndecidedError
         If an operator is not known, or no output is whole.
     """
-    expected, _ = run(model, keep, *args, **kwargs)
+    expected, there = _run(model, keep, *args, **kwargs)
     with torch.no_grad():
         answer = tree_leaves(pruned.eval()(*_as_double(args), **_as_double(kwargs)))
     answer = [leaf for leaf in answer if isinstance(leaf, Tensor)]
@@ -409,12 +421,18 @@ def compare(
         raise UndecidedError("the model itself overflows in float64")
     if len(answer) != len(expected):
         return float("inf")
-    pairs = [(a.double(), b.double()) for a, b in zip(expected, answer, strict=True)
-             if a.shape == b.shape and a.numel()]  # fmt: skip
+    pairs = [(a, b) for a, b, whole in zip(expected, answer, there, strict=True)
+               if whole and a.numel()]  # fmt: skip
     if not pairs:
         raise UndecidedError("no output is whole")
-    gaps = [float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs]
-    return max(gap if gap == gap else float("inf") for gap in gaps)
+    return max(_gap(a, b) for a, b in pairs)
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    gap = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30))
+    return gap if gap == gap else float("inf")
 
 
 def _as_double(values: Any) -> Any:
@@ -432,6 +450,13 @@ def run(model: nn.Module, keep: Mapping[Axis, Any], *args: Any, **kwargs: Any) -
     UndecidedError
         If an operator is not known.
     """
+    leaves, there = _run(model, keep, *args, **kwargs)
+    return leaves, all(there)
+
+
+def _run(
+    model: nn.Module, keep: Mapping[Axis, Any], *args: Any, **kwargs: Any
+) -> tuple[list[Tensor], list[bool]]:
     own = copy.deepcopy(model).double().eval()
     masks = masks_of(own, keep)
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -450,5 +475,5 @@ def run(model: nn.Module, keep: Mapping[Axis, Any], *args: Any, **kwargs: Any) -
         answer = own(*_as_double(args), **_as_double(kwargs))
         with torch.utils._python_dispatch._disable_current_modes():
             leaves = [leaf for leaf in tree_flatten(answer)[0] if isinstance(leaf, Tensor)]
-            whole = all(bool(shadow.mask(leaf).all()) for leaf in leaves)
-    return leaves, whole
+            there = [bool(shadow.mask(leaf).all()) for leaf in leaves]
+    return leaves, there

@@ -23,6 +23,7 @@ import models_zoo
 import prunus
 from prunus.cli import main, shrink
 from prunus.cli.data import load_data
+from tests.snapshots import same, snapshot
 
 NET = """
 import torch
@@ -528,16 +529,14 @@ def test_a_mistake_leaves_the_model_as_it_was(options, text) -> None:
     options = dict(options)
     if options.pop("nan", False):
         model.fc.weight.data[0, 0] = float("nan")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = snapshot(model)
     with pytest.raises(prunus.PrunusError, match=text):
         prunus.shrink(
             model,
             models_zoo.example_inputs("resnet_fmnist"),
             **{**options, "budget": prunus.Budget(**options["budget"])},
         )
-    assert model.training
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+    assert same(snapshot(model), before)
 
 
 def test_an_unknown_timm_model_and_a_missing_timm(monkeypatch, capsys) -> None:

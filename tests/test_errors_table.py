@@ -35,6 +35,7 @@ from prunus.errors import (
 )
 from prunus.io import container
 from prunus.plans import Edit, Plan
+from tests.snapshots import same, snapshot
 
 NET = """
 import torch
@@ -438,6 +439,12 @@ def _shape(model: nn.Module) -> Any:
     return Plan(keep, plan.shapes, edits, origin=plan.origin)
 
 
+def _foreign() -> Plan:
+    """A plan that fits other tensors under the same names."""
+    wider = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
+    return _plan(nn.Sequential(*wider, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)))
+
+
 # By the public API: what is done to a model, the error, and its text.
 CALLS: list[tuple[Callable[[nn.Module, Path], Any], type[Exception], str]] = [
     (lambda m, _: prunus.trace(m, _inputs(), outputs="logits"), TraceError, "no output is called"),
@@ -445,7 +452,7 @@ CALLS: list[tuple[Callable[[nn.Module, Path], Any], type[Exception], str]] = [
     (lambda m, _: prunus.plan(prunus.trace(m, _inputs()), m), PlanError, "nothing says how much"),
     (lambda m, _: prunus.apply(_stale(m), m), ApplyError, "5.in_features is 8, the plan expects 9"),
     (lambda m, _: prunus.apply(_shape(m), m), ApplyError, "the smaller model does not run"),
-    (lambda m, _: prunus.apply(_plan(m), nn.Linear(2, 2)), PlanError, "plan for another model"),
+    (lambda m, _: prunus.apply(_foreign(), m), PlanError, "plan for another model"),
     (lambda m, _: prunus.recalibrate(m, []), DataError, "the calibration data is empty"),
     (
         lambda m, _: prunus.shrink(m, _inputs(), budget=prunus.Budget(macs=0.5), data=[]),
@@ -482,13 +489,10 @@ def _load(model: nn.Module, folder: Path, build: Any) -> None:
 def unchanged() -> Iterator[nn.Module]:
     """A model that has to be the same afterwards: tensors, attributes, mode."""
     model = scope["net"]().train()
-    tensors = {name: value.clone() for name, value in model.state_dict().items()}
-    said = repr(model)
+    before, said = snapshot(model), repr(model)
     yield model
     assert repr(model) == said
-    assert all(module.training for module in model.modules())
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, tensors[name]), name
+    assert same(snapshot(model), before)
 
 
 @pytest.mark.parametrize(("call", "error", "text"), CALLS, ids=range(len(CALLS)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 from collections.abc import Callable
 from dataclasses import replace
@@ -115,6 +116,84 @@ def test_inexact_where_an_attribute_is_stale() -> None:
         for e in plan.edits
     )
     assert "stale" in verify(replace(plan, edits=wrong), model).reason
+
+
+def amplifying() -> nn.Module:
+    """A sum so wide that float32 rounds it otherwise when cut, and depth that makes it matter."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.first(x)
+        for layer in m.deep:
+            x = torch.sin(6 * layer(x))
+        out: Tensor = m.last(x)
+        return out
+
+    deep = nn.ModuleList(nn.Linear(64 if index else 1200, 64) for index in range(11))
+    return Net(run, first=nn.Linear(8, 1200), deep=deep, last=nn.Linear(64, 10))
+
+
+def test_rounding_that_depth_amplifies_is_no_fault() -> None:
+    model, x = amplifying().eval(), torch.randn(4, 8)
+    _, plan = chosen(model, x)
+    certificate = verify(plan, model, x)
+    assert certificate.verdict == "exact"
+    assert certificate.dtype == "float64"
+    assert certificate.rel_err <= 1e-6
+    assert certificate.rel_err32 is not None
+    assert 1e-4 < certificate.rel_err32 < 1e-2
+    assert certificate.to_json()["rel_err32"] == certificate.rel_err32
+    clear = verify(plan, model.double(), x.double())
+    assert clear.rel_err32 is None
+    assert "rel_err32" not in clear.to_json()
+
+
+class Single(nn.Module):
+    """Runs in float32 only."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            raise RuntimeError("float32 only")
+        out: Tensor = self.inner(x)
+        return out
+
+
+def test_what_float64_cannot_confirm_stays_inexact() -> None:
+    model, x = Single(amplifying()).eval(), torch.randn(4, 8)
+    _, plan = chosen(model, x)
+    certificate = verify(plan, model, x)
+    assert certificate.verdict == "inexact"
+    assert certificate.dtype == "float32"
+    assert certificate.rel_err32 is None
+
+
+def weight_off_by(factor: float) -> Any:
+    """A surgeon that changes one weight of many a little."""
+    surgeon = importlib.import_module("prunus.surgeon.apply")
+    right = surgeon.slice_tensor
+
+    def faulty(tensor: Tensor, keep: Any) -> Tensor:
+        sliced: Tensor = right(tensor, keep)
+        return sliced * factor if tuple(tensor.shape) == (12, 10, 3, 3) else sliced
+
+    return surgeon, faulty
+
+
+@pytest.mark.parametrize("factor", [1 + 5e-4, 1 + 3e-3, 1 - 1e-3])
+def test_a_small_difference_that_float64_keeps_is_inexact(
+    factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = faults.residual().eval(), torch.randn(IMAGE)
+    _, plan = chosen(model, x)
+    surgeon, faulty = weight_off_by(factor)
+    monkeypatch.setattr(surgeon, "slice_tensor", faulty)
+    certificate = verify(plan, model, x)
+    assert certificate.verdict == "inexact"
+    assert certificate.dtype == "float32"
+    assert 1e-4 < certificate.rel_err < 1e-2, "a difference that is compared again"
 
 
 def test_inputs_come_from_the_plan_or_are_asked_for() -> None:

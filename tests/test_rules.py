@@ -32,13 +32,43 @@ def test_rule(row: Row) -> None:
 
 
 def test_every_rule_has_a_row() -> None:
-    assert missing(ROWS) == []
+    assert missing([*ROWS, *TAGGED]) == []
 
 
 def test_the_tag_covers_what_it_should() -> None:
     names = {row.overload for row in TAGGED}
     assert len(names) > 300
     assert {"add.Tensor", "mul_.Scalar", "gelu", "where.self", "silu_"} <= names
+    assert {finding.overload for finding in missing(ROWS)} == names
+
+
+def test_no_overload_is_overlooked_because_nothing_used_it() -> None:
+    names = {row.overload for row in TAGGED}
+    rare = {"_conj_physical", "float_power.Scalar", "float_power.Tensor_Tensor", "polygamma_"}
+    assert rare | {"float_power.Tensor_Scalar", "rrelu"} <= names
+    assert "equal" not in names
+
+
+class Compared(nn.Module):
+    """Its forward asks whether two tensors are equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(x if torch.equal(x, x.relu()) else 2 * x)
+
+
+def test_what_returns_no_tensor_reads_values() -> None:
+    """``equal`` is tagged pointwise."""
+    equal = find_overload("equal")
+    assert torch.Tag.pointwise in equal.tags
+    assert find_rule(equal) is None
+    graph = trace(Compared(), torch.randn(2, 6), real=True)
+    assert graph.unknown == {"aten.equal.default": 1}
+    assert Axis("first.weight", 0) not in graph.labels
 
 
 # -- the validator can fail ------------------------------------------------------------------------
@@ -269,7 +299,7 @@ def test_adding_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
         out = call.outputs[0]
         return Effect((broadcast(call, out.dim(), out.shape),))
 
-    assert [f.overload for f in missing(ROWS)] == [GATE]
+    assert [f.overload for f in missing([*ROWS, *TAGGED])] == [GATE]
 
     # ... and one row.
     row = Row(GATE, (case("a b, b -> a b", X(4, 6), X(6)),))

@@ -27,6 +27,7 @@ from prunus.tracer.trace import trace
 from tests import faults
 from tests.faults import Net, conv, head
 from tests.pipeline import cut, plan_for, thin
+from tests.snapshots import same, snapshot
 
 IMAGE = (2, 3, 8, 8)
 
@@ -34,31 +35,6 @@ IMAGE = (2, 3, 8, 8)
 def planned(model: nn.Module, *args: Tensor, seed: int = 0) -> Plan:
     graph = trace(model, args)
     return plan_for(graph, model, thin(graph, seed=seed))
-
-
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything that surgery may touch: bytes, identities, attributes, modes."""
-    return {
-        "state": {name: (id(t), t.clone(), t.stride()) for name, t in state_of(model)[0].items()},
-        "grads": {
-            n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()
-        },
-        "plain": {
-            name: {k: v for k, v in vars(m).items() if isinstance(v, (bool, int, float, tuple))}
-            for name, m in model.named_modules()
-        },
-    }
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal down to the bits, NaN included."""
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 # --- what stays -----------------------------------------------------------------------------

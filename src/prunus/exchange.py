@@ -45,7 +45,10 @@ def exchange_error(
     moved = copy.deepcopy(model)
     _exchange(graph, moved, _permute(graph, groups, seed))
     try:
-        exact = [_run(copy.deepcopy(m).double(), *_double(args, kwargs)) for m in (model, moved)]
+        exact = [
+            _run(copy.deepcopy(m).double(), *to_double((tuple(args), dict(kwargs))))
+            for m in (model, moved)
+        ]
         known = all(bool(exact[0][name].isfinite().all()) for name in graph.kept_outputs)
     except (RuntimeError, TypeError):
         known = False
@@ -60,12 +63,14 @@ def _run(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Te
         return dict(tensors_of(model(*args, **kwargs)))
 
 
-def _double(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+def to_double(values: Any) -> Any:
+    """The same containers, floating-point tensors in float64."""
+
     def cast(value: Any) -> Any:
         floating = isinstance(value, Tensor) and value.is_floating_point()
         return value.double() if floating else value
 
-    return tree_map(cast, tuple(args)), tree_map(cast, dict(kwargs))
+    return tree_map(cast, values)
 
 
 def _exchange(graph: CouplingGraph, model: nn.Module, place: Places) -> None:

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from prunus.errors import PrunusError, VerifyError
-from prunus.exchange import exchange_error, relative_error
+from prunus.exchange import exchange_error, relative_error, to_double
 from prunus.graph.axis import Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.listening import listen
@@ -46,6 +46,9 @@ NOT_INTERCHANGEABLE = "units of one group are not interchangeable: a coupling is
 
 NOT_THE_MODEL = "the traced program does not compute what the model itself does"
 
+DOUBTFUL = 1e-2
+"""A float32 difference below this may be rounding that depth amplified; float64 tells."""
+
 MOVED = 1e-3
 """Removing a group has to move the output by this much, or the comparison proves nothing."""
 
@@ -57,7 +60,7 @@ class Certificate:
     Attributes
     ----------
     rel_err
-        Largest ‖pruned − masked‖∞ / ‖masked‖∞ over the outputs.
+        Largest ‖pruned − masked‖∞ / ‖masked‖∞ over the outputs, in ``dtype``.
     exchanged
         The same measure between the original and itself with the units of every touched group in
         another order (:mod:`prunus.exchange`).
@@ -67,6 +70,8 @@ class Certificate:
         The same with each touched group removed alone.
     unverified
         Groups whose removal alone moves no output by more than 1e-3: nothing is proven of them.
+    rel_err32
+        The error in float32, where it was above 1e-4 and float64 showed that it is rounding.
     """
 
     verdict: Verdict
@@ -79,10 +84,14 @@ class Certificate:
     params: tuple[int, int]
     outputs: tuple[str, ...]
     reason: str = ""
+    rel_err32: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        """Plain data; ``rel_err32`` only where there is one."""
+        found = asdict(self)
+        if self.rel_err32 is None:
+            del found["rel_err32"]
+        return found
 
 
 def verify(
@@ -116,7 +125,8 @@ def verify(
     Certificate
         *exact* if the outputs agree within 1e-4 (float32) or 1e-6 (float64), units of one group
         are interchangeable, and removal really moved the outputs; *not verified* if it did not;
-        else *inexact*.
+        else *inexact*.  Depth amplifies rounding: outputs that differ by more than 1e-4 in
+        float32, and by less than 1e-2, are compared again in float64 where the model runs in it.
     """
     if args is None:
         if plan.traced is None or plan.traced["inputs"] is None:
@@ -169,7 +179,12 @@ def verify(
     if not relative_error(dense, whole) <= tolerance:
         reason = reason or NOT_THE_MODEL
     moved = relative_error(dense, masked)
-    dtype = next(iter(masked.values())).dtype
+    dtype, single = next(iter(masked.values())).dtype, None
+    if not reason and dtype == torch.float32 and tolerance < error < DOUBTFUL:
+        double = _error_in_double(plan, original, args, kwargs, found.kept_outputs)
+        if double is not None and double <= TOLERANCE[torch.float64]:
+            dtype, tolerance = torch.float64, TOLERANCE[torch.float64]
+            error, single = double, error
     verdict: Verdict = "exact"
     if reason or not error <= tolerance:
         verdict = "inexact"
@@ -186,7 +201,21 @@ def verify(
         params=(found.cost("params"), sum(p.numel() for p in pruned.parameters())),
         outputs=found.kept_outputs,
         reason=reason,
+        rel_err32=single,
     )
+
+
+def _error_in_double(
+    plan: Plan, original: nn.Module, args: Any, kwargs: Mapping[str, Any], outputs: Any
+) -> float | None:
+    """The error of the same comparison in float64; None where the model does not run in it."""
+    try:
+        wide = copy.deepcopy(original).double()
+        values = to_double((args, kwargs))
+        again = verify(plan, wide, *values, randomise=False, each_group=False, outputs=outputs)
+    except Exception:  # a forward that insists on its own type may raise anything
+        return None
+    return None if again.reason or again.dtype != "float64" else again.rel_err
 
 
 class Replay:

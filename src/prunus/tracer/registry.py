@@ -206,7 +206,10 @@ def rule(*overloads: str) -> Callable[[Rule], Rule]:
 
 
 def rule_for_tag(tag: torch.Tag) -> Callable[[Rule], Rule]:
-    """Register a rule for every overload that PyTorch itself gives the tag and none names."""
+    """Register a rule for every overload that PyTorch itself gives the tag and none names.
+
+    One that returns no tensor (``equal``) is left out: it reads values, whatever its tag says.
+    """
 
     def register(function: Rule) -> Rule:
         _TAG_RULES[tag] = function
@@ -237,9 +240,14 @@ def find_rule(target: OpOverload) -> Rule | None:
     """The rule of an overload: its own, or that of a tag it carries; None if unknown."""
     _import_rules()
     found = _RULES.get(target)
-    if found is None:
+    if found is None and returns_tensor(target):
         found = next((_TAG_RULES[tag] for tag in target.tags if tag in _TAG_RULES), None)
     return found
+
+
+def returns_tensor(target: OpOverload) -> bool:
+    """Whether tensors come out, alone or in a list."""
+    return any("Tensor" in str(value.type) for value in target._schema.returns)
 
 
 def registered() -> Mapping[OpOverload, Rule]:

@@ -1,0 +1,127 @@
+"""The committed tables: every row is what is promised, and a row that isn't would be seen."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+Row = dict[str, str]
+
+
+def read(name: str) -> list[Row]:
+    with (BENCHMARKS / "results" / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def catalogue() -> tuple[list[str], tuple[str, ...]]:
+    """The names of all models, and of those that answer with a hidden state."""
+    spec = importlib.util.spec_from_file_location("catalogue", BENCHMARKS / "catalogue.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.names(), module.HIDDEN_STATE
+
+
+def number(text: str) -> float:
+    """Infinite where a cell is empty."""
+    return float(text or "inf")
+
+
+def broken(row: Row, hidden: tuple[str, ...] = ()) -> list[str]:
+    """What a row of exactness.csv lacks of the exactness line."""
+    left = 0.75 if f"{row['library']}:{row['model']}" in hidden else 0.6
+    bound = {"float32": 1e-4, "float64": 1e-6}.get(row["dtype"], 0)
+    judges = [row[judge].split(" ")[0] for judge in ("witness", "shadow")]
+    named = [name for name in row["unverified"].split("; ") if name]
+    moved = number(row["moved_min"])
+    promised = {
+        "verdict": row["verdict"] == "exact",
+        "params_left": number(row["params_left"]) <= left,
+        "rel_err": number(row["rel_err"]) <= bound,
+        "rel_err64": row["rel_err64"].startswith("-") or number(row["rel_err64"]) <= 1e-6,
+        "judges": "agrees" in judges and "disagrees" not in judges,
+        "names": str(len(named)) == row["not_verified"],
+        "moved_min": moved <= 1e-3 if named else moved >= 1e-3,
+        "line_holds": row["line_holds"] == "yes",
+    }
+    return [what for what, holds in promised.items() if not holds]
+
+
+def missed(row: Row) -> list[str]:
+    """What a row of budgets.csv lacks: the budget is held, closely without rounding."""
+    if row["verdict"] != "met":
+        return ["verdict"]
+    spare = float(row["requested"]) - float(row["achieved"])
+    promised = {
+        "over": spare >= 0,
+        "far": row["round_to"] != "1" or spare < 0.01,
+        "unaligned": row["unaligned"] == "0",
+    }
+    return [what for what, holds in promised.items() if not holds]
+
+
+def test_every_model_is_exact() -> None:
+    names, hidden = catalogue()
+    rows = read("exactness.csv")
+    assert [f"{row['library']}:{row['model']}" for row in rows] == names
+    assert {row["model"]: broken(row, hidden) for row in rows if broken(row, hidden)} == {}
+
+
+def test_every_budget_is_met() -> None:
+    rows = read("budgets.csv")
+    assert [row for row in rows if missed(row)] == []
+    models = {row["model"] for row in rows}
+    assert "zoo:hrnet_w18_small" in models
+    asked = [(cost, size, by) for cost in ("params", "macs") for size in ("0.3", "0.5", "0.7")
+             for by in ("1", "8")]  # fmt: skip
+    for model in models:
+        own = [(r["budget"], r["requested"], r["round_to"]) for r in rows if r["model"] == model]
+        assert own == asked, model
+
+
+GOOD = {
+    "model": "a", "library": "b", "verdict": "exact", "params_left": "0.5", "rel_err": "3e-07",
+    "dtype": "float32", "rel_err64": "4e-16", "witness": "undecided (bmm)",
+    "shadow": "agrees 1e-16", "unverified": "", "not_verified": "0", "moved_min": "2e-01",
+    "line_holds": "yes",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "lacks"),
+    [
+        ({}, []),
+        ({"verdict": "inexact"}, ["verdict"]),
+        ({"params_left": "0.61"}, ["params_left"]),
+        ({"rel_err": "1.1e-04"}, ["rel_err"]),
+        ({"rel_err": "3e-06", "dtype": "float64"}, ["rel_err"]),
+        ({"rel_err64": "2e-06"}, ["rel_err64"]),
+        ({"rel_err64": "- (float32 only)"}, []),
+        ({"shadow": "undecided"}, ["judges"]),
+        ({"shadow": "undecided", "witness": "agrees 1e-7"}, []),
+        ({"witness": "disagrees 1e-2"}, ["judges"]),
+        ({"not_verified": "1"}, ["names"]),
+        ({"not_verified": "1", "unverified": "x.weight[0]", "moved_min": "2e-04"}, []),
+        ({"moved_min": "2e-04"}, ["moved_min"]),
+        ({"unverified": "x.weight[0]", "not_verified": "1"}, ["moved_min"]),
+        ({"rel_err": "", "dtype": ""}, ["rel_err"]),
+        ({"line_holds": "no (verdict)"}, ["line_holds"]),
+    ],
+)
+def test_a_row_that_breaks_the_line_is_seen(change: Row, lacks: list[str]) -> None:
+    assert broken({**GOOD, **change}) == lacks
+
+
+def test_a_budget_that_is_missed_is_seen() -> None:
+    row = {"requested": "0.5", "achieved": "0.4999", "round_to": "1", "unaligned": "0"}
+    assert missed({**row, "verdict": "met"}) == []
+    assert missed({**row, "verdict": "refused: no"}) == ["verdict"]
+    assert missed({**row, "verdict": "met", "achieved": "0.5001"}) == ["over"]
+    assert missed({**row, "verdict": "met", "achieved": "0.48"}) == ["far"]
+    assert missed({**row, "verdict": "met", "achieved": "0.48", "round_to": "8"}) == []
+    assert missed({**row, "verdict": "met", "unaligned": "2"}) == ["unaligned"]

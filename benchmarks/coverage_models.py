@@ -89,6 +89,7 @@ LEFT_OUT = {
     "torchvision:fasterrcnn_*, maskrcnn_*, keypointrcnn_*": "their forward needs the compiled "
     "operators nms and roi_align in its middle, which a CPU torch beside torchvision's wheel lacks",
     "torchvision:quantized_*": "quantised weights can't be pruned after the fact",
+    "ultralytics:yolo11-cls-resnet18": "its first layer downloads weights when it is built",
     "transformers:dinat, nat": "need natten, compiled operators",
     "transformers:yoso, mra": "need CUDA kernels",
 }
@@ -378,7 +379,7 @@ ULTRALYTICS = (
     "yolov8n-cls", "yolov8n-ghost", "yolov8n-ghost-p2", "yolov8n-obb", "yolov8n-p2",
     "yolov8n-p6", "yolov8n-pose", "yolov8n-rtdetr", "yolov8n-seg", "yolov8n-world",
     "yolov8n-worldv2", "yolov9t", "yolov9c-seg", "yolov9c", "yolov9e", "yolov10n", "yolov10s",
-    "yolo11n", "yolo11n-cls", "yolo11-cls-resnet18", "yolo11n-obb", "yolo11n-pose",
+    "yolo11n", "yolo11n-cls", "yolo11n-obb", "yolo11n-pose",
     "yolo11n-seg", "yolo12n", "yolo12n-cls", "yolo12n-obb", "yolo12n-pose", "yolo12n-seg",
     "yolo26n", "yolo26n-cls", "yolo26n-depth", "yolo26n-obb", "yolo26n-p2", "yolo26n-pose",
     "yolo26n-seg", "yolo26n-sem",

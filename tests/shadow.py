@@ -415,7 +415,7 @@ def compare(
     """
     expected, there = _run(model, keep, *args, **kwargs)
     with torch.no_grad():
-        answer = tree_leaves(pruned.eval()(*_as_double(args), **_as_double(kwargs)))
+        answer = tree_leaves(pruned.eval()(*as_double(args), **as_double(kwargs)))
     answer = [leaf for leaf in answer if isinstance(leaf, Tensor)]
     if not all(bool(leaf.isfinite().all()) for leaf in expected if leaf.is_floating_point()):
         raise UndecidedError("the model itself overflows in float64")
@@ -435,7 +435,7 @@ def _gap(a: Tensor, b: Tensor) -> float:
     return gap if gap == gap else float("inf")
 
 
-def _as_double(values: Any) -> Any:
+def as_double(values: Any) -> Any:
     def cast(v: Any) -> Any:
         return v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
 
@@ -472,7 +472,7 @@ def _run(
             for name, tensor in (*own.named_parameters(), *own.named_buffers()):
                 if name in masks:
                     shadow.set(tensor, masks[name])
-        answer = own(*_as_double(args), **_as_double(kwargs))
+        answer = own(*as_double(args), **as_double(kwargs))
         with torch.utils._python_dispatch._disable_current_modes():
             leaves = [leaf for leaf in tree_flatten(answer)[0] if isinstance(leaf, Tensor)]
             there = [bool(shadow.mask(leaf).all()) for leaf in leaves]

@@ -336,7 +336,7 @@ def _compare(
         return _verdict(found, before, masked, after, "")
     plain = relative_error(silenced, after)
     if plain <= EXACT:
-        return _verdict(found, before, silenced, after, "")
+        return _verdict(found, before, silenced, after, fault if "tied" in fault else "")
     if plain > DIFFERENT and not fault.startswith("no reference"):
         return _verdict(found, before, silenced, after, fault)
     return replace(found, moved=relative_error(before, silenced), rel_err=plain, reason=fault)

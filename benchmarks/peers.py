@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 import prunus
 
@@ -61,18 +61,14 @@ def run_torch_pruning(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, share: float = 0.5
 ) -> Outcome:
     """Torch-Pruning with no help but the layers that produce the outputs, which it must ignore."""
-    return judge(model, args, kwargs, lambda m: _torch_pruning(m, args, kwargs, share, {}))
+    return _run_torch_pruning(model, args, kwargs, share, hints=False)
 
 
 def run_torch_pruning_with_hints(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, share: float = 0.5
 ) -> Outcome:
     """The same with the head counts that the model's attributes tell, and whole heads to prune."""
-
-    def prune(m: nn.Module) -> nn.Module:
-        return _torch_pruning(m, args, kwargs, share, find_heads(m))
-
-    return judge(model, args, kwargs, prune)
+    return _run_torch_pruning(model, args, kwargs, share, hints=True)
 
 
 def run_torch_kirigami(
@@ -126,31 +122,37 @@ class _Alike:
         return [0.0] * len(candidates)
 
 
-def _torch_pruning(
-    model: nn.Module, args: Any, kwargs: Any, share: float, heads: Mapping[nn.Module, Any]
-) -> nn.Module:
+def _run_torch_pruning(
+    model: nn.Module, args: Any, kwargs: Any, share: float, *, hints: bool
+) -> Outcome:
     import torch_pruning
 
-    pruner = torch_pruning.pruner.BasePruner(
-        model,
-        tuple(args) or dict(kwargs),
-        importance=torch_pruning.importance.MagnitudeImportance(p=2),
-        pruning_ratio=share,
-        ignored_layers=find_output_layers(model, args, kwargs),
-        num_heads={layer: hint.count for layer, hint in heads.items()},
-        # Its default dicts are shared by all pruners of a process, and it writes to them.
-        out_channel_groups={},
-        in_channel_groups={},
-        prune_num_heads=bool(heads),
-        prune_head_dims=not heads,
-        head_pruning_ratio=share if heads else 0.0,
-        forward_fn=lambda m, _: m(*args, **kwargs),
-        output_transform=lambda output: [t for t in _tensors(output) if t.grad_fn is not None],
-    )
-    pruner.step()
-    for layer, hint in heads.items():
-        hint.update(layer, pruner.num_heads.get(layer, hint.count))
-    return model
+    ignored = find_output_layers(model, args, kwargs)
+
+    def prune(twin: nn.Module) -> nn.Module:
+        heads = find_heads(twin) if hints else {}
+        pruner = torch_pruning.pruner.BasePruner(
+            twin,
+            tuple(args) or dict(kwargs),
+            importance=torch_pruning.importance.MagnitudeImportance(p=2),
+            pruning_ratio=share,
+            ignored_layers=[twin.get_submodule(name) for name in ignored],
+            num_heads={layer: hint.count for layer, hint in heads.items()},
+            # Its default dicts are shared by all pruners of a process, and it writes to them.
+            out_channel_groups={},
+            in_channel_groups={},
+            prune_num_heads=bool(heads),
+            prune_head_dims=not heads,
+            head_pruning_ratio=share if heads else 0.0,
+            forward_fn=lambda m, _: m(*args, **kwargs),
+            output_transform=lambda output: [t for t in _tensors(output) if t.grad_fn is not None],
+        )
+        pruner.step()
+        for layer, hint in heads.items():
+            hint.update(layer, pruner.num_heads.get(layer, hint.count))
+        return twin
+
+    return judge(model, args, kwargs, prune)
 
 
 @dataclass(frozen=True)
@@ -225,8 +227,8 @@ def _features(layer: nn.Module) -> int:
 
 def find_output_layers(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> list[nn.Module]:
-    """The last layers on the ways to the outputs, where a dim of one holds their features.
+) -> list[str]:
+    """Names of the last layers on the ways to the outputs, where a dim of one holds their features.
 
     Found by walking back from every output in a copy, until a weight of a layer is met.
     """
@@ -246,8 +248,7 @@ def find_output_layers(
             # A view may split the features: of a detector, into anchors and what each predicts.
             if any(size > 1 and _features(modules[name]) % size == 0 for size in output.shape[1:]):
                 names[name] = None
-    own = dict(model.named_modules(remove_duplicate=False))
-    return [own[name] for name in names]
+    return list(names)
 
 
 def _last_layers(start: Any, owners: Mapping[int, Sequence[str]]) -> Iterator[str]:
@@ -395,7 +396,7 @@ def silence(model: nn.Module, pruned: nn.Module, keep: Keep) -> nn.Module:
                 continue
             if short == "weight" and "Norm" in type(owner).__name__ and tensor.dim() == 1:
                 _narrow(owner, after.get(name), stay)
-            elif _reading_dim(owner) >= 0:
+            elif _multiplies(owner):
                 gone = np.setdiff1d(np.arange(tensor.shape[axis.dim]), stay)
                 tensor.index_fill_(axis.dim, torch.as_tensor(gone), 0)
     return twin
@@ -440,12 +441,10 @@ def _narrow(norm: Any, pruned: Any, stay: Sequence[int]) -> None:
         norm.forward = over_channels
 
 
-def _reading_dim(module: nn.Module | None) -> int:
-    """The dim of a module's weights that reads; none for what reads nothing, like embeddings."""
-    if isinstance(module, _ConvTransposeNd) or type(module).__name__ == "Conv1D":
-        return 0
-    reads = (nn.Linear, _ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-    return 1 if isinstance(module, reads) else -1
+def _multiplies(module: nn.Module) -> bool:
+    """Whether zeros in a module's weights silence something; embeddings are inputs, norms see."""
+    kinds = (nn.Linear, _ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+    return isinstance(module, kinds) or type(module).__name__ == "Conv1D"
 
 
 def recover(original: Tensor, pruned: Tensor) -> dict[int, tuple[int, ...]] | None:

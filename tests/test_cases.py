@@ -22,7 +22,7 @@ LINE = re.compile(r"(benchmarks/case_models|modules/block)\.py:\d+")
 
 
 def _name(row: Case) -> str:
-    return f"{row.number} {row.name}"
+    return f"{row.number} {row.name}".replace("–", "-")
 
 
 def _graph(row: Case) -> tuple[CouplingGraph, Plan]:

@@ -142,8 +142,7 @@ def test_positions_are_read_off_the_values() -> None:
 
 
 def test_the_layers_of_the_outputs_are_found() -> None:
-    model = Mlp()
-    assert peers.find_output_layers(model, (X,), {}) == [model.b]
+    assert peers.find_output_layers(Mlp(), (X,), {}) == ["b"]
 
 
 def test_heads_are_found_by_the_names_of_counts_and_layers() -> None:

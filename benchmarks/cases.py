@@ -13,8 +13,8 @@ something; ``not judged`` are those of which the comparison says nothing; else i
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
+import importlib
 import importlib.metadata
 import math
 import multiprocessing
@@ -53,11 +53,10 @@ def run_prunus(model: Any, args: Any, kwargs: Any) -> Any:
         return prunus.apply(chosen, twin)
 
     plans: list[Any] = []
-    original = copy.deepcopy(model)
     found = peers.judge(model, args, kwargs, prune)
     if not plans or found.verdict == "inexact":
         return found
-    proof = prunus.verify(plans[0], original, args, kwargs, each_group=False)
+    proof = prunus.verify(plans[0], model, args, kwargs, each_group=False)
     verdict = "not judged" if proof.verdict == "not verified" else proof.verdict
     return replace(found, verdict=verdict, rel_err=proof.rel_err, reason=proof.reason)
 

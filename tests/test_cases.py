@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.case_models import CASES, IMAGE, Case, frozen_backbone, the_same_tensor_twice
+from prunus.errors import PlanError
 from prunus.graph.coupling import CouplingGraph
 from prunus.plans import Plan
 from prunus.surgeon import apply
@@ -75,3 +76,18 @@ def test_frozen_parameters_stay_frozen() -> None:
         "head.2.weight",
         "head.2.bias",
     }
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=PlanError,
+    reason="anchors that a head of YOLO keeps from its last forward count as tensors of the plan",
+)
+def test_a_plan_of_a_model_that_has_run_is_for_a_fresh_one_too() -> None:
+    """Case 6."""
+    row = next(row for row in CASES if row.name == "ultralytics_pose_head")
+    model, (args, kwargs) = row.build().eval(), row.example()
+    fresh = row.build().eval()
+    model(*args, **kwargs)
+    graph = trace(model, args, kwargs)
+    apply(plan_for(graph, model, thin(graph)), fresh)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.case_models import conv, head
 from prunus import oracle
 from prunus.graph import coupling
 from prunus.graph.axis import Axis
@@ -127,15 +128,6 @@ class Net(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.run(self, *inputs)
-
-
-def conv(inputs: int, outputs: int, kernel: int = 3, **options: Any) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)
-
-
-def head(inputs: int) -> nn.Sequential:
-    """From channels to ten numbers."""
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
 
 
 def between(

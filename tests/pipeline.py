@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,21 +76,26 @@ class Judgement:
 
 
 def judge(
-    build: Callable[[], nn.Module], *args: Tensor, seed: int = 1, **options: Any
+    build: Callable[[], nn.Module],
+    *args: Tensor,
+    kwargs: Mapping[str, Any] | None = None,
+    seed: int = 1,
+    **options: Any,
 ) -> Judgement:
     """Build a model, let it listen, and take it through the whole pipeline."""
     torch.manual_seed(0)
     model = build().eval()
-    listen(model, args, {})
+    kwargs = kwargs or {}
+    listen(model, args, kwargs)
     try:
-        graph = trace(model, args, **options)
+        graph = trace(model, args, kwargs, **options)
         kept = thin(graph, seed=seed)
-        certificate = verify(plan_for(graph, model, kept), model, args)
+        certificate = verify(plan_for(graph, model, kept), model, args, kwargs)
         mask = without_mixing(graph, kept)
         if mask.all():
             return Judgement(certificate)
         plan = plan_for(graph, model, mask)
-        testimony = testify(plan, model, cut(plan, model), args)
+        testimony = testify(plan, model, cut(plan, model), args, kwargs)
     except PrunusError as error:
         return Judgement(refusal=f"{type(error).__name__}: {error}")
     return Judgement(certificate, testimony)

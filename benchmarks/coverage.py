@@ -52,7 +52,7 @@ RATIO = 0.3
 BUDGETS = (0.5, 0.6, 0.7)
 """Half of the parameters is asked for; where floors stop it, the next that can be reached."""
 
-ALONE_SECONDS = 40
+ALONE_SECONDS = 3
 """Groups are tried one by one where that takes no longer than about this."""
 
 FIELDS = (

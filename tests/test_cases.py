@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from benchmarks.case_models import CASES, IMAGE, Case, frozen_backbone, the_same_tensor_twice
-from prunus.errors import PlanError
 from prunus.graph.coupling import CouplingGraph
 from prunus.plans import Plan
 from prunus.surgeon import apply
@@ -78,11 +77,6 @@ def test_frozen_parameters_stay_frozen() -> None:
     }
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=PlanError,
-    reason="anchors that a head of YOLO keeps from its last forward count as tensors of the plan",
-)
 def test_a_plan_of_a_model_that_has_run_is_for_a_fresh_one_too() -> None:
     """Case 6."""
     row = next(row for row in CASES if row.name == "ultralytics_pose_head")

@@ -37,6 +37,7 @@ def build_graph(
     rescales = _keep_scales(recorder)
     _pin_unsolvable(recorder, list(state))
     parameters = frozenset(name for name, t in state.items() if isinstance(t, nn.Parameter))
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     roles = _roles(recorder)
     resolver = _pin_data(recorder, list(state), roles, parameters)
     labels = resolver.axes
@@ -58,6 +59,7 @@ def build_graph(
     graph = CouplingGraph(
         shapes=shapes,
         parameters=parameters,
+        loose=frozenset(state) - parameters - buffers,
         aliases=dict(aliases),
         labels=labels,
         roles=order,

@@ -233,9 +233,14 @@ class Recorder(TorchDispatchMode):
         self.equations.append(Equation(expression, Width(size, label), why.module, why.source))
 
     def _compared(self, a: Expression, b: Expression) -> None:
-        """The forward checks that an attribute says what a width is: so it has to follow."""
+        """The forward checks that an attribute says what a width is: so it has to follow.
+
+        A shape that a module remembers of its last input is compared item by item; such a memory
+        is made anew where it does not fit.
+        """
         for one, width in ((a, b), (b, a)):
-            if isinstance(one, Attribute) and isinstance(width, Width):
+            remembered = isinstance(one, Attribute) and any(isinstance(k, int) for k in one.keys)
+            if isinstance(one, Attribute) and isinstance(width, Width) and not remembered:
                 source = find_source(sys._getframe(2))
                 self._equate(one, width.size, width.label, Pin("", "", self.stack[-1], source))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -58,10 +59,20 @@ def _commit() -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
+def _save(rows: list[dict[str, object]], out: Path) -> None:
+    draft = out.with_suffix(".tmp")
+    with draft.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: int(str(row["first_seed"]))))
+    os.replace(draft, out)
+
+
 def main() -> None:
     """Go on where the last run ended, and save every chunk."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--count", type=int, default=10_000, help="networks in all")
+    parser.add_argument("--jobs", type=int, default=1, help="chunks at a time")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
@@ -72,17 +83,14 @@ def main() -> None:
     if options.out.exists():
         with options.out.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-    for first in range(FIRST + CHUNK * len(rows), FIRST + options.count, CHUNK):
-        rows.append(examine_chunk(first))
-        draft = options.out.with_suffix(".tmp")
-        with draft.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(draft, options.out)
-        print(rows[-1], flush=True)
-    totals = {name: sum(int(str(row[name])) for row in rows) for name in FIELDS[1:-1]}
-    print(totals)
+    known = {int(str(row["first_seed"])) for row in rows}
+    wanted = range(FIRST, FIRST + options.count, CHUNK)
+    with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+        for row in pool.imap_unordered(examine_chunk, [n for n in wanted if n not in known]):
+            rows.append(row)
+            _save(rows, options.out)
+            print(row, flush=True)
+    print({name: sum(int(str(row[name])) for row in rows) for name in FIELDS[1:-1]})
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def listen(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *, seed: int 
             if _has_statistics(module):
                 _perturb(module, generator)
         for _ in range(ROUNDS):
-            _sharpen(model, args, kwargs)
+            if not _sharpen(model, args, kwargs):
+                break
         _wake(model, args, kwargs)
 
 
@@ -132,16 +133,20 @@ def _perturb(module: Any, generator: torch.Generator) -> None:
     module.running_var *= (0.7 + 0.7 * torch.rand(shape, generator=generator)).to(spread)
 
 
-def _sharpen(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-    """Multiply the weights of queries whose attention logits are too alike to matter."""
+def _sharpen(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Multiply the weights of queries whose attention logits are too alike to matter.
+
+    Whether any were: what is loud enough now stays so.
+    """
     graph = trace(model, args, kwargs, real=True)
     program: Program = graph.program
     attentions = find_attentions(program)
     if not attentions:
-        return
+        return False
     with quiet_run(model), plain_kernels(), adapted(model), (hearing := _Hearing(set(attentions))):
         model(*args, **kwargs)
     state, _ = state_of(model)
+    sharpened = False
     for index, targets in attentions.items():
         spread = hearing.spread.get(index, 1.0)
         factor = min(max(1.2 / spread, 1.0), 1e3) if spread > 0 else 1.0
@@ -150,6 +155,8 @@ def _sharpen(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
                 at = torch.as_tensor(positions, device=state[name].device)
                 scaled = state[name].index_select(dim, at) * factor
                 state[name].index_copy_(dim, at, scaled)
+                sharpened = True
+    return sharpened
 
 
 class _Hearing(TorchDispatchMode):

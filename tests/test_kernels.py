@@ -90,6 +90,28 @@ def test_a_ratio_keeps_to_the_multiples(ratio: float) -> None:
             assert len(kept_positions(one.label, kept)) % one.multiple == 0
 
 
+class Odd(nn.Module):
+    """Experts as wide as no multiple, which this kernel takes for the last dim."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 12)
+        self.up = nn.Parameter(torch.randn(2, 14, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ends = torch.tensor([8, 16], dtype=torch.int32)
+        out: Tensor = F.grouped_mm(self.first(x), self.up.transpose(1, 2), offs=ends)
+        return out.relu().sum(1)
+
+
+def test_a_width_that_is_no_multiple_even_whole_stays() -> None:
+    model = Odd().eval()
+    graph = prunus.trace(model, TOKENS)
+    prunus.plan(graph, model, ratio=0.1, importance="random")
+    plan = prunus.plan(graph, model, ratio=0.4, importance="random")
+    assert prunus.verify(plan, model, TOKENS).verdict == "exact"
+
+
 class ChannelsLast(nn.Module):
     """A norm between convolutions in channels-last, and attention that reads what comes out."""
 

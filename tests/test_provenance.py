@@ -338,3 +338,40 @@ def test_a_multiple_of_another_size_goes_with_it() -> None:
     assert model.key_dim < 6
     assert model.ratio == 2
     assert model.last.in_features == model.heads * 2 * model.key_dim
+
+
+def test_it_is_unlike_what_is_no_int() -> None:
+    size = Provenance(12, A)
+    for other in (None, 2.5, "a", 13):
+        assert size != other
+        assert not size == other  # noqa: SIM201 - both operators are tried
+    assert not size != 12  # noqa: SIM202
+
+
+class Free(nn.Module):
+    """A size that two others multiply to, each of which may change, and a square."""
+
+    def __init__(self, a: int = 4, b: int = 6) -> None:
+        super().__init__()
+        self.a, self.b = a, b
+        self.p, self.q, self.r = nn.Linear(5, a), nn.Linear(5, b), nn.Linear(5, a * b)
+        self.s, self.last = nn.Linear(5, a * a), nn.Linear(a + b + a * b + a * a, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        parts = [
+            self.p(x).view(n, self.a),
+            self.q(x).view(n, self.b),
+            self.r(x).view(n, self.a * self.b),
+            self.s(x).view(n, self.a * self.a),
+        ]
+        out: Tensor = self.last(torch.cat(parts, 1).relu())
+        return out
+
+
+def test_what_no_tie_can_mend_is_pinned() -> None:
+    model, x = Free().eval(), torch.randn(2, 5)
+    graph = prunus.trace(model, x)
+    plan = prunus.plan(graph, model, ratio=0.4, importance="random")
+    assert prunus.verify(plan, model, x).verdict in ("exact", "not verified")
+    assert any("can't follow" in pin.reason for _, pin in graph.pins)

@@ -181,7 +181,7 @@ def verify(
     moved = relative_error(dense, masked)
     dtype, single = next(iter(masked.values())).dtype, None
     if not reason and dtype == torch.float32 and tolerance < error < DOUBTFUL:
-        double = _error_in_double(plan, original, args, kwargs, found.kept_outputs)
+        double = _error_in_double(found, plan, original, args, kwargs)
         if double is not None and double <= TOLERANCE[torch.float64]:
             dtype, tolerance = torch.float64, TOLERANCE[torch.float64]
             error, single = double, error
@@ -206,12 +206,16 @@ def verify(
 
 
 def _error_in_double(
-    plan: Plan, original: nn.Module, args: Any, kwargs: Mapping[str, Any], outputs: Any
+    found: CouplingGraph, plan: Plan, original: nn.Module, args: Any, kwargs: Mapping[str, Any]
 ) -> float | None:
-    """The error of the same comparison in float64; None where the model does not run in it."""
+    """The error of the same comparison in float64; None where the model runs otherwise in it."""
+    outputs: Any = found.kept_outputs
     try:
         wide = copy.deepcopy(original).double()
         values = to_double((args, kwargs))
+        program: Program = trace(wide, *values, outputs=outputs).program
+        if [node.target for node in program.nodes] != [n.target for n in found.program.nodes]:
+            return None
         again = verify(plan, wide, *values, randomise=False, each_group=False, outputs=outputs)
     except Exception:  # a forward that insists on its own type may raise anything
         return None
@@ -272,7 +276,7 @@ def _call_anyhow(target: OpOverload, bound: dict[str, Any]) -> Any:
     compute nonsense.  A view that strides don't allow becomes a copy.
     """
     if "scaled_dot_product" in target._schema.name:
-        bound = {n: v.contiguous() if isinstance(v, Tensor) else v for n, v in bound.items()}
+        bound |= {name: bound[name].contiguous() for name in ("query", "key", "value")}
     if target is torch.ops.aten.view.default:
         return torch.ops.aten.reshape.default(bound["self"], bound["size"])
     return call_bound(target, bound)

@@ -72,7 +72,7 @@ class Plan:
     keep
         For every axis that loses something, the positions that stay, ascending.
     shapes
-        Original shapes of all parameters, buffers and cut tensor attributes, by their first names.
+        Original shapes of all parameters, buffers and tensor attributes, by their first names.
     edits
         Attributes to set along.
     scalings
@@ -123,18 +123,13 @@ class Plan:
         empty = [str(axis) for axis, stay in keep.items() if not stay]
         if empty:
             raise PlanError(f"nothing would stay of {_some(empty)}", fix="keep a unit of each")
-        cut = {axis.tensor for axis in keep}
         choices = (
             GroupChoice(g.name, g.size, tuple(np.flatnonzero(~kept[g.units]).tolist()))
             for g in graph.groups
         )
         return cls(
             keep=keep,
-            shapes={
-                n: tuple(s)
-                for n, s in graph.shapes.items()
-                if n not in graph.aliases and (n not in graph.loose or n in cut)
-            },
+            shapes={n: tuple(s) for n, s in graph.shapes.items() if n not in graph.aliases},
             edits=tuple(edits),
             scalings=tuple(
                 Scaling(tensor, dim, positions, factor)
@@ -197,7 +192,7 @@ class Plan:
 
     def diff(self, other: Plan) -> PlanDiff:
         """What the two plans remove differently."""
-        if _differing(self, self.shapes, other):
+        if dict(self.shapes) != dict(other.shapes):
             raise PlanError("these are plans for different models", fix="compare plans of one")
         mine = {choice.name: set(choice.removed) for choice in self.groups}
         theirs = {choice.name: set(choice.removed) for choice in other.groups}
@@ -214,7 +209,7 @@ class Plan:
         Groups are matched by name and size; one of ``later`` that has no match is taken over
         as it is.  A cost is kept where ``later`` starts from the number at which this one ends.
         """
-        _check_follows(self, later)
+        _check_follows(self.resulting_shapes(), later.shapes)
         keep = dict(self.keep)
         for axis, stay in later.keep.items():
             first = self.keep.get(axis)
@@ -345,20 +340,8 @@ class PlanDiff:
         return "\n".join(lines) or "the plans remove the same units"
 
 
-def _differing(a: Plan, shapes: Mapping[str, Any], b: Plan) -> list[str]:
-    """Tensors of which two plans have different shapes; attributes stand in one if it cuts them."""
-    cut = {axis.tensor for plan in (a, b) for axis in plan.keep}
-    return [
-        name
-        for name in {**shapes, **b.shapes}
-        if shapes.get(name) != b.shapes.get(name)
-        and not (name in cut and (name not in shapes or name not in b.shapes))
-    ]
-
-
-def _check_follows(plan: Plan, later: Plan) -> None:
-    first, second = plan.resulting_shapes(), later.shapes
-    names = _differing(plan, first, later)
+def _check_follows(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
     if names:
         told = [f"{n}: {first.get(n, 'nothing')} and {second.get(n, 'nothing')}" for n in names]
         raise PlanError(

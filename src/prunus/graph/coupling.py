@@ -42,9 +42,8 @@ class CouplingGraph:
 
     Attributes
     ----------
-    shapes, parameters, loose
-        Shape of every parameter, buffer and tensor attribute; names of those that are parameters,
-        and of plain attributes, which a forward may leave behind.
+    shapes, parameters
+        Shape of every parameter, buffer and tensor attribute; names of those that are parameters.
     aliases
         Tied names: ``aliases["lm_head.weight"] == "embed.weight"``.  Axes use the first name.
     labels
@@ -90,7 +89,6 @@ class CouplingGraph:
     rescales: tuple[Rescale, ...] = ()
     attributes: Mapping[Attribute, int] = field(default_factory=dict)
     traced: Mapping[str, Any] = field(default_factory=dict)
-    loose: frozenset[str] = frozenset()
     program: Any = field(default=None, repr=False, compare=False)
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 

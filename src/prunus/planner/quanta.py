@@ -79,8 +79,8 @@ def form_quanta(
     finite = np.where(owner > 0, scores, 0.0)
     for group in live:
         if not owner[group.units].any():
-            multiple = lcm(*(number for _, number in labels))
-            untouched[group.name] = f"it can't be cut to multiples of {multiple}"
+            needed = lcm(*(n for label, n in labels if np.isin(group.units, label).any()))
+            untouched[group.name] = f"it can't be cut to multiples of {needed}"
     return Quanta(
         owner=owner,
         chains=tuple(ordered),

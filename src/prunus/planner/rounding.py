@@ -54,7 +54,7 @@ class _Dim:
     """
 
     fixed: int
-    lone: dict[int, tuple[int, int]]  # positions per row (modulo round_to), positions in all
+    lone: dict[int, tuple[int, int]]  # per row (modulo the modulus), in all
     products: list[tuple[tuple[int, ...], int]]  # chains, positions per combination of rows
     ragged: set[int]  # chains whose rows cross without making a full grid
 
@@ -73,18 +73,18 @@ def align(
     >>> [(cut.first, cut.step) for cut in align([chain], [(heads, 8)], 20)]
     [(0, 2)]
     """
-    round_to = lcm(*(multiple for _, multiple in labels))
-    if round_to == 1:
+    modulus = lcm(*(multiple for _, multiple in labels))
+    if modulus == 1:
         return tuple(Cut(chain, 0, 1) for chain in chains)
     # To be a multiple of 4 is, for a position that counts twice, to be a multiple of 8.
-    weighted = [(label, round_to // multiple) for label, multiple in labels]
-    chains = _split(chains, weighted, unit_count, round_to)
+    weighted = [(label, modulus // multiple) for label, multiple in labels]
+    chains = _split(chains, weighted, unit_count, modulus)
     layout = _Layout(chains, unit_count)
-    dims = [_measure(label, weight, layout, round_to) for label, weight in weighted]
+    dims = [_measure(label, weight, layout, modulus) for label, weight in weighted]
     sizes = [len(chain.rows) for chain in chains]
     frozen: set[int] = set().union(*(dim.ragged for dim in dims))
     while True:
-        allowed, stuck = _residues(dims, sizes, round_to, frozen)
+        allowed, stuck = _residues(dims, sizes, modulus, frozen)
         cuts = {}
         for n, chain in enumerate(chains):
             if n in frozen:
@@ -93,8 +93,8 @@ def align(
             residues = np.flatnonzero(allowed[n])
             if len(residues):
                 first, step = (
-                    int(((sizes[n] - residues) % round_to).min()),
-                    round_to // len(residues),
+                    int(((sizes[n] - residues) % modulus).min()),
+                    modulus // len(residues),
                 )
                 cuts[n] = Cut(chain, first, step)
             if not len(residues) or sizes[n] - (first or step) < 1:
@@ -125,7 +125,7 @@ class _Layout:
 
 
 def _split(
-    chains: Sequence[Chain], labels: Sequence[tuple[Label, int]], unit_count: int, round_to: int
+    chains: Sequence[Chain], labels: Sequence[tuple[Label, int]], unit_count: int, modulus: int
 ) -> list[Chain]:
     """Part the chains so that the rows of each fill equally many positions of every dim."""
     layout = _Layout(chains, unit_count)
@@ -137,7 +137,7 @@ def _split(
         present = np.unique(layout.chain_of[np.unique(rows)])
         for n in present[present >= 0].tolist():
             own = slice(layout.starts[n], layout.starts[n + 1])
-            for counts in (lone[own] * weight % round_to, shared[own]):
+            for counts in (lone[own] * weight % modulus, shared[own]):
                 if counts.min() != counts.max():
                     marks[n].append(counts)
     parted: list[Chain] = []
@@ -152,7 +152,7 @@ def _split(
     return parted
 
 
-def _measure(label: Label, weight: int, layout: _Layout, round_to: int) -> _Dim:
+def _measure(label: Label, weight: int, layout: _Layout, modulus: int) -> _Dim:
     """The width of a dim whose positions count ``weight`` times."""
     rows, several = layout.rows(label)
     dim = _Dim(weight * int((several == 0).sum()), {}, [], set())
@@ -160,7 +160,7 @@ def _measure(label: Label, weight: int, layout: _Layout, round_to: int) -> _Dim:
     counts = np.bincount(lone, minlength=layout.starts[-1])
     for n in np.unique(layout.chain_of[lone]).tolist():
         own = counts[layout.starts[n] : layout.starts[n + 1]]
-        dim.lone[n] = weight * int(own[0]) % round_to, weight * int(own.sum())
+        dim.lone[n] = weight * int(own[0]) % modulus, weight * int(own.sum())
     crossing = rows[several > 1]
     if not len(crossing):
         return dim
@@ -203,33 +203,33 @@ def _without(dim: _Dim, sizes: Sequence[int], frozen: set[int]) -> _Dim:
 
 
 def _residues(
-    dims: Sequence[_Dim], sizes: Sequence[int], round_to: int, frozen: set[int]
+    dims: Sequence[_Dim], sizes: Sequence[int], modulus: int, frozen: set[int]
 ) -> tuple[NDArray[np.bool_], set[int]]:
-    """For every chain the lengths, modulo ``round_to``, that align its dims; who can't align.
+    """For every chain the lengths, modulo ``modulus``, that align its dims; who can't align.
 
     On a dim of one chain the fixed positions count along; on any other all summands are aligned
     one by one, a product through that of its factors which has the most rows.
     """
-    lengths = np.arange(round_to)
-    allowed = np.ones((len(sizes), round_to), dtype=np.bool_)
+    lengths = np.arange(modulus)
+    allowed = np.ones((len(sizes), modulus), dtype=np.bool_)
     stuck: set[int] = set()
     live = [_without(dim, sizes, frozen) for dim in dims]
     for dim in live:
         if len(dim.lone) == 1 and not dim.products:
             ((n, (times, _)),) = dim.lone.items()
-            allowed[n] &= (times * lengths + dim.fixed) % round_to == 0
+            allowed[n] &= (times * lengths + dim.fixed) % modulus == 0
             continue
-        if dim.fixed % round_to:
+        if dim.fixed % modulus:
             stuck |= _chains_on(dim)
         for n, (times, _) in dim.lone.items():
-            allowed[n] &= times * lengths % round_to == 0
+            allowed[n] &= times * lengths % modulus == 0
     for chains, times in (product for dim in live for product in dim.products):
-        sure = {n: gcd(round_to, *np.flatnonzero(allowed[n]).tolist()) for n in chains}
-        if times * prod(sure.values()) % round_to == 0:
+        sure = {n: gcd(modulus, *np.flatnonzero(allowed[n]).tolist()) for n in chains}
+        if times * prod(sure.values()) % modulus == 0:
             continue
         for n in sorted(chains, key=lambda n: (-sizes[n], n)):
             others = prod(sure[m] for m in chains if m != n)
-            need = round_to // gcd(round_to, times * others)
+            need = modulus // gcd(modulus, times * others)
             if sizes[n] > need:
                 allowed[n] &= lengths % need == 0
                 break

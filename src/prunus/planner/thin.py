@@ -57,6 +57,8 @@ def _round_up(label: Label, multiple: int, kept: Mask, scores: NDArray[np.float6
     changed = False
     while kept[label].all(axis=1).sum() % multiple:
         gone = np.unique(label[~kept[label]])
+        if not len(gone):  # whole, it is no multiple either
+            break
         kept[gone[np.argmax(scores[gone])]] = changed = True
     return changed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -146,8 +147,26 @@ _PLAIN = (bool, int, float, str, tuple, dict)
 def check_model(plan: Plan, model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Refuse another model than the plan's; ``state`` is the model's, by first names."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    cut = {axis.tensor for axis in plan.keep}
+    for name, shape in plan.shapes.items():
+        if name not in cut and shapes.get(name) != shape and _is_memory(modules, name):
+            shapes[name] = shape
     own = (name for name, _ in model.named_parameters(remove_duplicate=False))
     plan.check_model(shapes, [name for name in own if name in state])
+
+
+def _is_memory(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether a module has an attribute of that name which is neither parameter nor buffer.
+
+    A forward leaves such tensors behind (anchors for the last size of an image), and a model that
+    has not run yet has none, or another.
+    """
+    prefix, _, own = name.rpartition(".")
+    module = modules.get(prefix)
+    if module is None or own in module._parameters or own in module._buffers:
+        return False
+    return inspect.getattr_static(module, own, modules) is not modules
 
 
 def check_edits(plan: Plan, modules: Mapping[str, nn.Module]) -> None:

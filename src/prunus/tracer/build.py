@@ -37,7 +37,6 @@ def build_graph(
     rescales = _keep_scales(recorder)
     _pin_unsolvable(recorder, list(state))
     parameters = frozenset(name for name, t in state.items() if isinstance(t, nn.Parameter))
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     roles = _roles(recorder)
     resolver = _pin_data(recorder, list(state), roles, parameters)
     labels = resolver.axes
@@ -59,7 +58,6 @@ def build_graph(
     graph = CouplingGraph(
         shapes=shapes,
         parameters=parameters,
-        loose=frozenset(state) - parameters - buffers,
         aliases=dict(aliases),
         labels=labels,
         roles=order,
@@ -131,7 +129,7 @@ def _pin_unsolvable(recorder: Recorder, names: list[str]) -> None:
     """Pin what an equation speaks of where no attribute's value can make it hold.
 
     Equations are checked under random selections, so those that hold by construction (heads ×
-    dims of a view) cost nothing.
+    dims of a view) cost nothing.  Every round ties or pins something, so there is a last one.
     """
     pending = True
     while pending:
@@ -149,7 +147,11 @@ def _pin_unsolvable(recorder: Recorder, names: list[str]) -> None:
 
 
 def _make_solvable(recorder: Recorder, equation: Equation) -> bool:
-    """Tie or pin what keeps an equation from holding; False where nothing is left to do."""
+    """Tie or pin what keeps an equation from holding; False where nothing is left to do.
+
+    What the attributes govern elsewhere is pinned only where nothing that the equation itself
+    speaks of is free.
+    """
     expression, label = equation.expression, equation.width.label
     algebra = recorder.algebra
     if algebra.canonical(label) is not None and _tie_multiple(recorder, equation):
@@ -171,19 +173,31 @@ def _tie_multiple(recorder: Recorder, equation: Equation) -> bool:
     ``self.ratio * self.key_dim``: the dim is ratio × key_dim, and its columns go with the dim that
     ``key_dim`` governs.
     """
-    expression, label = equation.expression, equation.width.label
+    expression, label, algebra = equation.expression, equation.width.label, recorder.algebra
     if label is None or not isinstance(expression, Operation) or expression.op != "*":
         return False
-    for factor in (expression.left, expression.right):
+    for factor, times_of in (
+        (expression.left, expression.right),
+        (expression.right, expression.left),
+    ):
         other = recorder.governed(factor)
-        if other is None or recorder.algebra.canonical(other) is None or len(label) % len(other):
+        if other is None or algebra.canonical(other) is None or len(label) % len(other):
             continue
+        if algebra.canonical(recorder.governed(times_of)) is not None:
+            continue  # the number of times may change as well
         why = Pin("a multiple of another size", "", equation.module, equation.source)
-        times, column = recorder.algebra.split(label, (len(label) // len(other), len(other)), why)
-        recorder.algebra.pin(times, why)
-        recorder.algebra.unify(column, other, why)
+        times, column = algebra.split(label, (len(label) // len(other), len(other)), why)
+        if algebra.canonical(times) is None and _alike(algebra, column, other):
+            continue  # tied already, and that was not enough
+        algebra.pin(times, why)
+        algebra.unify(column, other, why)
         return True
     return False
+
+
+def _alike(algebra: Algebra, a: Label | None, b: Label | None) -> bool:
+    first, second = algebra.canonical(a), algebra.canonical(b)
+    return first is not None and second is not None and np.array_equal(first, second)
 
 
 def _labels_in(expression: Expression) -> Iterator[Label | None]:

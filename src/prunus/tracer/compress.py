@@ -64,10 +64,11 @@ def resize(value: Any, program: Program, kept: Mask) -> Any:
 def _layouts(node: Node, bound: Mapping[str, Any]) -> list[tuple[int, ...] | None]:
     """Strides of the operator's own results, which decide on kernels that follow.
 
-    It has to run for that, unless all that goes in is contiguous, and so what comes out.
+    It has to run for that, unless all that goes in is contiguous: then norms, softmax and
+    reductions answer contiguously.
     """
     tensors = [value for value in bound.values() if isinstance(value, Tensor)]
-    if all(tensor.is_contiguous() for tensor in tensors):
+    if node.target._schema.is_mutable or all(tensor.is_contiguous() for tensor in tensors):
         return [None] * len(node.outputs)
     whole = tree_flatten(call_bound(node.target, bound))[0]
     return [leaf.stride() for leaf in whole if isinstance(leaf, Tensor)]

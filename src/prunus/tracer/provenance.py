@@ -62,11 +62,12 @@ class Provenance(int):
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
 
-    def __eq__(self, other: Any) -> bool:
+    def __eq__(self, other: Any) -> Any:
         return _tell_compared(self, other, int.__eq__(self, other))
 
-    def __ne__(self, other: Any) -> bool:
-        return not _tell_compared(self, other, int.__eq__(self, other))
+    def __ne__(self, other: Any) -> Any:
+        equal = _tell_compared(self, other, int.__eq__(self, other))
+        return equal if equal is NotImplemented else not equal
 
     __hash__ = int.__hash__
 
@@ -102,7 +103,7 @@ _listeners: list[Callable[[Expression], None]] = []
 _comparisons: list[Callable[[Expression, Expression], None]] = []
 
 
-def _tell_compared(a: Provenance, b: Any, equal: bool) -> bool:
+def _tell_compared(a: Provenance, b: Any, equal: Any) -> Any:
     """Tell whoever traces that the code has found two integers equal, as a check of sizes does."""
     if equal is True and isinstance(b, Provenance):
         for listener in _comparisons:

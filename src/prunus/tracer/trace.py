@@ -196,13 +196,14 @@ def quiet_run(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def plain_kernels() -> Iterator[None]:
     """Without oneDNN and cuDNN, whose recurrent kernels say nothing of what they consist of."""
-    enabled = torch._C._get_mkldnn_enabled()
+    onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
     torch._C._set_mkldnn_enabled(False)
+    torch._C._set_cudnn_enabled(False)
     try:
-        with torch.backends.cudnn.flags(enabled=False):
-            yield
+        yield
     finally:
-        torch._C._set_mkldnn_enabled(enabled)
+        torch._C._set_mkldnn_enabled(onednn)
+        torch._C._set_cudnn_enabled(cudnn)
 
 
 def _same(container: Any, content: Any) -> bool:

@@ -70,7 +70,7 @@ def product_and_sum(call: Call) -> Effect:
 def product_by_expert(call: Call) -> Effect:
     """Tokens (t, k), sorted by expert, times the weight (e, k, n) of the expert of each.
 
-    The kernel takes no other rows than of multiples of 16 bytes.
+    Kernels take rows of multiples of 16 bytes, so of other multiples in another type.
     """
     tokens, weights = call.labels("self"), call.labels("mat2")
     if len(tokens) != 2 or len(weights) != 3:

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prunus.graph.axis import Axis, Label, Role
 from prunus.graph.constraints import Aligned, Constraint, Nonempty, Pin, Rescale
 from prunus.graph.coupling import Coupling, CouplingGraph
-from prunus.graph.expressions import Equation, Expression, Operation, Width, attributes_in
 from prunus.graph.groups import form_groups
 from prunus.graph.polynomial import Monomial, Polynomial
-from prunus.graph.solve import solve
 from prunus.tracer.capture import Recorder
-from prunus.tracer.labels import MAX_FACTORS, Algebra
+from prunus.tracer.equations import in_units, pin_unsolvable
+from prunus.tracer.labels import Algebra
 from prunus.tracer.program import Node, Ref
-from prunus.tracer.registry import Labels, Place, Span
+from prunus.tracer.registry import Place, Span
+from prunus.tracer.resolver import Resolve, Resolver
 from prunus.tracer.scale import Fixed, find_rescales
-
-Resolve = Callable[[Label | None], Label | None]
 
 
 def build_graph(
@@ -35,7 +32,7 @@ def build_graph(
 ) -> tuple[CouplingGraph, Resolve]:
     """The coupling graph, and the function that turns a label of atoms into one of units."""
     rescales = _keep_scales(recorder)
-    _pin_unsolvable(recorder, list(state))
+    pin_unsolvable(recorder, list(state))
     parameters = frozenset(name for name, t in state.items() if isinstance(t, nn.Parameter))
     roles = _roles(recorder)
     resolver = _pin_data(recorder, list(state), roles, parameters)
@@ -70,7 +67,7 @@ def build_graph(
         pins=pins,
         kept_outputs=outputs,
         unknown=dict(recorder.unknown),
-        equations=tuple(_in_units(equation, resolver) for equation in recorder.equations),
+        equations=tuple(in_units(equation, resolver) for equation in recorder.equations),
         attributes=recorder.attributes,
         rescales=tuple(
             Rescale(units, targets)
@@ -83,13 +80,13 @@ def build_graph(
 
 def _pin_data(
     recorder: Recorder, names: list[str], roles: Mapping[Axis, Role], parameters: frozenset[str]
-) -> _Resolver:
+) -> Resolver:
     """Pin units that no parameter makes: positions of tables and other data that the model holds.
 
     Removing them would be exact, and of no use to anyone; most are positions that this run
     happened not to need.
     """
-    resolver = _Resolver(recorder, names)
+    resolver = Resolver(recorder, names)
     own = {axis: roles.get(axis, Role.CARRIER) for axis in resolver.axes}
     unmixed = np.zeros(resolver.count + 1, dtype=np.bool_)
     found = False
@@ -101,7 +98,7 @@ def _pin_data(
             found = True
             why = Pin("data that no parameter makes", "", "", "")
             recorder.algebra.pin(resolver.roots[group.units][:, None], why)
-    return _Resolver(recorder, names) if found else resolver
+    return Resolver(recorder, names) if found else resolver
 
 
 def _keep_scales(recorder: Recorder) -> list[tuple[Label, Fixed]]:
@@ -119,157 +116,6 @@ def _keep_scales(recorder: Recorder) -> list[tuple[Label, Fixed]]:
             continue
         found.setdefault(fixed, label)
     return [(label, fixed) for fixed, label in found.items()]
-
-
-TRIALS = 6
-"""Random selections under which an equation has to be solvable before its groups may be pruned."""
-
-
-def _pin_unsolvable(recorder: Recorder, names: list[str]) -> None:
-    """Pin what an equation speaks of where no attribute's value can make it hold.
-
-    Equations are checked under random selections, so those that hold by construction (heads ×
-    dims of a view) cost nothing.  Every round ties or pins something, so there is a last one.
-    """
-    pending = True
-    while pending:
-        pending = False
-        resolver = _Resolver(recorder, names)
-        equations = [_in_units(equation, resolver) for equation in recorder.equations]
-        for seed in range(TRIALS):
-            kept = np.random.default_rng(seed).random(resolver.count + 1) > 0.1 + 0.1 * seed
-            kept[0] = True
-            broken = solve(equations, recorder.attributes, kept).broken
-            for index in [i for i, equation in enumerate(equations) if equation in broken]:
-                pending |= _make_solvable(recorder, recorder.equations[index])
-            if pending:
-                break
-
-
-def _make_solvable(recorder: Recorder, equation: Equation) -> bool:
-    """Tie or pin what keeps an equation from holding; False where nothing is left to do.
-
-    What the attributes govern elsewhere is pinned only where nothing that the equation itself
-    speaks of is free.
-    """
-    expression, label = equation.expression, equation.width.label
-    algebra = recorder.algebra
-    if algebra.canonical(label) is not None and _tie_multiple(recorder, equation):
-        return True
-    why = Pin("the code computes a size that can't follow", "", equation.module, equation.source)
-    own = [label, *_labels_in(expression)]
-    for labels in (own, [recorder.governed(one) for one in attributes_in(expression)]):
-        free = [one for one in labels if algebra.canonical(one) is not None]
-        for one in free:
-            algebra.pin(one, why)
-        if free:
-            return True
-    return False
-
-
-def _tie_multiple(recorder: Recorder, equation: Equation) -> bool:
-    """Let a width that the code states as a multiple of another one lose the same places of each.
-
-    ``self.ratio * self.key_dim``: the dim is ratio × key_dim, and its columns go with the dim that
-    ``key_dim`` governs.
-    """
-    expression, label, algebra = equation.expression, equation.width.label, recorder.algebra
-    if label is None or not isinstance(expression, Operation) or expression.op != "*":
-        return False
-    for factor, times_of in (
-        (expression.left, expression.right),
-        (expression.right, expression.left),
-    ):
-        other = recorder.governed(factor)
-        if other is None or algebra.canonical(other) is None or len(label) % len(other):
-            continue
-        if algebra.canonical(recorder.governed(times_of)) is not None:
-            continue  # the number of times may change as well
-        why = Pin("a multiple of another size", "", equation.module, equation.source)
-        times, column = algebra.split(label, (len(label) // len(other), len(other)), why)
-        if algebra.canonical(times) is None and _alike(algebra, column, other):
-            continue  # tied already, and that was not enough
-        algebra.pin(times, why)
-        algebra.unify(column, other, why)
-        return True
-    return False
-
-
-def _alike(algebra: Algebra, a: Label | None, b: Label | None) -> bool:
-    first, second = algebra.canonical(a), algebra.canonical(b)
-    return first is not None and second is not None and np.array_equal(first, second)
-
-
-def _labels_in(expression: Expression) -> Iterator[Label | None]:
-    if isinstance(expression, Width):
-        yield expression.label
-    elif isinstance(expression, Operation):
-        yield from _labels_in(expression.left)
-        yield from _labels_in(expression.right)
-
-
-def _in_units(equation: Equation, resolve: Resolve) -> Equation:
-    """The equation with its labels in terms of units."""
-
-    def convert(expression: Expression) -> Expression:
-        if isinstance(expression, Width):
-            return Width(expression.size, resolve(expression.label))
-        if isinstance(expression, Operation):
-            return Operation(expression.op, convert(expression.left), convert(expression.right))
-        return expression
-
-    width = Width(equation.width.size, resolve(equation.width.label))
-    return Equation(convert(equation.expression), width, equation.module, equation.source)
-
-
-class _Resolver:
-    """Numbers the roots that live on state as units 1 … count, in the model's order."""
-
-    def __init__(self, recorder: Recorder, names: list[str]) -> None:
-        self._algebra = recorder.algebra
-        self._cache: dict[int, tuple[Label, Label | None]] = {}
-        rank = {name: index for index, name in enumerate(names)}
-        numbers = sorted(recorder.state, key=lambda number: rank[recorder.state[number]])
-        self._settle(recorder.labels)
-        found: dict[Axis, Label] = {}
-        for number in numbers:
-            for dim, label in enumerate(recorder.labels[number]):
-                flat = self._algebra.canonical(label)
-                if flat is not None:
-                    found[Axis(recorder.state[number], dim)] = flat
-        self._unit_of = np.zeros(self._algebra.count, dtype=np.int64)
-        roots: NDArray[np.int64] = np.concatenate(
-            [label.ravel() for label in found.values()] or [np.zeros(0, dtype=np.int64)]
-        )
-        unique, first = np.unique(roots[roots > 0], return_index=True)
-        self._unit_of[unique[np.argsort(first)]] = np.arange(1, len(unique) + 1)
-        self.count = len(unique)
-        self.roots = np.concatenate([[0], unique[np.argsort(first)]])
-        self.axes = {axis: self._unit_of[label] for axis, label in found.items()}
-
-    def _settle(self, labels: Iterable[Labels]) -> None:
-        """Let every label that has too many factors pin itself before any is read."""
-        found = {id(own): own for dims in labels for own in dims if own is not None}
-        if not self._algebra.has_definitions:
-            found = {key: label for key, label in found.items() if label.shape[1] > MAX_FACTORS}
-        known = -1
-        while known != len(self._algebra.events):
-            known = len(self._algebra.events)
-            for label in found.values():
-                self._algebra.canonical(label)
-
-    def __call__(self, label: Label | None) -> Label | None:
-        if label is None:
-            return None
-        cached = self._cache.get(id(label))
-        if cached is not None and cached[0] is label:
-            return cached[1]
-        flat = self._algebra.canonical(label)
-        units = None if flat is None else self._unit_of[flat]
-        if units is not None and not units.any():
-            units = None
-        self._cache[id(label)] = (label, units)
-        return units
 
 
 class _Widths:

@@ -1,0 +1,115 @@
+"""Sizes that the forward states: whether attributes can follow, and what is tied or pinned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from prunus.graph.axis import Label
+from prunus.graph.constraints import Pin
+from prunus.graph.expressions import Equation, Expression, Operation, Width, attributes_in
+from prunus.graph.solve import solve
+from prunus.tracer.capture import Recorder
+from prunus.tracer.labels import Algebra
+from prunus.tracer.resolver import Resolve, Resolver
+
+TRIALS = 6
+"""Random selections under which an equation has to be solvable before its groups may be pruned."""
+
+
+def pin_unsolvable(recorder: Recorder, names: list[str]) -> None:
+    """Pin what an equation speaks of where no attribute's value can make it hold.
+
+    Equations are checked under random selections, so those that hold by construction (heads ×
+    dims of a view) cost nothing.  Every round ties or pins something, so there is a last one.
+    """
+    pending = True
+    while pending:
+        pending = False
+        resolver = Resolver(recorder, names)
+        equations = [in_units(equation, resolver) for equation in recorder.equations]
+        for seed in range(TRIALS):
+            kept = np.random.default_rng(seed).random(resolver.count + 1) > 0.1 + 0.1 * seed
+            kept[0] = True
+            broken = solve(equations, recorder.attributes, kept).broken
+            for index in [i for i, equation in enumerate(equations) if equation in broken]:
+                pending |= _make_solvable(recorder, recorder.equations[index])
+            if pending:
+                break
+
+
+def _make_solvable(recorder: Recorder, equation: Equation) -> bool:
+    """Tie or pin what keeps an equation from holding; False where nothing is left to do.
+
+    What the attributes govern elsewhere is pinned only where nothing that the equation itself
+    speaks of is free.
+    """
+    expression, label = equation.expression, equation.width.label
+    algebra = recorder.algebra
+    if algebra.canonical(label) is not None and _tie_multiple(recorder, equation):
+        return True
+    why = Pin("the code computes a size that can't follow", "", equation.module, equation.source)
+    own = [label, *_labels_in(expression)]
+    for labels in (own, [recorder.governed(one) for one in attributes_in(expression)]):
+        free = [one for one in labels if algebra.canonical(one) is not None]
+        for one in free:
+            algebra.pin(one, why)
+        if free:
+            return True
+    return False
+
+
+def _tie_multiple(recorder: Recorder, equation: Equation) -> bool:
+    """Let a width that the code states as a multiple of another one lose the same places of each.
+
+    ``self.ratio * self.key_dim``: the dim is ratio × key_dim, and its columns go with the dim that
+    ``key_dim`` governs.
+    """
+    expression, label, algebra = equation.expression, equation.width.label, recorder.algebra
+    if label is None or not isinstance(expression, Operation) or expression.op != "*":
+        return False
+    for factor, times_of in (
+        (expression.left, expression.right),
+        (expression.right, expression.left),
+    ):
+        other = recorder.governed(factor)
+        if other is None or algebra.canonical(other) is None or len(label) % len(other):
+            continue
+        if algebra.canonical(recorder.governed(times_of)) is not None:
+            continue  # the number of times may change as well
+        why = Pin("a multiple of another size", "", equation.module, equation.source)
+        times, column = algebra.split(label, (len(label) // len(other), len(other)), why)
+        if algebra.canonical(times) is None and _alike(algebra, column, other):
+            continue  # tied already, and that was not enough
+        algebra.pin(times, why)
+        algebra.unify(column, other, why)
+        return True
+    return False
+
+
+def _alike(algebra: Algebra, a: Label | None, b: Label | None) -> bool:
+    first, second = algebra.canonical(a), algebra.canonical(b)
+    return first is not None and second is not None and np.array_equal(first, second)
+
+
+def _labels_in(expression: Expression) -> Iterator[Label | None]:
+    if isinstance(expression, Width):
+        yield expression.label
+    elif isinstance(expression, Operation):
+        yield from _labels_in(expression.left)
+        yield from _labels_in(expression.right)
+
+
+def in_units(equation: Equation, resolve: Resolve) -> Equation:
+    """The equation with its labels in terms of units."""
+
+    def convert(expression: Expression) -> Expression:
+        if isinstance(expression, Width):
+            return Width(expression.size, resolve(expression.label))
+        if isinstance(expression, Operation):
+            return Operation(expression.op, convert(expression.left), convert(expression.right))
+        return expression
+
+    width = Width(equation.width.size, resolve(equation.width.label))
+    return Equation(convert(equation.expression), width, equation.module, equation.source)

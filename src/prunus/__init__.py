@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prunus.api import Shrunk, plan, shrink
     from prunus.budget import Budget
-    from prunus.errors import PrunusError
+    from prunus.errors import BudgetError, PrunusError
     from prunus.graph.axis import Axis
     from prunus.graph.coupling import CouplingGraph
     from prunus.integrations.torchvision_ops import declare_missing_ops
@@ -32,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Axis",
     "Budget",
+    "BudgetError",
     "Certificate",
     "CouplingGraph",
     "Plan",
@@ -58,6 +59,7 @@ __all__ = [
 _HOMES = {
     "Axis": "prunus.graph.axis",
     "Budget": "prunus.budget",
+    "BudgetError": "prunus.errors",
     "Certificate": "prunus.oracle",
     "CouplingGraph": "prunus.graph.coupling",
     "Plan": "prunus.plans",

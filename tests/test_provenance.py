@@ -375,3 +375,32 @@ def test_what_no_tie_can_mend_is_pinned() -> None:
     plan = prunus.plan(graph, model, ratio=0.4, importance="random")
     assert prunus.verify(plan, model, x).verdict in ("exact", "not verified")
     assert any("can't follow" in pin.reason for _, pin in graph.pins)
+
+
+class Blur(nn.Module):
+    """A fixed filter over channels, as many groups as an attribute or as the code says."""
+
+    def __init__(self, fixed: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 4, 1)
+        self.channels, self.fixed = 12, fixed
+        self.register_buffer("filt", torch.rand(12, 1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = 12 if self.fixed else self.channels
+        x = F.conv2d(self.first(x), self.filt, None, 1, 0, 1, groups)
+        out: Tensor = self.last(x).mean((2, 3))
+        return out
+
+
+def test_the_groups_of_a_convolution_follow_or_are_fixed() -> None:
+    x = torch.randn(2, 3, 9, 9)
+    model = Blur(fixed=False).eval()
+    plan = prunus.plan(prunus.trace(model, x), model, ratio=0.5)
+    assert prunus.verify(plan, model, x).verdict == "exact"
+    prunus.apply(plan, model)
+    assert model.channels == 6
+    graph = prunus.trace(Blur(fixed=True).eval(), x)
+    assert not graph.groups
+    pins = [pin for _, pin in graph.why_pinned("first.weight")]
+    assert any("the code fixes this size" in p.reason and "test_prov" in p.source for p in pins)

@@ -7,7 +7,8 @@ from math import prod
 from torch import Tensor
 
 from prunus.graph.axis import Label
-from prunus.tracer.registry import Call, Effect, Labels, Place, rule
+from prunus.tracer.provenance import expression_of
+from prunus.tracer.registry import Call, Effect, Equations, Labels, Place, rule
 
 CONTRACTED = "contracted with a tensor that nothing can prune"
 
@@ -102,6 +103,7 @@ def convolution(call: Call) -> Effect:
     image = call.labels("input")
     for label in (*image[2:], *weight[2:]):
         call.pin(label, "a convolution needs every position of its window")
+    equations = _stated_groups(call, image[1])
     if call.args["transposed"]:
         out, contracted, produced = _transposed(call, image[1], weight, groups)
     else:
@@ -111,7 +113,31 @@ def convolution(call: Call) -> Effect:
         out = call.unify(out, call.labels("bias")[0])
     result = call.outputs[0]
     labels: Labels = (image[0], out, *(None,) * (result.dim() - 2))
-    return Effect((labels,), contracted=contracted, produced=produced, spans=(_macs(call, labels),))
+    return Effect(
+        (labels,),
+        contracted=contracted,
+        produced=produced,
+        spans=(_macs(call, labels),),
+        equations=equations,
+    )
+
+
+GROUPS_AT = {"conv1d": 6, "conv2d": 6, "conv3d": 6, "conv_transpose1d": 6,
+             "conv_transpose2d": 6, "conv_transpose3d": 6}  # fmt: skip
+"""Functions around a convolution, with the position at which they take the number of groups."""
+
+
+def _stated_groups(call: Call, channels: Label | None) -> Equations:
+    """The number of groups as the forward wrote it: that of the blocks of channels."""
+    groups = call.args["groups"]
+    if groups == 1 or channels is None or call.given is None or call.given.name not in GROUPS_AT:
+        return ()
+    written = expression_of(call.given.argument(GROUPS_AT[call.given.name], "groups"))
+    if written is None:
+        return ()
+    why = call.why("a grouped convolution keeps its blocks equal")
+    block, _ = call.algebra.split(channels, (groups, len(channels) // groups), why)
+    return () if block is None else ((written, groups, block),)
 
 
 Convolved = tuple[Label | None, tuple[Place, ...], tuple[Place, ...]]

@@ -63,3 +63,26 @@ def test_what_was_kept_before_is_not_used_after() -> None:
                 source = model.kept["cpu"] if where == "dict" else model.last
                 assert source is not None
                 assert source.shape[0] == model.heads < 4
+
+
+def test_listening_forgets_what_old_weights_made() -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.bias = nn.Parameter(torch.zeros(6))
+            self.cache: dict[str, Tensor] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            if "bias" not in self.cache:
+                self.cache["bias"] = self.bias * 1
+            out: Tensor = self.last(self.first(x) + self.cache["bias"])
+            return out
+
+    model, x = Cached().eval(), torch.randn(2, 4)
+    with torch.no_grad():
+        model(x)
+        prunus.listen(model, (x,), {})
+        model(x)
+    assert torch.equal(model.cache["bias"], model.bias)
+    assert model.bias.any()

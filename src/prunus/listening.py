@@ -15,6 +15,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunus.tracer.adapters import adapted
+from prunus.tracer.caches import clear_caches
 from prunus.tracer.capture import PASSIVE
 from prunus.tracer.program import Program, state_of, tensors_of
 from prunus.tracer.registry import bind
@@ -40,6 +41,7 @@ def listen(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *, seed: int 
     deviation of at least 1.
     """
     generator = torch.Generator().manual_seed(seed)
+    clear_caches(model)  # of what was computed from the weights as they were
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):

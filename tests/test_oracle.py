@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prunus.api import shrink
 from prunus.errors import VerifyError
 from prunus.graph.axis import Axis
 from prunus.graph.coupling import CouplingGraph
@@ -347,3 +348,29 @@ def test_a_model_that_fails_is_left_as_it_was() -> None:
     with pytest.raises(LookupError, match="mine"):
         trace(model, torch.randn(IMAGE))
     assert _fingerprint(model) == before
+
+
+class ByValue(nn.Module):
+    """Visits the rows that a layer's outputs choose: how many depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate, self.last = nn.Linear(6, 12), nn.Linear(12, 1), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        out = self.last(x)
+        for row in (self.gate(x)[:, 0] > 0).nonzero()[:, 0].unbind():
+            out[row] = out[row] * 2
+        return out
+
+
+def test_a_path_that_hangs_on_values_is_refused_with_its_line() -> None:
+    torch.manual_seed(3)
+    model, x = ByValue().eval(), torch.randn(40, 6)
+    before = copy.deepcopy(model.state_dict())
+    options: Any = {"ratio": 0.6, "importance": "random"}
+    with pytest.raises(VerifyError, match="depends on values") as caught:
+        shrink(model, x, **options)
+    assert "test_oracle.py" in caught.value.where
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

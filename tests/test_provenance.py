@@ -404,3 +404,48 @@ def test_the_groups_of_a_convolution_follow_or_are_fixed() -> None:
     assert not graph.groups
     pins = [pin for _, pin in graph.why_pinned("first.weight")]
     assert any("the code fixes this size" in p.reason and "test_prov" in p.source for p in pins)
+
+
+class Packed(nn.Module):
+    """Layers that slice a packed projection by products of a shared config's heads."""
+
+    class Layer(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.config, self.size = config, 6
+            self.qkv = nn.Linear(10, 3 * config.heads * self.size)
+            self.out = nn.Linear(config.heads * self.size, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, _ = x.shape
+            end = self.config.heads * self.size
+            parts = self.qkv(x)
+            q, k, v = parts[..., :end], parts[..., end : 2 * end], parts[..., 2 * end :]
+            q, k, v = (t.view(b, n, -1, 6).transpose(1, 2) for t in (q, k, v))
+            mixed = F.scaled_dot_product_attention(q, k, v, scale=0.4)
+            out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+            return x + out
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(heads=4)
+        self.layers = nn.ModuleList(Packed.Layer(self.config) for _ in range(2))
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        out: Tensor = self.head(x.mean(1))
+        return out
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_layers_that_share_a_factor_never_disagree_about_it(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, x = Packed().eval(), torch.randn(2, 5, 10)
+    graph = prunus.trace(model, x)
+    for layer in (0, 1):
+        pins = [str(pin) for _, pin in graph.why_pinned(f"layers.{layer}.qkv.weight")]
+        assert any("a size that can't follow" in pin for pin in pins), pins
+    plan = prunus.plan(graph, model, ratio=0.4, importance="random", seed=seed)
+    assert prunus.verify(plan, model, x).verdict in ("exact", "not verified")

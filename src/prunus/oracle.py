@@ -253,6 +253,14 @@ class Replay:
         if result is None:
             result = _call_anyhow(node.target, self._silenced(node, bound, kept))
         tensors = [t for t in _leaves(result) if isinstance(t, Tensor)]
+        if len(tensors) != len(node.outputs):
+            raise VerifyError(
+                f"{node.target} gives {len(tensors)} tensors, and gave {len(node.outputs)} before",
+                where=" ".join(filter(None, (node.module, node.source))),
+                why="the path of the forward depends on values, which change when units go",
+                fix="nothing can be proven of such a forward, and the model was not touched; prune "
+                "the parts before and after it",
+            )
         values.update(zip(node.outputs, tensors, strict=True))
 
     def _silenced(self, node: Node, bound: dict[str, Any], kept: Mask) -> dict[str, Any]:

@@ -184,7 +184,7 @@ class Recorder(TorchDispatchMode):
             effect = rule(call)
             labels = effect.outputs
             for expression, size, label in effect.equations:
-                self._equate(expression, size, label, call.context)
+                self.equate(expression, size, label, call.context)
         for tensor, own in zip(outputs, labels, strict=True):
             if len(own) != tensor.dim():
                 raise AssertionError(
@@ -206,7 +206,7 @@ class Recorder(TorchDispatchMode):
             for dim in range(-len(written), 0):
                 expression = expression_of(written[dim])
                 if expression is not None:
-                    self._equate(expression, shape[dim], labels[dim], why)
+                    self.equate(expression, shape[dim], labels[dim], why)
         elif given.name == "scaled_dot_product_attention" and given.argument(6, "scale") is None:
             index = len(self.nodes)
             if not first:
@@ -217,7 +217,7 @@ class Recorder(TorchDispatchMode):
             nodes = range(index, len(self.nodes) + 1)
             self.attended.append(Attention(query, query not in others, nodes, why))
 
-    def _equate(self, expression: Expression, size: int, label: Label | None, why: Pin) -> None:
+    def equate(self, expression: Expression, size: int, label: Label | None, why: Pin) -> None:
         """What the forward's code says a size is: tie, pin, or remember to check."""
         if isinstance(expression, int):
             self.algebra.pin(label, replace(why, reason="the code fixes this size"))
@@ -242,7 +242,7 @@ class Recorder(TorchDispatchMode):
             remembered = isinstance(one, Attribute) and any(isinstance(k, int) for k in one.keys)
             if isinstance(one, Attribute) and isinstance(width, Width) and not remembered:
                 source = find_source(sys._getframe(2))
-                self._equate(one, width.size, width.label, Pin("", "", self.stack[-1], source))
+                self.equate(one, width.size, width.label, Pin("", "", self.stack[-1], source))
 
     def governed(self, expression: Expression) -> Label | None:
         """The dim whose width an expression was found to state, if any was."""

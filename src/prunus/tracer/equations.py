@@ -8,7 +8,13 @@ import numpy as np
 
 from prunus.graph.axis import Label
 from prunus.graph.constraints import Pin
-from prunus.graph.expressions import Equation, Expression, Operation, Width, attributes_in
+from prunus.graph.expressions import (
+    Equation,
+    Expression,
+    Operation,
+    Width,
+    attributes_in,
+)
 from prunus.graph.solve import solve
 from prunus.tracer.capture import Recorder
 from prunus.tracer.labels import Algebra
@@ -51,13 +57,23 @@ def _make_solvable(recorder: Recorder, equation: Equation) -> bool:
         return True
     why = Pin("the code computes a size that can't follow", "", equation.module, equation.source)
     own = [label, *_labels_in(expression)]
-    for labels in (own, [recorder.governed(one) for one in attributes_in(expression)]):
+    named = set(attributes_in(expression))
+    elsewhere = [
+        other.width.label
+        for other in recorder.equations
+        if not named.isdisjoint(attributes_in(other.expression))
+    ]
+    for labels in (own, elsewhere):
         free = [one for one in labels if algebra.canonical(one) is not None]
         for one in free:
             algebra.pin(one, why)
         if free:
             return True
     return False
+
+
+def _factors(product: Operation) -> tuple[tuple[Expression, Expression], ...]:
+    return (product.left, product.right), (product.right, product.left)
 
 
 def _tie_multiple(recorder: Recorder, equation: Equation) -> bool:
@@ -69,10 +85,7 @@ def _tie_multiple(recorder: Recorder, equation: Equation) -> bool:
     expression, label, algebra = equation.expression, equation.width.label, recorder.algebra
     if label is None or not isinstance(expression, Operation) or expression.op != "*":
         return False
-    for factor, times_of in (
-        (expression.left, expression.right),
-        (expression.right, expression.left),
-    ):
+    for factor, times_of in _factors(expression):
         other = recorder.governed(factor)
         if other is None or algebra.canonical(other) is None or len(label) % len(other):
             continue

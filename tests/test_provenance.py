@@ -449,3 +449,25 @@ def test_layers_that_share_a_factor_never_disagree_about_it(seed: int) -> None:
         assert any("a size that can't follow" in pin for pin in pins), pins
     plan = prunus.plan(graph, model, ratio=0.4, importance="random", seed=seed)
     assert prunus.verify(plan, model, x).verdict in ("exact", "not verified")
+
+
+class SinglePiece(nn.Module):
+    """Splits into the pieces of a list that holds one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = [12]
+        self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (piece,) = self.first(x).split(self.sizes, dim=1)
+        out: Tensor = self.last(piece.relu())
+        return out
+
+
+def test_a_single_piece_states_its_size_as_well() -> None:
+    model, x = SinglePiece().eval(), torch.randn(2, 6)
+    plan = prunus.plan(prunus.trace(model, x), model, ratio=0.5)
+    assert prunus.verify(plan, model, x).verdict == "exact"
+    prunus.apply(plan, model)
+    assert model.sizes == [6]

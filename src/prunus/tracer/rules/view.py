@@ -268,7 +268,7 @@ def split_with_sizes(call: Call) -> Effect:
     labels = list(call.labels("self"))
     dim = wrap(call.args["dim"], len(labels))
     label = labels[dim]
-    if len(call.outputs) == 1 or label is None:
+    if label is None:
         return Effect((tuple(labels),) * len(call.outputs))
     written = call.given.sizes(len(call.outputs)) if call.given is not None else None
     outputs: list[Labels] = []

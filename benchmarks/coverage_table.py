@@ -78,7 +78,7 @@ def _details(ours: Sequence[Row], libraries: Sequence[str]) -> list[str]:
             and float(r["seconds"]) > 10 * float(r["forward_s"]) + 20]  # fmt: skip
     lines += [
         "",
-        "A proof runs the model a dozen times, some in float64, and anew after a group is rejected. "
+        "A proof runs the model a dozen times, some in float64, and anew for a rejected group. "
         f"Slower than ten plain forwards and 20 s: {len(slow)}.",
     ]
     lines += [f"- {r['library']}:{r['model']}: {r['seconds']} s, one forward {r['forward_s']} s"

@@ -8,6 +8,9 @@ wrote it tells what the pruned one has to say.
 
 Layers are convolutions, linear layers and embeddings.  What anything else does with a removed
 unit (attention, a functional matrix product, a parametrization) leaves the question undecided.
+
+Noise does not arrive where a forward writes a constant over a unit: what a layer reads there is
+not seen, and stays, while the pruned model has lost it.  Then the witness objects for nothing.
 """
 
 # ruff: noqa: PT028 - ``testify`` is no test, whatever its name begins with

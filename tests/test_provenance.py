@@ -471,3 +471,12 @@ def test_a_single_piece_states_its_size_as_well() -> None:
     assert prunus.verify(plan, model, x).verdict == "exact"
     prunus.apply(plan, model)
     assert model.sizes == [6]
+
+
+def test_no_trial_leaves_a_dim_empty_and_pins_for_it() -> None:
+    """Two KV heads: a selection without either would divide by zero, and no plan makes one."""
+    model = Heads("attributes", groups=2).eval()
+    model.key = nn.Linear(20, 12)
+    x = torch.randn(2, 5, 20)
+    graph = prunus.trace(model, x)
+    assert not [pin for _, pin in graph.pins if "can't follow" in pin.reason]

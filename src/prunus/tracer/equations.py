@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from prunus.graph.axis import Label
+from prunus.graph.axis import Label, Mask
 from prunus.graph.constraints import Pin
 from prunus.graph.expressions import (
     Equation,
@@ -19,6 +19,9 @@ from prunus.graph.solve import solve
 from prunus.tracer.capture import Recorder
 from prunus.tracer.labels import Algebra
 from prunus.tracer.resolver import Resolve, Resolver
+
+SHORT = 64
+"""A dim that is longer is never left empty by chance."""
 
 TRIALS = 6
 """Random selections under which an equation has to be solvable before its groups may be pruned."""
@@ -36,13 +39,22 @@ def pin_unsolvable(recorder: Recorder, names: list[str]) -> None:
         resolver = Resolver(recorder, names)
         equations = [in_units(equation, resolver) for equation in recorder.equations]
         for seed in range(TRIALS):
-            kept = np.random.default_rng(seed).random(resolver.count + 1) > 0.1 + 0.1 * seed
-            kept[0] = True
+            kept = _draw(resolver, seed)
             broken = solve(equations, recorder.attributes, kept).broken
             for index in [i for i, equation in enumerate(equations) if equation in broken]:
                 pending |= _make_solvable(recorder, recorder.equations[index])
             if pending:
                 break
+
+
+def _draw(resolver: Resolver, seed: int) -> Mask:
+    """A random selection that leaves no dim empty, as no plan does."""
+    kept = np.random.default_rng(seed).random(resolver.count + 1) > 0.1 + 0.1 * seed
+    kept[0] = True
+    for label in resolver.axes.values():
+        if len(label) <= SHORT and not kept[label].all(axis=1).any():
+            kept[label[seed % len(label)]] = True
+    return kept
 
 
 def _make_solvable(recorder: Recorder, equation: Equation) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import models_zoo
 import prunus
 from prunus.graph.expressions import Attribute, Operation, Width, evaluate
 from prunus.graph.solve import Solution
@@ -475,8 +476,6 @@ def test_a_single_piece_states_its_size_as_well() -> None:
 
 def test_no_trial_leaves_a_dim_empty_and_pins_for_it() -> None:
     """Two KV heads: a selection without either would divide by zero, and no plan makes one."""
-    model = Heads("attributes", groups=2).eval()
-    model.key = nn.Linear(20, 12)
-    x = torch.randn(2, 5, 20)
-    graph = prunus.trace(model, x)
+    model = models_zoo.build("llama_tiny").eval()
+    graph = prunus.trace(model, models_zoo.example_inputs("llama_tiny"))
     assert not [pin for _, pin in graph.pins if "can't follow" in pin.reason]

@@ -9,7 +9,8 @@
     python benchmarks/coverage.py --table                    # only render results/coverage.md
 
 Every model runs in a process of its own, forked from one that has imported the libraries, under a
-limit of time and memory.  A factory returns a model, its args and its kwargs.
+limit of time and memory; a peer has 60 s of processor time for its own part.  A factory returns a
+model, its args and its kwargs.
 
 Of ours two plans are held to the exactness line: about 30 % of the units of every group at once,
 and half of the parameters asked for as a user would.  The shadow run (``tests/shadow.py``, which
@@ -501,7 +502,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="skip what has a row")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--limit", type=float, help="seconds per row: ours 300, a peer's 60")
+    parser.add_argument("--limit", type=float, default=300, help="seconds per row")
     parser.add_argument("--memory", type=float, default=12, help="GiB of address space per row")
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     parser.add_argument("--witness", action="store_true", help="ask the second witness always")
@@ -530,12 +531,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         shown = {k: v for k, v in row.items() if k not in ("pins", "version", "commit", "library")}
         print(f"{finished}/{len(keys)}", json.dumps(shown), flush=True)
 
-    limits = {engine: options.limit or (300 if engine == OURS else 60) for engine in engines}
     for engine in engines:
         sweep(
             [key for key in keys if key[0] == engine],
             listed,
-            limit=limits[engine],
+            limit=options.limit,
             gigabytes=options.memory,
             jobs=options.jobs,
             witness=options.witness,

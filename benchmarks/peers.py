@@ -11,6 +11,7 @@ import contextlib
 import copy
 import math
 import re
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,9 +27,12 @@ from torch.nn.modules.conv import _ConvNd
 
 import prunus
 
-Status = Literal["ok", "broken forward", "shape changed", "failed", "too little removed"]
+Status = Literal["ok", "broken forward", "shape changed", "failed", "timeout", "too little removed"]
 Verdict = Literal["exact", "inexact", "not judged"]
 Keep = dict[prunus.Axis, tuple[int, ...]]
+
+LIMIT = 60
+"""Seconds of processor time that an engine may take, so that a busy machine changes no result."""
 
 EXACT = 1e-4
 """Largest relative error of the outputs that still counts as exact."""
@@ -291,9 +295,12 @@ def judge(
     twin = copy.deepcopy(model)
     started = time.perf_counter()
     try:
-        pruned = prune(twin)
+        with _limited(LIMIT):
+            pruned = prune(twin)
     except Exception as error:  # whatever an engine raises is its answer
         return Outcome("failed", seconds=time.perf_counter() - started, reason=blame(error))
+    except _OutOfTime:
+        return Outcome("timeout", seconds=LIMIT, reason=f"stopped after {LIMIT} processor seconds")
     seconds = time.perf_counter() - started
     ratio = _count(pruned) / _count(model)
     status: Status = "ok" if ratio <= ENOUGH else "too little removed"
@@ -307,6 +314,26 @@ def judge(
         wrong = [f"{a} became {b}" for a, b in zip(*shapes, strict=False) if a != b]
         return replace(found, status="shape changed", reason="; ".join(wrong)[:200])
     return _compare(found, model, pruned, args, kwargs)
+
+
+class _OutOfTime(BaseException):
+    """No ``Exception``, so that no engine takes it for one of its own."""
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Interrupt the main thread once the process has used that much of a processor."""
+
+    def stop(_signal: int, _frame: Any) -> None:
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1)  # again, should the first have been swallowed
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def _compare(

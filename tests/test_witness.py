@@ -255,6 +255,38 @@ def test_says_when_it_cannot_tell(
     assert reason in told.reason
 
 
+def _overwritten(m: Any, x: Tensor) -> Tensor:
+    x = m.first(x).flatten(2).transpose(1, 2).clone()
+    x[:, 0] = 0.3
+    out: Tensor = m.token(x[:, 0]) + m.rest(x[:, 1:]).mean(1)
+    return out
+
+
+def overwritten() -> nn.Module:
+    return Net(_overwritten, first=conv(3, 10), token=nn.Linear(10, 4), rest=nn.Linear(10, 4))
+
+
+def test_a_constant_over_a_unit_is_no_objection() -> None:
+    """Noise never reaches the layer that reads the constant, though it loses columns."""
+    x = torch.randn(IMAGE)
+    plan, model = prepared(overwritten, x)
+    pruned = cut(plan, model)
+    told = witness.testify(plan, model, pruned, x)
+    assert told.verdict == "undecided"
+    assert "token reads a constant" in told.reason
+
+
+def test_a_wrong_column_is_no_constant() -> None:
+    """The layer that reads moving units loses others than those that go: an objection still."""
+    x = torch.randn(IMAGE)
+    plan, model = prepared(overwritten, x)
+    axis = Axis("rest.weight", 1)
+    wrong = replace(plan, keep={**plan.keep, axis: tuple((i + 1) % 10 for i in plan.keep[axis])})
+    pruned = cut(replace(wrong, keep={**wrong.keep, axis: tuple(sorted(wrong.keep[axis]))}), model)
+    del wrong.keep[Axis("token.weight", 1)]  # what reads the constant says nothing here
+    assert witness.testify(wrong, model, pruned, x).verdict == "disagrees"
+
+
 def test_nothing_moves() -> None:
     model = faults.residual().eval()
     model.get_parameter("head.2.weight").data.zero_()

@@ -9,8 +9,9 @@ wrote it tells what the pruned one has to say.
 Layers are convolutions, linear layers and embeddings.  What anything else does with a removed
 unit (attention, a functional matrix product, a parametrization) leaves the question undecided.
 
-Noise does not arrive where a forward writes a constant over a unit: what a layer reads there is
-not seen, and stays, while the pruned model has lost it.  Then the witness objects for nothing.
+Noise does not arrive where a forward writes a constant over a unit.  A layer that reads nothing but
+the constant is not found, and the pruned model has lost its column all the same: where the two then
+differ, and noise on everything moves no such column, the question is undecided.
 """
 
 # ruff: noqa: PT028 - ``testify`` is no test, whatever its name begins with
@@ -142,7 +143,11 @@ def testify(
         return Testimony("disagrees", float("inf"), {}, str(failed))
     error = _relative_error(expected, answer)
     limit = min(TOLERANCE.get(tensor.dtype, 1e-4) for tensor in expected.values())
-    return Testimony("agrees" if error <= limit else "disagrees", error, consumers)
+    if error <= limit:
+        return Testimony("agrees", error, consumers)
+    if constant := _reads_constants(plan, model, consumers, args, kwargs):
+        return Testimony("undecided", float("nan"), consumers, f"{constant} reads a constant")
+    return Testimony("disagrees", error, consumers)
 
 
 def _answer_of(
@@ -205,6 +210,52 @@ def _silenced_answer(
     raise _UndecidedError(
         "noise on the removed units reaches an output although all layers that read it are silent"
     )
+
+
+def _reads_constants(
+    plan: Plan, model: nn.Module, consumers: Mapping[str, tuple[int, ...]], args: Any, kwargs: Any
+) -> str:
+    """A layer that loses columns which no removed unit moves, nor anything else; else nothing.
+
+    A wrong column is moved by some other unit, and remains an objection.
+    """
+    lost = {name: np.setdiff1d(at, consumers.get(name, ())) for name, at in _columns(plan, model)}
+    lost = {name: at for name, at in lost.items() if len(at)}
+    if not lost:
+        return ""
+    everything = _Gone(
+        {
+            name: np.arange(module.weight.shape[1 if isinstance(module, nn.Embedding) else 0])
+            for name, module in model.named_modules()
+            if isinstance(module, _LAYERS)
+            and not isinstance(module, _ConvTransposeNd)
+            and module._parameters.get("weight") is not None
+        },
+        {},
+    )
+    subject = copy.deepcopy(model)
+    try:
+        clean = _run(subject, everything, None, None, args, kwargs)
+        moved = [
+            _run(subject, everything, _Noise(scale, seed), clean, args, kwargs).moved
+            for seed, scale in enumerate(SCALES)
+        ]
+    except _UndecidedError:  # an attention, say, that everything moves
+        return ""
+    still = (n for n, at in lost.items() if not any(run[n][at].any() for run in moved if n in run))
+    return next(still, "")
+
+
+def _columns(plan: Plan, model: nn.Module) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    """Layers over one block of channels, and the input channels that a plan takes from them."""
+    for axis, stay in plan.keep.items():
+        name, _, own = axis.tensor.rpartition(".")
+        module = model.get_submodule(name)
+        plain = isinstance(module, nn.Linear) or (
+            isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)
+        )
+        if own == "weight" and axis.dim == 1 and plain and getattr(module, "groups", 1) == 1:
+            yield name, np.setdiff1d(np.arange(module.weight.shape[1]), np.array(stay))
 
 
 def _refuse_passengers(model: nn.Module, pruned: nn.Module, run: _Heard) -> None:

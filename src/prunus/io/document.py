@@ -117,7 +117,7 @@ def _read_plan(container: Container) -> Plan | None:
         return None
     parse_json(text, container.size, container.path)  # bounds what reading it takes
     try:
-        plan = Plan.from_json(text, limit=(container.size + FLOOR) // _POSITION)
+        plan = Plan.from_json(text, limit=max(container.size, FLOOR) // _POSITION)
     except PlanError as error:
         where = f"{container.path} {error.where}".rstrip()
         raise PlanError(error.what, where=where, why=error.why, fix=error.fix) from error

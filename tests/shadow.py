@@ -77,6 +77,9 @@ class Shadow(TorchDispatchMode):
         if handler is not None:
             return handler(self, func, *args, **kwargs)
         if name in FRESH:
+            if name.endswith("_like") and not self.mask(args[0]).all():
+                # A slice of what stays is as long as one of the whole: which of them are there?
+                raise UndecidedError(f"{func} of a tensor of which something is gone")
             return func(*args, **kwargs)
         if name in MOVES:
             return self._move(func, args, kwargs)
@@ -87,11 +90,32 @@ class Shadow(TorchDispatchMode):
     def _move(self, func: Any, args: Any, kwargs: Any) -> Any:
         masks = [self._float_mask(value) for value in args]
         result = func(*args, **kwargs)
-        moved = _movable(func, masks, kwargs)
+        moved = self._without_gone_indices(func, args, _movable(func, masks, kwargs))
         for value, mask in zip(tree_leaves(result), tree_leaves(moved), strict=True):
             if isinstance(value, Tensor) and mask.is_floating_point():
                 self.set(value, mask)
         return result
+
+    def _without_gone_indices(self, func: Any, args: Any, moved: Any) -> Any:
+        """The mask of what is read; of what a gone index reads nothing is there."""
+        gone = [
+            leaf
+            for leaf in tree_leaves(args)
+            if isinstance(leaf, Tensor) and leaf.dtype == torch.int64 and not self.mask(leaf).all()
+        ]
+        if not gone:
+            return moved
+        name = func._schema.name.partition("::")[2]
+        if name == "index_select":
+            dim, line = args[1] % moved.dim(), self.mask(args[2])
+        elif name == "index" and sum(index is not None for index in args[1]) == 1:
+            dim = next(d for d, index in enumerate(args[1]) if index is not None)
+            line = self.mask(args[1][dim])
+        elif name in MOVES and gone == [args[0]]:
+            return func(self.mask(args[0]), *args[1:])
+        else:
+            raise UndecidedError(f"{func} by an index of which something is gone")
+        return moved * line.reshape(*line.shape, *(1,) * (moved.dim() - dim - line.dim()))
 
     def _float_mask(self, value: Any) -> Any:
         """Masks in place of tensors, but not of the indices that say what moves where."""
@@ -257,7 +281,8 @@ def variance(
     name, dims, mask = func._schema.name, dims_of(own, dim), s.mask(own)
     count = mask.sum(dims, True)
     average = s.there(own).sum(dims, True) / count.clamp(min=1)
-    found = ((own - average).square() * mask).sum(dims, True) / (count - correction)
+    spread = torch.where(mask > 0, (own - average).square(), 0.0)
+    found = spread.sum(dims, True) / (count - correction)
     found = found.sqrt() if "std" in name else found
     result = [part if keepdim else part.squeeze(dims) for part in (found, average)]
     for part in result:

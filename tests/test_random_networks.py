@@ -190,6 +190,22 @@ def test_no_network_is_called_exact_against_the_judges(seed: int) -> None:
     assert not examined(from_seed(seed), seed).wrong
 
 
+@pytest.mark.parametrize(
+    ("seed", "undecided"),
+    [
+        (10359, ""),  # a constant written over a unit, which noise does not reach
+        (17756, ""),  # an index buffer that loses entries
+        (19347, ""),  # a variance over nothing but gone entries
+        (19453, "zeros_like"),  # zeros as long as a slice of a tensor of which something is gone
+    ],
+)
+def test_where_a_judge_was_wrong(seed: int, undecided: str) -> None:
+    found = examined(from_seed(seed), seed)
+    assert found.verdict == "exact"
+    assert not found.objections
+    assert undecided in found.undecided if undecided else not found.undecided
+
+
 @pytest.mark.parametrize("seed", FAST[::5])
 def test_shrink_ends_exact_or_leaves_the_model_alone(seed: int) -> None:
     assert not shrunk(from_seed(seed), seed)[1]

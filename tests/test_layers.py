@@ -24,10 +24,11 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("graph",), ("files",)),
     (("plans", "plan_json", "budget"),),
     (("tracer",),),
+    (("structures",),),
     (("importance",), ("planner",), ("surgeon",)),
     (("recovery",), ("io",), ("oracle", "exchange", "witness", "listening", "rollback", "report")),
     (("integrations",),),
-    (("__init__", "api"),),
+    (("__init__", "api", "choices"),),
     (("cli", "__main__"),),
 )
 LAYER_OF = {name: n for n, rooms in enumerate(LAYERS) for room in rooms for name in room}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prunus.api import Shrunk, plan, shrink
     from prunus.budget import Budget
+    from prunus.choices import keep, prune_heads
     from prunus.errors import BudgetError, PrunusError
     from prunus.graph.axis import Axis
     from prunus.graph.coupling import CouplingGraph
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from prunus.report.console import show_stages
     from prunus.report.counting import measure_costs, measure_latency
     from prunus.report.pictures import draw_channels
+    from prunus.structures import structures
     from prunus.surgeon import apply, mask
     from prunus.tracer.trace import trace
     from prunus.witness import testify
@@ -41,16 +43,19 @@ __all__ = [
     "apply",
     "declare_missing_ops",
     "draw_channels",
+    "keep",
     "listen",
     "load",
     "mask",
     "measure_costs",
     "measure_latency",
     "plan",
+    "prune_heads",
     "recalibrate",
     "save",
     "show_stages",
     "shrink",
+    "structures",
     "testify",
     "trace",
     "verify",
@@ -68,16 +73,19 @@ _HOMES = {
     "apply": "prunus.surgeon",
     "declare_missing_ops": "prunus.integrations.torchvision_ops",
     "draw_channels": "prunus.report.pictures",
+    "keep": "prunus.choices",
     "listen": "prunus.listening",
     "load": "prunus.io",
     "mask": "prunus.surgeon",
     "measure_costs": "prunus.report.counting",
     "measure_latency": "prunus.report.counting",
     "plan": "prunus.api",
+    "prune_heads": "prunus.choices",
     "recalibrate": "prunus.recovery",
     "save": "prunus.io",
     "show_stages": "prunus.report.console",
     "shrink": "prunus.api",
+    "structures": "prunus.structures",
     "testify": "prunus.witness",
     "trace": "prunus.tracer.trace",
     "verify": "prunus.oracle",

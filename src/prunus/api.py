@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from prunus.errors import DataError, PlanError, VerifyError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance import score
+from prunus.integrations.hf import example_inputs
+from prunus.integrations.hf_config import uniform
 from prunus.oracle import Certificate, verify
 from prunus.planner import select, thin
 from prunus.planner.allocate import Scope
@@ -105,10 +107,13 @@ def plan(
         "seed": seed,
         "traced": graph.traced,
     }
-    return _plan_of(graph, model, kept, origin)
+    return plan_of_mask(graph, model, kept, origin)
 
 
-def _plan_of(graph: CouplingGraph, model: nn.Module, kept: Mask, origin: Mapping[str, Any]) -> Plan:
+def plan_of_mask(
+    graph: CouplingGraph, model: nn.Module, kept: Mask, origin: Mapping[str, Any]
+) -> Plan:
+    """The plan that keeps a mask's units, with the attributes that follow."""
     chosen = Plan.from_mask(graph, kept, origin=origin)
     return replace(chosen, edits=find_edits(model, graph, kept))
 
@@ -171,6 +176,7 @@ def shrink(
     outputs: Globs | None = None,
     verified: bool = True,
     each_group: bool = True,
+    mode: Literal["free", "uniform"] = "free",
     seed: int = 0,
     **options: Any,
 ) -> Shrunk:
@@ -192,6 +198,10 @@ def shrink(
     each_group
         Let the proof also remove every group alone, and list those whose removal moves nothing;
         for a model of many groups that takes most of the time.
+    mode
+        ``"uniform"``, for models of transformers: only what the plain ``config.json`` can say, the
+        same counts in every layer, so that ``from_pretrained`` of the unmodified library loads
+        what :func:`prunus.integrations.hf.save` writes.  ``Shrunk.held`` names what it can't say.
 
     Raises
     ------
@@ -204,6 +214,8 @@ def shrink(
     batches = None if data is None else _at_least_one(data)
     graph = trace(model, args, kwargs, outputs=outputs)
     held: dict[str, str] = {}
+    if mode == "uniform":
+        graph, held = uniform(graph, model, example_inputs(model))
     certificate: Certificate | None = None
     asked = tuple(options.pop("hold", ()))
     while True:
@@ -242,7 +254,7 @@ def _reject(
         if mask.all():
             return ""
         try:
-            part = _plan_of(graph, model, mask, {"traced": graph.traced})
+            part = plan_of_mask(graph, model, mask, {"traced": graph.traced})
         except PlanError as error:
             return str(error)
         proof = verify(part, model, args, kwargs, each_group=False, seed=seed)

@@ -223,16 +223,14 @@ def _reads_constants(
     lost = {name: at for name, at in lost.items() if len(at)}
     if not lost:
         return ""
-    everything = _Gone(
-        {
-            name: np.arange(module.weight.shape[1 if isinstance(module, nn.Embedding) else 0])
-            for name, module in model.named_modules()
-            if isinstance(module, _LAYERS)
-            and not isinstance(module, _ConvTransposeNd)
-            and module._parameters.get("weight") is not None
-        },
-        {},
-    )
+    rows = {
+        name: np.arange(_fetch(model, f"{name}.weight").shape[isinstance(module, nn.Embedding)])
+        for name, module in model.named_modules()
+        if isinstance(module, _LAYERS)
+        and not isinstance(module, _ConvTransposeNd)
+        and module._parameters.get("weight") is not None
+    }
+    everything = _Gone(rows, {})
     subject = copy.deepcopy(model)
     try:
         clean = _run(subject, everything, None, None, args, kwargs)

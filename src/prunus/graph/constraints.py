@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,3 +76,26 @@ class Pin:
         place = " in ".join(part for part in (self.operator, self.module) if part)
         context = " ".join(part for part in (place, line) if part)
         return f"{self.reason} [{context}]" if context else self.reason
+
+
+def find_violation(constraints: Iterable[Constraint], kept: Mask) -> str:
+    """The reason of the first constraint that a selection breaks; empty if it breaks none.
+
+    >>> halves = Lockstep("balanced", (np.array([1, 2]), np.array([3, 4])), "two groups")
+    >>> find_violation([halves], np.array([True, False, True, False, True]))
+    ''
+    >>> find_violation([halves], np.array([True, False, True, True, True]))
+    'two groups: 1 and 0 are removed'
+    """
+    for constraint in constraints:
+        if isinstance(constraint, Lockstep):
+            gone = [int((~kept[units]).sum()) for units in constraint.sets]
+            if len(set(gone)) > 1:
+                return f"{constraint.reason}: {' and '.join(map(str, gone))} are removed"
+            continue
+        stay = int(kept[constraint.label].all(axis=1).sum())
+        if isinstance(constraint, Nonempty) and not stay:
+            return f"{constraint.reason}: nothing would stay"
+        if isinstance(constraint, Aligned) and stay % constraint.multiple:
+            return f"{constraint.reason}: {stay} is no multiple of {constraint.multiple}"
+    return ""

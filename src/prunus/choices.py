@@ -1,0 +1,225 @@
+"""Removing what a person names: heads of an attention, units of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from prunus.api import Shrunk, plan_of_mask
+from prunus.errors import PlanError, VerifyError
+from prunus.graph.axis import Mask
+from prunus.graph.constraints import find_violation
+from prunus.graph.coupling import CouplingGraph
+from prunus.integrations.hf import example_inputs
+from prunus.oracle import verify
+from prunus.structures import Anatomy, structures
+from prunus.structures.anatomy import Attention
+from prunus.surgeon import apply
+from prunus.surgeon.packed import refuse_packed
+from prunus.tracer.trace import trace
+
+Where = int | str
+
+
+def prune_heads(
+    model: nn.Module,
+    heads: Mapping[Where, Collection[int]],
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    verified: bool = True,
+    seed: int = 0,
+) -> Shrunk:
+    """Remove attention heads by their numbers; the model changes in place.
+
+    Parameters
+    ----------
+    model
+        Any model whose attention is softmax(q kᵀ) v, fused or written out.
+    heads
+        Layer → numbers of its query heads, as the model now counts them.  A layer is given by its
+        number, or by its path or that of its attention where several stacks have numbers.
+    args, kwargs
+        Example inputs for the forward; a model of transformers needs none.
+    verified
+        Prove first, on a copy, that the cut model computes the masked original.
+
+    Raises
+    ------
+    PlanError
+        If there is no such layer or head, if nothing would stay of a layer, or if heads can't go
+        alone: query heads share keys and values with others of their KV group, and layers that
+        share a position bias share their heads.
+    VerifyError
+        If the proof fails; the model was not touched.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> layer = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True)
+    >>> model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    >>> shrunk = prune_heads(model, {0: [1, 2]}, torch.randn(1, 3, 8))
+    >>> shrunk.certificate.verdict, model.layers[0].self_attn.num_heads
+    ('exact', 2)
+    """
+    refuse_packed(model)
+    args, kwargs = _inputs(model, args, kwargs)
+    graph = trace(model, args, kwargs)
+    kept = _without_heads(graph, structures(graph), heads)
+    return _cut(model, graph, kept, args, kwargs, verified=verified, seed=seed)
+
+
+def keep(
+    model: nn.Module,
+    group: str,
+    units: Collection[int],
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    verified: bool = True,
+    seed: int = 0,
+) -> Shrunk:
+    """Keep only the given units of a group; the model changes in place.
+
+    Parameters
+    ----------
+    group
+        Its name, as ``prunus inspect`` lists it.
+    units
+        Numbers of the units that stay, from 0.
+    args, kwargs, verified
+        As for :func:`prune_heads`.
+
+    Raises
+    ------
+    PlanError
+        If there is no such group or unit, if none would stay, or if a constraint forbids it.
+    VerifyError
+        If the proof fails; the model was not touched.
+    """
+    refuse_packed(model)
+    args, kwargs = _inputs(model, args, kwargs)
+    graph = trace(model, args, kwargs)
+    found = graph.group(group)
+    chosen = _numbers(units, found.size, f"group {group}", "unit")
+    if not chosen:
+        raise PlanError(f"no unit of {group} would stay", fix="name at least one unit to keep")
+    kept = graph.all_kept
+    kept[found.units] = False
+    kept[found.units[chosen]] = True
+    return _cut(model, graph, kept, args, kwargs, verified=verified, seed=seed)
+
+
+def _inputs(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> tuple[Any, Any]:
+    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    kwargs = dict(kwargs or {})
+    return (args, kwargs) if args or kwargs else ((), example_inputs(model))
+
+
+def _numbers(numbers: Iterable[int], size: int, where: str, what: str) -> list[int]:
+    """The numbers, ascending; refused where one is out of range or there twice."""
+    found = list(numbers)
+    wrong = [n for n in found if isinstance(n, bool) or not isinstance(n, (int, np.integer))]
+    beyond = [n for n in found if n not in wrong and not 0 <= n < size]
+    if wrong or beyond:
+        raise PlanError(
+            f"there is no {what} {(wrong or beyond)[0]!r}",
+            where=where,
+            why=f"it has {size}, with the numbers 0 to {size - 1}",
+        )
+    if len(set(found)) < len(found):
+        raise PlanError(f"a {what} is named twice", where=where, fix=f"name each {what} once")
+    return sorted(int(n) for n in found)
+
+
+def _without_heads(
+    graph: CouplingGraph, anatomy: Anatomy, heads: Mapping[Where, Collection[int]]
+) -> Mask:
+    """The mask that removes these heads and no others."""
+    kept = graph.all_kept
+    asked: dict[str, set[int]] = {}
+    for where, numbers in heads.items():
+        attention = anatomy.attention(where)
+        size = len(attention.heads)
+        chosen = _numbers(numbers, size, attention.module, "head")
+        if len(chosen) == size:
+            raise PlanError(
+                "no head would stay",
+                where=attention.module,
+                why=f"all of its {size} heads were named" if size else "its heads can't be pruned",
+                fix="leave one, or drop the layer: prunus.drop_layers",
+            )
+        asked.setdefault(attention.module, set()).update(chosen)
+        _remove(attention, chosen, kept)
+    for attention in anatomy.attentions:
+        gone = np.flatnonzero(~kept[attention.heads].all(axis=1))
+        more = sorted(set(gone.tolist()) - asked.get(attention.module, set()))
+        if more:
+            raise PlanError(
+                f"head {more[0]} would go as well",
+                where=attention.module,
+                why="layers share something that speaks of heads, a position bias for example",
+                fix="name the same heads in all of these layers",
+            )
+    return kept
+
+
+def _remove(attention: Attention, chosen: list[int], kept: Mask) -> None:
+    """Mark the units that only these heads have."""
+    label = attention.heads
+    stay = np.setdiff1d(np.arange(len(label)), chosen)
+    free = np.setdiff1d(label[chosen], label[stay])
+    kept[free[free > 0]] = False
+    left = [n for n in chosen if kept[label[n]].all()]
+    if left:
+        raise PlanError(
+            f"head {left[0]} can't go alone",
+            where=attention.module,
+            why=_why_together(attention),
+            fix="name all heads of a KV group, or the same place in every KV group"
+            if attention.kv_heads < len(label)
+            else "",
+        )
+
+
+def _why_together(attention: Attention) -> str:
+    count, shared = len(attention.heads), attention.kv_heads
+    if shared < count:
+        return (
+            f"its {count} query heads share {shared} keys and values: every KV group has to have "
+            "equally many"
+        )
+    pinned: NDArray[np.bool_] = (attention.heads == 0).all(axis=1)
+    return "it is pinned (see `prunus inspect --why-pinned`)" if pinned.any() else "heads are tied"
+
+
+def _cut(
+    model: nn.Module,
+    graph: CouplingGraph,
+    kept: Mask,
+    args: Any,
+    kwargs: Any,
+    *,
+    verified: bool,
+    seed: int,
+) -> Shrunk:
+    broken = find_violation(graph.constraints, kept)
+    if broken:
+        raise PlanError("these units can't be removed by themselves", why=broken)
+    plan = plan_of_mask(graph, model, kept, {"chosen": "by hand", "traced": graph.traced})
+    certificate = None
+    if verified and plan.keep:
+        certificate = verify(plan, model, args, kwargs, seed=seed)
+        if certificate.verdict == "inexact":
+            raise VerifyError(
+                "the cut model would not compute what the original does without the removed units",
+                why=certificate.reason or f"the outputs differ by {certificate.rel_err:.1e}",
+                fix="the model was not touched; please report the case",
+            )
+    apply(plan, model)
+    return Shrunk(model, graph, plan, certificate)

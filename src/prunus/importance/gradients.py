@@ -73,7 +73,7 @@ class Contributions:
             exact = torch.promote_types(weight.dtype, torch.float32)
             product = weight.to(exact) * gradient.to(exact)
             plain += _project(product, dims)
-            squared += _project(product.square_(), dims)
+            squared += _project(product.square(), dims)
         return _join(plain), _join(squared)
 
     def owned(self, sums: Sums) -> Sums:

@@ -169,8 +169,9 @@ def _check_model(graph: CouplingGraph, tensors: Mapping[str, Tensor]) -> None:
                 fix="trace this model",
             )
     places: dict[str, str] = {}
-    for name in sorted(graph.parameters):
-        places.setdefault(str(tensors[name].device), name)
+    for name, tensor in tensors.items():
+        if name in graph.parameters:
+            places.setdefault(str(tensor.device), name)
     if "meta" in places:
         raise ModelError(
             f"{places['meta']} has a shape but no values",
@@ -256,12 +257,17 @@ class _Pass:
                 batch,
                 loss=self._loss,
                 kept=self._graph.kept_outputs,
-                seed=(self._seed << 32) + self.samples,
+                seed=self._draw(),
             )
             found = torch.autograd.grad(value, list(self.weights.values()), allow_unused=True)
         self._add(self._contributions, dict(zip(self.weights, found, strict=True)))
         self._losses += float(value.detach())
         self.samples += samples
+
+    def _draw(self) -> int:
+        """A seed of 32 bits (PyTorch's generator reads no more) for the present sample."""
+        source = np.random.SeedSequence((self._seed, self.samples))
+        return int(source.generate_state(1)[0])
 
     def _add(self, of: Contributions, gradients: Mapping[str, Tensor | None]) -> None:
         plain, squared = of.reduce(self.weights, gradients)

@@ -14,8 +14,10 @@ from torch.nn import functional as F
 
 import prunus
 from prunus.errors import DataError, ModelError, PlanError
-from prunus.importance import names, needs_of, score
+from prunus.importance import importance, names, needs_of, score
+from prunus.importance.statistics import NEEDS
 from prunus.tracer.program import state_of
+from tests.test_shrink import Comparing
 from tests.test_statistics import bert, tokens
 
 OF_DATA = [name for name in names() if needs_of(name)]
@@ -120,13 +122,9 @@ def test_what_a_criterion_needs_is_collected_or_asked_for(criterion: str) -> Non
     found = prunus.collect(model, graph, [batch], needs_of(criterion))
     assert plan == prunus.plan(graph, model, statistics=found, **options)
     assert any(choice.removed for choice in plan.groups)
-    other = prunus.collect(model, graph, [batch], {*prunus_needs()} - needs_of(criterion))
+    other = prunus.collect(model, graph, [batch], set(NEEDS) - needs_of(criterion))
     with pytest.raises(DataError, match="needs calibration data"):
         prunus.plan(graph, model, statistics=other, **options)
-
-
-def prunus_needs() -> list[str]:
-    return ["gradient", "head_gradient", "activation", "attention"]
 
 
 def test_statistics_of_another_graph_are_refused() -> None:
@@ -139,14 +137,8 @@ def test_statistics_of_another_graph_are_refused() -> None:
 
 
 def test_unknown_needs_are_refused_when_registered() -> None:
-    with pytest.raises(PlanError, match="'hessian' can be collected(.|\n)*gradient"):
-        prunus_importance("mine", needs=("hessian",))
-
-
-def prunus_importance(name: str, needs: tuple[str, ...]) -> Any:
-    from prunus.importance import importance
-
-    return importance(name, needs)
+    with pytest.raises(PlanError, match=r"'hessian' can be collected(.|\n)*gradient"):
+        importance("mine", needs=("hessian",))
 
 
 @pytest.mark.parametrize("kind", [list, iter])
@@ -165,8 +157,6 @@ def test_shrink_uses_its_data_for_importance_and_batch_norms(kind) -> None:
 
 
 def test_shrink_reads_its_data_once_for_all_its_plans() -> None:
-    from tests.test_shrink import Comparing
-
     passes = []
 
     class Data:
@@ -225,7 +215,7 @@ def test_movement_sums_what_gradient_descent_does() -> None:
         for module, dim in ((model[0], 0), (model[1], 0), (model[3], 1)):
             for weight in module.parameters():
                 if weight.shape[dim if weight.dim() > 1 else 0] == 6:
-                    product = (weight * weight.grad).detach().movedim(dim, 0).flatten(1 - 1)
+                    product = (weight * weight.grad).detach().movedim(dim, 0)
                     wanted -= product.reshape(6, -1).sum(1).numpy()
         optimizer.step()
     group = graph.group("0.weight[0]")
@@ -255,6 +245,6 @@ def test_movement_needs_steps_with_gradients_that_are_finite() -> None:
     with pytest.raises(DataError, match="all 1 steps had gradients that are not finite"):
         prunus.plan(graph, model, ratio=0.5, importance=movement)
     small = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    other = prunus.trace(small, torch.randn(2, 3))
     with pytest.raises(ModelError, match="speak of 10 units, and the graph has 4"):
-        other = prunus.trace(small, torch.randn(2, 3))
         prunus.plan(other, small, ratio=0.5, importance=movement)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
@@ -232,7 +232,7 @@ def shrink(
     loss = options.pop("loss", None)
     batches = data
     if data is not None and needs and options.get("statistics") is None:
-        batches = list(data) if iter(data) is data else data
+        batches = list(data) if isinstance(data, Iterator) else data
         options["statistics"] = collect(model, graph, batches, needs, loss=loss, seed=seed)
     elif data is not None:
         batches = _at_least_one(data)

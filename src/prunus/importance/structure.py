@@ -66,7 +66,7 @@ def _distances(rows: torch.Tensor, places: torch.Tensor) -> Scores:
     units = values.double()[places.to(values.device)].flatten(1)
     step = max(1, _CHUNK // max(1, len(units)))
     parts = [
-        torch.cdist(part, units, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+        torch.cdist(part, units, compute_mode="use_mm_for_euclid_dist").sum(1)
         for part in units.split(step)
     ]
     return np.asarray(torch.cat(parts).cpu().numpy())

@@ -433,7 +433,16 @@ MISTAKES = [
     (["shrink", "FILE:net", "--macs", "0.5", "--round-to", "0"], 2, "no whole number"),
     (["shrink", "FILE:net", "--macs", "0.5", "--max-ratio", "2"], 2, "no number in (0, 1]"),
     (["shrink", "FILE:net", "--macs", "2"], 3, "prunus: "),
-    (["shrink", "FILE:net", "--macs", "0.5", "--importance", "l3"], 2, "known are l1, l2"),
+    (
+        ["shrink", "FILE:net", "--macs", "0.5", "--importance", "l3"],
+        2,
+        "known are activation, bn_scale",
+    ),
+    (
+        ["shrink", "FILE:net", "--macs", "0.5", "--importance", "taylor"],
+        2,
+        "needs calibration data",
+    ),
     (["shrink", "FILE:net", "--macs", "0.5", "--exclude", "x"], 2, "'x' matches no group"),
     (["shrink", "FILE:nan", "--macs", "0.5"], 2, "1 values of 216 that are NaN"),
     (["shrink", "FILE:net", "--macs", "0.5", "--data", "FILE:nothing"], 2, "data is empty"),
@@ -741,3 +750,27 @@ def test_a_pipe_that_breaks_in_the_model_is_an_error_of_the_model(tmp_path, caps
     (tmp_path / "pipe.py").write_text("def net():\n    raise BrokenPipeError('my socket')\n")
     assert main(["inspect", f"{tmp_path / 'pipe.py'}:net"]) == 2
     assert "BrokenPipeError: my socket" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["shrink", "plan"])
+def test_an_importance_reads_the_calibration_data(verb, net, tmp_path, capsys) -> None:
+    data = f"{tmp_path / 'net.py'}:loader"
+    asked = [verb, net, "--macs", "0.5", "--importance", "taylor", "--data", data]
+    asked += ["--dry-run"] if verb == "plan" else ["--plan", str(tmp_path / "plan.json")]
+    document = shrink_json(capsys, *asked)
+    assert sum(group["size"] - group["kept"] for group in document["groups"]) > 0
+    if verb == "shrink":
+        assert document["recalibrated"]
+        assert prunus.Plan.load(tmp_path / "plan.json").origin["importance"] == "taylor"
+
+
+def test_data_that_comes_once_serves_importance_and_batch_norms(net, tmp_path, capsys) -> None:
+    (tmp_path / "once.py").write_text(f"{NET}\ndef once():\n    return iter(loader())\n")
+    data = f"{tmp_path / 'once.py'}:once"
+    asked = ["shrink", net, "--macs", "0.5", "--importance", "flap", "--data", data]
+    assert shrink_json(capsys, *asked)["recalibrated"]
+    other = net.replace(":net", ":other")
+    (tmp_path / "lines.py").write_text("import torch\ndef x():\n    return [torch.randn(3, 5)]\n")
+    asked = ["shrink", other, "--params", "0.6", "--input-shape", "1,5", "--importance", "wanda"]
+    assert main([*asked, "--data", f"{tmp_path / 'lines.py'}:x"]) == 0
+    assert "only the importance used the calibration data" in capsys.readouterr().out

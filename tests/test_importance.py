@@ -184,7 +184,9 @@ def test_missing_and_meta_tensors_are_named(
 
 
 def test_unknown_names_get_a_suggestion(graph: CouplingGraph) -> None:
-    with pytest.raises(PlanError, match=r"'randon'(.|\n)*l1, l2, random(.|\n)*mean 'random'\?"):
+    with pytest.raises(
+        PlanError, match=r"'randon'(.|\n)*l1, l2, lamp, random(.|\n)*mean 'random'\?"
+    ):
         score(graph, {}, "randon")
 
 

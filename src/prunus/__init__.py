@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from prunus.errors import BudgetError, PrunusError
     from prunus.graph.axis import Axis
     from prunus.graph.coupling import CouplingGraph
+    from prunus.importance import Movement, Statistics, collect
     from prunus.integrations.torchvision_ops import declare_missing_ops
     from prunus.io import load, save
     from prunus.listening import listen
@@ -37,10 +38,13 @@ __all__ = [
     "BudgetError",
     "Certificate",
     "CouplingGraph",
+    "Movement",
     "Plan",
     "PrunusError",
     "Shrunk",
+    "Statistics",
     "apply",
+    "collect",
     "declare_missing_ops",
     "draw_channels",
     "keep",
@@ -67,10 +71,13 @@ _HOMES = {
     "BudgetError": "prunus.errors",
     "Certificate": "prunus.oracle",
     "CouplingGraph": "prunus.graph.coupling",
+    "Movement": "prunus.importance",
     "Plan": "prunus.plans",
     "PrunusError": "prunus.errors",
     "Shrunk": "prunus.api",
+    "Statistics": "prunus.importance",
     "apply": "prunus.surgeon",
+    "collect": "prunus.importance",
     "declare_missing_ops": "prunus.integrations.torchvision_ops",
     "draw_channels": "prunus.report.pictures",
     "keep": "prunus.choices",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, Literal
@@ -15,7 +15,8 @@ from prunus.budget import Budget
 from prunus.errors import DataError, PlanError, VerifyError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.importance import score
+from prunus.importance import Importance, Statistics, collect, name_of, needs_of, score
+from prunus.importance.targets import Loss
 from prunus.integrations.hf import example_inputs
 from prunus.integrations.hf_config import uniform
 from prunus.oracle import Certificate, verify
@@ -33,14 +34,16 @@ from prunus.tracer.trace import trace, uncollected
 Globs = str | Sequence[str]
 
 
-@uncollected()
 def plan(
     graph: CouplingGraph,
     model: nn.Module,
     *,
     budget: Budget | None = None,
     ratio: float | None = None,
-    importance: str | Callable[..., Any] = "l2",
+    importance: str | Importance = "l2",
+    data: Iterable[Any] | None = None,
+    statistics: Statistics | None = None,
+    loss: Loss | None = None,
     scope: Scope = "local",
     min_width: int = 1,
     max_ratio: float = 1.0,
@@ -61,7 +64,15 @@ def plan(
     ratio
         In place of a budget: the share of units that every group loses, whatever that costs.
     importance
-        ``"l1"``, ``"l2"``, ``"random"``, or a function of a group and a context.
+        A name: of the weights alone ``"l1"``, ``"l2"``, ``"lamp"``, ``"fpgm"``, ``"bn_scale"``;
+        of calibration data ``"taylor"``, ``"fisher"``, ``"head_gradient"``, ``"activation"``,
+        ``"wanda"``, ``"flap"``, ``"confidence"``; the control ``"random"``.  Or a
+        :class:`prunus.Movement`, or a function of a group and a context.
+    data, statistics
+        Calibration batches for an importance that reads them; or what :func:`prunus.collect` made
+        of them, which may serve several plans.
+    loss
+        For gradients; see :func:`prunus.collect`.
     scope
         ``"local"`` (each group loses the same ratio), ``"isomorphic"`` (groups of one shape
         compete) or ``"global"`` (all groups compete: for scores that compare across layers).
@@ -78,31 +89,45 @@ def plan(
     ------
     BudgetError
         If the floors stop it; the message says which, and what is reachable.
+    DataError
+        If the importance needs calibration data and there is none.
     """
-    tensors, _ = state_of(model)
-    scores = score(graph, tensors, importance, seed=seed)
-    for name in hold:
-        scores[graph.group(name).units] = np.inf
-    kept = _choose(
-        graph,
-        scores,
-        budget,
-        ratio,
-        scope=scope,
-        min_width=min_width,
-        max_ratio=max_ratio,
-        round_to=round_to,
-        include=include,
-        exclude=exclude,
-    )
-    origin = {
-        "importance": importance if isinstance(importance, str) else importance.__name__,
-        "budget": None if budget is None else budget.requested,
-        "ratio": ratio,
+    if statistics is None and data is not None and needs_of(importance):
+        statistics = collect(model, graph, data, needs_of(importance), loss=loss, seed=seed)
+    options: dict[str, Any] = {
         "scope": scope,
         "min_width": min_width,
         "max_ratio": max_ratio,
         "round_to": round_to,
+        "include": include,
+        "exclude": exclude,
+    }
+    with uncollected():
+        return _plan(graph, model, budget, ratio, importance, statistics, hold, seed, options)
+
+
+def _plan(
+    graph: CouplingGraph,
+    model: nn.Module,
+    budget: Budget | None,
+    ratio: float | None,
+    importance: str | Importance,
+    statistics: Statistics | None,
+    hold: Collection[str],
+    seed: int,
+    options: Mapping[str, Any],
+) -> Plan:
+    tensors, _ = state_of(model)
+    scores = score(graph, tensors, importance, seed=seed, statistics=statistics)
+    for name in hold:
+        scores[graph.group(name).units] = np.inf
+    kept = _choose(graph, scores, budget, ratio, **options)
+    said = ("scope", "min_width", "max_ratio", "round_to")
+    origin = {
+        "importance": name_of(importance),
+        "budget": None if budget is None else budget.requested,
+        "ratio": ratio,
+        **{name: options[name] for name in said},
         "hold": sorted(hold),
         "seed": seed,
         "traced": graph.traced,
@@ -192,7 +217,8 @@ def shrink(
     budget
         See :func:`plan`, which also takes the ``options``.
     data
-        Calibration batches for batch norms; without them they keep the old statistics.
+        Calibration batches, for batch norms (without them they keep the old statistics) and for
+        an importance that reads them.  An iterator that has to serve both is kept as a list.
     verified
         Prove first, on a copy, that the cut model computes the masked original.
     each_group
@@ -211,11 +237,19 @@ def shrink(
         If the budget can't be met, or not without the groups that the proof rejects.
     """
     args = (args,) if isinstance(args, Tensor) else tuple(args)
-    batches = None if data is None else _at_least_one(data)
     graph = trace(model, args, kwargs, outputs=outputs)
+    needs = needs_of(options.get("importance", "l2"))
+    loss = options.pop("loss", None)
+    batches = data
+    if data is not None and needs and options.get("statistics") is None:
+        batches = list(data) if isinstance(data, Iterator) else data
+        options["statistics"] = collect(model, graph, batches, needs, loss=loss, seed=seed)
+    elif data is not None:
+        batches = _at_least_one(data)
     held: dict[str, str] = {}
     if mode == "uniform":
-        graph, held = uniform(graph, model, example_inputs(model))
+        inputs = kwargs if kwargs and not args else example_inputs(model)
+        graph, held = uniform(graph, model, inputs)
     certificate: Certificate | None = None
     asked = tuple(options.pop("hold", ()))
     while True:

@@ -224,7 +224,9 @@ def _reads_constants(
     if not lost:
         return ""
     rows = {
-        name: np.arange(_fetch(model, f"{name}.weight").shape[isinstance(module, nn.Embedding)])
+        name: np.arange(
+            _fetch(model, f"{name}.weight").shape[int(isinstance(module, nn.Embedding))]
+        )
         for name, module in model.named_modules()
         if isinstance(module, _LAYERS)
         and not isinstance(module, _ConvTransposeNd)

@@ -160,6 +160,7 @@ def show_certificate(certificate: Certificate, fix: str) -> None:
 
 
 def _show(outcome: Outcome, options: argparse.Namespace) -> None:
+    from prunus.importance import needs_of
     from prunus.report.console import show, show_stages
     from prunus.report.tables import choices_table
 
@@ -176,6 +177,12 @@ def _show(outcome: Outcome, options: argparse.Namespace) -> None:
     if outcome.document["recalibrated"]:
         show("Batch norms were measured again on the calibration data.")
     elif options.data is not None and len(outcome.document["stages"]) == 2:
-        show("The model has no batch norm; the calibration data was not used.")
+        read = needs_of(getattr(options, "importance", "l2"))
+        use = (
+            "only the importance used the calibration data"
+            if read
+            else ("the calibration data was not used")
+        )
+        show(f"The model has no batch norm; {use}.")
     for name, path in outcome.document["files"].items():
         show(f"wrote {name}: {path}")

@@ -88,7 +88,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, flag: bool = False) ->
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Calibration data, and how it is prepared."""
     group = parser.add_argument_group("calibration data")
-    group.add_argument("--data", metavar="DATA", help="batches for the batch norms; see below")
+    group.add_argument(
+        "--data", metavar="DATA", help="batches for batch norms and importances; see below"
+    )
     group.add_argument(
         "--samples",
         metavar="N",
@@ -108,7 +110,11 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--macs", metavar="N", type=bound, help=text)
     group.add_argument("--params", metavar="N", type=bound, help=text)
     group.add_argument(
-        "--importance", default="l2", metavar="NAME", help="score of a unit (default: l2)"
+        "--importance",
+        default="l2",
+        metavar="NAME",
+        help="score of a unit, of the weights: l1, l2 (default), lamp, fpgm, bn_scale, random; of "
+        "calibration data: taylor, fisher, head_gradient, activation, wanda, flap, confidence",
     )
     group.add_argument(
         "--scope",

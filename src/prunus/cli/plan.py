@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from prunus.cli import options as shared
 
 if TYPE_CHECKING:
-    from prunus import CouplingGraph, Plan
+    from prunus import CouplingGraph, Plan, Statistics
     from prunus.cli.models import Loaded
 
 
@@ -19,11 +19,12 @@ def add_parser(verbs: Any) -> None:
         "plan",
         help="choose which units stay, and write that down; the model is not cut",
         description=__doc__.partition(": ")[2],
-        epilog=shared.MODEL_HELP,
+        epilog=f"{shared.MODEL_HELP}\n{shared.DATA_HELP}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     shared.add_model_options(parser)
     shared.add_choice_options(parser)
+    shared.add_data_options(parser)
     files = [("out", "the plan, as JSON, for 'prunus apply' and 'prunus verify'")]
     shared.add_files(parser, files)
     parser.add_argument(
@@ -34,6 +35,7 @@ def add_parser(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Trace and choose; write the plan; print widths and costs."""
+    from prunus.cli.data import load_data
     from prunus.cli.models import load_model
     from prunus.errors import PlanError
     from prunus.report.console import show
@@ -50,7 +52,8 @@ def run(options: argparse.Namespace) -> int:
     with shared.follow(options, 4) as step:
         step("building the model")
         loaded = load_model(options)
-        graph, plan = choose(loaded, options, step)
+        data = load_data(options, loaded)
+        graph, plan = choose(loaded, data, options, step)
         step("writing")
         if options.out:
             plan.save(options.out)
@@ -87,8 +90,39 @@ def choice_of(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names.split()}
 
 
+def collect(
+    loaded: Loaded,
+    graph: CouplingGraph,
+    data: Iterable[Any] | None,
+    options: argparse.Namespace,
+    step: Callable[..., None],
+) -> Statistics | None:
+    """What the importance reads of the calibration data; None if it looks at the weights alone."""
+    import prunus
+    from prunus.errors import DataError
+    from prunus.importance import needs_of
+
+    needs = needs_of(options.importance)
+    if not needs:
+        return None
+    if data is None:
+        raise DataError(
+            f"--importance {options.importance} needs calibration data",
+            why=f"it is computed from {' and '.join(sorted(needs))} statistics",
+            fix="give --data, or an importance of the weights alone: l2",
+        )
+
+    def count(done: int) -> None:
+        step(f"collecting: {done} batches", same=True)
+
+    return prunus.collect(loaded.model, graph, data, needs, seed=options.seed, progress=count)
+
+
 def choose(
-    loaded: Loaded, options: argparse.Namespace, step: Callable[..., None]
+    loaded: Loaded,
+    data: Iterable[Any] | None,
+    options: argparse.Namespace,
+    step: Callable[..., None],
 ) -> tuple[CouplingGraph, Plan]:
     """Trace the model and choose what stays."""
     import prunus
@@ -100,6 +134,7 @@ def choose(
         graph,
         loaded.model,
         budget=prunus.Budget(**bounds_of(options)),
+        statistics=collect(loaded, graph, data, options, step),
         **choice_of(options),
     )
     return graph, plan

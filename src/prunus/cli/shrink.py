@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 from prunus.cli import cutting
 from prunus.cli import options as shared
-from prunus.cli.plan import bounds_of, choice_of
+from prunus.cli.plan import bounds_of, choice_of, collect
 
 
 def add_parser(verbs: Any) -> None:
@@ -32,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
     import prunus
     from prunus.cli.data import load_data
     from prunus.cli.models import load_model
+    from prunus.importance import needs_of
 
     bounds = bounds_of(options)
     cutting.check(options)
@@ -41,6 +43,11 @@ def run(options: argparse.Namespace) -> int:
         data = load_data(options, loaded)
         step("counting")
         stages = [cutting.measure(loaded, "dense")]
+        statistics = None
+        if needs_of(options.importance):
+            data = list(data) if isinstance(data, Iterator) else data
+            graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
+            statistics = collect(loaded, graph, data, options, step)
         step("planning and cutting" if options.no_verify else "planning, proving and cutting")
         small = prunus.shrink(
             loaded.model,
@@ -49,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
             budget=prunus.Budget(**bounds),
             outputs=options.outputs,
             verified=not options.no_verify,
+            statistics=statistics,
             **choice_of(options),
         )
         recalibrated = cutting.recalibrate(loaded, data, step)

@@ -1,9 +1,32 @@
 """Scores of units: one function per criterion, registered by name."""
 
+from prunus.importance import calibrated as _calibrated
 from prunus.importance import control as _control
 from prunus.importance import magnitude as _magnitude
-from prunus.importance.registry import Context, Importance, importance, names, score
+from prunus.importance import structure as _structure
+from prunus.importance.movement import Movement
+from prunus.importance.registry import (
+    Context,
+    Importance,
+    importance,
+    name_of,
+    names,
+    needs_of,
+    score,
+)
+from prunus.importance.statistics import Statistics, collect
 
-__all__ = ["Context", "Importance", "importance", "names", "score"]
+__all__ = [
+    "Context",
+    "Importance",
+    "Movement",
+    "Statistics",
+    "collect",
+    "importance",
+    "name_of",
+    "names",
+    "needs_of",
+    "score",
+]
 
-del _control, _magnitude
+del _calibrated, _control, _magnitude, _structure

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prunus.errors import ModelError, PlanError
+from prunus.errors import DataError, ModelError, PlanError
 from prunus.graph.axis import Axis
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
+from prunus.importance.statistics import NEEDS, Statistics
 
 if TYPE_CHECKING:
     import torch
@@ -36,12 +37,26 @@ class Context:
     sums
         Filled by criteria: what a whole axis was reduced to, by criterion and axis, so that no
         axis is read twice when several groups live on it.
+    collected
+        What :func:`prunus.collect` made of calibration data, for criteria that need it.
     """
 
     graph: CouplingGraph
     tensors: Mapping[str, torch.Tensor]
     seed: int = 0
     sums: dict[tuple[str, Axis], Scores] = field(default_factory=dict, repr=False)
+    collected: Statistics | None = None
+
+    @property
+    def statistics(self) -> Statistics:
+        """What was collected; :class:`~prunus.errors.DataError` if nothing was."""
+        if self.collected is None:
+            raise DataError(
+                "an importance asks for statistics of calibration data, and there are none",
+                why="it does not declare what it needs, so nothing was collected",
+                fix='register it with @importance(name, needs=("activation",)), say',
+            )
+        return self.collected
 
     def tensor(self, name: str) -> torch.Tensor:
         """The values of a tensor, detached; :class:`~prunus.errors.ModelError` without them."""
@@ -62,13 +77,19 @@ class Context:
 
 
 Importance = Callable[[Group, Context], Scores]
-"""``(group, context) → scores`` of shape ``(group.size,)``, none negative; the least go first."""
+"""``(group, context) → scores`` of shape ``(group.size,)``; the least go first.
+
+A group that it can't score gets infinite scores, and stays whole.  Where scores are negative, all
+of them are shifted alike."""
 
 _known: dict[str, Importance] = {}
+_needs: dict[str, frozenset[str]] = {}
 
 
-def importance(name: str) -> Callable[[Importance], Importance]:
+def importance(name: str, needs: Iterable[str] = ()) -> Callable[[Importance], Importance]:
     """Register a function under a name; a name that is taken is refused.
+
+    ``needs`` says what :func:`prunus.collect` has to collect for it.
 
     >>> @importance("l2")
     ... def mine(group, context): ...
@@ -77,6 +98,11 @@ def importance(name: str) -> Callable[[Importance], Importance]:
     prunus.errors.PlanError: an importance called 'l2' exists already
       fix:   choose another name
     """
+    wanted = frozenset(needs)
+    if unknown := sorted(wanted - set(NEEDS)):
+        raise PlanError(
+            f"nothing called {unknown[0]!r} can be collected", why=f"known are {', '.join(NEEDS)}"
+        )
 
     def register(function: Importance) -> Importance:
         if name in _known:
@@ -84,9 +110,31 @@ def importance(name: str) -> Callable[[Importance], Importance]:
                 f"an importance called {name!r} exists already", fix="choose another name"
             )
         _known[name] = function
+        _needs[name] = wanted
         return function
 
     return register
+
+
+def needs_of(criterion: str | Importance) -> frozenset[str]:
+    """What a criterion reads of calibration data; empty if it looks at the weights alone.
+
+    A function that is not registered may have an attribute ``needs``.
+
+    >>> sorted(needs_of("taylor")), sorted(needs_of("l2"))
+    (['gradient'], [])
+    """
+    if isinstance(criterion, str):
+        _find(criterion)
+        return _needs[criterion]
+    return frozenset(getattr(criterion, "needs", ()))
+
+
+def name_of(criterion: str | Importance) -> str:
+    """What a criterion is called in reports and errors."""
+    if isinstance(criterion, str):
+        return criterion
+    return str(getattr(criterion, "__name__", type(criterion).__name__))
 
 
 def names() -> tuple[str, ...]:
@@ -103,25 +151,60 @@ def score(
     tensors: Mapping[str, torch.Tensor],
     criterion: str | Importance = "l2",
     seed: int = 0,
+    statistics: Statistics | None = None,
 ) -> Scores:
     """Scores of all units, shape ``(unit_count + 1,)``; entry 0, the unit that stays, is inf.
 
-    Units in no group are scored inf as well.
+    Units in no group, and those of groups that the criterion can't score, are scored inf as well.
+
+    Raises
+    ------
+    DataError
+        If the criterion needs statistics that are not there.
+    PlanError
+        If it is unknown, returns something else than a score per unit, or can score no group.
     """
     function = _find(criterion) if isinstance(criterion, str) else criterion
-    context = Context(graph, tensors, seed)
+    _check_statistics(graph, criterion, statistics)
+    context = Context(graph, tensors, seed, collected=statistics)
     scores = np.full(graph.unit_count + 1, np.inf)
     for group in graph.groups:
         found = np.asarray(function(group, context), dtype=np.float64)
         if found.shape != (group.size,) or np.isnan(found).any():
             wrong = "NaN" if found.shape == (group.size,) else f"shape {found.shape}"
             raise PlanError(
-                f"the importance {getattr(function, '__name__', criterion)!r} returned {wrong}",
+                f"the importance {name_of(criterion)!r} returned {wrong}",
                 where=f"group {group.name}",
                 why=f"a score per unit was expected: {group.size} numbers",
             )
         scores[group.units] = found
-    return scores
+    finite = scores[np.isfinite(scores)]
+    if graph.groups and not len(finite):
+        raise PlanError(
+            f"the importance {name_of(criterion)!r} can score none of the {len(graph.groups)} "
+            "groups",
+            why="none has what it looks at: " + (getattr(function, "__doc__", "") or "").strip(),
+            fix="choose another one",
+        )
+    return scores - finite.min() if len(finite) and finite.min() < 0 else scores
+
+
+def _check_statistics(
+    graph: CouplingGraph, criterion: str | Importance, statistics: Statistics | None
+) -> None:
+    missing = sorted(needs_of(criterion) - (statistics.needs if statistics else set()))
+    if missing:
+        raise DataError(
+            f"the importance {name_of(criterion)!r} needs calibration data",
+            why=f"it reads {'; '.join(NEEDS[need] for need in missing)}",
+            fix=f"give data=loader, or statistics=prunus.collect(model, graph, loader, {missing})",
+        )
+    if needs_of(criterion) and statistics and statistics.unit_count != graph.unit_count:
+        raise PlanError(
+            "the statistics were collected for another graph",
+            why=f"they speak of {statistics.unit_count} units, and this one has {graph.unit_count}",
+            fix="collect them with this graph",
+        )
 
 
 def _find(name: str) -> Importance:

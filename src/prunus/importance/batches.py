@@ -1,0 +1,67 @@
+"""Batches of a calibration loader: how the model is called on one, and its single samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from prunus.errors import DataError
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """Call the model on one batch of a loader, moved to the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(batch, dict):
+        return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    if isinstance(batch, (list, tuple)):
+        if not batch:
+            raise DataError("a calibration batch is empty", fix="give at least the input")
+        batch = batch[0]
+    if not isinstance(batch, Tensor):
+        raise DataError(
+            f"a calibration batch is a {type(batch).__name__}",
+            why="a batch is a tensor, a tuple whose first entry is one, or a mapping of keywords",
+            fix="give forward_fn=lambda model, batch: model(...)",
+        )
+    return model(batch.to(device))
+
+
+def labels_of(batch: Any) -> Tensor | None:
+    """What a batch says that the output should be: its entry ``labels``, or that after the input.
+
+    >>> labels_of((torch.zeros(2, 3), torch.tensor([1, 0]))).tolist()
+    [1, 0]
+    """
+    if isinstance(batch, dict):
+        found = batch.get("labels")
+    else:
+        found = batch[1] if isinstance(batch, (list, tuple)) and len(batch) > 1 else None
+    return found if isinstance(found, Tensor) else None
+
+
+def count_samples(batch: Any) -> int:
+    """The length of dim 0 of the batch's first tensor; 1 where there is none."""
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
+    return len(tensors[0]) if tensors else 1
+
+
+def samples_of(batch: Any) -> Iterator[Any]:
+    """Batches of one sample each: every tensor as long as the first is cut along dim 0.
+
+    Anything else (a flag, a table that all samples share) goes along whole.
+
+    >>> [part["x"].tolist() for part in samples_of({"x": torch.tensor([[1], [2]]), "flag": True})]
+    [[[1]], [[2]]]
+    """
+    count = count_samples(batch)
+
+    def cut(value: Any, index: int) -> Any:
+        whole = not isinstance(value, Tensor) or not value.dim() or len(value) != count
+        return value if whole else value[index : index + 1]
+
+    for index in range(count):
+        yield tree_map(lambda value, index=index: cut(value, index), batch)

@@ -1,0 +1,303 @@
+"""One pass over calibration data: what criteria read of it, as sums and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from prunus.errors import DataError, ModelError, PlanError
+from prunus.graph.coupling import CouplingGraph
+from prunus.importance.activations import Site, Watch
+from prunus.importance.batches import count_samples, run_batch, samples_of
+from prunus.importance.confidence import Heads
+from prunus.importance.gradients import Contributions
+from prunus.importance.targets import Loss, loss_of
+from prunus.tracer.adapters import adapted
+from prunus.tracer.program import state_of
+from prunus.tracer.trace import follow_modules, plain_kernels, quiet_run
+
+NEEDS = {
+    "gradient": "weight × gradient over all that a unit owns, sample by sample",
+    "head_gradient": "gradient of a gate on the unit, sample by sample",
+    "activation": "what goes into the weights that read the unit",
+    "attention": "the largest attention probability of every query",
+}
+"""What may be collected."""
+
+_GRADIENTS = {"gradient", "head_gradient"}
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Sums over calibration data, in float64.
+
+    Attributes
+    ----------
+    needs
+        What was collected.
+    unit_count
+        Of the graph.
+    samples
+        Samples seen; where gradients were collected, each had a backward pass of its own.
+    units
+        By name, arrays of shape ``(unit_count + 1,)``, indexed by unit id, with
+        ``T(s) = Σ w·∂L(s)/∂w`` over all weights that a unit owns and ``H(s)`` the gradient of a
+        gate on it (:meth:`~prunus.importance.gradients.Contributions.gated`) for sample s:
+        ``"gradient"`` Σ T, ``"gradient_squared"`` Σ T², ``"fisher"`` ΣΣ (w·∂L/∂w)²,
+        ``"head_gradient"`` Σ |H|.
+    sites
+        One for each place where weights read units (need ``"activation"``).
+    heads
+        One for each attention whose heads are units (need ``"attention"``).
+    loss
+        Mean loss of the samples; NaN without gradients.
+    """
+
+    needs: frozenset[str]
+    unit_count: int
+    samples: int
+    units: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
+    sites: tuple[Site, ...] = field(default=(), repr=False)
+    heads: tuple[Heads, ...] = field(default=(), repr=False)
+    loss: float = float("nan")
+
+
+def collect(
+    model: nn.Module,
+    graph: CouplingGraph,
+    data: Iterable[Any],
+    needs: str | Iterable[str],
+    *,
+    loss: Loss | None = None,
+    split: bool = True,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Statistics:
+    """Run the model over calibration data once and keep sums of what criteria need.
+
+    The model runs in eval mode; its weights, gradients, modes, attributes and the random state
+    are as before when it returns.  Activations are dropped as they come, so memory beyond the
+    forward (and for gradients the backward of one sample, and one set of gradients) hangs on
+    the model alone.
+
+    Parameters
+    ----------
+    model, graph
+        The model, and what :func:`prunus.trace` found in it.
+    data
+        Batches: a tensor, or a tuple or list ``(inputs, labels, …)``, or a mapping of keyword
+        arguments (with ``labels``, if there are any).  Labels are needed for nothing.
+    needs
+        Any of ``"gradient"``, ``"head_gradient"``, ``"activation"``, ``"attention"``.
+    loss
+        ``(output, batch) → scalar`` of one sample, for the gradients.  Without it, the loss is
+        the model's own ``.loss`` or the cross-entropy of the labels, or without labels of its own
+        answer; :func:`prunus.importance.targets.loss_of` has it in full.  A language model gets
+        its next-token loss from ``{"input_ids": ids, "labels": ids}``.
+    split
+        Whether dim 0 of a batch counts samples.  Gradients are then taken sample by sample, so
+        that results don't hang on the batch size.  If false, a batch is one sample.
+    seed
+        For the loss that draws.
+    progress
+        Called with the number of batches done.
+
+    Raises
+    ------
+    DataError
+        If the data is empty, or leads to what is not finite, or the output has no loss.
+    ModelError
+        If the weights are on the meta device, or on several.
+    PlanError
+        If the graph is another model's, or a need is unknown.
+    """
+    wanted = _known(needs)
+    tensors, _ = state_of(model)
+    _check_model(graph, tensors)
+    passed = _Pass(model, graph, tensors, wanted, loss, seed)
+    done = 0
+    with (
+        quiet_run(model),
+        adapted(model),
+        _traceable(model),
+        follow_modules(model, passed.stack),
+        _tracked(passed.weights),
+    ):
+        for done, batch in enumerate(data, start=1):
+            singly = split and bool(wanted & _GRADIENTS)
+            for part in samples_of(batch) if singly else [batch]:
+                passed.take(part, 1 if singly or not split else count_samples(batch))
+            if progress is not None:
+                progress(done)
+    if not passed.samples:
+        raise DataError(
+            "the calibration data is empty",
+            why="its batches hold no sample"
+            if done
+            else "the iterable gave no batch (an iterator can be used only once)",
+            fix="give a DataLoader or a list of batches",
+        )
+    return passed.result()
+
+
+def _known(needs: str | Iterable[str]) -> frozenset[str]:
+    wanted = frozenset([needs] if isinstance(needs, str) else needs)
+    unknown = sorted(wanted - set(NEEDS))
+    if unknown or not wanted:
+        raise PlanError(
+            f"nothing called {unknown[0]!r} can be collected" if unknown else "nothing is needed",
+            why=f"known are {', '.join(NEEDS)}",
+            fix="name some of those",
+        )
+    return wanted
+
+
+def _check_model(graph: CouplingGraph, tensors: Mapping[str, Tensor]) -> None:
+    for name in graph.shapes:
+        if name not in tensors or tuple(tensors[name].shape) != tuple(graph.shapes[name]):
+            raise PlanError(
+                "the graph is that of another model",
+                why=f"{name} has shape {tuple(graph.shapes[name])} there, and here "
+                f"{tuple(tensors[name].shape) if name in tensors else 'is missing'}",
+                fix="trace this model",
+            )
+    places: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if name in graph.parameters:
+            places.setdefault(str(tensor.device), name)
+    if "meta" in places:
+        raise ModelError(
+            f"{places['meta']} has a shape but no values",
+            why="it is on the meta device, and statistics are taken from a model that runs",
+            fix="load the weights first",
+        )
+    if len(places) > 1:
+        told = ", ".join(f"{name} on {place}" for place, name in sorted(places.items()))
+        raise ModelError(
+            f"the model lies on {len(places)} devices",
+            why=f"batches are moved to one device, and there are {told}",
+            fix='move it to one: model.to("cpu"), say',
+        )
+
+
+def _traceable(model: nn.Module) -> AbstractContextManager[None]:
+    """Kernels that show what they consist of, where a model has others: they cost time."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    return plain_kernels() if recurrent else nullcontext()
+
+
+@contextmanager
+def _tracked(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """These weights take gradients, frozen ones too; as before afterwards."""
+    before = {name: weight.requires_grad for name, weight in weights.items()}
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.requires_grad_(before[name])
+
+
+class _Pass:
+    """The sums of one call of :func:`collect` while they grow."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: CouplingGraph,
+        tensors: Mapping[str, Tensor],
+        needs: frozenset[str],
+        loss: Loss | None,
+        seed: int,
+    ) -> None:
+        self.stack: list[str] = [""]
+        self.samples = 0
+        self.weights: dict[str, Tensor] = {}
+        self._model, self._graph, self._needs = model, graph, needs
+        self._loss, self._seed = loss, seed
+        self._losses = 0.0
+        self._units: dict[str, NDArray[np.float64]] = {}
+        self._contributions: Contributions | None = None
+        if needs & _GRADIENTS:
+            self._contributions = Contributions(graph)
+            named = ((name, tensors[name]) for name in self._contributions.names)
+            self.weights = {n: w for n, w in named if w.is_floating_point()}
+        self._watch: Watch | None = None
+        if needs - _GRADIENTS:
+            self._watch = Watch(
+                graph.program,
+                tensors,
+                self.stack,
+                inputs="activation" in needs,
+                attention="attention" in needs,
+            )
+
+    def take(self, batch: Any, samples: int) -> None:
+        """Add what one batch brings: forward, and backward if gradients are needed."""
+        if not samples:
+            return
+        if self._watch is not None:
+            self._watch.begin()
+        with torch.set_grad_enabled(self._contributions is not None):
+            with self._watch or nullcontext():
+                output = run_batch(self._model, batch)
+            if self._contributions is None:
+                self.samples += samples
+                return
+            value = loss_of(
+                output,
+                batch,
+                loss=self._loss,
+                kept=self._graph.kept_outputs,
+                seed=self._draw(),
+            )
+            found = torch.autograd.grad(value, list(self.weights.values()), allow_unused=True)
+        self._add(self._contributions, dict(zip(self.weights, found, strict=True)))
+        self._losses += float(value.detach())
+        self.samples += samples
+
+    def _draw(self) -> int:
+        """A seed of 32 bits (PyTorch's generator reads no more) for the present sample."""
+        source = np.random.SeedSequence((self._seed, self.samples))
+        return int(source.generate_state(1)[0])
+
+    def _add(self, of: Contributions, gradients: Mapping[str, Tensor | None]) -> None:
+        plain, squared = of.reduce(self.weights, gradients)
+        if not np.isfinite(squared).all():
+            raise DataError(
+                f"gradients of sample {self.samples} are NaN or infinite",
+                why="the sample holds such values, or the model makes them",
+                fix="clean the data; for a model in half precision try float32",
+            )
+        if "gradient" in self._needs:
+            owned = of.owned(plain)
+            self._sum("gradient", owned)
+            self._sum("gradient_squared", owned**2)
+            self._sum("fisher", of.owned(squared))
+        if "head_gradient" in self._needs:
+            self._sum("head_gradient", np.abs(of.gated(plain)))
+
+    def _sum(self, name: str, values: NDArray[np.float64]) -> None:
+        self._units[name] = self._units.get(name, 0.0) + values
+
+    def result(self) -> Statistics:
+        """The sums as they are now."""
+        watch = self._watch
+        heads: Sequence[Heads] = watch.confidence.heads if watch and watch.confidence else ()
+        return Statistics(
+            self._needs,
+            self._graph.unit_count,
+            self.samples,
+            self._units,
+            tuple(watch.sites) if watch else (),
+            tuple(heads),
+            self._losses / self.samples if self._contributions else float("nan"),
+        )

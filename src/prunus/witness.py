@@ -255,7 +255,8 @@ def _columns(plan: Plan, model: nn.Module) -> Iterator[tuple[str, NDArray[np.int
             isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)
         )
         if own == "weight" and axis.dim == 1 and plain and getattr(module, "groups", 1) == 1:
-            yield name, np.setdiff1d(np.arange(module.weight.shape[1]), np.array(stay))
+            size = plan.shapes[axis.tensor][1]
+            yield name, np.setdiff1d(np.arange(size), np.array(stay))
 
 
 def _refuse_passengers(model: nn.Module, pruned: nn.Module, run: _Heard) -> None:

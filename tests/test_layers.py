@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("graph",), ("files",)),
     (("plans", "plan_json", "budget"),),
     (("tracer",),),
-    (("importance",), ("planner",), ("surgeon",), ("structures",)),
+    (("importance",), ("planner",), ("surgeon",), ("anatomy",)),
     (("recovery",), ("io",), ("oracle", "exchange", "witness", "listening", "rollback", "report")),
     (("integrations",),),
     (("__init__", "api", "choices"),),

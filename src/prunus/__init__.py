@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prunus.anatomy import structures
     from prunus.api import Shrunk, plan, shrink
     from prunus.budget import Budget
     from prunus.choices import keep, prune_heads
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from prunus.report.console import show_stages
     from prunus.report.counting import measure_costs, measure_latency
     from prunus.report.pictures import draw_channels
-    from prunus.structures import structures
     from prunus.surgeon import apply, mask
     from prunus.tracer.trace import trace
     from prunus.witness import testify
@@ -92,7 +92,7 @@ _HOMES = {
     "save": "prunus.io",
     "show_stages": "prunus.report.console",
     "shrink": "prunus.api",
-    "structures": "prunus.structures",
+    "structures": "prunus.anatomy",
     "testify": "prunus.witness",
     "trace": "prunus.tracer.trace",
     "verify": "prunus.oracle",

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from prunus.anatomy import Anatomy, structures
+from prunus.anatomy.names import Attention
 from prunus.api import Shrunk, plan_of_mask
 from prunus.errors import PlanError, VerifyError
 from prunus.graph.axis import Mask
@@ -16,8 +18,6 @@ from prunus.graph.constraints import find_violation
 from prunus.graph.coupling import CouplingGraph
 from prunus.integrations.hf import example_inputs
 from prunus.oracle import verify
-from prunus.structures import Anatomy, structures
-from prunus.structures.anatomy import Attention
 from prunus.surgeon import apply
 from prunus.surgeon.packed import refuse_packed
 from prunus.tracer.trace import trace

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from prunus.anatomy import Structure, structures
 from prunus.errors import ModelError, PlanError
 from prunus.graph.constraints import Lockstep
 from prunus.graph.coupling import CouplingGraph
 from prunus.planner import thin
 from prunus.plans import Plan
-from prunus.structures import Structure, structures
 from prunus.surgeon import apply
 from prunus.surgeon.applied import applied_plan
 from prunus.surgeon.attributes import find_edits

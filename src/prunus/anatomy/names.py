@@ -11,12 +11,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from prunus.anatomy.attention import Core, Units, find_cores
+from prunus.anatomy.stream import find_stream
 from prunus.errors import PlanError
 from prunus.graph.axis import Role
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
-from prunus.structures.attention import Core, Units, find_cores
-from prunus.structures.stream import find_stream
 
 Kind = Literal[
     "heads", "kv groups", "query heads", "head dims", "qk dims", "vo dims",
@@ -165,14 +165,15 @@ def structures(graph: CouplingGraph) -> Anatomy:
     """
     cores = [] if graph.program is None else list(find_cores(graph.program))
     kinds = _Kinds(graph, cores)
-    paths = _Paths(graph, [core.module for core in cores], kinds)
+    homes = [core.module or kinds.home_of(core) for core in cores]
+    paths = _Paths(graph, homes, kinds)
     found = tuple(
         Structure(kind, paths.layer_of_group(group, kind), group.name, group.size)
         for group, kind in kinds.of_groups()
     )
     attentions = tuple(
-        Attention(core.module, paths.layer_of(core.module), core.queries, _distinct(core.keys))
-        for core in cores
+        Attention(core.module or home, paths.layer_of(home), core.queries, _distinct(core.keys))
+        for core, home in zip(cores, homes, strict=True)
     )
     return Anatomy(found, attentions)
 
@@ -201,6 +202,15 @@ class _Kinds:
     def of_groups(self) -> Iterator[tuple[Group, Kind]]:
         for group in self._graph.groups:
             yield group, self._of(group)
+
+    def home_of(self, core: Core) -> str:
+        """Where the weights are that make an attention which no module computes by itself."""
+        own = np.concatenate([core.queries.ravel(), core.scores, core.values])
+        for group in self._graph.groups:
+            made = [axis.tensor for axis, role in group.axes if role is Role.PRODUCER]
+            if made and np.isin(group.units, own).any():
+                return made[0].rpartition(".")[0].rpartition(".")[0]
+        return ""
 
     def _of(self, group: Group) -> Kind:
         units = group.units

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils._pytree import tree_leaves
 
+from prunus.anatomy.attention import Units
 from prunus.graph.coupling import CouplingGraph
-from prunus.structures.attention import Units
 from prunus.tracer.program import Ref
 
 _FIXED, _GIVEN = -2, -1

@@ -83,7 +83,7 @@ class ByHand(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([nn.ModuleDict(self._parts()) for _ in range(2)])
-        self.heads = 4
+        self.heads = [4, 4]
 
     def _parts(self) -> dict[str, nn.Module]:
         return {
@@ -92,8 +92,8 @@ class ByHand(nn.Module):
         }  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            parts = block["qkv"](x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        for block, heads in zip(self.blocks, self.heads, strict=True):
+            parts = block["qkv"](x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
             q, k, v = parts
             weights = torch.einsum("bhid,bhjd->bhij", q, k).mul(0.5).softmax(-1)
             y = torch.einsum("bhij,bhjd->bhid", weights, v).transpose(1, 2).flatten(2)

@@ -205,11 +205,11 @@ class _Kinds:
 
     def home_of(self, core: Core) -> str:
         """Where the weights are that make an attention which no module computes by itself."""
-        own = np.concatenate([core.queries.ravel(), core.scores, core.values])
-        for group in self._graph.groups:
-            made = [axis.tensor for axis, role in group.axes if role is Role.PRODUCER]
-            if made and np.isin(group.units, own).any():
-                return made[0].rpartition(".")[0].rpartition(".")[0]
+        for own in (core.values, core.scores, core.queries):  # heads may be shared by layers
+            for group in self._graph.groups:
+                made = [axis.tensor for axis, role in group.axes if role is Role.PRODUCER]
+                if made and np.isin(group.units, own).any():
+                    return made[0].rpartition(".")[0].rpartition(".")[0]
         return ""
 
     def _of(self, group: Group) -> Kind:

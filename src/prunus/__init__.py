@@ -9,11 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunus.api import Shrunk, plan, shrink
+    from prunus.api import Shrunk, drop_layers, plan, shrink
     from prunus.budget import Budget
     from prunus.errors import BudgetError, PrunusError
     from prunus.graph.axis import Axis
+    from prunus.graph.blocks import Block
     from prunus.graph.coupling import CouplingGraph
+    from prunus.importance.influence import block_influence
     from prunus.integrations.torchvision_ops import declare_missing_ops
     from prunus.io import load, save
     from prunus.listening import listen
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Axis",
+    "Block",
     "Budget",
     "BudgetError",
     "Certificate",
@@ -39,8 +42,10 @@ __all__ = [
     "PrunusError",
     "Shrunk",
     "apply",
+    "block_influence",
     "declare_missing_ops",
     "draw_channels",
+    "drop_layers",
     "listen",
     "load",
     "mask",
@@ -58,6 +63,7 @@ __all__ = [
 
 _HOMES = {
     "Axis": "prunus.graph.axis",
+    "Block": "prunus.graph.blocks",
     "Budget": "prunus.budget",
     "BudgetError": "prunus.errors",
     "Certificate": "prunus.oracle",
@@ -66,8 +72,10 @@ _HOMES = {
     "PrunusError": "prunus.errors",
     "Shrunk": "prunus.api",
     "apply": "prunus.surgeon",
+    "block_influence": "prunus.importance.influence",
     "declare_missing_ops": "prunus.integrations.torchvision_ops",
     "draw_channels": "prunus.report.pictures",
+    "drop_layers": "prunus.api",
     "listen": "prunus.listening",
     "load": "prunus.io",
     "mask": "prunus.surgeon",

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunus.errors import DataError
+from prunus.tracer.batches import run_batch
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -86,21 +87,3 @@ def recalibrate(
 
 def _is_finite(norm: nn.Module) -> bool:
     return all(bool(torch.isfinite(b).all()) for b in norm.buffers() if b.is_floating_point())
-
-
-def run_batch(model: nn.Module, batch: Any) -> Any:
-    """Call the model on one batch of a loader, moved to the model's device."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if isinstance(batch, dict):
-        return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-    if isinstance(batch, (list, tuple)):
-        if not batch:
-            raise DataError("a calibration batch is empty", fix="give at least the input")
-        batch = batch[0]
-    if not isinstance(batch, Tensor):
-        raise DataError(
-            f"a calibration batch is a {type(batch).__name__}",
-            why="a batch is a tensor, a tuple whose first entry is one, or a mapping of keywords",
-            fix="give forward_fn=lambda model, batch: model(...)",
-        )
-    return model(batch.to(device))

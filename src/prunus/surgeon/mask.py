@@ -65,6 +65,9 @@ def _silenced(plan: Plan, model: nn.Module) -> Iterator[None]:
     running = ExitStack()
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not plan.keep:  # blocks are gone, and all that is left stays
+            running.enter_context(quiet_run(model))
+            return
         key = str(tree_map(_signature, (args, kwargs)))
         if key not in traces:
             with _paused(handles):

@@ -116,23 +116,27 @@ def find_blocks(
     A block can be dropped when it ran once, took and returned tensors of one shape that carry the
     same units, added what it computed to what it was given, and nothing outside of it reads
     anything else that it computed.  Parts of a residual block are no blocks of their own, unless
-    it is nothing but a chain of blocks of one kind: a stage.
+    they are of one kind and it can't be dropped itself or is nothing but a chain of them, a stage.
     """
     flow = _Flow(recorder, set(outputs.values()))
+    kinds: dict[str, set[type[nn.Module]]] = {}
+    for child in children.values():
+        kinds.setdefault(child.container, set()).add(child.kind)
     blocks: list[Block] = []
     obstacles: dict[str, str] = {}
-    whole: set[str] = set()
+    whole: dict[str, bool] = {}  # residual blocks, and whether they can be left out
     for name, child in children.items():  # a part comes after the whole
-        outer = whole.intersection(_parents(name))
+        alike = len(kinds[child.container]) == 1
+        outer = [p for p in _parents(name) if p in whole and (whole[p] or not alike)]
         if outer:
-            obstacles[name] = f"it is a part of the block {outer.pop()}"
+            obstacles[name] = f"it is a part of the block {outer[0]}"
             continue
         obstacle = flow.why_no_block(child)
         if not obstacle and flow.is_stage(name, children):
             obstacle = "it is a chain of blocks, which can be dropped one by one"
         elif not obstacle:
-            whole.add(name)
             obstacle = flow.why_not_alone(child.calls[0], resolve)
+            whole[name] = not obstacle
         if obstacle:
             obstacles[name] = obstacle
             continue
@@ -200,7 +204,7 @@ class _Flow:
         """Whether all its weights are in residual blocks of one kind, one after the other."""
         inner: dict[str, list[_Child]] = {}
         for child in children.values():
-            if child.container.startswith(f"{name}."):
+            if f"{child.container}.".startswith(f"{name}."):
                 inner.setdefault(child.container, []).append(child)
         whole = children[name].calls[0]
         for parts in inner.values():

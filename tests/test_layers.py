@@ -22,10 +22,14 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors",),),
     (("graph",), ("files",)),
-    (("plans", "plan_json", "budget"),),
+    (("plans", "plan_json", "drops", "budget"),),
     (("tracer",),),
     (("importance",), ("planner",), ("surgeon",), ("anatomy",)),
-    (("recovery",), ("io",), ("oracle", "exchange", "witness", "listening", "rollback", "report")),
+    (
+        ("recovery",),
+        ("io",),
+        ("oracle", "exchange", "witness", "listening", "rollback", "skipping", "report"),
+    ),
     (("integrations",),),
     (("__init__", "api", "choices"),),
     (("cli", "__main__"),),

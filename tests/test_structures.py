@@ -272,7 +272,7 @@ def test_a_quantized_model_is_refused() -> None:
         "packed", nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
     )
     with pytest.raises(
-        ModelError, match=r"Linear holds quantized weights(.|\n)*before it is|first"
+        ModelError, match=r"the model is quantized(.|\n)*Linear stores(.|\n)*prune it, and quantize"
     ):
         prunus.keep(net, "0.weight[0]", [0], torch.randn(1, 4))
 

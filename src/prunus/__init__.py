@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunus.anatomy import structures
-    from prunus.api import Shrunk, plan, shrink
+    from prunus.api import Shrunk, drop_layers, plan, shrink
     from prunus.budget import Budget
     from prunus.choices import keep, prune_heads
     from prunus.errors import BudgetError, PrunusError
     from prunus.graph.axis import Axis
+    from prunus.graph.blocks import Block
     from prunus.graph.coupling import CouplingGraph
     from prunus.importance import Movement, Statistics, collect
+    from prunus.importance.influence import block_influence
     from prunus.integrations.torchvision_ops import declare_missing_ops
     from prunus.io import load, save
     from prunus.listening import listen
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Axis",
+    "Block",
     "Budget",
     "BudgetError",
     "Certificate",
@@ -44,9 +47,11 @@ __all__ = [
     "Shrunk",
     "Statistics",
     "apply",
+    "block_influence",
     "collect",
     "declare_missing_ops",
     "draw_channels",
+    "drop_layers",
     "keep",
     "listen",
     "load",
@@ -67,6 +72,7 @@ __all__ = [
 
 _HOMES = {
     "Axis": "prunus.graph.axis",
+    "Block": "prunus.graph.blocks",
     "Budget": "prunus.budget",
     "BudgetError": "prunus.errors",
     "Certificate": "prunus.oracle",
@@ -77,9 +83,11 @@ _HOMES = {
     "Shrunk": "prunus.api",
     "Statistics": "prunus.importance",
     "apply": "prunus.surgeon",
+    "block_influence": "prunus.importance.influence",
     "collect": "prunus.importance",
     "declare_missing_ops": "prunus.integrations.torchvision_ops",
     "draw_channels": "prunus.report.pictures",
+    "drop_layers": "prunus.api",
     "keep": "prunus.choices",
     "listen": "prunus.listening",
     "load": "prunus.io",

@@ -19,7 +19,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.integrations.hf import example_inputs
 from prunus.oracle import verify
 from prunus.surgeon import apply
-from prunus.surgeon.packed import refuse_packed
+from prunus.surgeon.depth import refuse_quantized
 from prunus.tracer.trace import trace
 
 Where = int | str
@@ -67,7 +67,7 @@ def prune_heads(
     >>> shrunk.certificate.verdict, model.layers[0].self_attn.num_heads
     ('exact', 2)
     """
-    refuse_packed(model)
+    refuse_quantized(model)
     args, kwargs = _inputs(model, args, kwargs)
     graph = trace(model, args, kwargs)
     kept = _without_heads(graph, structures(graph), heads)
@@ -102,7 +102,7 @@ def keep(
     VerifyError
         If the proof fails; the model was not touched.
     """
-    refuse_packed(model)
+    refuse_quantized(model)
     args, kwargs = _inputs(model, args, kwargs)
     graph = trace(model, args, kwargs)
     found = graph.group(group)

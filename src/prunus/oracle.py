@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +24,8 @@ from prunus.graph.axis import Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.listening import listen
 from prunus.plans import Plan
-from prunus.surgeon import apply
+from prunus.skipping import prove_depth
+from prunus.surgeon import apply, drop_blocks
 from prunus.surgeon.apply import check_model
 from prunus.tracer.caches import clear_caches
 from prunus.tracer.capture import find_line
@@ -67,9 +68,10 @@ class Certificate:
     moved
         The same measure between the masked and the untouched original.
     moved_alone
-        The same with each touched group removed alone.
+        The same with each touched group removed alone, and each dropped block skipped alone.
     unverified
-        Groups whose removal alone moves no output by more than 1e-3: nothing is proven of them.
+        Groups and blocks whose removal alone moves no output by more than 1e-3: nothing is proven
+        of them.
     rel_err32
         The error in float32, where it was above 1e-4 and float64 showed that it is rounding.
     """
@@ -107,6 +109,9 @@ def verify(
 ) -> Certificate:
     """Cut a copy of the model, run its own forward, and compare with the masked original.
 
+    Where the plan drops blocks, the copy without them is first compared with the original that
+    skips them (:func:`prunus.skipping.prove_depth`); the rest is then proven of that copy.
+
     Parameters
     ----------
     plan, model
@@ -143,7 +148,75 @@ def verify(
     clear_caches(original)
     if randomise:
         listen(original, args, kwargs, seed=seed)
-    found = trace(original, args, kwargs, outputs=outputs or _kept_outputs(plan))
+    wanted = outputs or _kept_outputs(plan)
+    options: dict[str, Any] = {"each_group": each_group, "outputs": wanted, "seed": seed}
+    if plan.drops:
+        return _verify_depth(plan, original, args, kwargs, **options)
+    return _verify_widths(plan, original, original, args, kwargs, **options)
+
+
+def _verify_depth(
+    plan: Plan, original: nn.Module, args: Any, kwargs: Mapping[str, Any], **options: Any
+) -> Certificate:
+    """First the model without the blocks, then the rest of the plan on that model."""
+    without = duplicate(original)
+    drop_blocks(without, plan.drops)
+    depth = prove_depth(
+        original,
+        without,
+        plan.drops,
+        args,
+        kwargs,
+        outputs=options["outputs"],
+        each=options["each_group"],
+    )
+    counts = [sum(p.numel() for p in m.parameters()) for m in (original, without)]
+    tolerance = TOLERANCE.get(depth.dtype, 1e-4)
+    reason = depth.reason
+    if not reason and not depth.rel_err <= tolerance:
+        reason = "without the blocks the model does not compute what it does when they are skipped"
+    verdict: Verdict = "inexact" if reason else "exact" if depth.moved > MOVED else "not verified"
+    alone = tuple(name for name, by in depth.moved_alone.items() if not by > MOVED)
+    certificate = Certificate(
+        verdict=verdict,
+        rel_err=depth.rel_err,
+        exchanged=0.0,
+        moved=depth.moved,
+        moved_alone=depth.moved_alone,
+        unverified=alone,
+        dtype=str(depth.dtype).removeprefix("torch."),
+        params=(counts[0], counts[1]),
+        outputs=tuple(depth.outputs),
+        reason=reason,
+    )
+    if verdict == "inexact" or not (plan.keep or plan.edits):
+        return certificate
+    widths = _verify_widths(plan, without, original, args, kwargs, **options)
+    order: list[Verdict] = ["inexact", "not verified", "exact"]
+    return replace(
+        widths,
+        verdict=min(verdict, widths.verdict, key=order.index),
+        rel_err=max(depth.rel_err, widths.rel_err),
+        moved=max(depth.moved, widths.moved),
+        moved_alone={**depth.moved_alone, **widths.moved_alone},
+        unverified=(*alone, *widths.unverified),
+        params=(counts[0], widths.params[1]),
+    )
+
+
+def _verify_widths(
+    plan: Plan,
+    original: nn.Module,
+    source: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any],
+    *,
+    each_group: bool,
+    outputs: Any,
+    seed: int,
+) -> Certificate:
+    """Of ``original``, which lacks the blocks that the plan drops; ``source`` has them."""
+    found = trace(original, args, kwargs, outputs=outputs)
     inputs = [t.detach() for _, t in tensors_of([args, kwargs])]
     kept = found.mask_from_positions(
         {axis: np.asarray(stay, dtype=np.int64) for axis, stay in plan.keep.items()}
@@ -152,7 +225,7 @@ def verify(
     replay = Replay(found, state, inputs)
     dense = replay.run(found.all_kept)
     masked = replay.run(kept)
-    pruned = copy.deepcopy(original)
+    pruned = copy.deepcopy(source)
     reason = _disagreement(plan, found, kept)
     error = float("inf")
     try:
@@ -181,7 +254,7 @@ def verify(
     moved = relative_error(dense, masked)
     dtype, single = next(iter(masked.values())).dtype, None
     if not reason and dtype == torch.float32 and tolerance < error < DOUBTFUL:
-        double = _error_in_double(found, plan, original, args, kwargs)
+        double = _error_in_double(found, plan.widths, original, args, kwargs)
         if double is not None and double <= TOLERANCE[torch.float64]:
             dtype, tolerance = torch.float64, TOLERANCE[torch.float64]
             error, single = double, error

@@ -78,6 +78,7 @@ def read(text: str, version: int, limit: int = LIMIT) -> dict[str, Any]:
         "groups": [_read_group(g, where) for where, g in _numbered(document, "groups")],
         "costs": {n: _pair(v, f"costs.{n}") for n, v in _entries(document, "costs")},
         "origin": _field(document, "origin", dict, ""),
+        "drops": tuple(_read_drops(document.get("drops", []))),
     }
 
 
@@ -203,6 +204,19 @@ def _read_scaling(
     ranges = _field(entry, "positions", list, where)
     positions = read_ranges(ranges, shapes[tensor][dim], f"{where}.positions")
     return tensor, dim, positions, _field(entry, "factor", float, where)
+
+
+def _read_drops(value: Any) -> Iterator[str]:
+    """Paths of modules; plans from before blocks could be dropped have none."""
+    seen: set[str] = set()
+    for index, entry in enumerate(_typed(value, list, "drops")):
+        where = f"drops[{index}]"
+        if not _typed(entry, str, where):
+            raise _malformed(where, "it names no module")
+        if entry in seen:
+            raise _malformed(where, f"{entry} is dropped twice")
+        seen.add(entry)
+        yield entry
 
 
 def _read_group(entry: Any, where: str) -> tuple[str, int, Indices]:

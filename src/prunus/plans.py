@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from prunus.drops import Renaming
 from prunus.errors import PlanError
 from prunus.files import replace_file
 from prunus.graph.axis import Axis, Mask
@@ -67,12 +68,16 @@ class GroupChoice:
 class Plan:
     """What stays of a model, for another copy of it, a checkpoint, or a mask.
 
+    Where blocks are dropped, all the rest of a plan speaks of the model that is left without
+    them, its lists of modules closed up.
+
     Attributes
     ----------
     keep
         For every axis that loses something, the positions that stay, ascending.
     shapes
-        Original shapes of all parameters, buffers and tensor attributes, by their first names.
+        Shapes of all parameters, buffers and tensor attributes, by their first names, before any
+        is sliced.
     edits
         Attributes to set along.
     scalings
@@ -83,6 +88,8 @@ class Plan:
         Each cost before and after.
     origin
         Where the plan came from: importance, budget, scope, seed, … (JSON).
+    drops
+        Module paths, in the original, of the blocks that go first.
 
     Examples
     --------
@@ -100,9 +107,16 @@ class Plan:
     groups: tuple[GroupChoice, ...] = ()
     costs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
+    drops: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "origin", freeze(self.origin))
+        object.__setattr__(self, "drops", tuple(self.drops))
+
+    @property
+    def widths(self) -> Plan:
+        """The same plan for the model that is left when the blocks have been dropped."""
+        return replace(self, drops=())
 
     @classmethod
     def from_mask(
@@ -144,7 +158,7 @@ class Plan:
 
     @property
     def traced(self) -> Mapping[str, Any] | None:
-        """What the original was traced with: its ``inputs`` and the shapes of its ``outputs``."""
+        """What the model was traced with: its ``inputs`` and the shapes of its ``outputs``."""
         found: Mapping[str, Any] | None = _steps(self.origin)[0].get("traced")
         return found
 
@@ -191,17 +205,37 @@ class Plan:
             )
 
     def diff(self, other: Plan) -> PlanDiff:
-        """What the two plans remove differently."""
-        if dict(self.shapes) != dict(other.shapes):
+        """What the two plans remove differently; groups by their names in the original.
+
+        A group that only one of the plans knows, since the other drops its block, is left out.
+        """
+        mine, theirs = self._in_original_names(), other._in_original_names()
+        shapes = self.shapes_before, other.shapes_before
+        shared = shapes[0].keys() & shapes[1].keys()
+        alike = all(shapes[0][name] == shapes[1][name] for name in shared)
+        if not alike or (self.drops == other.drops and shapes[0] != shapes[1]):
             raise PlanError("these are plans for different models", fix="compare plans of one")
-        mine = {choice.name: set(choice.removed) for choice in self.groups}
-        theirs = {choice.name: set(choice.removed) for choice in other.groups}
+        a_drops, b_drops = set(self.drops), set(other.drops)
         found = []
         for name in {**mine, **theirs}:
+            if a_drops != b_drops and not (name in mine and name in theirs):
+                continue
             a, b = mine.get(name, set()), theirs.get(name, set())
             if a != b:
                 found.append(GroupDiff(name, tuple(sorted(a - b)), tuple(sorted(b - a))))
-        return PlanDiff(tuple(found))
+        only_a = tuple(name for name in self.drops if name not in b_drops)
+        only_b = tuple(name for name in other.drops if name not in a_drops)
+        return PlanDiff(tuple(found), only_a, only_b)
+
+    @property
+    def shapes_before(self) -> dict[str, tuple[int, ...]]:
+        """The shapes by the names of the original; those of dropped blocks are not known."""
+        names = Renaming(self.drops)
+        return {names.before(name): tuple(shape) for name, shape in self.shapes.items()}
+
+    def _in_original_names(self) -> dict[str, set[int]]:
+        names = Renaming(self.drops)
+        return {names.before(choice.name): set(choice.removed) for choice in self.groups}
 
     def then(self, later: Plan) -> Plan:
         """One plan for the original model out of this one and one for the model it leaves.
@@ -209,28 +243,58 @@ class Plan:
         Groups are matched by name and size; one of ``later`` that has no match is taken over
         as it is.  A cost is kept where ``later`` starts from the number at which this one ends.
         """
-        _check_follows(self.resulting_shapes(), later.shapes)
-        keep = dict(self.keep)
+        first = self._without(later.drops)
+        _check_follows(first.resulting_shapes(), later.shapes)
+        keep = dict(first.keep)
         for axis, stay in later.keep.items():
-            first = self.keep.get(axis)
-            keep[axis] = stay if first is None else tuple(first[i] for i in stay)
-        edits = {(edit.module, edit.attribute): edit for edit in self.edits}
+            known = first.keep.get(axis)
+            keep[axis] = stay if known is None else tuple(known[i] for i in stay)
+        edits = {(edit.module, edit.attribute): edit for edit in first.edits}
         for edit in later.edits:
             key = (edit.module, edit.attribute)
             before = edits[key].before if key in edits else edit.before
             edits[key] = Edit(edit.module, edit.attribute, before, edit.after)
         return Plan(
             keep=keep,
-            shapes=self.shapes,
+            shapes=first.shapes,
             edits=tuple(edit for edit in edits.values() if edit.before != edit.after),
-            scalings=(*self.scalings, *(self._in_original(s) for s in later.scalings)),
-            groups=_merge_groups(self.groups, later.groups),
+            scalings=(*first.scalings, *(first._in_original(s) for s in later.scalings)),
+            groups=_merge_groups(first.groups, later.groups),
             costs={
                 name: (before, later.costs[name][1])
                 for name, (before, after) in self.costs.items()
                 if name in later.costs and later.costs[name][0] == after
             },
             origin={"steps": (*_steps(self.origin), *_steps(later.origin))},
+            drops=first.drops,
+        )
+
+    def _without(self, dropped: Sequence[str]) -> Plan:
+        """The same plan, with blocks of the model that it leaves dropped as well."""
+        if not dropped:
+            return self
+        names, old = Renaming(dropped), Renaming(self.drops)
+
+        def left(name: str) -> str:
+            return names.after(name) or ""
+
+        def stays(name: str) -> bool:
+            return names.after(name) is not None
+
+        return replace(
+            self,
+            keep={
+                Axis(left(axis.tensor), axis.dim): stay
+                for axis, stay in self.keep.items()
+                if stays(axis.tensor)
+            },
+            shapes={left(name): shape for name, shape in self.shapes.items() if stays(name)},
+            edits=tuple(replace(e, module=left(e.module)) for e in self.edits if stays(e.module)),
+            scalings=tuple(
+                replace(s, tensor=left(s.tensor)) for s in self.scalings if stays(s.tensor)
+            ),
+            groups=tuple(replace(g, name=left(g.name)) for g in self.groups if stays(g.name)),
+            drops=(*self.drops, *map(old.before, dropped)),
         )
 
     def _in_original(self, later: Scaling) -> Scaling:
@@ -241,7 +305,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as one line of JSON: sorted keys, indices as [start, stop) ranges."""
-        document = {
+        document: dict[str, Any] = {
             "prunus_plan": VERSION,
             "keep": {str(axis): to_ranges(stay) for axis, stay in self.keep.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
@@ -265,6 +329,8 @@ class Plan:
             "costs": {name: list(pair) for name, pair in self.costs.items()},
             "origin": self.origin,
         }
+        if self.drops:
+            document["drops"] = list(self.drops)
         return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
 
     @classmethod
@@ -320,19 +386,22 @@ class GroupDiff:
 
 @dataclass(frozen=True, slots=True)
 class PlanDiff:
-    """The groups in which two plans differ.
+    """The groups in which two plans differ, and the blocks that only one of them drops.
 
     >>> print(PlanDiff((GroupDiff("conv1.weight[0]", (1, 2, 3), (7,)),)))
     conv1.weight[0]: only a removes 1–3; only b removes 7
     """
 
     groups: tuple[GroupDiff, ...]
+    only_a: tuple[str, ...] = ()
+    only_b: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.groups)
+        return bool(self.groups or self.only_a or self.only_b)
 
     def __str__(self) -> str:
-        lines = []
+        blocks = (("a", self.only_a), ("b", self.only_b))
+        lines = [f"only {side} drops {', '.join(names)}" for side, names in blocks if names]
         for group in self.groups:
             sides = (("a", group.only_a), ("b", group.only_b))
             told = (f"only {side} removes {_spoken(units)}" for side, units in sides if units)

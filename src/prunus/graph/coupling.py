@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from prunus.errors import PlanError
 from prunus.graph.axis import Axis, Label, Mask, Role, kept_positions
+from prunus.graph.blocks import Block
 from prunus.graph.constraints import Constraint, Pin, Rescale
 from prunus.graph.expressions import Attribute, Equation
 from prunus.graph.groups import Group
@@ -63,6 +64,10 @@ class CouplingGraph:
         What the forward's code demands of module attributes, and their present values.
     rescales
         Weights that make up for a softmax scale that would move with its head dim.
+    blocks
+        Residual blocks that can be dropped as a whole, in the model's order.
+    obstacles
+        Why the other children of lists and sequences of modules can't, by their paths.
     traced
         The inputs and the shapes of the kept outputs, as plain data.
     program
@@ -88,6 +93,8 @@ class CouplingGraph:
     equations: tuple[Equation, ...] = ()
     rescales: tuple[Rescale, ...] = ()
     attributes: Mapping[Attribute, int] = field(default_factory=dict)
+    blocks: tuple[Block, ...] = ()
+    obstacles: Mapping[str, str] = field(default_factory=dict)
     traced: Mapping[str, Any] = field(default_factory=dict)
     program: Any = field(default=None, repr=False, compare=False)
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
@@ -96,6 +103,14 @@ class CouplingGraph:
     def all_kept(self) -> Mask:
         """The mask that removes nothing."""
         return np.ones(self.unit_count + 1, dtype=np.bool_)
+
+    @property
+    def stacks(self) -> dict[str, tuple[Block, ...]]:
+        """The blocks that can be dropped, by the list or sequence that they stand in."""
+        found: dict[str, tuple[Block, ...]] = {}
+        for block in self.blocks:
+            found[block.container] = (*found.get(block.container, ()), block)
+        return found
 
     def group(self, name: str) -> Group:
         """The group of that name; :class:`~prunus.errors.PlanError` if there is none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from prunus.drops import Renaming
 from prunus.errors import ApplyError
 from prunus.graph.axis import Axis
 from prunus.plans import Plan
 from prunus.surgeon.applied import plans_of, remember, remember_only
 from prunus.surgeon.attributes import read_attribute, write_attribute
+from prunus.surgeon.depth import drop_blocks, find_places, forget_dropped
 from prunus.tracer.caches import drop_caches
 from prunus.tracer.fakes import FakeRun, unlogged
 from prunus.tracer.inputs import rebuild_inputs
@@ -37,16 +39,16 @@ def apply(
 ) -> Model:
     """Make the model physically smaller, in place, or leave it as it was.
 
-    Every tensor is sliced to the kept positions, every attribute follows.  Parameters stay the
-    same objects, so that optimizers, hooks and tied names keep pointing at them; dtype, device,
-    ``requires_grad``, gradients and train/eval mode stay.
+    Blocks that the plan drops go first.  Then every tensor is sliced to the kept positions, every
+    attribute follows.  Parameters stay the same objects, so that optimizers, hooks and tied names
+    keep pointing at them; dtype, device, ``requires_grad``, gradients and train/eval mode stay.
 
     Parameters
     ----------
     plan
         Made for a model with the same tensors.
     optimizer
-        Its per-parameter state (momenta) is sliced along.
+        Its per-parameter state (momenta) is sliced along; parameters of dropped blocks leave it.
     check
         Run the smaller model once on fake tensors and compare the shapes of its outputs with
         those that the plan recorded; on any difference the model is put back.
@@ -58,8 +60,49 @@ def apply(
     ApplyError
         If the smaller model does not run or answers in other shapes; it was put back.
     """
+    cut(plan, model, optimizer=optimizer, check=check)
+    return model
+
+
+def cut(
+    plan: Plan,
+    model: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    check: bool = True,
+) -> Callable[[], None]:
+    """What :func:`apply` does; returns a function that puts the model back as it was."""
+    before = list(model.parameters())
+    plans = plans_of(model)
+    put_back = drop_blocks(model, plan.drops) if plan.drops else _nothing
+    try:
+        undo = _slice(plan, model, optimizer, check=check)
+    except BaseException:
+        put_back()
+        raise
+    if optimizer is not None and plan.drops:
+        forget_dropped(optimizer, before, model)
+    _renew(model.modules())
+    remember(model, plan)
+
+    def undo_all() -> None:
+        undo()
+        put_back()
+        remember_only(model, plans)
+
+    return undo_all
+
+
+def _nothing() -> None:
+    """Undoes nothing."""
+
+
+def _slice(
+    plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, check: bool
+) -> _Undo:
+    """Everything but the blocks, which are gone already."""
     state, aliases = state_of(model)
-    check_model(plan, model, state)
+    check_model(plan.widths, model, state)
     modules = dict(model.named_modules(remove_duplicate=False))
     check_edits(plan, modules)
     kept = _by_tensor(plan)
@@ -71,7 +114,7 @@ def apply(
         for name, axes in kept.items()
         if (grad := state[name].grad) is not None
     }
-    undo = Undo(plan, model)
+    undo = _Undo(plan, model)
     try:
         _swap(modules, state, new, aliases)
         for name, grad in grads.items():
@@ -87,9 +130,7 @@ def apply(
     except BaseException:
         undo()
         raise
-    _renew(model.modules())
-    remember(model, plan)
-    return model
+    return undo
 
 
 def _renew(modules: Iterable[nn.Module]) -> None:
@@ -146,14 +187,18 @@ _PLAIN = (bool, int, float, str, tuple, dict)
 
 def check_model(plan: Plan, model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Refuse another model than the plan's; ``state`` is the model's, by first names."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    find_places(model, plan.drops)
+    names = Renaming(plan.drops)
+    shapes = {names.after(name): tuple(tensor.shape) for name, tensor in state.items()}
+    left = {name: shape for name, shape in shapes.items() if name is not None}
     modules = dict(model.named_modules(remove_duplicate=False))
-    cut = {axis.tensor for axis in plan.keep}
+    sliced = {axis.tensor for axis in plan.keep}
     for name, shape in plan.shapes.items():
-        if name not in cut and shapes.get(name) != shape and _is_memory(modules, name):
-            shapes[name] = shape
-    own = (name for name, _ in model.named_parameters(remove_duplicate=False))
-    plan.check_model(shapes, [name for name in own if name in state])
+        known = name in sliced or left.get(name) == shape
+        if not known and _is_memory(modules, names.before(name)):
+            left[name] = shape
+    own = (name for name, _ in model.named_parameters(remove_duplicate=False) if name in state)
+    plan.check_model(left, [later for name in own if (later := names.after(name)) is not None])
 
 
 def _is_memory(modules: Mapping[str, nn.Module], name: str) -> bool:
@@ -218,8 +263,8 @@ def _put(parameter: Tensor, data: Tensor) -> None:
     parameter.data = data
 
 
-class Undo:
-    """Remembers what :func:`apply` is about to touch, and puts it back."""
+class _Undo:
+    """Remembers what :func:`_slice` is about to touch, and puts it back."""
 
     def __init__(self, plan: Plan, model: nn.Module) -> None:
         state, aliases = state_of(model)
@@ -229,7 +274,6 @@ class Undo:
         self._data = {name: (state[name].data, state[name].grad) for name in touched}
         self._aliases = {name: first for name, first in aliases.items() if first in touched}
         self._modules = modules
-        self._plans = plans_of(model)
         self._attributes = [
             (modules[edit.module], edit.attribute, edit.before) for edit in plan.edits
         ]
@@ -244,7 +288,6 @@ class Undo:
         for module, attribute, value in self._attributes:
             write_attribute(module, attribute, value)
         _renew(self._modules.values())
-        remember_only(self._modules[""], self._plans)
 
 
 def _check_outputs(plan: Plan, model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from prunus.graph.axis import Axis, Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.plans import Plan
 from prunus.surgeon.apply import check_model, kept_axes
+from prunus.surgeon.depth import without_blocks
 from prunus.tracer.adapters import adapted
 from prunus.tracer.capture import PASSIVE
 from prunus.tracer.compress import run_on_kept
@@ -34,7 +35,9 @@ from prunus.tracer.trace import plain_kernels, quiet_run, trace
 
 @contextmanager
 def mask(plan: Plan, model: nn.Module) -> Iterator[nn.Module]:
-    """Within the context the model answers as the pruned one would, at its original size.
+    """Within the context the model answers as the pruned one would, its tensors whole.
+
+    Blocks that the plan drops are out of the model until the context ends.
 
     For evaluation: the forward runs in eval mode and without gradients, at any batch and length.
 
@@ -48,12 +51,23 @@ def mask(plan: Plan, model: nn.Module) -> Iterator[nn.Module]:
     >>> with prunus.mask(plan, model):          # doctest: +SKIP
     ...     accuracy = evaluate(model, loader)
     """
-    state, _ = state_of(model)
-    check_model(plan, model, state)
+    with without_blocks(model, plan.drops):
+        state, _ = state_of(model)
+        check_model(plan.widths, model, state)
+        with _silenced(plan, model):
+            yield model
+
+
+@contextmanager
+def _silenced(plan: Plan, model: nn.Module) -> Iterator[None]:
+    """Silence what the plan removes of the model that has lost its blocks already."""
     traces: dict[Any, CouplingGraph] = {}
     running = ExitStack()
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not plan.keep:  # blocks are gone, and all that is left stays
+            running.enter_context(quiet_run(model))
+            return
         key = str(tree_map(_signature, (args, kwargs)))
         if key not in traces:
             with _paused(handles):
@@ -72,7 +86,7 @@ def mask(plan: Plan, model: nn.Module) -> Iterator[nn.Module]:
     handles.attach()
     try:
         with adapted(model):
-            yield model
+            yield
     finally:
         handles.detach()
         running.close()

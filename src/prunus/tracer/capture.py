@@ -119,6 +119,10 @@ class Recorder(TorchDispatchMode):
             self.state[number] = name
         return number
 
+    def number_of(self, tensor: Tensor | None) -> int | None:
+        """The number of a value that is known already; None for any other."""
+        return None if tensor is None else self._values.get(tensor)
+
     def pin(self, label: Label | None, reason: str) -> None:
         """Pin in the name of the tracer itself."""
         self.algebra.pin(label, Pin(reason, "", "", ""))

@@ -171,7 +171,7 @@ def marked_objects(model: nn.Module) -> Iterator[dict[str, Any]]:
     seen: set[int] = set()
     for module in model.modules():
         for name, value in vars(module).items():
-            if not name.startswith("_") and _is_config(value) and id(value) not in seen:
+            if not name.startswith("_") and is_config(value) and id(value) not in seen:
                 seen.add(id(value))
                 yield vars(value)
 
@@ -190,7 +190,7 @@ def _mark(value: Any, at: Attribute, seen: set[int], found: dict[Attribute, int]
     if type(value) is dict:
         named = (str, int)
         return {k: inner(k, v) if isinstance(k, named) else v for k, v in value.items()}
-    if _is_config(value) and id(value) not in seen and not at.keys:
+    if is_config(value) and id(value) not in seen and not at.keys:
         seen.add(id(value))
         own = vars(value)
         for key, item in list(own.items()):
@@ -199,7 +199,7 @@ def _mark(value: Any, at: Attribute, seen: set[int], found: dict[Attribute, int]
     return value
 
 
-def _is_config(value: Any) -> bool:
+def is_config(value: Any) -> bool:
     """An instance of an ordinary Python class that only holds settings."""
     kind = type(value)
     if isinstance(value, (nn.Module, Tensor, type, torch.Size)) or callable(value):

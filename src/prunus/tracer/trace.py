@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from prunus.errors import TraceError
 from prunus.graph.coupling import CouplingGraph
 from prunus.tracer.adapters import adapted
+from prunus.tracer.blocks import find_blocks, follow_blocks
 from prunus.tracer.build import build_graph
 from prunus.tracer.caches import clear_caches, find_caches, remember_attributes
 from prunus.tracer.capture import Recorder
@@ -112,7 +113,7 @@ def _capture(
         clear_caches(model)
         recorder.attributes = mark_attributes(model)
         before = remember_attributes(model)
-        with recorder, recorder.follow:
+        with follow_blocks(model, recorder) as children, recorder, recorder.follow:
             result = model(*fake_args, **fake_kwargs)
         caches = find_caches(model, before)
     traced = time.perf_counter()
@@ -123,6 +124,7 @@ def _capture(
         for label in recorder.labels[kept[name]]:
             recorder.pin(label, f"output {name!r} keeps its shape")
     graph, resolve = build_graph(recorder, model, state, aliases, tuple(kept))
+    blocks, obstacles = find_blocks(children, recorder, resolve, kept)
     program = Program(
         tuple(recorder.nodes),
         tuple(numbers),
@@ -139,7 +141,14 @@ def _capture(
         "caches": caches,
     }
     seconds = {"trace": traced - started, "group": time.perf_counter() - traced}
-    return replace(graph, program=program, traced=described, seconds=seconds)
+    return replace(
+        graph,
+        program=program,
+        traced=described,
+        seconds=seconds,
+        blocks=blocks,
+        obstacles=obstacles,
+    )
 
 
 def select_outputs(

@@ -1,0 +1,213 @@
+"""Take whole blocks out of their lists, with all that counts or numbers them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.errors import ApplyError, ModelError, PlanError
+from prunus.surgeon.layer_count import Change, find_counts
+
+Undo = Callable[[], None]
+
+_ORDINAL = re.compile(r"layer|block|depth|number|ind?e?x|id$", re.IGNORECASE)
+"""What an attribute has to be called in a list of two: 0 and 1 may mean anything."""
+
+
+def drop_blocks(model: nn.Module, names: Sequence[str]) -> Undo:
+    """Remove children of lists and sequences of modules, in place; returns what puts them back.
+
+    The children that stay close up.  What follows: integers that number them (``layer_idx``, by
+    which a cache is indexed), and in configs the number of layers and the lists that have an entry
+    for each.  Either all of it happens or nothing.
+
+    Parameters
+    ----------
+    names
+        Module paths in the model as it is.
+
+    Raises
+    ------
+    PlanError
+        If the model has no such child, a name is given twice, or nothing would stay of a list.
+    ApplyError
+        If its children are named in a way that can't close up.
+    """
+    stacks = find_places(model, names)
+    undoes: list[Undo] = []
+
+    def undo() -> None:
+        while undoes:
+            undoes.pop()()
+
+    try:
+        for path, gone in stacks.items():
+            changes = [*_numbering(_child(model, path), gone), *find_counts(model, path, gone)]
+            undoes.append(_close_up(_child(model, path), gone, path))
+            for change in changes:
+                undoes.append(_write(change))
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+@contextmanager
+def without_blocks(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
+    """Within the context the model lacks the blocks; nothing is copied."""
+    undo = drop_blocks(model, names) if names else None
+    try:
+        yield model
+    finally:
+        if undo is not None:
+            undo()
+
+
+def forget_dropped(
+    optimizer: torch.optim.Optimizer, before: Sequence[nn.Parameter], model: nn.Module
+) -> None:
+    """Take parameters that the model no longer has out of an optimizer, with their state."""
+    left = {id(parameter) for parameter in model.parameters()}
+    gone = {id(parameter) for parameter in before} - left
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
+    for parameter in [p for p in optimizer.state if id(p) in gone]:
+        del optimizer.state[parameter]
+
+
+def find_places(model: nn.Module, names: Sequence[str]) -> dict[str, list[int]]:
+    """Ascending places of the children that go, by the path of their list.
+
+    Raises
+    ------
+    PlanError
+        As :func:`drop_blocks`.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, list[int]] = {}
+    for name in names:
+        path, _, key = name.rpartition(".")
+        container = modules.get(path)
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)) or name not in modules:
+            raise PlanError(
+                f"the model has no block {name!r}",
+                why="a block is a child of a ModuleList or a Sequential",
+                fix="`prunus.trace(model, inputs).blocks` lists those that can be dropped",
+            )
+        places = found.setdefault(path, [])
+        place = list(container._modules).index(key)
+        if place in places:
+            raise PlanError(f"the block {name!r} is to be dropped twice", fix="name it once")
+        places.append(place)
+    for path, places in found.items():
+        outer = next((name for name in names if f"{path}.".startswith(f"{name}.")), None)
+        if outer is not None:
+            raise PlanError(
+                f"blocks of {path!r} are to be dropped, and all of {outer!r} as well",
+                fix="name the outer block alone",
+            )
+        if len(places) == len(modules[path]._modules):
+            raise PlanError(
+                f"nothing would stay of {path!r}",
+                why=f"all of its {len(places)} blocks are to be dropped",
+                fix="keep one of them",
+            )
+    return {path: sorted(places) for path, places in found.items()}
+
+
+def _child(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(path)
+
+
+def _close_up(container: nn.Module, gone: Sequence[int], path: str) -> Undo:
+    """Take children out; those that are called by their place move up."""
+    children = container._modules
+    saved = dict(children)
+    kept = [(key, child) for place, (key, child) in enumerate(saved.items()) if place not in gone]
+    if any(key.isdecimal() for key in saved):
+        if list(saved) != [str(place) for place in range(len(saved))]:
+            raise ApplyError(
+                f"the children of {path!r} can't close up",
+                where=path,
+                why=f"some are called by a number that is not their place: {', '.join(saved)}",
+                fix="name all of them by their place, or none by a number",
+            )
+        kept = [(str(place), child) for place, (_, child) in enumerate(kept)]
+
+    def put(entries: Mapping[str, nn.Module | None]) -> None:
+        children.clear()
+        children.update(entries)
+
+    put(dict(kept))
+    return lambda: put(saved)
+
+
+def _numbering(container: nn.Module, gone: Sequence[int]) -> Iterator[Change]:
+    """Attributes of the children that stay, and of their parts, that state the child's place.
+
+    An attribute does if it is in every child, wherever, and always equal to the child's place.
+    """
+    found: list[dict[str, list[dict[str, Any]]]] = []
+    wrong: set[str] = set()
+    for place, child in enumerate(container._modules.values()):
+        own: dict[str, list[dict[str, Any]]] = {}
+        for module in child.modules() if child is not None else ():
+            for name, value in vars(module).items():
+                if type(value) is int:
+                    own.setdefault(name, []).append(vars(module))
+                    if value != place:
+                        wrong.add(name)
+        found.append(own)
+    everywhere = set.intersection(*map(set, found)) - wrong
+    if len(found) == 2:
+        everywhere = {name for name in everywhere if _ORDINAL.search(name)}
+    later = 0
+    for place, own in enumerate(found):
+        if place in gone or len(found) < 2:
+            continue
+        for name in sorted(everywhere):
+            for holder in own[name]:
+                yield Change(holder, name, later)
+        later += 1
+
+
+def _write(change: Change) -> Undo:
+    before = change.holder[change.key]
+    change.holder[change.key] = change.value
+    return lambda: change.holder.__setitem__(change.key, before)
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """:class:`~prunus.errors.ModelError` if weights are stored packed or as integers.
+
+    PyTorch's own quantized layers keep packed parameters or quantized tensors; bitsandbytes,
+    GPTQ and AWQ keep integers in the place of weights.
+    """
+    for path, module in model.named_modules():
+        tensors = [
+            t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
+        ]
+        packed = {"_packed_params", "qweight"} & {
+            *vars(module),
+            *module._modules,
+            *module._parameters,
+            *module._buffers,
+        }
+        integers = any(isinstance(t, nn.Parameter) and not _is_continuous(t) for t in tensors)
+        if packed or integers or any(tensor.is_quantized for tensor in tensors):
+            raise ModelError(
+                "the model is quantized",
+                where=path or type(module).__name__,
+                why=f"{type(module).__name__} stores its weights packed or as integers, of which "
+                "nothing can be scored or proven",
+                fix="load the model in floating point, prune it, and quantize what is left",
+            )
+
+
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

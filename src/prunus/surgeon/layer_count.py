@@ -1,0 +1,266 @@
+"""Which integers and lists beside a list of layers say how many it has, and what they are.
+
+A config says so under a name that differs from library to library.  Where the module can be built
+from its config alone, that is proof: built again from a config with another number, it has to have
+the tensors that are left.  Elsewhere names have to do.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunus.drops import Renaming
+from prunus.tracer.provenance import is_config
+
+_TELLING = re.compile(r"layer|depth|block", re.IGNORECASE)
+"""Names under which numbers of layers, and what holds for each of them, are kept."""
+
+_LISTS = (nn.ModuleList, nn.Sequential)
+
+_MOST_BUILDS = 12
+"""How many configs are tried before names have to do."""
+
+Keys = tuple[str, ...]
+"""The way to an entry of a config, through configs in it."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """An entry of a config, or an item of a list there (layers of each stage)."""
+
+    at: Keys
+    key: str
+    item: int | None = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Change:
+    """An entry of an attribute dict, and its later value."""
+
+    holder: dict[str, Any]
+    key: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The children of ``path`` that go, by place and by key; the path is relative to an owner."""
+
+    path: str
+    length: int
+    gone: tuple[int, ...]
+    keys: tuple[str, ...]
+
+    def cut(self, entries: Any) -> Any:
+        """A list or tuple without what speaks of the layers that go."""
+        kept = [entry for place, entry in enumerate(entries) if place not in self.gone]
+        return type(entries)(kept)
+
+    def shapes_after(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
+        """Shapes of tensors by name, with the layers gone."""
+        names = Renaming(f"{self.path}.{key}" for key in self.keys)
+        later = ((names.after(name), shape) for name, shape in shapes.items())
+        return {name: shape for name, shape in later if name is not None}
+
+
+def find_counts(model: nn.Module, path: str, gone: Sequence[int]) -> Iterator[Change]:
+    """What has to change around the container at ``path`` when the children ``gone`` go.
+
+    Looked at are the modules that the container is a part of, and their configs.  Where it is
+    itself a part of a layer, names say nothing: a number of layers may be that of the outer list.
+    """
+    container = model.get_submodule(path)
+    keys = tuple(list(container._modules)[place] for place in gone)
+    parts = path.split(".") if path else []
+    seen: set[int] = set()
+    for depth in range(len(parts)):
+        owner = model.get_submodule(".".join(parts[:depth]))
+        rest = ".".join(parts[depth:])
+        between = [".".join(parts[:end]) for end in range(depth, len(parts))]
+        inner = any(isinstance(model.get_submodule(p), _LISTS) for p in between)
+        stack = _Stack(rest, len(container._modules), tuple(gone), keys)
+        if not inner:
+            yield from _by_name(vars(owner), stack, container)
+        for value in list(vars(owner).values()):
+            if is_config(value) and id(vars(value)) not in seen:
+                holders = dict(_holders(value, ()))
+                seen.update(map(id, holders.values()))
+                choice = _proven(owner, value, stack, holders, container)
+                for entry in choice or ():
+                    holder = holders[entry.at]
+                    yield Change(holder, entry.key, _later(holder[entry.key], stack, entry.item))
+                if choice is None and not inner:
+                    for holder in holders.values():
+                        yield from _by_name(holder, stack, container)
+
+
+def _holders(config: Any, at: Keys) -> Iterator[tuple[Keys, dict[str, Any]]]:
+    """The attribute dicts of a config and of those in it."""
+    yield at, vars(config)
+    for key, value in list(vars(config).items()):
+        if is_config(value) and not key.startswith("_") and len(at) < 4:
+            yield from _holders(value, (*at, key))
+
+
+def _later(value: Any, stack: _Stack, item: int | None = None) -> Any:
+    if item is not None:
+        less = (v - len(stack.gone) if i == item else v for i, v in enumerate(value))
+        return type(value)(less)
+    return value - len(stack.gone) if type(value) is int else stack.cut(value)
+
+
+def _by_name(holder: dict[str, Any], stack: _Stack, container: nn.Module) -> Iterator[Change]:
+    """Entries that are called like numbers or lists of layers, and are one by their value.
+
+    Where several are (layers of an encoder and of a decoder), those that are called after a part
+    of the container's path.
+    """
+    counts = [key for key in holder if _counts(holder[key], stack) and _TELLING.search(key)]
+    words = {word for part in stack.path.split(".") for word in part.split("_") if len(word) > 2}
+    close = [key for key in counts if any(key.startswith(word[:3]) for word in words)]
+    lists = [key for key in holder if _lists(holder, key, stack, container)]
+    for key in (*(close or counts), *lists):
+        yield Change(holder, key, _later(holder[key], stack))
+
+
+def _counts(value: Any, stack: _Stack) -> bool:
+    return type(value) is int and value == stack.length
+
+
+def _lists(holder: Mapping[str, Any], key: str, stack: _Stack, container: nn.Module) -> bool:
+    """Whether an entry is a list with an item for each layer: by its name, or by the layers."""
+    value = holder[key]
+    if type(value) not in (list, tuple) or len(value) != stack.length or key.startswith("_"):
+        return False
+    if not all(item is None or isinstance(item, (str, int, float)) for item in value):
+        return False
+    return bool(_TELLING.search(key)) or _reflected(value, container)
+
+
+def _reflected(values: Sequence[Any], container: nn.Module) -> bool:
+    """Whether every child has an attribute, of one name, with the item that has its place."""
+    if len(set(map(repr, values))) < 2:
+        return False
+    common: set[str] | None = None
+    for value, child in zip(values, container._modules.values(), strict=True):
+        own = {
+            name
+            for module in (child.modules() if child is not None else ())
+            for name, held in vars(module).items()
+            if type(held) is type(value) and held == value
+        }
+        common = own if common is None else common & own
+    return bool(common)
+
+
+def _proven(
+    owner: nn.Module,
+    config: Any,
+    stack: _Stack,
+    holders: Mapping[Keys, dict[str, Any]],
+    container: nn.Module,
+) -> list[_Entry] | None:
+    """Entries with whose changes the owner would be built as it is once the layers are gone.
+
+    If no choice of entries does that, those with which it would at least have as many layers;
+    none if there are none.  None where the owner can't be built from its config.
+    """
+    dense = _build(owner, config)
+    if dense is None or _length(dense, stack) != stack.length:
+        return None
+    wanted = stack.shapes_after(_shapes_of(dense))
+    counts, lists = _candidates(holders, stack, container)
+    choices = [
+        [*some, *more]
+        for size in (1, 2)
+        for some in combinations(counts, size)
+        for more in ([lists, []] if lists else [[]])
+    ]
+    second: list[_Entry] = []
+    for choice in choices[:_MOST_BUILDS]:
+        later = copy.deepcopy(config)
+        for entry in choice:
+            holder = vars(later)
+            for key in entry.at:
+                holder = vars(holder[key])
+            holder[entry.key] = _later(holder[entry.key], stack, entry.item)
+        built = _build(owner, later)
+        if built is not None and _shapes_of(built) == wanted:
+            return choice
+        fits = built is not None and _length(built, stack) == stack.length - len(stack.gone)
+        second = second or (choice if fits else [])
+    return second
+
+
+def _candidates(
+    holders: Mapping[Keys, dict[str, Any]], stack: _Stack, container: nn.Module
+) -> tuple[list[_Entry], list[_Entry]]:
+    """Integers that may count the layers, likely ones first, and lists with an item for each."""
+    counts: list[_Entry] = []
+    lists: list[_Entry] = []
+    for at, holder in holders.items():
+        for key, value in holder.items():
+            if _counts(value, stack):
+                counts.append(_Entry(at, key))
+            elif _lists(holder, key, stack, container):
+                lists.append(_Entry(at, key))
+            if type(value) in (list, tuple) and not key.startswith("_"):
+                items = (i for i, item in enumerate(value) if _counts(item, stack))
+                counts += (_Entry(at, key, item) for item in items)
+    counts.sort(key=lambda entry: not _TELLING.search(entry.key))
+    return counts, lists
+
+
+def _build(owner: nn.Module, config: Any) -> nn.Module | None:
+    """A module of the owner's class, made from a config alone, without values."""
+    kind = type(owner)
+    try:
+        required = [
+            parameter
+            for parameter in list(inspect.signature(kind).parameters.values())
+            if parameter.default is parameter.empty
+            and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ]
+        if len(required) != 1:
+            return None
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), _silence():
+            return kind(copy.deepcopy(config))
+    except Exception:  # a constructor may raise anything: then nothing is proven
+        return None
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without warnings of what a constructor thinks of a config that is only tried."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _length(module: nn.Module, stack: _Stack) -> int:
+    """How many children the stack has in a module that was built anew; -1 without the stack."""
+    try:
+        return len(module.get_submodule(stack.path)._modules)
+    except AttributeError:
+        return -1
+
+
+def _shapes_of(module: nn.Module) -> dict[str, Any]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}

@@ -136,6 +136,7 @@ def _plan_depth(
     """
     if not names:
         return _plan_widths(graph, model, budget=budget, ratio=ratio, **options), graph
+    requested = None if budget is None else budget.requested
     if budget is not None:
         budget = Budget(**budget.limits(graph))
     with without_blocks(model, names):
@@ -145,7 +146,8 @@ def _plan_depth(
         else:
             chosen = _plan_widths(left, model, budget=budget, ratio=ratio, **options)
     costs = {name: (graph.cost(name), after) for name, (_, after) in chosen.costs.items()}
-    return replace(chosen, drops=tuple(names), costs=costs), left
+    origin = {**chosen.origin, "budget": requested}
+    return replace(chosen, drops=tuple(names), costs=costs, origin=origin), left
 
 
 def _traced_inputs(graph: CouplingGraph, model: nn.Module, seed: int) -> Any:

@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 from prunus.graph.axis import Axis
 from prunus.plans import Plan
+from prunus.surgeon import drop_blocks
 
 TOLERANCE = {torch.float64: 1e-6}
 """Largest relative error at which the two agree; 1e-4 for every type not named."""
@@ -107,6 +108,8 @@ def testify(
 ) -> Testimony:
     """Compare a pruned model with the original in which the consumers' weights are zeroed.
 
+    Of blocks that the plan drops it says nothing: they are taken out of the original as well.
+
     Parameters
     ----------
     plan
@@ -127,6 +130,9 @@ def testify(
     """
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
+    if plan.drops:
+        model = copy.deepcopy(model)
+        drop_blocks(model, plan.drops)
     try:
         with _quiet(own := copy.deepcopy(model)):
             dense = _named(own(*args, **kwargs), outputs)

@@ -476,10 +476,14 @@ def test_the_second_witness_speaks_of_the_widths_that_are_left() -> None:
     original = Indexed().eval()
     plan = depth_plan(original, x, ["layers.1"], ratio=0.3)
     cut = prunus.apply(plan, copy.deepcopy(original))
-    assert prunus.testify(plan, original, cut, x).verdict == "agrees"
+    found = prunus.testify(plan, original, cut, x)
+    assert found.verdict == "undecided"
+    assert "drops blocks" in found.reason
+    drop_blocks(original, plan.drops)
+    assert prunus.testify(plan.widths, original, cut, x).verdict == "agrees"
     with torch.no_grad():
         cut.layers[0].up.weight.mul_(1.5)
-    assert prunus.testify(plan, original, cut, x).verdict == "disagrees"
+    assert prunus.testify(plan.widths, original, cut, x).verdict == "disagrees"
 
 
 def test_a_later_plan_for_another_depth_is_refused() -> None:

@@ -107,7 +107,7 @@ def testify(
 ) -> Testimony:
     """Compare a pruned model with the original in which the consumers' weights are zeroed.
 
-    Of a plan that drops blocks it says nothing; of ``plan.widths`` it does, with an original that
+    Of a plan that drops blocks it says nothing; of ``plan.widths`` it does, given an original that
     has lost them.
 
     Parameters
@@ -133,7 +133,7 @@ def testify(
     try:
         if plan.drops:
             raise _UndecidedError(
-                "the plan drops blocks; give plan.widths and a model without them"
+                "the plan drops blocks; give plan.widths and a model without"
             )
         with _quiet(own := copy.deepcopy(model)):
             dense = _named(own(*args, **kwargs), outputs)

@@ -132,9 +132,7 @@ def testify(
     kwargs = dict(kwargs or {})
     try:
         if plan.drops:
-            raise _UndecidedError(
-                "the plan drops blocks; give plan.widths and a model without"
-            )
+            raise _UndecidedError("the plan drops blocks; give plan.widths and a model without")
         with _quiet(own := copy.deepcopy(model)):
             dense = _named(own(*args, **kwargs), outputs)
         with _quiet(own := copy.deepcopy(pruned)):

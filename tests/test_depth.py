@@ -210,6 +210,17 @@ def test_a_dropped_model_can_be_saved_and_loaded(case, tmp_path) -> None:
     assert state(model)[1:] == state(again)[1:]
 
 
+@pytest.mark.parametrize("name", ["bert", "llama", "gemma", "gpt2", "t5", "bart", "swin"])
+def test_the_library_loads_what_its_config_says(name, tmp_path) -> None:
+    build, args, kwargs, layers = CASES[name]
+    model = build().eval()
+    drop_blocks(model, [f"{stack}.{place}" for stack, places in layers.items() for place in places])
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(answer(model, args, kwargs), answer(again, args, kwargs))
+
+
 def test_undoing_leaves_no_trace(case) -> None:
     model, _, _, layers = case
     before = state(model)
@@ -386,6 +397,7 @@ def test_width_and_depth_share_one_plan_and_one_budget() -> None:
     assert len(done.plan.drops) == 2
     assert not {"model.layers.0", "model.layers.5"} & set(done.plan.drops)
     assert done.plan.keep
+    assert done.plan.origin["budget"] == {"params": 0.5}
     left = prunus.measure_costs(model, (TOKENS,))
     for cost in ("params", "macs"):
         assert done.plan.costs[cost] == (dense[cost], left[cost])
@@ -457,6 +469,21 @@ def test_plans_compose() -> None:
     assert at_once.depth == 3
     assert whole.costs["params"][0] == sum(p.numel() for p in original.parameters())
     assert whole.costs["params"][1] == sum(p.numel() for p in model.parameters())
+
+
+def test_the_second_witness_speaks_of_the_widths_that_are_left() -> None:
+    x = torch.randn(6, 3)
+    original = Indexed().eval()
+    plan = depth_plan(original, x, ["layers.1"], ratio=0.3)
+    cut = prunus.apply(plan, copy.deepcopy(original))
+    found = prunus.testify(plan, original, cut, x)
+    assert found.verdict == "undecided"
+    assert "drops blocks" in found.reason
+    drop_blocks(original, plan.drops)
+    assert prunus.testify(plan.widths, original, cut, x).verdict == "agrees"
+    with torch.no_grad():
+        cut.layers[0].up.weight.mul_(1.5)
+    assert prunus.testify(plan.widths, original, cut, x).verdict == "disagrees"
 
 
 def test_a_later_plan_for_another_depth_is_refused() -> None:

@@ -167,6 +167,7 @@ def _plan_left(
     """The plan of which ``left``, the graph of the model without its blocks, tells the widths."""
     if not names:
         return _plan_widths(left, model, budget=budget, ratio=ratio, **options)
+    requested = None if budget is None else budget.requested
     if budget is not None:
         budget = Budget(**budget.limits(graph))
     if budget is None and ratio is None:
@@ -174,7 +175,8 @@ def _plan_left(
     else:
         chosen = _plan_widths(left, model, budget=budget, ratio=ratio, **options)
     costs = {name: (graph.cost(name), after) for name, (_, after) in chosen.costs.items()}
-    return replace(chosen, drops=tuple(names), costs=costs)
+    origin = {**chosen.origin, "budget": requested}
+    return replace(chosen, drops=tuple(names), costs=costs, origin=origin)
 
 
 def _traced_inputs(graph: CouplingGraph, model: nn.Module, seed: int) -> Any:

@@ -107,6 +107,9 @@ def testify(
 ) -> Testimony:
     """Compare a pruned model with the original in which the consumers' weights are zeroed.
 
+    Of a plan that drops blocks it says nothing; of ``plan.widths`` it does, given an original that
+    has lost them.
+
     Parameters
     ----------
     plan
@@ -128,6 +131,8 @@ def testify(
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
     try:
+        if plan.drops:
+            raise _UndecidedError("the plan drops blocks; give plan.widths and a model without")
         with _quiet(own := copy.deepcopy(model)):
             dense = _named(own(*args, **kwargs), outputs)
         with _quiet(own := copy.deepcopy(pruned)):

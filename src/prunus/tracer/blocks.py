@@ -150,22 +150,33 @@ class _Flow:
 
     def __init__(self, recorder: Recorder, outputs: set[int]) -> None:
         self._nodes = recorder.nodes
+        self._known: dict[int, str] = {}
         self._shapes = recorder.shapes
         self._labels = recorder.labels
         self._state = set(recorder.state)
         self._outputs = outputs
 
     @cached_property
+    def _reads(self) -> list[set[int]]:
+        """By operator: the numbers of the values that it reads."""
+        return [_read_by(node) for node in self._nodes]
+
+    @cached_property
     def _readers(self) -> dict[int, list[int]]:
         """Value number → indices of the operators that read it, ascending."""
         readers: dict[int, list[int]] = {}
-        for index, node in enumerate(self._nodes):
-            for number in _read_by(node):
+        for index, numbers in enumerate(self._reads):
+            for number in numbers:
                 readers.setdefault(number, []).append(index)
         return readers
 
     def why_no_block(self, child: _Child) -> str:
         """What tells it from a residual block; empty if it is one."""
+        if id(child) not in self._known:
+            self._known[id(child)] = self._why_no_block(child)
+        return self._known[id(child)]
+
+    def _why_no_block(self, child: _Child) -> str:
         if len(child.calls) != 1:
             count = len(child.calls)
             return f"it ran {count} times in one forward" if count else "it did not run"
@@ -212,7 +223,7 @@ class _Flow:
                 continue
             inside = {i for part in parts for i in range(part.calls[0].first, part.calls[0].last)}
             around = set(range(whole.first, whole.last)) - inside
-            if self._state.isdisjoint(n for i in around for n in _read_by(self._nodes[i])):
+            if all(self._state.isdisjoint(self._reads[i]) for i in around):
                 return True
         return False
 
@@ -222,8 +233,8 @@ class _Flow:
         A contraction over an operand ends what that operand carries.
         """
         touched, carried, summed = {call.source}, {call.source}, set[int]()
-        for node in self._nodes[call.first : call.last]:
-            read = _read_by(node)
+        for index in range(call.first, call.last):
+            node, read = self._nodes[index], self._reads[index]
             if touched.isdisjoint(read):
                 continue
             touched.update(node.outputs)
@@ -241,8 +252,8 @@ class _Flow:
         assert call.source is not None
         size = len(self._shapes[call.source])
         carried = {call.source}
-        for node in self._nodes[call.first : call.last]:
-            read = _read_by(node) & carried
+        for index in range(call.first, call.last):
+            node, read = self._nodes[index], self._reads[index] & carried
             for (name, *_), dim in node.effect.contracted if node.effect else ():
                 operand = node.args[str(name)]
                 if isinstance(operand, Ref) and operand.value in read:

@@ -1,5 +1,5 @@
 """What a person calls the groups of a transformer: heads, KV groups, FFN width, experts."""
 
-from prunus.anatomy.names import Anatomy, Attention, Layer, Structure, structures
+from prunus.anatomy.names import Anatomy, Attention, Kind, Layer, Structure, structures
 
-__all__ = ["Anatomy", "Attention", "Layer", "Structure", "structures"]
+__all__ = ["Anatomy", "Attention", "Kind", "Layer", "Structure", "structures"]

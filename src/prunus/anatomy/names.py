@@ -27,7 +27,7 @@ Kind = Literal[
 *heads* of an attention, or *kv groups* where several query heads share keys and values, and the
 *query heads* that lie at the same place of every KV group; *head dims* where queries, keys and
 values lose the same, else *qk dims* and *vo dims* (pairs where a rotary embedding ties two);
-*ffn*, the inner width of a feed-forward block; *experts*; *hidden*, a residual stream;
+*ffn*, the inner width of a feed-forward block of a layer; *experts*; *hidden*, a residual stream;
 *channels* of convolutions; *other* widths, of a classifier say.
 """
 
@@ -168,7 +168,9 @@ def structures(graph: CouplingGraph) -> Anatomy:
     homes = [core.module or kinds.home_of(core) for core in cores]
     paths = _Paths(graph, homes, kinds)
     found = tuple(
-        Structure(kind, paths.layer_of_group(group, kind), group.name, group.size)
+        Structure(
+            paths.narrow(kind, group), paths.layer_of_group(group, kind), group.name, group.size
+        )
         for group, kind in kinds.of_groups()
     )
     attentions = tuple(
@@ -270,6 +272,11 @@ class _Paths:
     def layer_of(self, path: str) -> str:
         """The layer of a module or tensor; empty outside of any."""
         return next((p for p in reversed(numbered(path)) if p in self._layers), "")
+
+    def narrow(self, kind: Kind, group: Group) -> Kind:
+        """Outside of all layers, a width between two products is a classifier's, say."""
+        inside = any(self.layer_of(axis.tensor) for axis, _ in group.axes)
+        return "other" if kind == "ffn" and not inside else kind
 
     def layer_of_group(self, group: Group, kind: Kind) -> str:
         """The layer that all producing axes are in."""

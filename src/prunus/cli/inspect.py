@@ -93,6 +93,7 @@ def _answer(graph: CouplingGraph, options: argparse.Namespace) -> dict[str, Any]
 
 
 def _overview(graph: CouplingGraph, name: str) -> list[Any]:
+    from prunus.anatomy import structures
     from prunus.report import tables
 
     spell = tables.spell_count
@@ -102,6 +103,7 @@ def _overview(graph: CouplingGraph, name: str) -> list[Any]:
         f"{graph.unit_count:,} units in {len(graph.groups)} groups; "
         f"kept outputs: {tables.spell_places(graph.kept_outputs)}",
         "",
+        *_as_a_person(tables.layers_table(structures(graph))),
         tables.groups_table(graph),
         tables.pins_table(graph.pins),
     ]
@@ -112,6 +114,11 @@ def _overview(graph: CouplingGraph, name: str) -> list[Any]:
             shown.append(f'      @rule("{_rule_name(operator)}")')
         shown.append("A rule is one function in a file of src/prunus/tracer/rules; see README.md.")
     return shown
+
+
+def _as_a_person(table: Any) -> list[Any]:
+    """A transformer as people think of it, before the list of its groups."""
+    return [] if table is None else [table, ""]
 
 
 def _rule_name(operator: str) -> str:

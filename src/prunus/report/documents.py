@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 def describe_graph(graph: CouplingGraph) -> dict[str, Any]:
     """Groups, constraints, pins, unknown operators, outputs and costs of a traced model."""
+    from prunus.anatomy import structures
     from prunus.graph.constraints import Lockstep
 
+    anatomy = structures(graph)
     return {
         "costs": {name: graph.cost(name) for name in sorted(graph.costs)},
         "tensors": len(graph.shapes) - len(graph.aliases.keys() & graph.shapes.keys()),
@@ -37,6 +39,14 @@ def describe_graph(graph: CouplingGraph) -> dict[str, Any]:
                 ],
             }
             for group in graph.groups
+        ],
+        "structures": [
+            {"kind": s.kind, "layer": s.layer, "group": s.group, "size": s.size}
+            for s in anatomy.structures
+        ],
+        "attentions": [
+            {"module": a.module, "layer": a.layer, "heads": len(a.heads), "kv_heads": a.kv_heads}
+            for a in anatomy.attentions
         ],
         "constraints": [
             {

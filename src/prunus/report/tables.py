@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from prunus.anatomy import Anatomy, Kind, Layer
 from prunus.graph.axis import Axis, Role
 from prunus.graph.constraints import Lockstep, Pin
 from prunus.graph.coupling import Coupling, CouplingGraph
@@ -27,6 +28,51 @@ def groups_table(graph: CouplingGraph) -> Table:
         counts = [roles.count(role) for role in (Role.PRODUCER, Role.CONSUMER, Role.CARRIER)]
         _row(table, group.name, group.size, *counts, ", ".join(_remarks(group, graph)))
     return table
+
+
+def layers_table(anatomy: Anatomy) -> Table | None:
+    """Layer × heads × FFN, like layers in one row; None for a model without attention.
+
+    A width that several layers share stands where nothing is said of a layer.
+    """
+    kinds = [kind for kind in _COLUMNS if anatomy.of(kind)]
+    if not anatomy.attentions:
+        return None
+    table = _table("layers", "attention", *kinds, numbers=kinds)
+    for stack, layers in anatomy.stacks.items():
+        rows: list[tuple[list[str], tuple[str, ...]]] = []
+        for layer in layers:
+            cells = (_attention_cell(anatomy, layer), *(_sizes(layer.sizes(k)) for k in kinds))
+            if not rows or rows[-1][1] != cells:
+                rows.append(([], cells))
+            rows[-1][0].append(layer.path.rpartition(".")[2])
+        for numbers, cells in rows:
+            last = f"–{numbers[-1]}" if len(numbers) > 1 else ""
+            _row(table, f"{stack}.{numbers[0]}{last}", *cells)
+    shared = [part for part in anatomy.structures if not part.layer and part.kind in kinds]
+    if shared:
+        _row(table, "all", "", *(_sizes([s.size for s in shared if s.kind == k]) for k in kinds))
+    return table
+
+
+_COLUMNS: tuple[Kind, ...] = (
+    "heads", "kv groups", "query heads", "head dims", "qk dims", "vo dims", "ffn", "experts",
+    "hidden",
+)  # fmt: skip
+
+
+def _attention_cell(anatomy: Anatomy, layer: Layer) -> str:
+    """How many query heads, and over how many keys where they share them."""
+    own = [a for a in anatomy.attentions if a.layer == layer.path and len(a.heads)]
+    cells = [
+        f"{len(a.heads)} heads" + (f" / {a.kv_heads} kv" if a.kv_heads < len(a.heads) else "")
+        for a in {a.module: a for a in own}.values()
+    ]
+    return " + ".join(cells)
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    return " + ".join(map(str, sizes))
 
 
 def pins_table(pins: Iterable[tuple[Axis, Pin]]) -> Table:

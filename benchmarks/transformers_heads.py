@@ -1,0 +1,188 @@
+"""Heads, FFN widths and layers of seventeen transformers, removed at random and proven.
+
+    python benchmarks/transformers_heads.py             # all; ten minutes on one core
+    python benchmarks/transformers_heads.py llama t5    # some; their rows are replaced
+
+Every model is built by its library from a config, unmodified.  ``removed`` is how much of a
+structure went, ``rel_err`` and ``moved`` are the certificate's.  ``generates`` compares greedy
+tokens, with and without a KV cache, with those of the original whose output projections don't read
+the removed units (for layers: with the cut model's own, without the cache); models that write no
+text run forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from coverage import find_commit
+from peers import silence
+from torch import nn
+
+import prunus
+from prunus.integrations import hf
+
+RESULTS = Path(__file__).with_name("results") / "transformers.csv"
+FIELDS = ("model", "structure", "named", "removed", "rel_err", "moved", "verdict", "params_ratio",
+          "generates", "seconds", "commit")  # fmt: skip
+RATIO = 0.3
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "heads": ("heads", "kv groups", "query heads"),
+    "ffn": ("ffn",),
+    "layers": (),
+}
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8,
+         "intermediate_size": 160, "vocab_size": 300}  # fmt: skip
+GQA = {**SMALL, "num_key_value_heads": 4}
+VISION = {n: v for n, v in SMALL.items() if n != "vocab_size"} | {"image_size": 32, "patch_size": 8}
+SEQ2SEQ = {"d_model": 64, "encoder_layers": 4, "decoder_layers": 4, "encoder_attention_heads": 8,
+           "decoder_attention_heads": 8, "encoder_ffn_dim": 160, "decoder_ffn_dim": 160,
+           "vocab_size": 300}  # fmt: skip
+ENDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+
+MODELS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
+    "bert-base": ("BertForMaskedLM", "BertConfig", {}),
+    "roberta": ("RobertaForMaskedLM", "RobertaConfig", SMALL),
+    "distilbert": ("DistilBertForMaskedLM", "DistilBertConfig",
+                   {"dim": 64, "n_layers": 4, "n_heads": 8, "hidden_dim": 160, "vocab_size": 300}),
+    "electra": ("ElectraForMaskedLM", "ElectraConfig", {**SMALL, "embedding_size": 64}),
+    "deberta-v2": ("DebertaV2ForMaskedLM", "DebertaV2Config", SMALL),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config",
+             {"n_embd": 64, "n_layer": 4, "n_head": 8, "vocab_size": 300, **ENDS}),
+    "opt": ("OPTForCausalLM", "OPTConfig",
+            {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "ffn_dim": 160,
+             "vocab_size": 300, "word_embed_proj_dim": 64, **ENDS}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", GQA),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**GQA, "head_dim": 8}),
+    "gemma3-text": ("Gemma3ForCausalLM", "Gemma3TextConfig",
+                    {**GQA, "head_dim": 8, "sliding_window": 8, **ENDS}),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**GQA, "num_local_experts": 4}),
+    "t5": ("T5ForConditionalGeneration", "T5Config",
+           {"d_model": 64, "d_kv": 8, "d_ff": 160, "num_layers": 4, "num_heads": 8,
+            "vocab_size": 300, "decoder_start_token_id": 0}),
+    "bart": ("BartForConditionalGeneration", "BartConfig", {**SEQ2SEQ, **ENDS}),
+    "whisper": ("WhisperForConditionalGeneration", "WhisperConfig",
+                {**SEQ2SEQ, **ENDS, "max_source_positions": 32, "max_target_positions": 64,
+                 "num_mel_bins": 16, "decoder_start_token_id": 0}),
+    "vit": ("ViTForImageClassification", "ViTConfig", VISION),
+    "swin": ("SwinForImageClassification", "SwinConfig",
+             {"image_size": 56, "embed_dim": 32, "depths": [2, 4], "num_heads": [4, 8],
+              "window_size": 7}),
+    "clip": ("CLIPModel", "CLIPConfig",
+             {"text_config": {**SMALL, "max_position_embeddings": 32, **ENDS},
+              "vision_config": VISION, "projection_dim": 32}),
+}  # fmt: skip
+
+
+def build(name: str) -> Any:
+    """The model that its library makes of the config."""
+    import transformers
+
+    kind, config, sizes = MODELS[name]
+    torch.manual_seed(0)
+    return getattr(transformers, kind)(getattr(transformers, config)(**sizes)).eval()
+
+
+def examine(name: str, structure: str) -> dict[str, Any]:
+    """Remove 30 % of one structure from a model, and prove it."""
+    model = build(name)
+    inputs = hf.example_inputs(model, tokens=(2, 12))
+    prunus.listen(model, (), inputs)
+    started = time.perf_counter()
+    graph = prunus.trace(model, (), inputs)
+    original = copy.deepcopy(model)
+    if structure == "layers":
+        named, names = _layers(graph)
+        shrunk = prunus.shrink(model, (), inputs, drop=names)
+        removed = f"{len(names)} of {named}"
+    else:
+        parts = prunus.structures(graph).of(*KINDS[structure])  # type: ignore[arg-type]
+        named = sum(part.size for part in parts)
+        own = {part.group for part in parts}
+        hold = [group.name for group in graph.groups if group.name not in own]
+        options: Any = {"ratio": RATIO, "importance": "random", "hold": hold}
+        shrunk = prunus.shrink(model, (), inputs, **options)
+        gone = sum(len(c.removed) for c in shrunk.plan.groups if c.name in own)
+        removed = f"{gone} of {named}"
+    proof = shrunk.certificate
+    assert proof is not None
+    return {
+        "model": name, "structure": structure, "named": named, "removed": removed,
+        "rel_err": f"{proof.rel_err:.1e}", "moved": f"{proof.moved:.1e}", "verdict": proof.verdict,
+        "params_ratio": f"{proof.params[1] / proof.params[0]:.3f}",
+        "generates": _generates(original, shrunk, inputs),
+        "seconds": f"{time.perf_counter() - started:.1f}", "commit": find_commit(),
+    }  # fmt: skip
+
+
+def _layers(graph: Any) -> tuple[int, list[str]]:
+    """All layers that hold an attention, and a random third of them, no first and no last."""
+    dice = random.Random(0)
+    stacks = prunus.structures(graph).stacks
+    blocks = {block.name for block in graph.blocks}
+    names: list[str] = []
+    for layers in stacks.values():
+        inner = [layer.path for layer in layers[1:-1] if layer.path in blocks]
+        names += sorted(dice.sample(inner, min(len(inner), max(1, round(RATIO * len(layers))))))
+    return sum(map(len, stacks.values())), names
+
+
+def _generates(original: Any, shrunk: Any, inputs: Mapping[str, Any]) -> str:
+    """Whether greedy tokens are the same with a cache, without, and by the silenced original."""
+    pruned = shrunk.model
+    if not (hasattr(pruned, "generate") and pruned.can_generate()):
+        with torch.no_grad():
+            pruned(**inputs)
+        return "forward runs"
+    given = {n: v for n, v in inputs.items() if n != "decoder_input_ids"}
+    told = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+    tokens = [pruned.generate(**given, **told, use_cache=cached) for cached in (True, False)]
+    if not shrunk.plan.drops:
+        silenced: nn.Module = silence(original, pruned, dict(shrunk.plan.keep))
+        tokens += [silenced.generate(**given, **told, use_cache=c) for c in (True, False)]  # type: ignore[operator]
+    return "same tokens" if all(torch.equal(tokens[0], t) for t in tokens) else "other tokens"
+
+
+def main() -> None:
+    """Examine what is asked for, and save every row at once."""
+    wanted = sys.argv[1:] or list(MODELS)
+    torch.set_num_threads(1)
+    rows: dict[tuple[str, str], Any] = {}
+    if RESULTS.exists():
+        with RESULTS.open(encoding="utf-8", newline="") as file:
+            rows = {(row["model"], row["structure"]): row for row in csv.DictReader(file)}
+    for name in wanted:
+        for structure in KINDS:
+            try:
+                row = examine(name, structure)
+            except Exception as error:  # a row says what went wrong
+                told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                row = {"model": name, "structure": structure, "verdict": told,
+                       "commit": find_commit()}  # fmt: skip
+            rows[name, structure] = row
+            print(row, flush=True)
+            _save(rows, list(MODELS).index)
+
+
+def _save(rows: Mapping[tuple[str, str], Any], order: Callable[[str], int]) -> None:
+    draft = RESULTS.with_suffix(".tmp")
+    with draft.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, restval="")
+        writer.writeheader()
+        keys = sorted(rows, key=lambda key: (order(key[0]), list(KINDS).index(key[1])))
+        writer.writerows(rows[key] for key in keys)
+    os.replace(draft, RESULTS)
+
+
+if __name__ == "__main__":
+    prunus.declare_missing_ops()
+    main()

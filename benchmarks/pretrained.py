@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -83,7 +84,8 @@ def smollm2() -> tuple[Any, Any]:
         from transformers import AutoTokenizer, LlamaForCausalLM
 
         named = {"gguf_file": path.name}
-        model = LlamaForCausalLM.from_pretrained(path.parent, **named).eval()
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar that transformers can't switch off
+            model = LlamaForCausalLM.from_pretrained(path.parent, **named).eval()
         return model, AutoTokenizer.from_pretrained(path.parent, **named)
 
 

@@ -85,7 +85,7 @@ def check_disjoint(calibration: Iterable[str], test: Iterable[str]) -> None:
 def paragraphs(document: str) -> list[str]:
     """The prose of a document, a line a paragraph; no headings, grammars, code or tables.
 
-    >>> paragraphs("Title\\n=====\\n\\nSome text that goes on,\\nover two lines of it.\\n\\n   code")
+    >>> paragraphs("Title\\n=====\\n\\nSome text that goes on,\\nover two lines of it.\\n\\n   x")
     ['Some text that goes on, over two lines of it.']
     """
     found = []

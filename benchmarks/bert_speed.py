@@ -1,0 +1,154 @@
+"""How much of the promised speed-up of a pruned BERT-base arrives; ``results/bert_speed.csv``.
+
+    python benchmarks/bert_speed.py                    # ten minutes, on a quiet machine
+    python benchmarks/bert_speed.py --pairs 5 --dry    # a try, which writes nothing
+
+Eight sentences of 128 tokens, random weights (their values change no time), eager, float32.  In
+every round the dense model, the pruned one and a second copy of the dense one run in turn, each
+round in another order; ``time_ratio`` is the median over the rounds of pruned ÷ dense, and
+``dense_vs_dense`` of copy ÷ dense.  Where the latter is off by more than 3 %, the run is void and
+is repeated.  ``macs_ratio`` is counted by PyTorch (prunus.measure_costs), attention included; the
+``share`` of the promise that arrives is macs_ratio ÷ time_ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Callable, Sequence
+from itertools import permutations
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import heads
+import numpy as np
+import rows
+import torch
+
+import prunus
+
+RESULTS = Path(__file__).with_name("results") / "bert_speed.csv"
+BATCH, TOKENS = 8, 128
+PAIRS, ATTEMPTS = 15, 5
+VOID = 0.03
+FFN = "*.intermediate.dense.weight[0]"
+FIELDS = (
+    "structure", "macs_ratio", "time_ratio", "share", "dense_vs_dense", "pairs", "threads",
+    "commit",
+)  # fmt: skip
+
+
+def thirty_percent_of_heads(graph: prunus.CouplingGraph, model: Any) -> prunus.Plan:
+    """43 of 144 heads: three or four of the twelve of each layer."""
+    return heads.plan_heads(graph, model, 0.3, importance="random", scope="local")
+
+
+def half_of_heads_and_ffn(graph: prunus.CouplingGraph, model: Any) -> prunus.Plan:
+    """Six heads and 1536 hidden units of every layer."""
+
+    def chosen(group: Any, context: Any) -> Any:
+        ends = (heads.HEADS[1:], FFN[1:])
+        return np.full(group.size, 1.0 if group.name.endswith(ends) else np.inf)
+
+    return prunus.plan(graph, model, ratio=0.5, importance=chosen)
+
+
+STRUCTURES: dict[str, Callable[[prunus.CouplingGraph, Any], prunus.Plan]] = {
+    "30 % of heads": thirty_percent_of_heads,
+    "50 % of heads and FFN": half_of_heads_and_ffn,
+}
+
+
+def bert() -> tuple[Any, dict[str, torch.Tensor]]:
+    """BERT-base with random weights, and full sentences for it."""
+    prunus.declare_missing_ops()
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    ids = torch.randint(1000, 30000, (BATCH, TOKENS))
+    return BertModel(BertConfig()).eval(), {"input_ids": ids}
+
+
+def race(models: Sequence[Any], inputs: dict[str, Any], rounds: int) -> np.ndarray[Any, Any]:
+    """Seconds of every model in every round, shape ``(rounds, models)``; two rounds warm up."""
+    orders = list(permutations(range(len(models))))
+    seconds = np.zeros((rounds + 2, len(models)))
+    with torch.inference_mode():
+        for row in range(len(seconds)):
+            for index in orders[row % len(orders)]:
+                started = time.perf_counter()
+                models[index](**inputs)
+                seconds[row, index] = time.perf_counter() - started
+    return seconds[2:]
+
+
+def measure(structure: str, pairs: int) -> dict[str, Any]:
+    """One row, of the first run that is not void.
+
+    Raises
+    ------
+    RuntimeError
+        If every run is void: then the machine is busy with something else.
+    """
+    dense, inputs = bert()
+    plan = STRUCTURES[structure](prunus.trace(dense, (), inputs), dense)
+    pruned, twin = prunus.apply(plan, copy.deepcopy(dense)), copy.deepcopy(dense)
+    macs = [prunus.measure_costs(model, (), inputs)["macs"] for model in (dense, pruned)]
+    for _ in range(ATTEMPTS):
+        seconds = race((dense, pruned, twin), inputs, pairs)
+        ratio, control = (median(seconds[:, index] / seconds[:, 0]) for index in (1, 2))
+        row = {
+            "structure": structure,
+            "macs_ratio": f"{macs[1] / macs[0]:.4f}",
+            "time_ratio": f"{ratio:.4f}",
+            "share": f"{macs[1] / macs[0] / ratio:.3f}",
+            "dense_vs_dense": f"{control:.4f}",
+            "pairs": pairs,
+            "threads": torch.get_num_threads(),
+            "commit": rows.commit(),
+        }
+        if abs(control - 1) <= VOID:
+            return row
+        print(f"void: {row}", file=sys.stderr, flush=True)
+    raise RuntimeError(f"dense against dense was off by more than {VOID:.0%} {ATTEMPTS} times")
+
+
+def profile(structure: str) -> None:
+    """Print the operators of the dense and of the pruned model by their own time."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as recording
+
+    dense, inputs = bert()
+    plan = STRUCTURES[structure](prunus.trace(dense, (), inputs), dense)
+    for name, model in (("dense", dense), ("pruned", prunus.apply(plan, copy.deepcopy(dense)))):
+        race((model,), inputs, 1)
+        with recording(activities=[ProfilerActivity.CPU]) as recorded:
+            race((model,), inputs, 1)
+        print(name, recorded.key_averages().table("self_cpu_time_total", row_limit=8), sep="\n")
+
+
+def main() -> None:
+    """Measure the structures asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("structures", nargs="*", default=list(STRUCTURES), metavar="STRUCTURE")
+    parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dry", action="store_true", help="write nothing")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for structure in options.structures:
+        if options.profile:
+            profile(structure)
+            continue
+        row = measure(structure, options.pairs)
+        print(row, flush=True)
+        if not options.dry:
+            rows.replace(RESULTS, FIELDS, ("structure", "threads"), [row])
+
+
+if __name__ == "__main__":
+    main()

@@ -19,6 +19,7 @@ import copy
 import sys
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -44,7 +45,8 @@ FIELDS = (
     "sentences", "text", "commit",
 )  # fmt: skip
 KEY = ("model", "importance", "scope", "ratio", "seed")
-CALIBRATED = ("taylor", "head_gradient", "activation", "confidence", "flap")
+CALIBRATED = ("taylor", "fisher", "head_gradient", "activation", "confidence", "wanda", "flap")
+NEEDS = ("gradient", "head_gradient", "activation", "attention")
 IMPORTANCES = ("random", "l2", *CALIBRATED)
 
 
@@ -92,10 +94,10 @@ class Study:
 
     def measure(self, importance: str, scope: str, ratio: float, seed: int) -> dict[str, Any]:
         """One row: plan, cut a copy, compare its embeddings with the dense model's."""
-        data = {"data": self.data} if importance in CALIBRATED else {}
-        plan = plan_heads(
-            self.graph, self.model, ratio, importance=importance, scope=scope, seed=seed, **data
-        )
+        options: dict[str, Any] = {"importance": importance, "scope": scope, "seed": seed}
+        if importance in CALIBRATED:
+            options["statistics"] = self.statistics
+        plan = plan_heads(self.graph, self.model, ratio, **options)
         pruned = prunus.apply(plan, copy.deepcopy(self.model))
         found = measures.fidelity(self.dense, measures.embed(pruned, self.test))
         return {
@@ -111,6 +113,11 @@ class Study:
             "text": texts.SOURCE,
             "commit": rows.commit(),
         }
+
+    @cached_property
+    def statistics(self) -> prunus.Statistics:
+        """What all criteria that read data need, from one pass over it."""
+        return prunus.collect(self.model, self.graph, self.data, NEEDS)
 
     def _prove(self, plan: prunus.Plan) -> str:
         model = copy.deepcopy(self.model)

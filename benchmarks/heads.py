@@ -44,7 +44,7 @@ FIELDS = (
     "sentences", "text", "commit",
 )  # fmt: skip
 KEY = ("model", "importance", "scope", "ratio", "seed")
-CALIBRATED = ("taylor", "head_gradient", "activation", "confidence", "flap")
+CALIBRATED = ("taylor", "fisher", "head_gradient", "activation", "confidence", "flap")
 IMPORTANCES = ("random", "l2", *CALIBRATED)
 
 

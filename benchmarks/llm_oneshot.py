@@ -54,7 +54,7 @@ KEY = ("engine", "structure", "importance", "removed")
 FFN, KV_GROUPS, HIDDEN = (
     "*.mlp.gate_proj.weight[0]", "*.self_attn.q_proj.weight[0]", "model.embed_tokens.weight[1]",
 )  # fmt: skip
-CALIBRATED = ("taylor", "activation", "flap")
+CALIBRATED = ("taylor", "fisher", "activation", "flap")
 IMPORTANCES = ("random", "l2", *CALIBRATED)
 
 Cut = Callable[[Any, float, str, Tensor], Any]
@@ -209,11 +209,12 @@ def run(engine: str, structure: str, importance: str, removed: float, count: int
 
 def limit_processor_time(seconds: int | None = LIMIT) -> None:
     """End this process after that much more processor time; without a number, never."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = resource.RLIM_INFINITY
-    if seconds is not None:
-        soft = int(used.ru_utime + used.ru_stime) + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    used, hard = (
+        resource.getrusage(resource.RUSAGE_SELF),
+        resource.getrlimit(resource.RLIMIT_CPU)[1],
+    )
+    soft = hard if seconds is None else int(used.ru_utime + used.ru_stime) + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
 def run_apart(

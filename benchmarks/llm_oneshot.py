@@ -16,7 +16,8 @@ attention is *eager*, since with the model's default its grouping fails where 9 
 KV heads; the tied embedding, of which it makes two, is tied again.
 
 Every row has a process of its own, in which an engine has ten minutes of processor time for
-tracing, scoring and cutting; loading and scoring perplexity are nobody's.
+tracing, scoring and cutting; loading and scoring perplexity are nobody's.  ``seconds`` are those of
+the engine on the wall; of Torch-Pruning for about ten tries until the ratio is found.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ attention is *eager*, since with the model's default its grouping fails where 9 
 KV heads; the tied embedding, of which it makes two, is tied again.
 
 Every row has a process of its own, in which an engine has ten minutes of processor time for
-tracing, scoring and cutting; loading and scoring perplexity are nobody's.
+tracing, scoring and cutting; loading and scoring perplexity are nobody's.  ``seconds`` are those of
+the engine on the wall; of Torch-Pruning for about ten tries until the ratio is found.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ KEY = ("engine", "structure", "importance", "removed")
 FFN, KV_GROUPS, HIDDEN = (
     "*.mlp.gate_proj.weight[0]", "*.self_attn.q_proj.weight[0]", "model.embed_tokens.weight[1]",
 )  # fmt: skip
-CALIBRATED = ("taylor", "activation", "flap")
+CALIBRATED = ("taylor", "fisher", "activation", "flap")
 IMPORTANCES = ("random", "l2", *CALIBRATED)
 
 Cut = Callable[[Any, float, str, Tensor], Any]
@@ -209,11 +210,12 @@ def run(engine: str, structure: str, importance: str, removed: float, count: int
 
 def limit_processor_time(seconds: int | None = LIMIT) -> None:
     """End this process after that much more processor time; without a number, never."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = resource.RLIM_INFINITY
-    if seconds is not None:
-        soft = int(used.ru_utime + used.ru_stime) + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    used, hard = (
+        resource.getrusage(resource.RUSAGE_SELF),
+        resource.getrlimit(resource.RLIMIT_CPU)[1],
+    )
+    soft = hard if seconds is None else int(used.ru_utime + used.ru_stime) + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
 def run_apart(

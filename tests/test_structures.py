@@ -300,20 +300,28 @@ assert not [name for name in sys.modules if name.partition(".")[0] == "prunus"]
 """
 
 
+WIDTHS = {"hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"}
+LAYERS = {"num_hidden_layers"}
+
+
 @pytest.mark.parametrize(
-    ("build", "changed"),
+    ("build", "options", "changed"),
     [
-        (llama, {"hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"}),
-        (bert, {"intermediate_size"}),
-        (vit, {"intermediate_size"}),
+        (llama, {"ratio": 0.4}, WIDTHS),
+        (llama, {"ratio": 0.4, "drop": 1}, WIDTHS | LAYERS),
+        (llama, {"drop": 1}, LAYERS),
+        (bert, {"ratio": 0.4, "drop": 1}, {"intermediate_size"} | LAYERS),
+        (vit, {"ratio": 0.4, "drop": 1}, {"intermediate_size"} | LAYERS),
     ],
 )
-def test_uniform_results_load_without_prunus(build: Any, changed: set[str], tmp_path: Path) -> None:
+def test_uniform_results_load_without_prunus(
+    build: Any, options: Any, changed: set[str], tmp_path: Path
+) -> None:
     model = build()
     before = model.config.to_dict()
     inputs = hf.example_inputs(model, seed=1)
     shrunk = prunus.shrink(
-        model, (), inputs, ratio=0.4, importance="random", mode="uniform", each_group=False
+        model, (), inputs, **options, importance="random", mode="uniform", each_group=False
     )
     assert shrunk.certificate.verdict == "exact"
     hf.save(model, tmp_path / "small", mode="uniform")

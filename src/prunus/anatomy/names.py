@@ -161,7 +161,7 @@ def structures(graph: CouplingGraph) -> Anatomy:
     >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     >>> graph = prunus.trace(nn.Sequential(layer), torch.ones(1, 3, 8))
     >>> [(s.kind, s.size) for s in prunus.structures(graph).structures]
-    [('heads', 2), ('head dims', 4), ('ffn', 16)]
+    [('heads', 2), ('head dims', 8), ('ffn', 16)]
     """
     cores = [] if graph.program is None else list(find_cores(graph.program))
     kinds = _Kinds(graph, cores)

@@ -125,3 +125,42 @@ def test_a_budget_that_is_missed_is_seen() -> None:
     assert missed({**row, "verdict": "met", "achieved": "0.48"}) == ["far"]
     assert missed({**row, "verdict": "met", "achieved": "0.48", "round_to": "8"}) == []
     assert missed({**row, "verdict": "met", "unaligned": "2"}) == ["unaligned"]
+
+
+def fails(row: Row) -> bool:
+    """Whether a row of transformers.csv is less than promised."""
+    proven = row["verdict"] == "exact" and number(row["rel_err"]) <= 1e-4
+    runs = row["generates"] in ("same tokens", "forward runs")
+    return not (
+        proven and runs and float(row["moved"] or 0) > 1e-3 and not row["removed"].startswith("0 ")
+    )
+
+
+def test_heads_widths_and_layers_of_transformers_are_exact() -> None:
+    rows = read("transformers.csv")
+    assert not [row for row in rows if fails(row)]
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        found.setdefault(row["model"], set()).add(row["structure"])
+    assert len(found) >= 17
+    assert all(structures == {"heads", "ffn", "layers"} for structures in found.values())
+    writers = {row["model"] for row in rows if row["generates"] == "same tokens"}
+    assert {"gpt2", "opt", "llama", "qwen3", "gemma3-text", "mixtral", "t5", "bart"} <= writers
+
+
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [("verdict", "not verified"), ("rel_err", "2e-4"), ("generates", "other tokens"),
+     ("moved", "1e-4"), ("removed", "0 of 32")],
+)  # fmt: skip
+def test_a_row_of_transformers_that_is_less_is_seen(cell: str, value: str) -> None:
+    row = read("transformers.csv")[0]
+    assert not fails(row)
+    assert fails({**row, cell: value})
+
+
+def test_the_fuzz_found_no_wrong_answer() -> None:
+    rows = read("fuzz.csv")
+    assert sum(int(row["networks"]) for row in rows) == 10_000
+    assert sum(int(row["wrong"]) for row in rows) == 0
+    assert sum(int(row["judges_undecided"]) for row in rows) <= 10

@@ -18,8 +18,7 @@ from prunus.integrations.hf_config import fitting_config
 from prunus.integrations.torchvision_ops import declare_missing_ops
 from prunus.io import load as load_file
 from prunus.io import save as save_file
-from prunus.surgeon.applied import applied_plan
-from prunus.surgeon.attributes import read_attribute, write_attribute
+from prunus.surgeon.applied import config_before
 
 TOKENS = 16
 """Length of an example text."""
@@ -105,7 +104,7 @@ def save(
         message names the tensors that the library would build with other shapes.
     """
     place = Path(folder)
-    config = _config_of(model)
+    _refuse_others(model)
     if mode == "uniform":
         smaller = fitting_config(model, example_inputs(model))
         place.mkdir(parents=True, exist_ok=True)
@@ -114,8 +113,8 @@ def save(
         return
     place.mkdir(parents=True, exist_ok=True)
     save_file(model, place / WEIGHTS)
-    with _as_it_was(model):
-        text = json.dumps({**config.to_dict(), "architectures": [type(model).__name__]}, indent=2)
+    whole = {**config_before(model).to_dict(), "architectures": [type(model).__name__]}
+    text = json.dumps(whole, indent=2)
     replace_file(place / CONFIG, lambda draft: draft.write_text(text + "\n", encoding="utf-8"))
 
 
@@ -173,13 +172,11 @@ def _find_class(config: Mapping[str, Any], where: str) -> Any:
     return kind
 
 
-def _config_of(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "save_pretrained"):
+def _refuse_others(model: nn.Module) -> None:
+    if getattr(model, "config", None) is None or not hasattr(model, "save_pretrained"):
         raise ModelError(
             f"{type(model).__name__} is no model of transformers", fix="write it with prunus.save"
         )
-    return config
 
 
 @contextmanager
@@ -190,19 +187,3 @@ def _config_instead(model: Any, config: Any) -> Iterator[None]:
         yield
     finally:
         model.config = before
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Within the context the config says what it said before any pruning."""
-    plan = applied_plan(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    edits = [e for e in (plan.edits if plan else ()) if e.attribute.partition(".")[0] == "config"]
-    after = [read_attribute(modules[e.module], e.attribute) for e in edits]
-    try:
-        for edit in edits:
-            write_attribute(modules[edit.module], edit.attribute, edit.before)
-        yield
-    finally:
-        for edit, value in zip(edits, after, strict=True):
-            write_attribute(modules[edit.module], edit.attribute, value)

@@ -18,6 +18,7 @@ from prunus.io.container import open_container
 from prunus.io.document import check_schema, read_document
 from prunus.plans import Plan
 from prunus.surgeon import remember, restore
+from prunus.surgeon.applied import copy_config
 from prunus.surgeon.restore import Kind, Tensors
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,9 +57,16 @@ def load(path: str | os.PathLike[str], build: Callable[[], Model]) -> Model:
     True
     """
     tensors, plan = read_file(path)
-    model = _on_meta(build, tensors, plan, str(path))
+    configs: list[Any] = []
+
+    def noted() -> Model:
+        made = build()
+        configs.append(copy_config(made))
+        return made
+
+    model = _on_meta(noted, tensors, plan, str(path))
     if model is None:
-        model = _built(build)
+        model = _built(noted)
         _restore(model, tensors, plan, str(path))
         left = next(without_values(model), None)
         if left is not None:
@@ -69,7 +77,7 @@ def load(path: str | os.PathLike[str], build: Callable[[], Model]) -> Model:
                 fix="let build= make it on the CPU",
             )
     if plan is not None:
-        remember(model, plan)
+        remember(model, plan, configs[-1])
     return model
 
 

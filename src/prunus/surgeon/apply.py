@@ -17,7 +17,7 @@ from prunus.drops import Renaming
 from prunus.errors import ApplyError
 from prunus.graph.axis import Axis
 from prunus.plans import Plan
-from prunus.surgeon.applied import plans_of, remember, remember_only
+from prunus.surgeon.applied import copy_config, plans_of, remember, remember_only
 from prunus.surgeon.attributes import read_attribute, write_attribute
 from prunus.surgeon.depth import drop_blocks, find_places, forget_dropped
 from prunus.tracer.caches import drop_caches
@@ -73,7 +73,7 @@ def cut(
 ) -> Callable[[], None]:
     """What :func:`apply` does; returns a function that puts the model back as it was."""
     before = list(model.parameters())
-    plans = plans_of(model)
+    plans, config = plans_of(model), copy_config(model)
     put_back = drop_blocks(model, plan.drops) if plan.drops else _nothing
     try:
         undo = _slice(plan, model, optimizer, check=check)
@@ -83,7 +83,7 @@ def cut(
     if optimizer is not None and plan.drops:
         forget_dropped(optimizer, before, model)
     _renew(model.modules())
-    remember(model, plan)
+    remember(model, plan, config)
 
     def undo_all() -> None:
         undo()

@@ -34,7 +34,6 @@ import multiprocessing
 import os
 import random
 import resource
-import subprocess
 import sys
 import time
 import warnings
@@ -47,6 +46,7 @@ from types import ModuleType
 from typing import Any
 
 from coverage_table import ENOUGH, OURS, PEERS, Key, Row, render
+from rows import commit
 
 RESULTS = Path(__file__).with_name("results") / "coverage.csv"
 ROOT = Path(__file__).resolve().parents[1]
@@ -390,7 +390,7 @@ class Running:
         """The row, once there is one, or the time is up."""
         engine, name = self.key
         library, _, short = name.partition(":")
-        row: Row = {"engine": engine, "library": library, "model": short, "commit": find_commit(),
+        row: Row = {"engine": engine, "library": library, "model": short, "commit": commit(),
                     "version": _version(engine)}  # fmt: skip
         if self._pipe.poll(0.2):
             try:
@@ -447,24 +447,6 @@ def preload(engines: Iterable[str]) -> None:
 
 def _version(engine: str) -> str:
     return importlib.metadata.version(PEERS.get(engine, OURS))
-
-
-_commit: list[str] = []
-
-
-def find_commit() -> str:
-    """The short hash of HEAD, with a ``+`` where the working tree's sources differ from it."""
-    if _commit:
-        return _commit[0]
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(("git", *words), cwd=here, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "../src")
-    _commit.append(git("rev-parse", "--short", "HEAD") + ("+" if changed else ""))
-    return _commit[0]
 
 
 def read_rows(path: Path) -> dict[Key, Row]:

@@ -19,19 +19,18 @@ import argparse
 import copy
 import csv
 import math
-import subprocess
 import sys
 import time
 import traceback
 from collections import Counter
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import catalogue
 import numpy as np
 import torch
+from rows import commit
 
 import prunus
 
@@ -81,7 +80,7 @@ def examine(name: str, seed: int = 0) -> dict[str, Any]:
         "pins": _pins(graph),
         "reason": certificate.reason[:160],
         "seed": seed,
-        "commit": _commit(),
+        "commit": commit(),
     }
     prunus.listen(model, args, kwargs, seed=seed)
     row["witness"] = _witness(graph, model, args, kwargs, seed)
@@ -150,19 +149,6 @@ def _shadow(plan: prunus.Plan, model: Any, args: Any, kwargs: Any) -> str:
     return f"{'agrees' if gap <= TOLERANCE['float64'] else 'disagrees'} {gap:.1e}"
 
 
-@cache
-def _commit() -> str:
-    """The short hash of HEAD, with a ``+`` where the sources differ from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ("git", *words), cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "src", "tests/shadow.py")
-    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-
-
 def _pins(graph: prunus.CouplingGraph) -> str:
     reasons = Counter(
         pin.reason for _, pin in graph.pins if not any(e in pin.reason for e in EXPECTED_PINS)
@@ -195,7 +181,7 @@ def main() -> None:
             reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
             rows[name] = {"model": short, "library": library, "verdict": "failed",
                           "line_holds": "no (failed)", "reason": reason,
-                          "seed": options.seed, "commit": _commit()}  # fmt: skip
+                          "seed": options.seed, "commit": commit()}  # fmt: skip
         print({k: v for k, v in rows[name].items() if k != "pins"}, flush=True)
         order = {known: index for index, known in enumerate(catalogue.names())}
         results.parent.mkdir(exist_ok=True)

@@ -14,11 +14,12 @@ import argparse
 import csv
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+
+from rows import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results") / "fuzz.csv"
@@ -50,13 +51,8 @@ def examine_chunk(first: int) -> dict[str, object]:
         "first_seed": first,
         "networks": CHUNK,
         "seconds": round(time.perf_counter() - started),
-        "commit": _commit(),
+        "commit": commit(),
     }
-
-
-def _commit() -> str:
-    command = ("git", "rev-parse", "--short", "HEAD")
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def _save(rows: list[dict[str, object]], out: Path) -> None:

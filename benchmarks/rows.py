@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -15,14 +16,14 @@ Row = Mapping[str, Any]
 
 @cache
 def commit() -> str:
-    """The short hash of HEAD, with a ``+`` where the sources or the benchmarks differ from it."""
+    """The short hash of HEAD, with a ``+`` where sources, benchmarks or judges differ from it."""
 
     def git(*words: str) -> str:
         return subprocess.run(
             ("git", *words), cwd=ROOT, capture_output=True, text=True
         ).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "src", "benchmarks/*.py")
+    changed = git("status", "--porcelain", "--", "src", "benchmarks/*.py", "tests/shadow.py")
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
@@ -40,7 +41,9 @@ def replace(path: Path, fields: Sequence[str], key: Sequence[str], rows: Iterabl
     for row in rows:
         table[tuple(str(row.get(name, "")) for name in key)] = row
     path.parent.mkdir(exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
+    draft = path.with_suffix(".tmp")
+    with draft.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fields, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(table.values())
+    os.replace(draft, path)

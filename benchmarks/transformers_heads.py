@@ -4,28 +4,26 @@
     python benchmarks/transformers_heads.py llama t5    # some; their rows are replaced
 
 Every model is built by its library from a config, unmodified.  ``removed`` is how much of a
-structure went, ``rel_err`` and ``moved`` are the certificate's.  ``generates`` compares greedy
-tokens, with and without a KV cache, with those of the original whose output projections don't read
-the removed units (for layers: with the cut model's own, without the cache); models that write no
-text run forward.
+structure went, ``rel_err`` and ``moved`` are the certificate's.  ``generates``: *same tokens*
+where greedy decoding, with and without a KV cache, gives the same tokens from the same logits (to
+1e-4) as the original in which the removed units are read as zeros, or the dropped layers hand on
+what they are given, and those logits are others than the dense model's; models that write no text
+run forward.
 """
 
 from __future__ import annotations
 
 import copy
-import csv
-import os
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import rows
 import torch
-from coverage import find_commit
-from peers import silence
-from torch import nn
+from peers import EXACT, relative_error
 
 import prunus
 from prunus.integrations import hf
@@ -34,6 +32,9 @@ RESULTS = Path(__file__).with_name("results") / "transformers.csv"
 FIELDS = ("model", "structure", "named", "removed", "rel_err", "moved", "verdict", "params_ratio",
           "generates", "seconds", "commit")  # fmt: skip
 RATIO = 0.3
+MOVED = 1e-3
+"""Logits have to be moved by as much, or that they agree says nothing."""
+
 KINDS: Mapping[str, tuple[str, ...]] = {
     "heads": ("heads", "kv groups", "query heads"),
     "ffn": ("ffn",),
@@ -120,7 +121,7 @@ def examine(name: str, structure: str) -> dict[str, Any]:
         "rel_err": f"{proof.rel_err:.1e}", "moved": f"{proof.moved:.1e}", "verdict": proof.verdict,
         "params_ratio": f"{proof.params[1] / proof.params[0]:.3f}",
         "generates": _generates(original, shrunk, inputs),
-        "seconds": f"{time.perf_counter() - started:.1f}", "commit": find_commit(),
+        "seconds": f"{time.perf_counter() - started:.1f}", "commit": rows.commit(),
     }  # fmt: skip
 
 
@@ -137,29 +138,74 @@ def _layers(graph: Any) -> tuple[int, list[str]]:
 
 
 def _generates(original: Any, shrunk: Any, inputs: Mapping[str, Any]) -> str:
-    """Whether greedy tokens are the same with a cache, without, and by the silenced original."""
+    """How far greedy decoding is from the original's without the removed, with and without a cache.
+
+    The reference is plain PyTorch: zeros where the removed units are read, and blocks that hand on
+    what they are given.
+    """
     pruned = shrunk.model
     if not (hasattr(pruned, "generate") and pruned.can_generate()):
         with torch.no_grad():
             pruned(**inputs)
         return "forward runs"
     given = {n: v for n, v in inputs.items() if n != "decoder_input_ids"}
-    told = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
-    tokens = [pruned.generate(**given, **told, use_cache=cached) for cached in (True, False)]
-    if not shrunk.plan.drops:
-        silenced: nn.Module = silence(original, pruned, dict(shrunk.plan.keep))
-        tokens += [silenced.generate(**given, **told, use_cache=c) for c in (True, False)]  # type: ignore[operator]
-    return "same tokens" if all(torch.equal(tokens[0], t) for t in tokens) else "other tokens"
+    dense = _decode(original, given, cached=True)
+    if shrunk.plan.drops:
+        reference = copy.deepcopy(original)
+        for name in shrunk.plan.drops:
+            reference.get_submodule(name).register_forward_hook(_hand_on, with_kwargs=True)
+    else:
+        reference = _silence(original, shrunk.plan.keep)
+    answers = [
+        _decode(model, given, cached=cached)
+        for model in (reference, pruned)
+        for cached in (True, False)
+    ]
+    error = max(_gap(answers[0], answer) for answer in answers)
+    moved = _gap(dense, answers[0])
+    if error > EXACT or not moved > MOVED:
+        return f"differs by {error:.1e}, moved {moved:.1e}"
+    return "same tokens"
+
+
+def _silence(model: Any, keep: Mapping[prunus.Axis, Any]) -> Any:
+    """A copy with zeros wherever a matrix made or read what is removed."""
+    twin = copy.deepcopy(model)
+    for axis, stay in keep.items():
+        weight = dict(twin.named_parameters(remove_duplicate=False)).get(axis.tensor)
+        if weight is not None and weight.dim() > 1:
+            gone = sorted(set(range(weight.shape[axis.dim])) - set(stay))
+            weight.data.index_fill_(axis.dim, torch.tensor(gone), 0)
+    return twin
+
+
+def _decode(model: Any, given: Mapping[str, Any], *, cached: bool) -> tuple[Any, Any]:
+    """Tokens, and the logits that they were chosen by."""
+    found = model.generate(
+        **given, max_new_tokens=6, do_sample=False, pad_token_id=1, eos_token_id=None,
+        use_cache=cached, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    return found.sequences, torch.stack(found.logits)
+
+
+def _gap(a: tuple[Any, Any], b: tuple[Any, Any]) -> float:
+    """The relative difference of the logits; infinite where other tokens were chosen."""
+    if torch.equal(a[0], b[0]):
+        return relative_error([a[1]], [b[1]])
+    return float("inf")
+
+
+def _hand_on(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    """Skip a block: its first floating-point argument takes the place of what it computes."""
+    values = (*args, *kwargs.values())
+    x = next(v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())
+    return x if isinstance(output, torch.Tensor) else (x, *output[1:])
 
 
 def main() -> None:
     """Examine what is asked for, and save every row at once."""
     wanted = sys.argv[1:] or list(MODELS)
     torch.set_num_threads(1)
-    rows: dict[tuple[str, str], Any] = {}
-    if RESULTS.exists():
-        with RESULTS.open(encoding="utf-8", newline="") as file:
-            rows = {(row["model"], row["structure"]): row for row in csv.DictReader(file)}
     for name in wanted:
         for structure in KINDS:
             try:
@@ -167,20 +213,9 @@ def main() -> None:
             except Exception as error:  # a row says what went wrong
                 told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 row = {"model": name, "structure": structure, "verdict": told,
-                       "commit": find_commit()}  # fmt: skip
-            rows[name, structure] = row
+                       "commit": rows.commit()}  # fmt: skip
             print(row, flush=True)
-            _save(rows, list(MODELS).index)
-
-
-def _save(rows: Mapping[tuple[str, str], Any], order: Callable[[str], int]) -> None:
-    draft = RESULTS.with_suffix(".tmp")
-    with draft.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, restval="")
-        writer.writeheader()
-        keys = sorted(rows, key=lambda key: (order(key[0]), list(KINDS).index(key[1])))
-        writer.writerows(rows[key] for key in keys)
-    os.replace(draft, RESULTS)
+            rows.replace(RESULTS, FIELDS, ("model", "structure"), [row])
 
 
 if __name__ == "__main__":

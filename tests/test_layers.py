@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("oracle", "exchange", "witness", "listening", "rollback", "skipping", "report"),
     ),
     (("integrations",),),
-    (("__init__", "api", "choices"),),
+    (("__init__", "planning", "api", "choices"),),
     (("cli", "__main__"),),
 )
 LAYER_OF = {name: n for n, rooms in enumerate(LAYERS) for room in rooms for name in room}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunus.anatomy import structures
-    from prunus.api import Shrunk, drop_layers, plan, shrink
+    from prunus.api import Shrunk, drop_layers, shrink
     from prunus.budget import Budget
     from prunus.choices import keep, prune_heads
     from prunus.errors import BudgetError, PrunusError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from prunus.io import load, save
     from prunus.listening import listen
     from prunus.oracle import Certificate, verify
+    from prunus.planning import plan
     from prunus.plans import Plan
     from prunus.recovery import recalibrate
     from prunus.report.console import show_stages
@@ -94,7 +95,7 @@ _HOMES = {
     "mask": "prunus.surgeon",
     "measure_costs": "prunus.report.counting",
     "measure_latency": "prunus.report.counting",
-    "plan": "prunus.api",
+    "plan": "prunus.planning",
     "prune_heads": "prunus.choices",
     "recalibrate": "prunus.recovery",
     "save": "prunus.io",

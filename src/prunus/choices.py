@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from prunus.anatomy import Anatomy, structures
 from prunus.anatomy.names import Attention
-from prunus.api import Shrunk, plan_of_mask
-from prunus.errors import PlanError, VerifyError
+from prunus.api import Shrunk, inputs_of, unproven
+from prunus.errors import PlanError
 from prunus.graph.axis import Mask
 from prunus.graph.constraints import find_violation
 from prunus.graph.coupling import CouplingGraph
-from prunus.integrations.hf import example_inputs
 from prunus.oracle import verify
+from prunus.planning import plan_of_mask
 from prunus.surgeon import apply
 from prunus.surgeon.depth import refuse_quantized
 from prunus.tracer.trace import trace
@@ -68,7 +68,7 @@ def prune_heads(
     ('exact', 2)
     """
     refuse_quantized(model)
-    args, kwargs = _inputs(model, args, kwargs)
+    args, kwargs = inputs_of(model, args, kwargs)
     graph = trace(model, args, kwargs)
     kept = _without_heads(graph, structures(graph), heads)
     return _cut(model, graph, kept, args, kwargs, verified=verified, seed=seed)
@@ -103,7 +103,7 @@ def keep(
         If the proof fails; the model was not touched.
     """
     refuse_quantized(model)
-    args, kwargs = _inputs(model, args, kwargs)
+    args, kwargs = inputs_of(model, args, kwargs)
     graph = trace(model, args, kwargs)
     found = graph.group(group)
     chosen = _numbers(units, found.size, f"group {group}", "unit")
@@ -113,12 +113,6 @@ def keep(
     kept[found.units] = False
     kept[found.units[chosen]] = True
     return _cut(model, graph, kept, args, kwargs, verified=verified, seed=seed)
-
-
-def _inputs(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> tuple[Any, Any]:
-    args = (args,) if isinstance(args, Tensor) else tuple(args)
-    kwargs = dict(kwargs or {})
-    return (args, kwargs) if args or kwargs else ((), example_inputs(model))
 
 
 def _numbers(numbers: Iterable[int], size: int, where: str, what: str) -> list[int]:
@@ -216,10 +210,6 @@ def _cut(
     if verified and plan.keep:
         certificate = verify(plan, model, args, kwargs, seed=seed)
         if certificate.verdict == "inexact":
-            raise VerifyError(
-                "the cut model would not compute what the original does without the removed units",
-                why=certificate.reason or f"the outputs differ by {certificate.rel_err:.1e}",
-                fix="the model was not touched; please report the case",
-            )
+            raise unproven(certificate)
     apply(plan, model)
     return Shrunk(model, graph, plan, certificate)

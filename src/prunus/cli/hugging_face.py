@@ -9,13 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from prunus.cli.source import Source, random_image
+from prunus.cli.source import Source
 from prunus.errors import ModelError, require
-
-_TOKENS = 16
+from prunus.integrations.hf import TOKENS, example_inputs, read_config
 
 
 def find_folder(place: str, options: argparse.Namespace) -> Source:
@@ -25,8 +23,7 @@ def find_folder(place: str, options: argparse.Namespace) -> Source:
     ``--trust-pickle``.
     """
     folder = Path(place)
-    config = _read_config(folder)
-    kind = _find_class(config, options)
+    _, kind = read_config(folder, options.model)
 
     def build() -> nn.Module:
         _require_weights(folder, options)
@@ -60,42 +57,6 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelError(
-            f"there is no file {path}",
-            why="hf: takes a folder on this machine; nothing is downloaded",
-            fix="give the folder that save_pretrained() wrote",
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON", why=str(error)) from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} is no configuration", why="it is no JSON object")
-    return config
-
-
-def _find_class(config: Mapping[str, Any], options: argparse.Namespace) -> Any:
-    from prunus.integrations.torchvision_ops import declare_missing_ops
-
-    declare_missing_ops()
-    transformers = require("transformers", "hf")
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ModelError(
-            f"transformers has no model class {name!r}",
-            where=options.model,
-            why="the class is what 'architectures' in config.json names"
-            + ("; code that comes with a model is never run" if "auto_map" in config else ""),
-            fix="write a file with a function that builds the model, and give file.py:FUNCTION",
-        )
-    return kind
-
-
 def _safe(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
@@ -116,28 +77,18 @@ def _require_weights(folder: Path, options: argparse.Namespace) -> None:
 def _examples(
     model: nn.Module, options: argparse.Namespace
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Ids or an image, whichever the model takes first."""
-    config: Any = model.config
-    main: Any = model.main_input_name
-    if main == "input_ids":
-        shape = options.input_shape[0] if options.input_shape else (1, _TOKENS)
-        random = torch.Generator().manual_seed(options.seed)
-        vocabulary = config.get_text_config().vocab_size
-        ids = torch.randint(1, vocabulary, shape, generator=random)
-        more = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
-        return (), {"input_ids": ids, **more}
-    size = getattr(config, "image_size", 224)
-    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    if main == "pixel_values":
-        args, _ = random_image(options, (getattr(config, "num_channels", 3), *sides))
-        return (), {"pixel_values": args[0]} if args else {}
-    if options.input_shape:
+    """What the model takes first: ids, of a shape that may be given, an image or sound."""
+    if options.input_shape and model.main_input_name != "input_ids":
         return (), {}
-    raise ModelError(
-        f"no example can be made of the model's input {main!r}",
-        where=options.model,
-        fix="give --input-shape, or write a file with a function, and give file.py:FUNCTION",
-    )
+    tokens = options.input_shape[0] if options.input_shape else (1, TOKENS)
+    try:
+        return (), example_inputs(model, tokens=tokens, seed=options.seed)
+    except ModelError as error:
+        raise ModelError(
+            error.what,
+            where=options.model,
+            fix="give --input-shape, or write a file with a function, and give file.py:FUNCTION",
+        ) from error
 
 
 def _normalisation(folder: Path) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:

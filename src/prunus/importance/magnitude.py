@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from prunus.errors import ModelError
 from prunus.graph.axis import Axis, Label
@@ -54,13 +55,22 @@ def sum_by_unit(group: Group, label: Label, values: Scores) -> Scores:
     >>> sum_by_unit(group, np.array([[1, 3], [2, 3], [2, 2]]), np.array([1.0, 10.0, 100.0]))
     array([  1., 110.])
     """
+    position, unit = places_of(group, label)
+    return np.bincount(unit, weights=values[position], minlength=group.size).astype(np.float64)
+
+
+def places_of(group: Group, label: Label) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Every position that a unit of the group stands on, once, and the unit's index in the group.
+
+    >>> group = Group("w[0]", np.array([1, 2]), (), False)
+    >>> [a.tolist() for a in places_of(group, np.array([[1, 3], [2, 3], [2, 2]]))]
+    [[0, 1, 2], [0, 1, 1]]
+    """
     rows = np.sort(label, axis=1)
     rows[:, 1:][rows[:, 1:] == rows[:, :-1]] = 0
     index = np.searchsorted(group.units, rows).clip(max=group.size - 1)
     position, column = np.nonzero(group.units[index] == rows)
-    return np.bincount(
-        index[position, column], weights=values[position], minlength=group.size
-    ).astype(np.float64)
+    return position, index[position, column]
 
 
 def reduce_axes(axes: Sequence[Axis], values: torch.Tensor, power: int) -> list[Scores]:

@@ -7,7 +7,7 @@ import torch
 
 from prunus.graph.axis import Axis, Role
 from prunus.graph.groups import Group
-from prunus.importance.magnitude import l2, sum_by_unit
+from prunus.importance.magnitude import l2, places_of, sum_by_unit
 from prunus.importance.registry import Context, Scores, importance
 from prunus.tracer.program import Ref
 
@@ -50,11 +50,7 @@ def fpgm(group: Group, context: Context) -> Scores:
 
 def _places(group: Group, context: Context, axis: Axis) -> torch.Tensor | None:
     """Positions of every unit on an axis, shape ``(size, m)``; None if they own unequally many."""
-    rows = np.sort(context.graph.labels[axis], axis=1)
-    rows[:, 1:][rows[:, 1:] == rows[:, :-1]] = 0
-    index = np.searchsorted(group.units, rows).clip(max=group.size - 1)
-    position, column = np.nonzero(group.units[index] == rows)
-    unit = index[position, column]
+    position, unit = places_of(group, context.graph.labels[axis])
     counts = np.bincount(unit, minlength=group.size)
     if counts.min() != counts.max():
         return None

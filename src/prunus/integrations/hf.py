@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -69,8 +70,9 @@ def example_inputs(
             fix="give args or kwargs: what the forward is called with",
         )
     if config.is_encoder_decoder:
-        ids = torch.randint(1, config.vocab_size, tokens, generator=random)
-        found["decoder_input_ids"] = ids
+        vocabulary = config.get_text_config(decoder=True).vocab_size
+        ids = torch.randint(1, vocabulary, tokens, generator=random)
+        found["decoder_input_ids"] = found.get("input_ids", ids)
     return found
 
 
@@ -108,8 +110,10 @@ def save(
     if mode == "uniform":
         smaller = fitting_config(model, example_inputs(model))
         place.mkdir(parents=True, exist_ok=True)
-        with _config_instead(model, smaller):
-            model.save_pretrained(place)  # type: ignore[operator]
+        with _config_instead(model, smaller), TemporaryDirectory(dir=place) as draft:
+            model.save_pretrained(draft)  # type: ignore[operator]
+            for path in sorted(Path(draft).iterdir(), key=lambda path: path.name == CONFIG):
+                os.replace(path, place / path.name)  # the config last: it says what the rest is
         return
     place.mkdir(parents=True, exist_ok=True)
     save_file(model, place / WEIGHTS)
@@ -137,8 +141,11 @@ def load(folder: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def read_config(folder: Path) -> tuple[dict[str, Any], Any]:
-    """config.json of a folder, and the model class of transformers that it names."""
+def read_config(folder: Path, where: str = "") -> tuple[dict[str, Any], Any]:
+    """config.json of a folder, and the model class of transformers that it names.
+
+    ``where`` is what errors call the folder.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise ModelError(
@@ -152,7 +159,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Any]:
         raise ModelError(f"{path} is not JSON", why=str(error)) from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} is no configuration", why="it is no JSON object")
-    return config, _find_class(config, str(folder))
+    return config, _find_class(config, where or str(folder))
 
 
 def _find_class(config: Mapping[str, Any], where: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -169,6 +170,31 @@ def test_shrink_reads_its_data_once_for_all_its_plans() -> None:
     done = prunus.shrink(model, torch.randn(3, 8), budget=budget, importance="flap", data=Data())
     assert list(done.held) == ["second.weight[0]"]
     assert len(passes) == 1
+
+
+def test_statistics_that_are_given_are_not_collected_again(monkeypatch) -> None:
+    model, x = net(), images()
+    graph = prunus.trace(model, x)
+    given = prunus.collect(model, graph, [x], "activation")
+    monkeypatch.setattr("prunus.api.collect", lambda *_, **__: pytest.fail("collected again"))
+    options = {"ratio": 0.3, "importance": "activation", "data": [x], "statistics": given}
+    assert prunus.shrink(model, x, **options, each_group=False).certificate.verdict == "exact"
+
+
+def test_calibration_does_not_stop_the_collector(monkeypatch) -> None:
+    """A pass over data makes cycles, which nothing else frees."""
+    model, x = net(), images()
+    seen = []
+    real = prunus.collect
+
+    def collect(*args: Any, **kwargs: Any) -> Any:
+        seen.append(gc.isenabled())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr("prunus.planning.collect", collect)
+    graph = prunus.trace(model, x)
+    prunus.plan(graph, model, ratio=0.3, importance="taylor", data=[x])
+    assert seen == [True]
 
 
 @pytest.mark.parametrize("data", [[], None])

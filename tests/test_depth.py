@@ -821,3 +821,22 @@ def test_a_quantized_model_is_refused() -> None:
     with pytest.raises(ModelError, match="is quantized") as caught:
         prunus.drop_layers(dynamic, [0], torch.ones(1, 3))
     assert caught.value.where == "stem"
+
+
+def test_statistics_of_the_whole_model_are_refused_where_blocks_go() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model, x = (
+        nn.TransformerEncoder(layer, 4, enable_nested_tensor=False).eval(),
+        torch.randn(2, 5, 8),
+    )
+    graph = prunus.trace(model, x)
+    given = prunus.collect(model, graph, [x], "activation")
+    options = {"drop": 1, "ratio": 0.3, "importance": "activation", "statistics": given}
+    with pytest.raises(
+        PlanError, match=r"can't be given where blocks are dropped(.|\n)*give data="
+    ):
+        prunus.plan(graph, model, **options)
+    with pytest.raises(PlanError, match="can't be given where blocks are dropped"):
+        prunus.shrink(model, x, **options)
+    assert len(model.layers) == 4

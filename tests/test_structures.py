@@ -342,6 +342,27 @@ def test_uniform_results_load_without_prunus(
     torch.testing.assert_close(torch.load(tmp_path / "out.pt", weights_only=True), expected)
 
 
+def test_layers_go_without_inputs() -> None:
+    model = llama()
+    assert prunus.drop_layers(model, [1]).certificate.verdict == "exact"
+    assert model.config.num_hidden_layers == len(model.model.layers) == 2
+
+
+def test_a_folder_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    hf.save(model, tmp_path, mode="uniform")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(folder: str) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space left"):
+        hf.save(model, tmp_path, mode="uniform")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_what_uniform_can_not_say_is_held_with_its_reason() -> None:
     model = bert()
     shrunk = prunus.shrink(

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.library import Library
 from torch.nn.functional import scaled_dot_product_attention
 
 from prunus.graph.expressions import Attribute
@@ -770,6 +771,19 @@ rows("miopen_batch_norm", case("a b c d, b, b, b, b -> a b c d, b", *ON_GPU, *TR
 rows(
     "_thnn_fused_lstm_cell",
     case("a b, a b, a b, b, b -> a b", M(2, 16), M(2, 16), M(2, 4), M(16), M(16)),
+)
+
+
+def fused_gru_cell(gates: Tensor, _: Tensor, state: Tensor, *biases: Any) -> tuple[Tensor, Tensor]:
+    """The shapes of what the kernel returns, which PyTorch doesn't say."""
+    return torch.empty_like(state), state.new_empty(len(state), 5 * state.shape[1])
+
+
+SHAPES = Library("aten", "IMPL", "Meta")
+SHAPES.impl("_thnn_fused_gru_cell", fused_gru_cell)
+rows(
+    "_thnn_fused_gru_cell",
+    case("a b, a b, a b, b, b -> a b", M(2, 12), M(2, 12), M(2, 4), M(12), M(12)),
 )
 rows(
     "native_layer_norm",

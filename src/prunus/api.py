@@ -33,6 +33,7 @@ from prunus.recovery import recalibrate
 from prunus.rollback import find_culprits
 from prunus.surgeon.apply import cut
 from prunus.surgeon.depth import refuse_quantized, without_blocks
+from prunus.tracer.entry import ForwardFn, entered_by
 from prunus.tracer.trace import trace
 
 
@@ -64,6 +65,7 @@ def shrink(
     mode: Literal["free", "uniform"] = "free",
     drop: Drop = (),
     protect_ends: bool = True,
+    forward_fn: ForwardFn | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Shrunk:
@@ -93,6 +95,8 @@ def shrink(
         what :func:`prunus.integrations.hf.save` writes.  ``Shrunk.held`` names what it can't say.
     drop, protect_ends
         Blocks to drop, as in :func:`plan`: with them the budget may be left out.
+    forward_fn
+        What is run in place of the forward, as in :func:`trace`, also on the data's batches.
 
     Raises
     ------
@@ -113,19 +117,20 @@ def shrink(
     if isinstance(data, Iterator) and (needs or isinstance(drop, int)):
         data = list(data)  # it is read twice
     batches = data if data is None or needs else _at_least_one(data)
-    graph = trace(model, args, kwargs, outputs=outputs)
-    task = _Task(
-        graph, model, args, dict(kwargs or {}), drop, protect_ends, data, each_group, seed, mode
-    )
-    asked = tuple(options.pop("hold", ()))
-    chosen, certificate, held = task.solve(asked, verified, {"budget": budget, **options})
-    undo = cut(chosen, model)
-    if batches is not None:
-        try:
-            recalibrate(model, batches)
-        except BaseException:
-            undo()
-            raise
+    with entered_by(model, forward_fn):
+        graph = trace(model, args, kwargs, outputs=outputs)
+        task = _Task(
+            graph, model, args, dict(kwargs or {}), drop, protect_ends, data, each_group, seed, mode
+        )
+        asked = tuple(options.pop("hold", ()))
+        chosen, certificate, held = task.solve(asked, verified, {"budget": budget, **options})
+        undo = cut(chosen, model)
+        if batches is not None:
+            try:
+                recalibrate(model, batches)
+            except BaseException:
+                undo()
+                raise
     return Shrunk(model, graph, chosen, certificate, held)
 
 

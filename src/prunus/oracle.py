@@ -30,6 +30,7 @@ from prunus.surgeon.apply import check_model
 from prunus.tracer.caches import clear_caches
 from prunus.tracer.capture import find_line
 from prunus.tracer.compress import run_on_kept
+from prunus.tracer.entry import ForwardFn, entered_as_traced
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.program import Node, Program, Ref, duplicate, state_of, tensors_of
 from prunus.tracer.registry import call_bound
@@ -105,6 +106,7 @@ def verify(
     randomise: bool = True,
     each_group: bool = True,
     outputs: Any = None,
+    forward_fn: ForwardFn | None = None,
     seed: int = 0,
 ) -> Certificate:
     """Cut a copy of the model, run its own forward, and compare with the masked original.
@@ -124,6 +126,8 @@ def verify(
         ignores much of what could be wrong.
     each_group
         Also remove every touched group alone, and list those whose removal moves nothing.
+    forward_fn
+        What the model was traced with, where that was a function; a plan knows a method by name.
 
     Returns
     -------
@@ -144,15 +148,16 @@ def verify(
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
     check_model(plan, model, state_of(model)[0])
-    original = duplicate(model)
-    clear_caches(original)
-    if randomise:
-        listen(original, args, kwargs, seed=seed)
     wanted = outputs or _kept_outputs(plan)
     options: dict[str, Any] = {"each_group": each_group, "outputs": wanted, "seed": seed}
-    if plan.drops:
-        return _verify_depth(plan, original, args, kwargs, **options)
-    return _verify_widths(plan, original, original, args, kwargs, **options)
+    with entered_as_traced(model, plan.traced, forward_fn):
+        original = duplicate(model)  # entered as the model is
+        clear_caches(original)
+        if randomise:
+            listen(original, args, kwargs, seed=seed)
+        if plan.drops:
+            return _verify_depth(plan, original, args, kwargs, **options)
+        return _verify_widths(plan, original, original, args, kwargs, **options)
 
 
 def _verify_depth(

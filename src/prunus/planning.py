@@ -23,6 +23,7 @@ from prunus.planner.layers import Drop, find_drops
 from prunus.plans import Plan
 from prunus.surgeon.attributes import find_edits
 from prunus.surgeon.depth import refuse_quantized, without_blocks
+from prunus.tracer.entry import entered_by
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.program import state_of
 from prunus.tracer.trace import trace, uncollected
@@ -122,10 +123,11 @@ def plan(
     if isinstance(data, Iterator):
         data = list(data)  # it is read twice
     args, kwargs = _traced_inputs(graph, model, seed)
-    names = find_drops(
-        graph, drop, lambda: measure_influence(model, graph, data, args, kwargs), protect_ends
-    )
-    return plan_depth(graph, model, names, args, kwargs, data=data, **options)[0]
+    with entered_by(model, graph.forward_fn):
+        names = find_drops(
+            graph, drop, lambda: measure_influence(model, graph, data, args, kwargs), protect_ends
+        )
+        return plan_depth(graph, model, names, args, kwargs, data=data, **options)[0]
 
 
 def plan_depth(

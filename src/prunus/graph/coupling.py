@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -72,6 +72,8 @@ class CouplingGraph:
         The inputs and the shapes of the kept outputs, as plain data.
     program
         The operators that ran (:class:`prunus.tracer.program.Program`), for replay.
+    forward_fn
+        What was run in place of the model's forward, if anything.
     seconds
         What it took: ``"trace"`` for the forward and its rules, ``"group"`` for the rest.
     """
@@ -97,6 +99,7 @@ class CouplingGraph:
     obstacles: Mapping[str, str] = field(default_factory=dict)
     traced: Mapping[str, Any] = field(default_factory=dict)
     program: Any = field(default=None, repr=False, compare=False)
+    forward_fn: str | Callable[..., Any] | None = field(default=None, repr=False, compare=False)
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property

@@ -14,6 +14,7 @@ from prunus.graph.blocks import Block
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance.batches import run_batch
 from prunus.tracer.blocks import main_input, main_tensor
+from prunus.tracer.entry import entered_by
 from prunus.tracer.trace import quiet_run
 
 _TINY = 1e-30
@@ -40,7 +41,8 @@ def block_influence(
         Batches: a tensor, or a tuple or list whose first entry is the input, or a mapping of
         keyword arguments.
     forward_fn
-        Called as ``forward_fn(model, batch)`` in place of the above.
+        Called as ``forward_fn(model, batch)`` in place of the above; by default the model is
+        called as it was when it was traced.
 
     Returns
     -------
@@ -67,7 +69,8 @@ def block_influence(
     sums = {block.name: 0.0 for block in graph.blocks}
     counts = dict.fromkeys(sums, 0)
     done = 0
-    with quiet_run(model), _measure(model, graph.blocks, sums, counts):
+    measured = _measure(model, graph.blocks, sums, counts)
+    with entered_by(model, graph.forward_fn), quiet_run(model), measured:
         for batch in data:
             (forward_fn or run_batch)(model, batch)
             done += 1

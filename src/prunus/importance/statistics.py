@@ -20,6 +20,7 @@ from prunus.importance.confidence import Heads
 from prunus.importance.gradients import Contributions
 from prunus.importance.targets import Loss, loss_of
 from prunus.tracer.adapters import adapted
+from prunus.tracer.entry import entered_by
 from prunus.tracer.program import state_of
 from prunus.tracer.trace import follow_modules, plain_kernels, quiet_run
 
@@ -124,6 +125,7 @@ def collect(
     passed = _Pass(model, graph, tensors, wanted, loss, seed)
     done = 0
     with (
+        entered_by(model, graph.forward_fn),
         quiet_run(model),
         adapted(model),
         _traceable(model),

@@ -21,6 +21,7 @@ from prunus.surgeon.applied import copy_config, plans_of, remember, remember_onl
 from prunus.surgeon.attributes import read_attribute, write_attribute
 from prunus.surgeon.depth import drop_blocks, find_places, forget_dropped
 from prunus.tracer.caches import drop_caches
+from prunus.tracer.entry import ForwardFn, entered_as_traced
 from prunus.tracer.fakes import FakeRun, unlogged
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.program import state_of, tensors_of
@@ -36,6 +37,7 @@ def apply(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     check: bool = True,
+    forward_fn: ForwardFn | None = None,
 ) -> Model:
     """Make the model physically smaller, in place, or leave it as it was.
 
@@ -52,6 +54,8 @@ def apply(
     check
         Run the smaller model once on fake tensors and compare the shapes of its outputs with
         those that the plan recorded; on any difference the model is put back.
+    forward_fn
+        What the model was traced with, where that was a function; a plan knows a method by name.
 
     Raises
     ------
@@ -60,7 +64,9 @@ def apply(
     ApplyError
         If the smaller model does not run or answers in other shapes; it was put back.
     """
-    cut(plan, model, optimizer=optimizer, check=check)
+    traced = plan.traced if check else None
+    with entered_as_traced(model, traced, forward_fn):
+        cut(plan, model, optimizer=optimizer, check=check)
     return model
 
 

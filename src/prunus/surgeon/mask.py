@@ -28,18 +28,22 @@ from prunus.surgeon.depth import without_blocks
 from prunus.tracer.adapters import adapted
 from prunus.tracer.capture import PASSIVE
 from prunus.tracer.compress import run_on_kept
+from prunus.tracer.entry import ForwardFn, entered_as_traced
 from prunus.tracer.program import Node, Program, state_of
 from prunus.tracer.registry import bind, call_bound
 from prunus.tracer.trace import plain_kernels, quiet_run, trace
 
 
 @contextmanager
-def mask(plan: Plan, model: nn.Module) -> Iterator[nn.Module]:
+def mask(
+    plan: Plan, model: nn.Module, *, forward_fn: ForwardFn | None = None
+) -> Iterator[nn.Module]:
     """Within the context the model answers as the pruned one would, its tensors whole.
 
     Blocks that the plan drops are out of the model until the context ends.
 
     For evaluation: the forward runs in eval mode and without gradients, at any batch and length.
+    Where the model was traced with a ``forward_fn``, calling the model means calling that.
 
     Raises
     ------
@@ -51,7 +55,10 @@ def mask(plan: Plan, model: nn.Module) -> Iterator[nn.Module]:
     >>> with prunus.mask(plan, model):          # doctest: +SKIP
     ...     accuracy = evaluate(model, loader)
     """
-    with without_blocks(model, plan.drops):
+    with (
+        entered_as_traced(model, plan.traced, forward_fn),
+        without_blocks(model, plan.drops),
+    ):
         state, _ = state_of(model)
         check_model(plan.widths, model, state)
         with _silenced(plan, model):
@@ -63,8 +70,13 @@ def _silenced(plan: Plan, model: nn.Module) -> Iterator[None]:
     """Silence what the plan removes of the model that has lost its blocks already."""
     traces: dict[Any, CouplingGraph] = {}
     running = ExitStack()
+    depth = 0
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        nonlocal depth
+        depth += 1
+        if depth > 1:  # the model's forward calls the model
+            return
         if not plan.keep:  # blocks are gone, and all that is left stays
             running.enter_context(quiet_run(model))
             return
@@ -80,7 +92,10 @@ def _silenced(plan: Plan, model: nn.Module) -> Iterator[None]:
         running.enter_context(Silencer(found.program, kept))
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        running.close()
+        nonlocal depth
+        depth -= 1
+        if not depth:
+            running.close()
 
     handles = _Hooks(model, enter, leave)
     handles.attach()

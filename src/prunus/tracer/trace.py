@@ -26,6 +26,7 @@ from prunus.tracer.blocks import find_blocks, follow_blocks
 from prunus.tracer.build import build_graph
 from prunus.tracer.caches import clear_caches, find_caches, remember_attributes
 from prunus.tracer.capture import Recorder
+from prunus.tracer.entry import ForwardFn, describe_entry, entered_by, entry_of
 from prunus.tracer.fakes import unlogged
 from prunus.tracer.inputs import describe_inputs
 from prunus.tracer.program import Program, duplicate, state_of, tensors_of
@@ -41,6 +42,7 @@ def trace(
     kwargs: Mapping[str, Any] | None = None,
     *,
     outputs: str | Sequence[str] | None = None,
+    forward_fn: ForwardFn | None = None,
     real: bool = False,
 ) -> CouplingGraph:
     """Run the forward once, in eval mode, and find out what hangs together.
@@ -55,6 +57,9 @@ def trace(
     outputs
         Names or globs of the outputs that keep their shape, as ``"logits"``, ``"0"``, ``"p*"``;
         by default all of them except caches, hidden states and attentions.
+    forward_fn
+        What is run in place of the forward: the name of a method of the model, or a function
+        called as ``forward_fn(model, *args, **kwargs)``.  What is made of the graph runs it too.
     real
         Run on real tensors at once, instead of only where fake ones don't do.
 
@@ -66,7 +71,7 @@ def trace(
     """
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
-    with uncollected():
+    with uncollected(), entered_by(model, forward_fn):
         if not real:
             try:
                 with unlogged():
@@ -140,10 +145,14 @@ def _capture(
         "outputs": {name: list(tensor.shape) for name, tensor in chosen},
         "caches": caches,
     }
+    entry = entry_of(model)
+    if entry is not None:
+        described["forward_fn"] = describe_entry(entry)
     seconds = {"trace": traced - started, "group": time.perf_counter() - traced}
     return replace(
         graph,
         program=program,
+        forward_fn=entry,
         traced=described,
         seconds=seconds,
         blocks=blocks,

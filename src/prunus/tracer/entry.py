@@ -1,0 +1,107 @@
+"""Another way into a model than its forward: a method of its, or a function that calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from prunus.errors import ModelError, PlanError
+
+ForwardFn = str | Callable[..., Any]
+"""The name of a method of the model, or a function called as ``forward_fn(model, *args)``."""
+
+
+class _Entry:
+    """Stands in for the forward of the model that holds it; a copied model gets its own."""
+
+    __slots__ = ("forward_fn", "model")
+
+    def __init__(self, model: nn.Module, forward_fn: ForwardFn) -> None:
+        self.model = model
+        self.forward_fn = forward_fn
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _without_entry(self.model):  # so that the function may call the model itself
+            if isinstance(self.forward_fn, str):
+                return getattr(self.model, self.forward_fn)(*args, **kwargs)
+            return self.forward_fn(self.model, *args, **kwargs)
+
+
+@contextmanager
+def entered_by(model: nn.Module, forward_fn: ForwardFn | None) -> Iterator[None]:
+    """Within the context calling the model, or a copy of it, means calling ``forward_fn``.
+
+    Raises
+    ------
+    ModelError
+        If it is the name of a method that the model doesn't have.
+    """
+    if forward_fn is None:
+        yield
+        return
+    if isinstance(forward_fn, str) and not callable(getattr(model, forward_fn, None)):
+        raise ModelError(
+            f"the model has no method {forward_fn!r}",
+            where="forward_fn=",
+            fix="give the name of a method, or a function that is called with the model",
+        )
+    with _without_entry(model):
+        vars(model)["forward"] = _Entry(model, forward_fn)
+        yield
+
+
+@contextmanager
+def _without_entry(model: nn.Module) -> Iterator[None]:
+    """Within the context the model's own forward, or another, can be called or put in place."""
+    own = vars(model)
+    before = own.pop("forward", None)
+    try:
+        yield
+    finally:
+        own.pop("forward", None)
+        if before is not None:
+            own["forward"] = before
+
+
+def entry_of(model: nn.Module) -> ForwardFn | None:
+    """What stands in for the model's forward at present."""
+    found = vars(model).get("forward")
+    return found.forward_fn if isinstance(found, _Entry) else None
+
+
+def describe_entry(forward_fn: ForwardFn) -> dict[str, str]:
+    """The entry as plain data, for a plan.
+
+    >>> describe_entry("encode"), describe_entry(describe_entry)
+    ({'method': 'encode'}, {'function': 'describe_entry'})
+    """
+    if isinstance(forward_fn, str):
+        return {"method": forward_fn}
+    return {"function": str(getattr(forward_fn, "__qualname__", type(forward_fn).__qualname__))}
+
+
+@contextmanager
+def entered_as_traced(
+    model: nn.Module, traced: Mapping[str, Any] | None, forward_fn: ForwardFn | None
+) -> Iterator[None]:
+    """Within the context the model is called as it was when its plan was made.
+
+    Raises
+    ------
+    PlanError
+        If that was by a function, and none is given: a plan can't carry code.
+    """
+    described = (traced or {}).get("forward_fn", {})
+    if forward_fn is None and entry_of(model) is None:
+        forward_fn = described.get("method")
+        if "function" in described:
+            raise PlanError(
+                f"the plan was made by calling {described['function']}(model, ...)",
+                why="a plan is data, and holds no code",
+                fix="give forward_fn= (to apply it without running the model: check=False)",
+            )
+    with entered_by(model, forward_fn):
+        yield

@@ -16,7 +16,8 @@ Of ours two plans are held to the exactness line: about 30 % of the units of eve
 and half of the parameters asked for as a user would.  The shadow run (``tests/shadow.py``, which
 shares nothing with the engine) judges all groups at once; where it is undecided, and with
 ``--witness`` everywhere, the second witness judges those that nothing mixes.
-``seconds`` are those of trace, plan, proof and cut; ``forward_s`` those of one plain forward;
+``seconds`` are those of trace, plan, proof and cut, ``forward_s`` those of one plain forward, both in
+processor time on one thread, so that other work on the machine does not count;
 ``peak_mb`` is what the process took beyond the imported libraries.
 """
 
@@ -141,11 +142,11 @@ def examine(model: Any, args: Any, kwargs: Any, row: Row, *, witness: bool) -> N
         "unknown": "; ".join(f"{name} x{count}" for name, count in sorted(graph.unknown.items())),
         "pins": _pins(graph),
     }
-    started = time.perf_counter()
+    started = time.process_time()
     half = _halve(copy.deepcopy(model), args, kwargs)
     proof = half.certificate
     row |= {
-        "seconds": f"{time.perf_counter() - started:.1f}",
+        "seconds": f"{time.process_time() - started:.1f}",
         "param_ratio": f"{proof.params[1] / proof.params[0]:.3f}",
         "verdict": proof.verdict,
         "rel_err": f"{proof.rel_err:.1e}",
@@ -312,14 +313,14 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _time_forward(model: Any, args: Any, kwargs: Any) -> float:
-    """Seconds of one plain forward, after another one."""
+    """Processor seconds of one plain forward, after another one."""
     import torch
 
     with torch.no_grad():
         model(*args, **kwargs)
-        started = time.perf_counter()
+        started = time.process_time()
         model(*args, **kwargs)
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def _child(key: Key, target: str | None, gigabytes: float, witness: bool, pipe: Connection) -> None:
@@ -333,18 +334,18 @@ def _child(key: Key, target: str | None, gigabytes: float, witness: bool, pipe: 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     engine, name = key
     row: Row = {"status": "not built"}
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         model, args, kwargs = build(name, target)
         row["forward_s"] = f"{_time_forward(model, args, kwargs):.3f}"
-        started = time.perf_counter()
+        started = time.process_time()
         if engine == OURS:
             examine(model, args, kwargs, row, witness=witness)
         else:
             ask_peer(engine, model, args, kwargs, row)
     except BaseException as error:  # whatever a model may raise: its row says it
         _blame(error, row)
-    row.setdefault("seconds", f"{time.perf_counter() - started:.1f}")
+    row.setdefault("seconds", f"{time.process_time() - started:.1f}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     row["peak_mb"] = f"{(peak - before) / 1024:.0f}"
     pipe.send(row)

@@ -16,8 +16,8 @@ Of ours two plans are held to the exactness line: about 30 % of the units of eve
 and half of the parameters asked for as a user would.  The shadow run (``tests/shadow.py``, which
 shares nothing with the engine) judges all groups at once; where it is undecided, and with
 ``--witness`` everywhere, the second witness judges those that nothing mixes.
-``seconds`` are those of trace, plan, proof and cut, ``forward_s`` those of one plain forward, both in
-processor time on one thread, so that other work on the machine does not count;
+``seconds`` are those of trace, plan, proof and cut, ``forward_s`` those of one plain forward, both
+in processor time on one thread, so that other work on the machine does not count;
 ``peak_mb`` is what the process took beyond the imported libraries.
 """
 

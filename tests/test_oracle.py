@@ -20,9 +20,9 @@ from prunus.errors import VerifyError
 from prunus.graph.axis import Axis
 from prunus.graph.coupling import CouplingGraph
 from prunus.listening import listen
-from prunus.oracle import Replay, relative_error, verify
+from prunus.oracle import DOUBTFUL, Replay, relative_error, verify
 from prunus.plans import Edit, Plan
-from prunus.surgeon import mask
+from prunus.surgeon import apply, mask
 from prunus.tracer.program import state_of, tensors_of
 from prunus.tracer.trace import trace
 from tests import faults
@@ -119,7 +119,7 @@ def test_inexact_where_an_attribute_is_stale() -> None:
     assert "stale" in verify(replace(plan, edits=wrong), model).reason
 
 
-def amplifying() -> nn.Module:
+def amplifying(depth: int = 11) -> nn.Module:
     """A sum so wide that float32 rounds it otherwise when cut, and depth that makes it matter."""
 
     def run(m: Any, x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def amplifying() -> nn.Module:
         out: Tensor = m.last(x)
         return out
 
-    deep = nn.ModuleList(nn.Linear(64 if index else 1200, 64) for index in range(11))
+    deep = nn.ModuleList(nn.Linear(64 if index else 1200, 64) for index in range(depth))
     return Net(run, first=nn.Linear(8, 1200), deep=deep, last=nn.Linear(64, 10))
 
 
@@ -146,6 +146,25 @@ def test_rounding_that_depth_amplifies_is_no_fault() -> None:
     clear = verify(plan, model.double(), x.double())
     assert clear.rel_err32 is None
     assert "rel_err32" not in clear.to_json()
+
+
+def test_a_model_whose_own_rounding_is_as_large_is_judged_in_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = amplifying(depth=18).eval(), torch.randn(4, 8)
+    _, plan = chosen(model, x)
+    certificate = verify(plan, model, x)
+    assert certificate.verdict == "exact"
+    assert certificate.rel_err32 is not None
+    assert certificate.rel_err32 > DOUBTFUL
+
+    def misapply(plan: Plan, model: Any, **options: Any) -> Any:
+        changed = apply(plan, model, **options)
+        model.last.bias.data += 1e-3
+        return changed
+
+    monkeypatch.setattr("prunus.oracle.apply", misapply)
+    assert verify(plan, model, x).verdict == "inexact"
 
 
 class Single(nn.Module):

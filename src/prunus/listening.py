@@ -49,13 +49,11 @@ def listen(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *, seed: int 
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 _speak_up(module.weight)
-        _settle_batch_norms(model, args, kwargs)
-        for module in model.modules():
-            if _has_statistics(module):
-                _perturb(module, generator)
+        _settle_batch_norms(model, args, kwargs, generator)
         for _ in range(ROUNDS):
             if not _sharpen(model, args, kwargs):
                 break
+            _settle_batch_norms(model, args, kwargs, generator)  # sharper attention is louder
         _wake(model, args, kwargs)
 
 
@@ -106,8 +104,15 @@ def _has_statistics(module: nn.Module) -> bool:
     return isinstance(mean, Tensor) and isinstance(getattr(module, "running_var", None), Tensor)
 
 
-def _settle_batch_norms(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-    """Statistics of the example inputs, layer by layer in the order in which they run."""
+def _settle_batch_norms(
+    model: nn.Module, args: Any, kwargs: Mapping[str, Any], generator: torch.Generator
+) -> None:
+    """Perturbed statistics of the example inputs, layer by layer in the order in which they run.
+
+    Each layer sees what the perturbed ones before it answer; perturbed all at once, deep
+    networks with attention run away.
+    """
+    settled: set[nn.Module] = set()
 
     def settle(module: Any, inputs: tuple[Any, ...]) -> None:
         values = inputs[0] if inputs else None
@@ -117,8 +122,11 @@ def _settle_batch_norms(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) 
             if mean.shape == module.running_mean.shape:
                 module.running_mean.copy_(mean)
                 module.running_var.copy_(variance + 0.1 * variance.mean() + 1e-6)
+                _perturb(module, generator)
+                settled.add(module)
 
-    handles = [m.register_forward_pre_hook(settle) for m in model.modules() if _has_statistics(m)]
+    normalising = [module for module in model.modules() if _has_statistics(module)]
+    handles = [module.register_forward_pre_hook(settle) for module in normalising]
     try:
         if handles:
             with quiet_run(model):
@@ -126,6 +134,9 @@ def _settle_batch_norms(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) 
     finally:
         for handle in handles:
             handle.remove()
+    for module in normalising:
+        if module not in settled:
+            _perturb(module, generator)
 
 
 def _perturb(module: Any, generator: torch.Generator) -> None:

@@ -51,6 +51,9 @@ NOT_THE_MODEL = "the traced program does not compute what the model itself does"
 DOUBTFUL = 1e-2
 """A float32 difference below this may be rounding that depth amplified; float64 tells."""
 
+AMPLIFIED = 10.0
+"""So may a greater one, up to this many times what float64 changes in the masked original."""
+
 MOVED = 1e-3
 """Removing a group has to move the output by this much, or the comparison proves nothing."""
 
@@ -258,8 +261,11 @@ def _verify_widths(
         reason = reason or NOT_THE_MODEL
     moved = relative_error(dense, masked)
     dtype, single = next(iter(masked.values())).dtype, None
-    if not reason and dtype == torch.float32 and tolerance < error < DOUBTFUL:
-        double = _error_in_double(found, plan.widths, original, args, kwargs)
+    if not reason and dtype == torch.float32 and error > tolerance:
+        wide = _Wide(original, args, kwargs, found)
+        double = None
+        if error < DOUBTFUL or error < AMPLIFIED * wide.rounding(kept, masked):
+            double = wide.error_of(plan.widths)
         if double is not None and double <= TOLERANCE[torch.float64]:
             dtype, tolerance = torch.float64, TOLERANCE[torch.float64]
             error, single = double, error
@@ -283,21 +289,41 @@ def _verify_widths(
     )
 
 
-def _error_in_double(
-    found: CouplingGraph, plan: Plan, original: nn.Module, args: Any, kwargs: Mapping[str, Any]
-) -> float | None:
-    """The error of the same comparison in float64; None where the model runs otherwise in it."""
-    outputs: Any = found.kept_outputs
-    try:
-        wide = copy.deepcopy(original).double()
-        values = to_double((args, kwargs))
-        program: Program = trace(wide, *values, outputs=outputs).program
-        if [node.target for node in program.nodes] != [n.target for n in found.program.nodes]:
+class _Wide:
+    """The same comparison in float64, where the model runs the same operators in it."""
+
+    def __init__(
+        self, original: nn.Module, args: Any, kwargs: Mapping[str, Any], found: CouplingGraph
+    ) -> None:
+        self._outputs: Any = found.kept_outputs
+        self._graph: CouplingGraph | None = None
+        try:
+            self._model = copy.deepcopy(original).double()
+            self._inputs = to_double((args, kwargs))
+            graph = trace(self._model, *self._inputs, outputs=self._outputs)
+        except Exception:  # a forward that insists on its own type may raise anything
+            return
+        if [n.target for n in graph.program.nodes] == [n.target for n in found.program.nodes]:
+            self._graph = graph
+
+    def rounding(self, kept: Mask, masked: Mapping[str, Tensor]) -> float:
+        """How far the masked original's float32 outputs are from those in float64."""
+        if self._graph is None:
+            return 0.0
+        inputs = [t.detach() for _, t in tensors_of(list(self._inputs))]
+        replay = Replay(self._graph, state_of(self._model)[0], inputs)
+        return relative_error(replay.run(kept), masked)
+
+    def error_of(self, plan: Plan) -> float | None:
+        """The error of the cut model in float64; None where that can't be told."""
+        if self._graph is None:
             return None
-        again = verify(plan, wide, *values, randomise=False, each_group=False, outputs=outputs)
-    except Exception:  # a forward that insists on its own type may raise anything
-        return None
-    return None if again.reason or again.dtype != "float64" else again.rel_err
+        options: Any = {"randomise": False, "each_group": False, "outputs": self._outputs}
+        try:
+            again = verify(plan, self._model, *self._inputs, **options)
+        except Exception:  # the cut model's forward may insist on its type where this one did not
+            return None
+        return None if again.reason or again.dtype != "float64" else again.rel_err
 
 
 class Replay:

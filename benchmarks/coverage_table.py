@@ -35,10 +35,11 @@ def render(rows: Mapping[Key, Row]) -> str:
         "",
         "Models as their libraries build them, no hints, half of the parameters asked for.",
         f"A success keeps at most {ENOUGH:.0%}, runs its own forward, answers in the same shapes;",
-        "ours is exact as well. *wrong* counts results that run and are inexact.",
+        "ours is exact as well. *wrong* counts results that run and are inexact; *out of time*",
+        "those that were stopped, the other engines after 60 s of processor time.",
         "",
-        "| engine | " + " | ".join(libraries) + " | all | wrong |",
-        "|---|" + "---|" * (len(libraries) + 2),
+        "| engine | " + " | ".join(libraries) + " | all | wrong | out of time |",
+        "|---|" + "---|" * (len(libraries) + 3),
     ]
     for engine in (OURS, *PEERS):
         own = [row for row in rows.values() if row["engine"] == engine]
@@ -51,9 +52,8 @@ def render(rows: Mapping[Key, Row]) -> str:
             cells.append(f"{good} of {len(some)} ({good / max(len(some), 1):.0%})")
         wrong = sum(row["verdict"] == "inexact" and row["status"] == "ok" for row in own)
         told = "flagged" if engine == OURS else "silent"
-        lines.append(
-            f"| {engine} {own[0].get('version', '')} | {' | '.join(cells)} | {wrong} {told} |"
-        )
+        cells += [f"{wrong} {told}", str(sum(row["status"] == "timeout" for row in own))]
+        lines.append(f"| {engine} {own[0].get('version', '')} | {' | '.join(cells)} |")
     ours = [row for row in rows.values() if row["engine"] == OURS]
     if ours:
         lines += ["", "## Prunus", "", *_details(ours, libraries)]

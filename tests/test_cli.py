@@ -241,6 +241,76 @@ def test_plan_shows_widths_and_costs_and_writes_only_if_asked_to(net, tmp_path, 
     assert "Nothing was written: --dry-run." in printed
 
 
+def test_a_dry_run_tells_widths_and_what_stops_them(net, capsys) -> None:
+    asked = ["plan", net, "--macs", "0.8", "--round-to", "4", "--exclude", "3.weight[0]"]
+    document = shrink_json(capsys, *asked, "--min-width", "4", "--dry-run")
+    assert [(g["width"], g["stopped"]) for g in document["groups"]] == [
+        ([8, 4], "it keeps 4 at least, and goes in steps of 4"),
+        ([8, 8], "excluded"),
+    ]
+    costs = document["costs"]["params"]
+    assert costs["share"] == costs["achieved"] / costs["before"]
+    assert costs["pinned"] == 4  # the bias of the last layer
+    assert main([*asked, "--dry-run"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "3.weight[0] 8 8 100% 8 excluded" in out
+    assert "0.weight[0] 8 4 50% 8 → 4" in out
+    assert "% of the dense cost below its bound." in out
+
+
+def test_two_plans_are_compared_without_their_model(net, tmp_path, capsys) -> None:
+    files = [str(tmp_path / f"{name}.json") for name in "ab"]
+    for file, macs in zip(files, ("0.5", "0.8"), strict=True):
+        assert main(["plan", net, "--macs", macs, "--out", file]) == 0
+    capsys.readouterr()
+    document = shrink_json(capsys, "diff", *files)
+    a, b = (prunus.Plan.load(file) for file in files)
+    assert document["costs"]["macs"] == {
+        "before": a.cost("macs").before,
+        "a": {"after": a.cost("macs").after, "share": a.cost("macs").share},
+        "b": {"after": b.cost("macs").after, "share": b.cost("macs").share},
+    }
+    assert document["drops"] == {"only_a": [], "only_b": []}
+    assert {group["name"] for group in document["groups"]} == {d.name for d in a.diff(b).groups}
+    assert "model" not in document
+    assert main(["diff", *files]) == 0
+    out = capsys.readouterr().out
+    assert "a keeps" in out
+    assert main(["diff", files[0], files[0]]) == 0
+    assert capsys.readouterr().out == "The plans remove the same units.\n"
+    (tmp_path / "other.py").write_text(BARE.replace("nn.Linear(2, 2)", "nn.Linear(3, 2)"))
+    other = [f"{tmp_path / 'other.py'}:net", "--input-shape", "1,3", "--params", "1.0"]
+    assert main(["plan", *other, "--out", str(tmp_path / "c.json")]) == 0
+    assert main(["diff", files[0], str(tmp_path / "c.json")]) == 2
+    assert "these are plans for different models" in capsys.readouterr().err
+    assert main(["diff", files[0], str(tmp_path / "none.json")]) == 2
+    assert main(["diff", *files, "--log", files[0]]) == 2
+    assert "are one file" in capsys.readouterr().err
+
+
+def test_blocks_are_dropped_by_number_and_by_name(tmp_path, capsys) -> None:
+    vit = ["zoo:vit_tiny"]
+    plan = str(tmp_path / "plan.json")
+    document = shrink_json(capsys, "plan", *vit, "--drop", "2", "--out", plan)
+    assert len(document["drops"]) == 2
+    assert prunus.Plan.load(plan).drops == tuple(document["drops"])
+    assert document["costs"]["macs"]["requested"] is None
+    named = ["--drop", "blocks.3", "--drop", "blocks.1", "--macs", "0.7"]
+    document = shrink_json(capsys, "shrink", *vit, *named)
+    assert document["drops"] == ["blocks.1", "blocks.3"]
+    assert document["certificate"]["verdict"] == "exact"
+    assert document["costs"]["macs"][1] <= 0.7 * document["costs"]["macs"][0]
+    assert main(["plan", *vit, *named, "--dry-run"]) == 0
+    assert "Dropped: blocks.1, blocks.3" in capsys.readouterr().out
+    for wrong, text in [
+        (["--drop", "blocks.77"], "'blocks.77' can't be dropped"),
+        (["--drop", "0"], "'0' is no whole number from 1 on"),
+        (["--drop", "2", "--drop", "blocks.1"], "--drop has a number and is given more than once"),
+    ]:
+        assert main(["plan", *vit, *wrong, "--dry-run"]) == 2
+        assert text in capsys.readouterr().err
+
+
 def test_a_model_may_be_replaced_by_a_second_run(net, tmp_path, capsys) -> None:
     files = ["--out", str(tmp_path / "w.st"), "--log", str(tmp_path / "log")]
     for _ in range(2):

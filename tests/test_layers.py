@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors",),),
     (("graph",), ("files",)),
-    (("plans", "plan_json", "drops", "budget"),),
+    (("plans", "plan_json", "plan_diff", "drops", "budget"),),
     (("tracer",),),
     (("importance",), ("planner",), ("surgeon",), ("anatomy",)),
     (

@@ -320,13 +320,41 @@ class TestThen:
 def test_diff_tells_what_only_one_removes() -> None:
     other = Plan.from_mask(GRAPH, mask(GRAPH, 3, 4, 5, 9, 14))
     diff = PLAN.diff(other)
-    assert str(diff) == "l0.weight[0]: only a removes 1; only b removes 3–4"
+    assert str(diff).splitlines()[-1] == (
+        "l0.weight[0]: a keeps 4 of 6, b 3; only a removes 1; only b removes 3–4"
+    )
+    assert diff.costs == {name: (PLAN.cost(name), other.cost(name)) for name in ("macs",)}
     assert diff
     assert not PLAN.diff(PLAN)
     assert str(PLAN.diff(PLAN)) == "the plans remove the same units"
     graph = chain(6, 9)
     with pytest.raises(PlanError, match="different models"):
         PLAN.diff(Plan.from_mask(graph, graph.all_kept))
+
+
+def test_costs_before_and_after_by_name() -> None:
+    before, after = PLAN.costs["macs"]
+    cost = PLAN.cost("macs")
+    assert (cost.before, cost.after, cost.share) == (before, after, after / before)
+    assert PLAN.cost() == {"macs": (before, after)}
+    with pytest.raises(PlanError, match=r"no cost called 'flops'(.|\n)*it counts macs"):
+        PLAN.cost("flops")
+
+
+def test_costs_of_different_inputs_are_not_compared() -> None:
+    other = replace(PLAN, costs={"macs": (1, 1)})
+    assert PLAN.diff(other).costs == {}
+
+
+def test_a_width_is_that_of_the_axis_heads_times_dim() -> None:
+    qkv = Axis("qkv.weight", 0)
+    plan = Plan(
+        {qkv: (0, 1, 2, 6, 7, 8)},
+        {"qkv.weight": (12, 4)},
+        groups=(GroupChoice("qkv.weight[0]", 4, (1, 3)), GroupChoice("qkv.weight[0]/2", 3, ())),
+    )
+    assert [plan.width(choice) for choice in plan.groups] == [(12, 6), (12, 6)]
+    assert plan.width(GroupChoice("by hand", 4, (1,))) == (4, 3)
 
 
 def test_another_model_is_told_by_its_tensors() -> None:

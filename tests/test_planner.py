@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prunus import planner
 from prunus.budget import Budget
 from prunus.errors import BudgetError, PlanError
 from prunus.graph.axis import Axis, Role
@@ -21,9 +22,14 @@ from prunus.graph.constraints import Constraint, Lockstep, Nonempty
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import form_groups
 from prunus.graph.polynomial import Monomial, Polynomial, measure_widths
-from prunus.planner import select
 from prunus.planner.cost import CostState
 from prunus.planner.lockstep import merge_locksteps
+
+
+def select(*args, **options) -> np.ndarray:
+    """The units that stay."""
+    return planner.select(*args, **options).kept
+
 
 SCOPES = ("global", "local", "isomorphic")
 
@@ -694,3 +700,63 @@ def digest() -> str:
                 kept = select(graph, scores_for(graph), budget, scope=scope, round_to=step)
                 found.update(kept.tobytes())
     return found.hexdigest()
+
+
+class TestStops:
+    """What stops a group is said of those that can lose no more, and of no others."""
+
+    def stops(self, graph: CouplingGraph, budget: Budget, **options) -> dict[str, str]:
+        return dict(planner.select(graph, scores_for(graph), budget, **options).stopped)
+
+    def test_nothing_stops_a_group_that_could_lose_more(self) -> None:
+        assert self.stops(chain(16), Budget(params=0.8)) == {}
+        assert planner.select(chain(16), scores_for(chain(16)), Budget(params=1.0)).stopped == {}
+
+    def test_a_floor_is_told_with_the_step(self) -> None:
+        graph = chain(32)
+        name = graph.groups[0].name
+        (fraction,) = (self.cost(graph, 8),)
+        found = self.stops(graph, Budget(params=fraction), min_width=8)
+        assert found == {name: "it keeps 8 at least"}
+        found = self.stops(graph, Budget(params=fraction), min_width=8, round_to=8)
+        assert found == {name: "it keeps 8 at least, and goes in steps of 8"}
+        half = self.cost(graph, 16)
+        assert self.stops(graph, Budget(params=half), max_ratio=0.5) == {
+            name: "it keeps 16 at least"
+        }
+
+    def cost(self, graph: CouplingGraph, width: int) -> float:
+        """The fraction of the parameters that is left at a width of the only group."""
+        kept = graph.all_kept
+        kept[graph.groups[0].units[width:]] = False
+        return graph.cost("params", kept) / graph.cost("params") + 1e-9
+
+    def test_rounding_exclusion_and_infinite_scores(self) -> None:
+        graph = chain(16, 64)
+        first, second = (group.name for group in graph.groups)
+        found = self.stops(graph, Budget(params=0.8), round_to=32)
+        assert found[first] == "it can't be cut to multiples of 32"
+        assert self.stops(graph, Budget(params=0.8), exclude=second) == {second: "excluded"}
+        scores = scores_for(graph)
+        scores[graph.groups[0].units] = np.inf
+        found = planner.select(graph, scores, Budget(params=0.8)).stopped
+        assert found == {first: "it has to stay: its scores are infinite"}
+
+    def test_a_part_that_has_to_stay(self) -> None:
+        graph = chain(16)
+        scores = scores_for(graph)
+        scores[graph.groups[0].units[:8]] = np.inf
+        found = planner.select(graph, scores, Budget(params=self.cost(graph, 8))).stopped
+        assert found == {graph.groups[0].name: "the rest of it has to stay"}
+
+    def test_a_group_tied_to_one_at_its_floor(self) -> None:
+        draft = Draft()
+        wide, narrow = draft.units(16), draft.units(8)
+        draft.layer("wide", wide, 4)
+        draft.layer("narrow", narrow, 4)
+        graph = draft.graph(Lockstep("equal count", (wide.ravel(), narrow.ravel()), "one number"))
+        found = planner.select(graph, scores_for(graph), Budget(params=4 * (9 + 1))).stopped
+        assert found == {
+            "wide[0]": "it is tied to a group that can lose no more",
+            "narrow[0]": "it keeps 1 at least",
+        }

@@ -17,7 +17,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.importance import Importance, Statistics, collect, name_of, needs_of, score
 from prunus.importance.influence import block_influence
 from prunus.importance.targets import Loss
-from prunus.planner import select, thin
+from prunus.planner import Selection, select, thin
 from prunus.planner.allocate import Scope
 from prunus.planner.layers import Drop, find_drops
 from prunus.plans import Plan
@@ -228,7 +228,7 @@ def _plan_widths(
         scores = score(graph, tensors, importance, seed=seed, statistics=statistics)
         for name in hold:
             scores[graph.group(name).units] = np.inf
-        kept = _choose(graph, scores, budget, ratio, **options)
+        kept, stopped = _choose(graph, scores, budget, ratio, **options)
         said = ("scope", "min_width", "max_ratio", "round_to")
         origin = {
             "importance": name_of(importance),
@@ -236,6 +236,7 @@ def _plan_widths(
             "ratio": ratio,
             **{name: options[name] for name in said},
             "hold": sorted(hold),
+            "stopped": {**stopped, **dict.fromkeys(sorted(hold), "it is held")},
             "seed": seed,
             "traced": graph.traced,
         }
@@ -266,12 +267,12 @@ def _choose(
     budget: Budget | None,
     ratio: float | None,
     **options: Any,
-) -> Mask:
+) -> Selection:
     if budget is not None and ratio is None:
         return select(graph, scores, budget, **options)
     if ratio is not None and budget is None:
         _refuse_options(options)
-        return thin(graph, scores, ratio)
+        return Selection(thin(graph, scores, ratio))
     raise PlanError(
         "a budget and a ratio were given"
         if ratio is not None

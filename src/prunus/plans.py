@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from prunus.drops import Renaming
 from prunus.errors import PlanError
 from prunus.files import replace_file
 from prunus.graph.axis import Axis, Mask
+from prunus.plan_diff import Cost, GroupDiff, PlanDiff
 from prunus.plan_json import LIMIT, freeze, read, to_ranges
 
 if TYPE_CHECKING:
@@ -162,6 +164,49 @@ class Plan:
         found: Mapping[str, Any] | None = _steps(self.origin)[0].get("traced")
         return found
 
+    @property
+    def stopped(self) -> Mapping[str, str]:
+        """Names of the groups that can lose no more, with what stops them; as planned last."""
+        found: Mapping[str, str] = _steps(self.origin)[-1].get("stopped", {})
+        return found
+
+    @overload
+    def cost(self, name: None = None) -> dict[str, Cost]: ...
+
+    @overload
+    def cost(self, name: str) -> Cost: ...
+
+    def cost(self, name: str | None = None) -> Cost | dict[str, Cost]:
+        """A cost before and after, and its share; without a name all of them by name.
+
+        Nothing is traced or run: the numbers are those of the cost polynomials.
+
+        >>> Plan({}, {}, costs={"params": (200, 90)}).cost("params").share
+        0.45
+        """
+        found = {key: Cost(*pair) for key, pair in self.costs.items()}
+        if name is None:
+            return found
+        if name not in found:
+            raise PlanError(
+                f"the plan knows no cost called {name!r}",
+                why=f"it counts {', '.join(found) or 'nothing'}",
+                fix="ask for one of those",
+            )
+        return found[name]
+
+    def width(self, group: GroupChoice) -> Cost:
+        """Positions before and after of the axis that a group is named after.
+
+        Heads × dim are one width, and both of their groups move it.
+        """
+        named = re.fullmatch(r"(.+)\[(\d+)\](/\d+)?", group.name)
+        if named is None or named[1] not in self.shapes:  # not the name that a trace gives
+            return Cost(group.size, group.size - len(group.removed))
+        axis = Axis(named[1], int(named[2]))
+        before = self.shapes[axis.tensor][axis.dim]
+        return Cost(before, len(self.keep.get(axis, range(before))))
+
     def resulting_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors once the plan is applied."""
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
@@ -205,9 +250,10 @@ class Plan:
             )
 
     def diff(self, other: Plan) -> PlanDiff:
-        """What the two plans remove differently; groups by their names in the original.
+        """What the two plans remove differently and cost; groups by their names in the original.
 
         A group that only one of the plans knows, since the other drops its block, is left out.
+        Nothing is traced or run.
         """
         mine, theirs = self._in_original_names(), other._in_original_names()
         shapes = self.shapes_before, other.shapes_before
@@ -220,12 +266,23 @@ class Plan:
         for name in {**mine, **theirs}:
             if a_drops != b_drops and not (name in mine and name in theirs):
                 continue
-            a, b = mine.get(name, set()), theirs.get(name, set())
-            if a != b:
-                found.append(GroupDiff(name, tuple(sorted(a - b)), tuple(sorted(b - a))))
-        only_a = tuple(name for name in self.drops if name not in b_drops)
-        only_b = tuple(name for name in other.drops if name not in a_drops)
-        return PlanDiff(tuple(found), only_a, only_b)
+            size = (mine.get(name) or theirs[name]).size
+            gone = [side[name].removed if name in side else () for side in (mine, theirs)]
+            if gone[0] != gone[1]:
+                a, b = map(set, gone)
+                only = tuple(sorted(a - b)), tuple(sorted(b - a))
+                found.append(GroupDiff(name, *only, size, (size - len(a), size - len(b))))
+        costs = self.cost(), other.cost()
+        return PlanDiff(
+            tuple(found),
+            tuple(name for name in self.drops if name not in b_drops),
+            tuple(name for name in other.drops if name not in a_drops),
+            {
+                name: (cost, costs[1][name])
+                for name, cost in costs[0].items()
+                if name in costs[1] and costs[1][name].before == cost.before
+            },
+        )
 
     @property
     def shapes_before(self) -> dict[str, tuple[int, ...]]:
@@ -233,9 +290,9 @@ class Plan:
         names = Renaming(self.drops)
         return {names.before(name): tuple(shape) for name, shape in self.shapes.items()}
 
-    def _in_original_names(self) -> dict[str, set[int]]:
+    def _in_original_names(self) -> dict[str, GroupChoice]:
         names = Renaming(self.drops)
-        return {names.before(choice.name): set(choice.removed) for choice in self.groups}
+        return {names.before(choice.name): choice for choice in self.groups}
 
     def then(self, later: Plan) -> Plan:
         """One plan for the original model out of this one and one for the model it leaves.
@@ -375,40 +432,6 @@ class Plan:
         return mask(self, model)
 
 
-@dataclass(frozen=True, slots=True)
-class GroupDiff:
-    """Indices of the units of one group that only one of two plans removes."""
-
-    name: str
-    only_a: tuple[int, ...]
-    only_b: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PlanDiff:
-    """The groups in which two plans differ, and the blocks that only one of them drops.
-
-    >>> print(PlanDiff((GroupDiff("conv1.weight[0]", (1, 2, 3), (7,)),)))
-    conv1.weight[0]: only a removes 1–3; only b removes 7
-    """
-
-    groups: tuple[GroupDiff, ...]
-    only_a: tuple[str, ...] = ()
-    only_b: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.groups or self.only_a or self.only_b)
-
-    def __str__(self) -> str:
-        blocks = (("a", self.only_a), ("b", self.only_b))
-        lines = [f"only {side} drops {', '.join(names)}" for side, names in blocks if names]
-        for group in self.groups:
-            sides = (("a", group.only_a), ("b", group.only_b))
-            told = (f"only {side} removes {_spoken(units)}" for side, units in sides if units)
-            lines.append(f"{group.name}: {'; '.join(told)}")
-        return "\n".join(lines) or "the plans remove the same units"
-
-
 def _check_follows(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
     names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
     if names:
@@ -439,11 +462,6 @@ def _merge_groups(
 def _steps(origin: Mapping[str, Any]) -> tuple[Any, ...]:
     steps = origin.get("steps")
     return steps if isinstance(steps, tuple) and len(origin) == 1 else (origin,)
-
-
-def _spoken(indices: Sequence[int]) -> str:
-    pairs = to_ranges(indices)
-    return ", ".join(str(a) if b == a + 1 else f"{a}–{b - 1}" for a, b in pairs)
 
 
 def _some(items: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunus.cli import NOT_PROVEN
 from prunus.cli import options as shared
+from prunus.cli.plan import told_of
 from prunus.errors import require
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def describe(
         "recalibrated": recalibrated,
         "costs": {name: list(pair) for name, pair in sorted(plan.costs.items())},
         "stages": stages,
+        "drops": list(plan.drops),
         "groups": describe_choices(plan),
         "certificate": None if certificate is None else certificate.to_json(),
     }
@@ -165,7 +167,7 @@ def _show(outcome: Outcome, options: argparse.Namespace) -> None:
     from prunus.report.tables import choices_table
 
     show_stages(outcome.document["stages"])
-    show(choices_table(outcome.plan))
+    show(choices_table(outcome.plan), *told_of(outcome.plan))
     if outcome.certificate is None:
         show("Not proven: --no-verify was given.")
     else:

@@ -79,6 +79,11 @@ def add_model_options(parser: argparse.ArgumentParser, *, flag: bool = False) ->
     parser.add_argument(
         "--seed", type=int, default=0, help="of everything that is random (default: 0)"
     )
+    add_answer_options(parser)
+
+
+def add_answer_options(parser: argparse.ArgumentParser) -> None:
+    """How a verb answers."""
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     parser.add_argument(
         "--log", metavar="FILE", type=stream, help="write what happens, as JSON lines"
@@ -109,6 +114,15 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     text = "upper bound: a fraction of the dense cost, as 0.5, or a number, as 2000000"
     group.add_argument("--macs", metavar="N", type=bound, help=text)
     group.add_argument("--params", metavar="N", type=bound, help=text)
+    group.add_argument(
+        "--drop",
+        metavar="N|NAME",
+        type=block,
+        action="append",
+        default=[],
+        help="drop residual blocks: how many, those of least influence, or one by its module path, "
+        "which may be repeated; then a bound is not needed",
+    )
     group.add_argument(
         "--importance",
         default="l2",
@@ -181,9 +195,11 @@ def _one_file(first: str, second: str, path: str | Path) -> FileError:
 
 def _files_read(options: argparse.Namespace) -> Iterator[tuple[str, str | Path]]:
     """What a command reads, by the name of the argument."""
-    for name, attribute in (("PLAN", "plan_file"), ("FILE", "file")):
+    for name, attribute in (("PLAN", "plan_file"), ("FILE", "file"), ("A", "a"), ("B", "b")):
         if getattr(options, attribute, None) is not None:
             yield name, getattr(options, attribute)
+    if not hasattr(options, "model"):
+        return
     model = "--build" if hasattr(options, "file") else "MODEL"
     kind, _, rest = options.model.partition(":")
     if kind == "hf":
@@ -229,12 +245,8 @@ def follow(options: argparse.Namespace, count: int) -> Iterator[Callable[..., No
 
 def head(options: argparse.Namespace) -> dict[str, Any]:
     """What every JSON document begins with."""
-    return {
-        "command": options.command,
-        "versions": versions(),
-        "model": options.model,
-        "seed": options.seed,
-    }
+    given = {name: getattr(options, name) for name in ("model", "seed") if hasattr(options, name)}
+    return {"command": options.command, "versions": versions(), **given}
 
 
 def answer(options: argparse.Namespace, document: dict[str, Any], show: Callable[[], None]) -> None:
@@ -278,6 +290,13 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return number
+
+
+def block(text: str) -> int | str:
+    """Read the number of blocks to drop, or the name of one."""
+    if text.lstrip("+-").isdecimal():
+        return count(text)
+    return text
 
 
 def ratio(text: str) -> float:

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     from prunus.errors import PlanError
     from prunus.report.console import show
     from prunus.report.documents import describe_choices
-    from prunus.report.tables import choices_table, costs_table
+    from prunus.report.tables import costs_table, widths_table
 
     bounds = bounds_of(options)
     if bool(options.out) == options.dry_run:
@@ -62,12 +62,14 @@ def run(options: argparse.Namespace) -> int:
         **shared.head(options),
         "budget": bounds,
         "costs": costs,
+        "drops": list(plan.drops),
         "groups": describe_choices(plan),
         "files": {"out": str(options.out)} if options.out else {},
     }
 
     def tell() -> None:
-        show(costs_table(costs), choices_table(plan))
+        show(costs_table(costs), widths_table(plan))
+        show(*told_of(plan), *_told_of_bounds(costs))
         show(f"wrote out: {options.out}" if options.out else "Nothing was written: --dry-run.")
 
     shared.answer(options, document, tell)
@@ -75,19 +77,40 @@ def run(options: argparse.Namespace) -> int:
 
 
 def bounds_of(options: argparse.Namespace) -> dict[str, float | int]:
-    """The budget; :class:`~prunus.errors.PlanError` if there is none."""
+    """The budget; :class:`~prunus.errors.PlanError` if there is none, nor blocks to drop."""
     from prunus.errors import PlanError
 
     bounds = {n: v for n in ("macs", "params") if (v := getattr(options, n)) is not None}
-    if not bounds:
+    if not bounds and not options.drop:
         raise PlanError("give a budget: --macs or --params, or both", fix="--macs 0.5, say")
     return bounds
 
 
 def choice_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What :func:`prunus.plan` and :func:`prunus.shrink` take beside the budget."""
+    """What :func:`prunus.plan` and :func:`prunus.shrink` take."""
+    import prunus
+
     names = "importance scope min_width max_ratio round_to include exclude seed"
-    return {name: getattr(options, name) for name in names.split()}
+    bounds = bounds_of(options)
+    return {
+        "budget": prunus.Budget(**bounds) if bounds else None,
+        "drop": _drop_of(options),
+        **{name: getattr(options, name) for name in names.split()},
+    }
+
+
+def _drop_of(options: argparse.Namespace) -> Any:
+    """The number of blocks to drop, or their names."""
+    from prunus.errors import PlanError
+
+    numbers = [entry for entry in options.drop if isinstance(entry, int)]
+    if numbers and len(options.drop) > 1:
+        raise PlanError(
+            "--drop has a number and is given more than once",
+            why="a number is how many blocks go, whichever they are",
+            fix="give one number, or names only",
+        )
+    return numbers[0] if numbers else options.drop
 
 
 def collect(
@@ -130,24 +153,44 @@ def choose(
     step("tracing")
     graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
     step("planning")
-    plan = prunus.plan(
-        graph,
-        loaded.model,
-        budget=prunus.Budget(**bounds_of(options)),
-        statistics=collect(loaded, graph, data, options, step),
-        **choice_of(options),
-    )
-    return graph, plan
+    # With blocks to drop, what the importance reads is collected on what is left of the model.
+    read: dict[str, Any] = {"data": data} if options.drop else {}
+    if not options.drop:
+        read["statistics"] = collect(loaded, graph, data, options, step)
+    return graph, prunus.plan(graph, loaded.model, **read, **choice_of(options))
+
+
+def told_of(plan: Plan) -> list[str]:
+    """Which blocks go, in a sentence."""
+    return [f"Dropped: {', '.join(plan.drops)}"] if plan.drops else []
+
+
+def _told_of_bounds(costs: dict[str, dict[str, Any]]) -> list[str]:
+    """How far below each bound the plan ends, in a sentence."""
+    return [
+        f"{name} ends {(cost['requested'] - cost['achieved']) / cost['before']:.2%} of the dense "
+        f"cost below its bound."
+        for name, cost in costs.items()
+        if cost["requested"] is not None
+    ]
 
 
 def describe_costs(
     graph: CouplingGraph, plan: Plan, bounds: dict[str, float | int]
-) -> dict[str, dict[str, int | None]]:
-    """Every cost before, as requested at most, and as achieved."""
+) -> dict[str, dict[str, Any]]:
+    """Every cost before, as requested at most, and as achieved; what is pinned of it."""
     import prunus
 
-    limits = prunus.Budget(**bounds).limits(graph)
+    limits = prunus.Budget(**bounds).limits(graph) if bounds else {}
+    nothing = ~graph.all_kept
+    nothing[0] = True
     return {
-        name: {"before": before, "requested": limits.get(name), "achieved": after}
-        for name, (before, after) in sorted(plan.costs.items(), reverse=True)
+        name: {
+            "before": cost.before,
+            "pinned": graph.cost(name, nothing),
+            "requested": limits.get(name),
+            "achieved": cost.after,
+            "share": cost.share,
+        }
+        for name, cost in sorted(plan.cost().items(), reverse=True)
     }

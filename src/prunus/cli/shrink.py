@@ -43,20 +43,22 @@ def run(options: argparse.Namespace) -> int:
         data = load_data(options, loaded)
         step("counting")
         stages = [cutting.measure(loaded, "dense")]
-        statistics = None
-        if needs_of(options.importance):
-            data = list(data) if isinstance(data, Iterator) else data
+        read: dict[str, Any] = {}
+        if isinstance(data, Iterator):
+            data = list(data)  # it may be read twice
+        if options.drop:
+            read["data"] = data
+        elif needs_of(options.importance):
             graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
-            statistics = collect(loaded, graph, data, options, step)
+            read["statistics"] = collect(loaded, graph, data, options, step)
         step("planning and cutting" if options.no_verify else "planning, proving and cutting")
         small = prunus.shrink(
             loaded.model,
             loaded.args,
             loaded.kwargs,
-            budget=prunus.Budget(**bounds),
             outputs=options.outputs,
             verified=not options.no_verify,
-            statistics=statistics,
+            **read,
             **choice_of(options),
         )
         recalibrated = cutting.recalibrate(loaded, data, step)

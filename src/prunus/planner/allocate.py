@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.planner.descent import Descent, Floors
 from prunus.planner.filters import Globs, excluded_groups
 from prunus.planner.quanta import Quanta, form_quanta
+from prunus.planner.stops import find_stops
 
 Scope = Literal["global", "local", "isomorphic"]
 Normalise = Literal["mean", "max", "sum", "none"]
@@ -23,6 +25,13 @@ Scores = NDArray[np.float64]
 
 _ROUNDING_ERROR = 1e-9
 """So that 0.7 of 10 units is 7, whatever 0.7 * 10 is in floating point."""
+
+
+class Selection(NamedTuple):
+    """The units that stay, shape ``(unit_count + 1,)``, and why groups can lose no more."""
+
+    kept: Mask
+    stopped: Mapping[str, str] = {}
 
 
 def select(
@@ -37,8 +46,8 @@ def select(
     round_to: int = 1,
     include: Globs | None = None,
     exclude: Globs = (),
-) -> Mask:
-    """Choose the units that stay, shape ``(unit_count + 1,)``.
+) -> Selection:
+    """Choose the units that stay.
 
     Parameters
     ----------
@@ -80,7 +89,7 @@ def select(
     ...     costs={"params": Polynomial(0, (Monomial(3, (0,)),))},
     ...     couplings=(), pins=(), kept_outputs=(), unknown={},
     ... )
-    >>> select(graph, np.array([np.inf, 3.0, 1.0, 2.0, 4.0]), Budget(params=0.5))
+    >>> select(graph, np.array([np.inf, 3.0, 1.0, 2.0, 4.0]), Budget(params=0.5)).kept
     array([ True,  True, False, False,  True])
 
     Notes
@@ -107,7 +116,8 @@ def select(
     descent.reduce()
     descent.fill()
     descent.exchange()
-    return quanta.kept(descent.removed)
+    stopped = find_stops(graph, quanta, descent.removed, floors.units)
+    return Selection(quanta.kept(descent.removed), stopped)
 
 
 def _check_options(

@@ -78,7 +78,9 @@ def form_quanta(
     count = int(owner.max(initial=0))
     finite = np.where(owner > 0, scores, 0.0)
     for group in live:
-        if not owner[group.units].any():
+        if not np.isfinite(scores[group.units]).any():
+            untouched[group.name] = "it has to stay: its scores are infinite"
+        elif not owner[group.units].any():
             needed = lcm(*(n for label, n in labels if np.isin(group.units, label).any()))
             untouched[group.name] = f"it can't be cut to multiples of {needed}"
     return Quanta(

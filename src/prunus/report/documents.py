@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from prunus.graph.axis import Axis
     from prunus.graph.constraints import Pin
     from prunus.graph.coupling import Coupling, CouplingGraph
+    from prunus.plan_diff import PlanDiff
     from prunus.plans import Plan
 
 
@@ -84,11 +85,43 @@ def describe_coupling(coupling: Coupling) -> dict[str, str]:
 
 
 def describe_choices(plan: Plan) -> list[dict[str, Any]]:
-    """Width of every group before and after."""
+    """Units and width of every group before and after, and what stops it where something does."""
     return [
-        {"name": choice.name, "size": choice.size, "kept": choice.size - len(choice.removed)}
+        {
+            "name": choice.name,
+            "size": choice.size,
+            "kept": choice.size - len(choice.removed),
+            "width": list(plan.width(choice)),
+            "stopped": plan.stopped.get(choice.name),
+        }
         for choice in plan.groups
     ]
+
+
+def describe_diff(diff: PlanDiff) -> dict[str, Any]:
+    """What two plans, *a* and *b*, remove differently, and what both cost."""
+    from prunus.plan_json import to_ranges
+
+    return {
+        "costs": {
+            name: {
+                "before": a.before,
+                **{side: {"after": c.after, "share": c.share} for side, c in (("a", a), ("b", b))},
+            }
+            for name, (a, b) in diff.costs.items()
+        },
+        "drops": {"only_a": list(diff.only_a), "only_b": list(diff.only_b)},
+        "groups": [
+            {
+                "name": group.name,
+                "size": group.size,
+                "kept": list(group.kept),
+                "only_a": to_ranges(group.only_a),
+                "only_b": to_ranges(group.only_b),
+            }
+            for group in diff.groups
+        ],
+    }
 
 
 def to_json(document: Any, *, indent: int | None = 2) -> str:

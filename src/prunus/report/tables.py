@@ -14,6 +14,7 @@ from prunus.graph.axis import Axis, Role
 from prunus.graph.constraints import Lockstep, Pin
 from prunus.graph.coupling import Coupling, CouplingGraph
 from prunus.graph.groups import Group
+from prunus.plan_diff import PlanDiff
 from prunus.plans import Plan
 
 _SHOWN = 3
@@ -107,16 +108,45 @@ def choices_table(plan: Plan) -> Table:
     return table
 
 
-def costs_table(costs: Mapping[str, Mapping[str, int | None]]) -> Table:
-    """Every cost ``before``, as ``requested`` at most, and as ``achieved``; with its share."""
-    table = _table(
-        "cost", "before", "at most", "achieved", numbers=("before", "at most", "achieved")
-    )
+def widths_table(plan: Plan) -> Table:
+    """Units and width of every group before and after, and what stops it."""
+    table = _table("group", "units", "kept", "share", "width", "stopped by", numbers=("width",))
+    for choice in plan.groups:
+        kept = choice.size - len(choice.removed)
+        width = plan.width(choice)
+        told = f"{width.before} → {width.after}" if choice.removed else str(width.before)
+        share = f"{kept / max(choice.size, 1):.0%}"
+        stop = plan.stopped.get(choice.name, "")
+        _row(table, choice.name, choice.size, kept, share, told, stop)
+    return table
+
+
+def costs_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Every cost ``before``, as ``requested`` at most, and as ``achieved``; with its share.
+
+    ``pinned`` is what would be left if every unit went.
+    """
+    columns = ("before", "pinned", "at most", "achieved")
+    table = _table("cost", *columns, numbers=columns)
     for name, cost in costs.items():
         whole = cost["before"] or 0
-        cells = [cost[column] for column in ("before", "requested", "achieved")]
+        cells = [cost[column] for column in ("before", "pinned", "requested", "achieved")]
         _row(table, name, *("–" if n is None else _with_share(n, whole) for n in cells))
     return table
+
+
+def diff_tables(diff: PlanDiff) -> list[Table]:
+    """What two plans cost, and in which groups they differ."""
+    costs = _table("cost", "dense", "a", "b", numbers=("dense", "a", "b"))
+    for name, (a, b) in diff.costs.items():
+        cells = [_with_share(n, a.before) for n in (a.before, a.after, b.after)]
+        _row(costs, name, *cells)
+    numbers = ("a keeps", "b keeps", "only a removes", "only b removes")
+    groups = _table("group", "units", *numbers, numbers=numbers)
+    for group in diff.groups:
+        only = len(group.only_a), len(group.only_b)
+        _row(groups, group.name, group.size, *group.kept, *only)
+    return [costs, groups] if diff.groups else [costs]
 
 
 def stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:

@@ -1,0 +1,50 @@
+"""``prunus diff``: what two plans for one model remove differently, and what they cost."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from prunus.cli import options as shared
+
+
+def add_parser(verbs: Any) -> None:
+    """Declare the verb."""
+    parser = verbs.add_parser(
+        "diff",
+        help="compare two plans for one model: costs, widths, units",
+        description=__doc__.partition(": ")[2],
+    )
+    for name in ("a", "b"):
+        parser.add_argument(
+            name, metavar=name.upper(), type=shared.old_file, help="what 'prunus plan' wrote"
+        )
+    shared.add_answer_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Read both plans and compare them; nothing is traced."""
+    from prunus.plans import Plan
+    from prunus.report.console import show
+    from prunus.report.documents import describe_diff
+    from prunus.report.tables import diff_tables
+
+    diff = Plan.load(options.a).diff(Plan.load(options.b))
+    document = {
+        **shared.head(options),
+        "files": {"a": str(options.a), "b": str(options.b)},
+        **describe_diff(diff),
+    }
+
+    def tell() -> None:
+        if not diff:
+            show(str(diff).capitalize() + ".")
+            return
+        show(*diff_tables(diff))
+        for side, names in (("a", diff.only_a), ("b", diff.only_b)):
+            if names:
+                show(f"Only {side} drops {', '.join(names)}.")
+
+    shared.answer(options, document, tell)
+    return 0

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from prunus.oracle import Certificate, verify
     from prunus.planning import plan
     from prunus.plans import Plan
-    from prunus.recovery import recalibrate
+    from prunus.recovery import Compensation, compensate, recalibrate
     from prunus.report.console import show_stages
     from prunus.report.counting import measure_costs, measure_latency
     from prunus.report.pictures import draw_channels
@@ -41,6 +41,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "Certificate",
+    "Compensation",
     "CouplingGraph",
     "Movement",
     "Plan",
@@ -50,6 +51,7 @@ __all__ = [
     "apply",
     "block_influence",
     "collect",
+    "compensate",
     "declare_missing_ops",
     "draw_channels",
     "drop_layers",
@@ -77,6 +79,7 @@ _HOMES = {
     "Budget": "prunus.budget",
     "BudgetError": "prunus.errors",
     "Certificate": "prunus.oracle",
+    "Compensation": "prunus.recovery",
     "CouplingGraph": "prunus.graph.coupling",
     "Movement": "prunus.importance",
     "Plan": "prunus.plans",
@@ -86,6 +89,7 @@ _HOMES = {
     "apply": "prunus.surgeon",
     "block_influence": "prunus.importance.influence",
     "collect": "prunus.importance",
+    "compensate": "prunus.recovery",
     "declare_missing_ops": "prunus.integrations.torchvision_ops",
     "draw_channels": "prunus.report.pictures",
     "drop_layers": "prunus.api",

@@ -27,6 +27,7 @@ from prunus.plans import Plan
 from prunus.skipping import prove_depth
 from prunus.surgeon import apply, drop_blocks
 from prunus.surgeon.apply import check_model
+from prunus.surgeon.biases import add_biases
 from prunus.tracer.caches import clear_caches
 from prunus.tracer.capture import find_line
 from prunus.tracer.compress import run_on_kept
@@ -223,7 +224,11 @@ def _verify_widths(
     outputs: Any,
     seed: int,
 ) -> Certificate:
-    """Of ``original``, which lacks the blocks that the plan drops; ``source`` has them."""
+    """Of ``original``, which lacks the blocks that the plan drops; ``source`` has them.
+
+    Biases that the plan adds are zeros.
+    """
+    add_biases(original, plan.biases)
     found = trace(original, args, kwargs, outputs=outputs)
     inputs = [t.detach() for _, t in tensors_of([args, kwargs])]
     kept = found.mask_from_positions(

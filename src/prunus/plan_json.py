@@ -79,6 +79,7 @@ def read(text: str, version: int, limit: int = LIMIT) -> dict[str, Any]:
         "costs": {n: _pair(v, f"costs.{n}") for n, v in _entries(document, "costs")},
         "origin": _field(document, "origin", dict, ""),
         "drops": tuple(_read_drops(document.get("drops", []))),
+        "biases": dict(_read_biases(document.get("biases", {}), shapes)),
     }
 
 
@@ -217,6 +218,20 @@ def _read_drops(value: Any) -> Iterator[str]:
             raise _malformed(where, f"{entry} is dropped twice")
         seen.add(entry)
         yield entry
+
+
+def _read_biases(value: Any, shapes: Mapping[str, Indices]) -> Iterator[tuple[str, int]]:
+    """Each goes along a dim of a weight beside it; most plans have none."""
+    for name, dim in _typed(value, dict, "biases").items():
+        where = f"biases.{name}"
+        prefix, own = name.removesuffix("bias"), shapes.get(name)
+        weight = shapes.get(f"{prefix}weight", ())
+        fits = prefix != name and (not prefix or prefix.endswith("."))
+        if not fits or type(dim) is not int or not 0 <= dim < len(weight):
+            raise _malformed(where, "no such dim of a weight in the shapes")
+        if own != (weight[dim],):
+            raise _malformed(where, f"it should have the shape [{weight[dim]}]")
+        yield name, dim
 
 
 def _read_group(entry: Any, where: str) -> tuple[str, int, Indices]:

@@ -92,6 +92,9 @@ class Plan:
         Where the plan came from: importance, budget, scope, seed, … (JSON).
     drops
         Module paths, in the original, of the blocks that go first.
+    biases
+        Biases that layers get which had none, zeros at first: their names, and the dim of the
+        layer's weight along which they go.  ``shapes`` and ``keep`` have them as well.
 
     Examples
     --------
@@ -110,10 +113,26 @@ class Plan:
     costs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
     drops: tuple[str, ...] = ()
+    biases: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "origin", freeze(self.origin))
         object.__setattr__(self, "drops", tuple(self.drops))
+
+    def with_biases(self, biases: Mapping[str, int]) -> Plan:
+        """The same plan, which also gives a bias to these layers; see :attr:`biases`."""
+        keep, shapes, costs = dict(self.keep), dict(self.shapes), dict(self.costs)
+        for name, dim in biases.items():
+            weight = f"{name.removesuffix('bias')}weight"
+            stay = self.keep.get(Axis(weight, dim))
+            shapes[name] = (self.shapes[weight][dim],)
+            if stay is not None:
+                keep[Axis(name, 0)] = stay
+            if "params" in costs:
+                before, after = costs["params"]
+                costs["params"] = (before, after + len(stay or range(*shapes[name])))
+        known = {**self.biases, **biases}
+        return replace(self, keep=keep, shapes=shapes, costs=costs, biases=known)
 
     @property
     def widths(self) -> Plan:
@@ -288,7 +307,11 @@ class Plan:
     def shapes_before(self) -> dict[str, tuple[int, ...]]:
         """The shapes by the names of the original; those of dropped blocks are not known."""
         names = Renaming(self.drops)
-        return {names.before(name): tuple(shape) for name, shape in self.shapes.items()}
+        return {
+            names.before(name): tuple(shape)
+            for name, shape in self.shapes.items()
+            if name not in self.biases
+        }
 
     def _in_original_names(self) -> dict[str, GroupChoice]:
         names = Renaming(self.drops)
@@ -300,7 +323,7 @@ class Plan:
         Groups are matched by name and size; one of ``later`` that has no match is taken over
         as it is.  A cost is kept where ``later`` starts from the number at which this one ends.
         """
-        first = self._without(later.drops)
+        first = self._without(later.drops).with_biases(later.biases)
         _check_follows(first.resulting_shapes(), later.shapes)
         keep = dict(first.keep)
         for axis, stay in later.keep.items():
@@ -324,6 +347,7 @@ class Plan:
             },
             origin={"steps": (*_steps(self.origin), *_steps(later.origin))},
             drops=first.drops,
+            biases=first.biases,
         )
 
     def _without(self, dropped: Sequence[str]) -> Plan:
@@ -352,6 +376,7 @@ class Plan:
             ),
             groups=tuple(replace(g, name=left(g.name)) for g in self.groups if stays(g.name)),
             drops=(*self.drops, *map(old.before, dropped)),
+            biases={left(name): dim for name, dim in self.biases.items() if stays(name)},
         )
 
     def _in_original(self, later: Scaling) -> Scaling:
@@ -388,6 +413,8 @@ class Plan:
         }
         if self.drops:
             document["drops"] = list(self.drops)
+        if self.biases:
+            document["biases"] = dict(self.biases)
         return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
 
     @classmethod

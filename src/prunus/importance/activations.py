@@ -23,7 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prunus.errors import DataError
 from prunus.graph.axis import Label
 from prunus.importance.confidence import Confidence
-from prunus.tracer.program import Node, Program, Ref
+from prunus.importance.moments import Moments
+from prunus.importance.readings import Reading, SecondMoments, refs_in, share_moments
+from prunus.importance.windows import Window, columns_of
+from prunus.tracer.program import Node, Program
 from prunus.tracer.registry import bind
 
 _CHUNK = 1 << 22
@@ -48,6 +51,11 @@ class Site:
         Σ h and Σ h² over them, shape ``(n,)``.
     weight
         Σ W² of the weights that read each position, shape ``(n,)``.
+    window
+        How a convolution reads its input.
+    moments
+        Mean and second moment of the columns that are read; sites that read the same values share
+        one object.  None where they were not wanted.
     """
 
     tensor: str
@@ -57,6 +65,8 @@ class Site:
     total: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), repr=False)
     square: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), repr=False)
     weight: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), repr=False)
+    window: Window = field(default_factory=Window, repr=False)
+    moments: Moments | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("total", "square", "weight"):
@@ -87,6 +97,8 @@ class Watch(TorchDispatchMode):
         The path of the running module is on top.
     inputs, attention
         Which of the two to look at.
+    moments
+        Of what to take second moments; of nothing by default.
     """
 
     def __init__(
@@ -97,10 +109,13 @@ class Watch(TorchDispatchMode):
         *,
         inputs: bool,
         attention: bool,
+        moments: SecondMoments | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._stack = stack
         self._inputs = inputs
+        self._moments = moments
+        self._first = 0
         self.confidence = Confidence(program) if attention else None
         self._storages = {_storage(t): n for n, t in state.items() if not t.is_meta}
         self._by_name: dict[str, list[Site | None]] = {}
@@ -108,19 +123,22 @@ class Watch(TorchDispatchMode):
         self._seen: Counter[str] = Counter()
         self._weighed: set[tuple[int, ...]] = set()
         self.sites: list[Site] = []
-        if inputs:
-            self._expect(program)
+        self._owners: dict[int, Site] = {}
+        if inputs or moments is not None:
+            self._expect(program, {n: tuple(t.shape) for n, t in state.items()})
 
-    def begin(self) -> None:
-        """Another forward starts."""
+    def begin(self, first: int = 0) -> None:
+        """Another forward starts; its first sample is the one of that number."""
         self._seen.clear()
+        self._first = first
         if self.confidence is not None:
             self.confidence.begin()
 
-    def _expect(self, program: Program) -> None:
+    def _expect(self, program: Program, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """The sites of the recorded program, by weight or by module."""
-        origins, derived = _origins(program)
+        origins, derived = origins_of(program), _derived(program)
         merged: dict[tuple[str, bytes], Site] = {}
+        readings: dict[int, list[Reading]] = {}
         for node in program.nodes:
             operands = _operands(node)
             if operands is None:
@@ -136,11 +154,22 @@ class Watch(TorchDispatchMode):
                 if label is not None:
                     key = (name or f"/{node.module}/{len(merged)}", label.tobytes())
                     site = merged.setdefault(key, Site(name, node.module, label))
+                    which = fixed.index(False)
+                    reading = Reading(node, refs[which], refs[1 - which])
+                    readings.setdefault(id(site), []).append(reading)
             if name:
                 self._by_name.setdefault(name, []).append(site)
             else:
                 self._by_module.setdefault(node.module, []).append(site)
         self.sites = list(merged.values())
+        if self._moments is not None:
+            wholes = {n: shapes[name] for n, name in origins.items() if name in shapes}
+            pairs = [(site.label, readings[id(site)]) for site in self.sites]
+            found = share_moments(program, pairs, wholes, self._moments)
+            for site, (moments, window) in zip(self.sites, found, strict=True):
+                site.moments, site.window = moments, window
+                if moments is not None:
+                    self._owners.setdefault(id(moments), site)
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
@@ -149,7 +178,7 @@ class Watch(TorchDispatchMode):
         out = func(*args, **kwargs)
         if self.confidence is not None:
             self.confidence.look(self._stack[-1], func, args, kwargs, out)
-        places = _CONTRACTIONS.get(func._schema.name) if self._inputs else None
+        places = _CONTRACTIONS.get(func._schema.name) if self.sites else None
         if places is not None:
             self._look(bind(func, args, kwargs), places)
         return out
@@ -169,6 +198,10 @@ class Watch(TorchDispatchMode):
             return
         which = 1 if names[0] and not names[1] else 0
         data, weight = operands[which], operands[1 - which]
+        if site.moments is not None and self._owners[id(site.moments)] is site:
+            self._take(site, data, bound, first=which == 0)
+        if not self._inputs:
+            return
         _add(site, _rows(data, bound, first=which == 0))
         key = (weight.data_ptr(), weight.numel(), id(site))
         if name and key in self._weighed:
@@ -177,6 +210,23 @@ class Watch(TorchDispatchMode):
             self._weighed.add(key)
             site.weight += _weigh(weight, bound, first=which == 1, size=len(site.label))
 
+    def _take(self, site: Site, data: Tensor, bound: Mapping[str, Any], *, first: bool) -> None:
+        """Add the columns that a product reads to the second moments of its site."""
+        moments, options = site.moments, self._moments
+        if moments is None or options is None:
+            return
+        if site.window.kernel:
+            parts = columns_of(data, site.window, first=self._first, limit=options.positions)
+        else:
+            parts = iter(_rows(data, bound, first=first)[None].split(_ROWS, 1))
+        for part in parts:
+            moments.add(part)
+        if not bool(torch.isfinite(moments.total).all()):
+            raise _not_finite(site)
+
+
+_ROWS = 1 << 12
+"""Rows whose products are summed up in the type of the activations."""
 
 _CONTRACTIONS = {
     "aten::mm": ("self", "mat2"),
@@ -204,29 +254,26 @@ def _operands(node: Node) -> list[tuple[str, int]] | None:
     return [(name, dims[name]) for name in places]
 
 
-def _origins(program: Program) -> tuple[dict[int, str], set[int]]:
-    """Values that are views of a named tensor, and values made of named tensors alone."""
+def origins_of(program: Program) -> dict[int, str]:
+    """Value numbers of named tensors and of views of them, with the names."""
     origins = dict(program.state)
-    derived = {*program.state, *program.constants}
     for node in program.nodes:
-        refs = [ref.value for ref in _refs(list(node.args.values()))]
-        if not node.outputs:
-            continue
-        if refs and all(ref in derived for ref in refs):
-            derived.update(node.outputs)
+        refs = refs_in(list(node.args.values()))
         returns = node.target._schema.returns
         view = bool(returns) and returns[0].alias_info is not None
-        if view and refs and refs[0] in origins:
-            origins.update(dict.fromkeys(node.outputs, origins[refs[0]]))
-    return origins, derived
+        if view and refs and refs[0].value in origins:
+            origins.update(dict.fromkeys(node.outputs, origins[refs[0].value]))
+    return origins
 
 
-def _refs(value: Any) -> list[Ref]:
-    if isinstance(value, Ref):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        return [ref for item in value for ref in _refs(item)]
-    return []
+def _derived(program: Program) -> set[int]:
+    """Values that are made of named tensors alone."""
+    derived = {*program.state, *program.constants}
+    for node in program.nodes:
+        refs = refs_in(list(node.args.values()))
+        if refs and all(ref.value in derived for ref in refs):
+            derived.update(node.outputs)
+    return derived
 
 
 def _storage(tensor: Any) -> int:
@@ -254,12 +301,16 @@ def _add(site: Site, rows: Tensor) -> None:
         site.total += wide.sum(0).cpu().numpy()
         site.square += wide.square().sum(0).cpu().numpy()
     if not np.isfinite(site.square).all():
-        raise DataError(
-            "activations are NaN or infinite",
-            where=f"the input of {site.tensor or site.module}",
-            why="the calibration data holds such values, or the model makes them",
-            fix="clean the data; for a model in half precision try float32",
-        )
+        raise _not_finite(site)
+
+
+def _not_finite(site: Site) -> DataError:
+    return DataError(
+        "activations are NaN or infinite",
+        where=f"the input of {site.tensor or site.module}",
+        why="the calibration data holds such values, or the model makes them",
+        fix="clean the data; for a model in half precision try float32",
+    )
 
 
 def _weigh(

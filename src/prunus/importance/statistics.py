@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prunus.errors import DataError, ModelError, PlanError
+from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance.activations import Site, Watch
 from prunus.importance.batches import count_samples, run_batch, samples_of
 from prunus.importance.confidence import Heads
 from prunus.importance.gradients import Contributions
+from prunus.importance.readings import SecondMoments
 from prunus.importance.targets import Loss, loss_of
+from prunus.plans import Plan
 from prunus.tracer.adapters import adapted
 from prunus.tracer.entry import entered_by
 from prunus.tracer.program import state_of
@@ -29,6 +32,7 @@ NEEDS = {
     "head_gradient": "gradient of a gate on the unit, sample by sample",
     "activation": "what goes into the weights that read the unit",
     "attention": "the largest attention probability of every query",
+    "second_moment": "mean and second moment of the columns that weights read",
 }
 """What may be collected."""
 
@@ -54,7 +58,8 @@ class Statistics:
         ``"gradient"`` Σ T, ``"gradient_squared"`` Σ T², ``"fisher"`` ΣΣ (w·∂L/∂w)²,
         ``"head_gradient"`` Σ |H|.
     sites
-        One for each place where weights read units (need ``"activation"``).
+        One for each place where weights read units (need ``"activation"``, and for what
+        :attr:`~prunus.importance.activations.Site.moments` holds ``"second_moment"``).
     heads
         One for each attention whose heads are units (need ``"attention"``).
     loss
@@ -79,6 +84,9 @@ def collect(
     loss: Loss | None = None,
     split: bool = True,
     seed: int = 0,
+    plan: Plan | None = None,
+    positions: int = 64,
+    memory_limit: int = 8 << 30,
     progress: Callable[[int], None] | None = None,
 ) -> Statistics:
     """Run the model over calibration data once and keep sums of what criteria need.
@@ -96,7 +104,8 @@ def collect(
         Batches: a tensor, or a tuple or list ``(inputs, labels, …)``, or a mapping of keyword
         arguments (with ``labels``, if there are any).  Labels are needed for nothing.
     needs
-        Any of ``"gradient"``, ``"head_gradient"``, ``"activation"``, ``"attention"``.
+        Any of ``"gradient"``, ``"head_gradient"``, ``"activation"``, ``"attention"``,
+        ``"second_moment"``.
     loss
         ``(output, batch) → scalar`` of one sample, for the gradients.  Without it, the loss is
         the model's own ``.loss`` or the cross-entropy of the labels, or without labels of its own
@@ -107,6 +116,13 @@ def collect(
         that results don't hang on the batch size.  If false, a batch is one sample.
     seed
         For the loss that draws.
+    plan
+        Second moments of what reads units that this plan removes, and of nothing else.
+    positions
+        Of an image at which second moments of what a convolution reads are taken, evenly spread.
+    memory_limit
+        Bytes that the second moments may take.  Where they would take more, the largest are taken
+        for every tap of a convolution apart, and then of every column apart.
     progress
         Called with the number of batches done.
 
@@ -122,7 +138,9 @@ def collect(
     wanted = _known(needs)
     tensors, _ = state_of(model)
     _check_model(graph, tensors)
-    passed = _Pass(model, graph, tensors, wanted, loss, seed)
+    kept = None if plan is None else kept_units(graph, plan)
+    moments = SecondMoments(kept, positions, memory_limit) if "second_moment" in wanted else None
+    passed = _Pass(model, graph, tensors, wanted, loss, seed, moments)
     done = 0
     with (
         entered_by(model, graph.forward_fn),
@@ -147,6 +165,12 @@ def collect(
             fix="give a DataLoader or a list of batches",
         )
     return passed.result()
+
+
+def kept_units(graph: CouplingGraph, plan: Plan) -> Mask:
+    """The units of a graph that a plan for its model keeps."""
+    plan.check_model(graph.shapes)
+    return graph.mask_from_positions({a: np.asarray(stay) for a, stay in plan.keep.items()})
 
 
 def _known(needs: str | Iterable[str]) -> frozenset[str]:
@@ -219,6 +243,7 @@ class _Pass:
         needs: frozenset[str],
         loss: Loss | None,
         seed: int,
+        moments: SecondMoments | None,
     ) -> None:
         self.stack: list[str] = [""]
         self.samples = 0
@@ -240,6 +265,7 @@ class _Pass:
                 self.stack,
                 inputs="activation" in needs,
                 attention="attention" in needs,
+                moments=moments,
             )
 
     def take(self, batch: Any, samples: int) -> None:
@@ -247,7 +273,7 @@ class _Pass:
         if not samples:
             return
         if self._watch is not None:
-            self._watch.begin()
+            self._watch.begin(self.samples)
         with torch.set_grad_enabled(self._contributions is not None):
             with self._watch or nullcontext():
                 output = run_batch(self._model, batch)

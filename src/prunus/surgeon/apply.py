@@ -19,6 +19,7 @@ from prunus.graph.axis import Axis
 from prunus.plans import Plan
 from prunus.surgeon.applied import copy_config, plans_of, remember, remember_only
 from prunus.surgeon.attributes import read_attribute, write_attribute
+from prunus.surgeon.biases import add_biases
 from prunus.surgeon.depth import drop_blocks, find_places, forget_dropped
 from prunus.tracer.caches import drop_caches
 from prunus.tracer.entry import ForwardFn, entered_as_traced
@@ -81,9 +82,13 @@ def cut(
     before = list(model.parameters())
     plans, config = plans_of(model), copy_config(model)
     put_back = drop_blocks(model, plan.drops) if plan.drops else _nothing
+    forget = _nothing
     try:
+        check_model(plan.widths, model, state_of(model)[0])
+        forget = add_biases(model, plan.biases)
         undo = _slice(plan, model, optimizer, check=check)
     except BaseException:
+        forget()
         put_back()
         raise
     if optimizer is not None and plan.drops:
@@ -93,6 +98,7 @@ def cut(
 
     def undo_all() -> None:
         undo()
+        forget()
         put_back()
         remember_only(model, plans)
 
@@ -106,9 +112,8 @@ def _nothing() -> None:
 def _slice(
     plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, check: bool
 ) -> _Undo:
-    """Everything but the blocks, which are gone already."""
+    """Everything but the blocks, which are gone already, and the biases, which are there."""
     state, aliases = state_of(model)
-    check_model(plan.widths, model, state)
     modules = dict(model.named_modules(remove_duplicate=False))
     check_edits(plan, modules)
     kept = _by_tensor(plan)
@@ -197,6 +202,8 @@ def check_model(plan: Plan, model: nn.Module, state: Mapping[str, Tensor]) -> No
     names = Renaming(plan.drops)
     shapes = {names.after(name): tuple(tensor.shape) for name, tensor in state.items()}
     left = {name: shape for name, shape in shapes.items() if name is not None}
+    for name in plan.biases:
+        left.setdefault(name, tuple(plan.shapes[name]))
     modules = dict(model.named_modules(remove_duplicate=False))
     sliced = {axis.tensor for axis in plan.keep}
     for name, shape in plan.shapes.items():

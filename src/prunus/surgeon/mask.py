@@ -24,6 +24,7 @@ from prunus.graph.axis import Axis, Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.plans import Plan
 from prunus.surgeon.apply import check_model, kept_axes
+from prunus.surgeon.biases import with_biases
 from prunus.surgeon.depth import without_blocks
 from prunus.tracer.adapters import adapted
 from prunus.tracer.capture import PASSIVE
@@ -61,7 +62,7 @@ def mask(
     ):
         state, _ = state_of(model)
         check_model(plan.widths, model, state)
-        with _silenced(plan, model):
+        with with_biases(model, plan.biases), _silenced(plan, model):
             yield model
 
 

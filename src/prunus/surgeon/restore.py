@@ -13,6 +13,7 @@ from prunus.errors import ApplyError, FormatError
 from prunus.plans import Edit, Plan
 from prunus.surgeon.apply import check_edits
 from prunus.surgeon.attributes import write_attribute
+from prunus.surgeon.biases import add_biases
 from prunus.surgeon.depth import drop_blocks
 from prunus.tracer.program import state_of
 
@@ -78,6 +79,8 @@ def restore(model: nn.Module, tensors: Tensors, plan: Plan | None) -> None:
     """
     if plan is not None and plan.drops:
         drop_blocks(model, plan.drops)
+    if plan is not None:
+        add_biases(model, plan.biases)
     modules = dict(model.named_modules(remove_duplicate=False))
     fresh = collect(model)
     shapes = {n: tuple(t.shape) for n, t in _by_any_name(fresh).items()}

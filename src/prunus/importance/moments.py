@@ -1,0 +1,162 @@
+"""Means and second moments of what weights read, as sums that can be added up.
+
+Sums are taken around a shift, the mean of the first rows: a mean that is large beside the spread
+would cost digits else.  Sums over a part of the rows are in float32 at least, those over all parts
+in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from prunus.errors import DataError
+
+
+@dataclass(eq=False)
+class Moments:
+    """Sums over rows of features, for every group of a convolution apart.
+
+    Attributes
+    ----------
+    groups, columns
+        There are ``columns`` features in every group.
+    blocks
+        How many equal parts of a group's columns have products among themselves alone: 1 if all
+        products are summed up, as many as there are columns if only squares are.
+    count
+        Rows seen.
+    shift, total
+        What rows are compared with, and Σ (h − shift); float64 of shape ``(groups, columns)``.
+    product
+        Σ (h − shift)(h − shift)ᵀ, float64 of shape ``(groups, blocks, n, n)`` with
+        ``n = columns / blocks``.
+    """
+
+    groups: int
+    columns: int
+    blocks: int = 1
+    count: int = 0
+    shift: Tensor | None = field(default=None, repr=False)
+    total: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
+    product: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the sums take, allocated yet or not."""
+        return 8 * self.groups * (self.columns**2 // self.blocks + 2 * self.columns)
+
+    @property
+    def mean(self) -> Tensor:
+        """E h, shape ``(groups, columns)``."""
+        return self._shift + self.total / self.count
+
+    def covariance(self) -> Tensor:
+        """E (h − E h)(h − E h)ᵀ by block, shape ``(groups, blocks, n, n)``."""
+        offset = self._by_block(self.total / self.count)
+        return self.product / self.count - offset[..., :, None] * offset[..., None, :]
+
+    def second(self) -> Tensor:
+        """E h hᵀ by block, shape ``(groups, blocks, n, n)``."""
+        mean = self._by_block(self.mean)
+        return self.covariance() + mean[..., :, None] * mean[..., None, :]
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows of features, shape ``(groups, rows, columns)``."""
+        if not rows.shape[1]:
+            return
+        if rows.device.type == "mps":  # which has no float64
+            rows = rows.cpu()
+        if rows.dtype not in (torch.float32, torch.float64):
+            rows = rows.float()
+        if self.shift is None:
+            self._begin(rows.mean(1, dtype=torch.float64))
+        centred = rows - self._shift.to(rows.dtype)[:, None]
+        # What float32 makes of the shift is what was taken away.
+        self.total += centred.sum(1, dtype=torch.float64)
+        self.count += rows.shape[1]
+        if self.blocks == self.columns:
+            self.product += centred.square().sum(1, dtype=torch.float64)[..., None, None]
+            return
+        parts = centred.unflatten(2, (self.blocks, -1)).transpose(1, 2)
+        for own, part in zip(self.product, parts, strict=True):
+            own += part.mT @ part
+
+    def merge(self, other: Moments) -> None:
+        """Add the sums of other rows of the same features."""
+        if (self.groups, self.columns, self.blocks) != (other.groups, other.columns, other.blocks):
+            raise DataError(
+                "sums of other features can't be added up",
+                why=f"there are {self.groups} × {self.columns} features in {self.blocks} blocks "
+                f"here, and {other.groups} × {other.columns} in {other.blocks} there",
+                fix="collect both parts with the same graph, plan and options",
+            )
+        if other.shift is None:
+            return
+        if self.shift is None:
+            self._begin(other.shift)
+        gap = (other.shift - self._shift).to(self.total.device)
+        moved = other.total.to(gap.device)
+        d, t = self._by_block(gap), self._by_block(moved)
+        cross = t[..., :, None] * d[..., None, :]
+        self.product += other.product.to(gap.device) + cross + cross.mT
+        self.product += other.count * d[..., :, None] * d[..., None, :]
+        self.total += moved + other.count * gap
+        self.count += other.count
+
+    @property
+    def _shift(self) -> Tensor:
+        if self.shift is None:
+            raise DataError(
+                "no rows of these features were seen",
+                why="the forward did not run what it ran when it was traced",
+                fix="trace the model with inputs like those of the calibration data",
+            )
+        return self.shift
+
+    def _begin(self, shift: Tensor) -> None:
+        # A shift that float32 holds exactly, so that it is the same for rows of any type.
+        self.shift = shift.float().double()
+        self.total = torch.zeros_like(self.shift)
+        n = self.columns // self.blocks
+        self.product = self.shift.new_zeros(self.groups, self.blocks, n, n)
+
+    def _by_block(self, values: Tensor) -> Tensor:
+        blocks: Tensor = values.unflatten(1, (self.blocks, -1))
+        return blocks
+
+
+def fit_memory(wanted: Sequence[tuple[Moments, int]], limit: int, widest: int) -> None:
+    """Make sums coarser until they take ``limit`` bytes at most, the largest first.
+
+    Parameters
+    ----------
+    wanted
+        Every sum with the number of taps that its columns consist of: the first step is a block
+        for each tap, the second is squares alone.
+    widest
+        Columns above which products are taken by tap in any case.
+
+    Raises
+    ------
+    DataError
+        If not even the squares fit.
+    """
+    for moments, taps in wanted:
+        if moments.columns > widest and taps > 1:
+            moments.blocks = taps
+    taps_of = {id(moments): taps for moments, taps in wanted}
+    every = [moments for moments, _ in wanted]
+    while (taken := sum(moments.bytes for moments in every)) > limit:
+        largest = max(every, key=lambda moments: moments.bytes)
+        if largest.blocks == largest.columns:
+            raise DataError(
+                f"statistics of calibration data need {taken} bytes, and {limit} are allowed",
+                why="not even mean and variance of what weights read fit in",
+                fix="raise memory_limit",
+            )
+        taps = taps_of[id(largest)]
+        largest.blocks = taps if largest.blocks < taps else largest.columns

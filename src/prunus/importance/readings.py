@@ -1,0 +1,139 @@
+"""Which second moments are worth taking, and which weights share them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prunus.graph.axis import Label, Mask, kept_positions
+from prunus.importance.moments import Moments, fit_memory
+from prunus.importance.windows import Window, window_of
+from prunus.tracer.program import Node, Program, Ref
+
+WIDEST = 8192
+"""Columns above which products are summed up for every tap of a convolution apart."""
+
+
+@dataclass(frozen=True)
+class SecondMoments:
+    """What second moments are taken of.
+
+    Attributes
+    ----------
+    kept
+        Units that stay: then only of what reads a unit that goes.  None: of all that reads units.
+    positions
+        Of an image at which a convolution is looked at.
+    memory_limit
+        Bytes that all sums may take.
+    """
+
+    kept: Mask | None = None
+    positions: int = 64
+    memory_limit: int = 8 << 30
+
+    def concerns(self, label: Label) -> bool:
+        """Whether what stands on this dim loses anything."""
+        if self.kept is None:
+            return bool(label.any())
+        return len(kept_positions(label, self.kept)) < len(label)
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """One recorded product of activations with the weight of a site: its window, what it reads."""
+
+    node: Node
+    data: Ref
+    weight: Ref
+
+    def window(self, program: Program) -> Window:
+        return window_of(self.node.args, program.shapes[self.weight.value])
+
+
+class Identity:
+    """Tells values of a program apart: two views of one tensor taken alike are one value."""
+
+    def __init__(self, program: Program) -> None:
+        self._keys: dict[int, Any] = {}
+        self._roots: dict[int, int] = {}
+        self._epochs: list[tuple[int, int]] = []
+        for index, node in enumerate(program.nodes):
+            refs = refs_in(list(node.args.values()))
+            returns = node.target._schema.returns
+            if not refs or not returns or returns[0].alias_info is None:
+                continue
+            root = self._roots.get(refs[0].value, refs[0].value)
+            for place, number in enumerate(node.outputs):
+                self._roots[number] = root
+                if node.target._schema.is_mutable:
+                    self._epochs.append((index, root))
+                else:
+                    said = [(name, self._told(value)) for name, value in node.args.items()]
+                    self._keys[number] = (str(node.target), place, *said)
+        self._index = {id(node): index for index, node in enumerate(program.nodes)}
+
+    def of(self, node: Node, value: int) -> Any:
+        """What a node reads as that value: equal for equal content."""
+        root = self._roots.get(value, value)
+        before = self._index[id(node)]
+        changes = sum(index < before and other == root for index, other in self._epochs)
+        return (self._keys.get(value, value), changes)
+
+    def _told(self, value: Any) -> Any:
+        if isinstance(value, Ref):
+            return self._keys.get(value.value, value)
+        if isinstance(value, (list, tuple)):
+            return tuple(self._told(item) for item in value)
+        return value
+
+
+def refs_in(value: Any) -> list[Ref]:
+    """Every value that recorded arguments speak of, in order."""
+    if isinstance(value, Ref):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [ref for item in value for ref in refs_in(item)]
+    return []
+
+
+def share_moments(
+    program: Program,
+    sites: Sequence[tuple[Label, Sequence[Reading]]],
+    weights: Mapping[int, tuple[int, ...]],
+    options: SecondMoments,
+) -> list[tuple[Moments | None, Window]]:
+    """Moments for every site of which they are wanted, within the memory that is allowed.
+
+    Sites that read the same values in the same way share one object.  A site has none whose
+    weight is not read as a whole, in one way (slices of a tensor, experts).
+
+    Parameters
+    ----------
+    sites
+        Label and readings of each.
+    weights
+        Shape of the whole tensor behind a weight that is read, by value number.
+    """
+    identity = Identity(program)
+    shared: dict[Any, tuple[Moments, int]] = {}
+    found: list[tuple[Moments | None, Window]] = []
+    for label, readings in sites:
+        windows = {reading.window(program) for reading in readings}
+        window = next(iter(windows))
+        shapes = [program.shapes[reading.weight.value] for reading in readings]
+        whole = all(
+            sorted(shape) == sorted(weights.get(reading.weight.value, ()))
+            and (bool(window.kernel) or len(shape) == 2)
+            for shape, reading in zip(shapes, readings, strict=True)
+        )
+        if len(windows) > 1 or not whole or not options.concerns(label):
+            found.append((None, window))
+            continue
+        key = (window, *(identity.of(r.node, r.data.value) for r in readings))
+        columns = len(label) // window.groups * window.taps
+        shared.setdefault(key, (Moments(window.groups, columns), window.taps))
+        found.append((shared[key][0], window))
+    fit_memory(list(shared.values()), options.memory_limit, WIDEST)
+    return found

@@ -1,0 +1,269 @@
+"""Cut a model and let what stays make up for what goes, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from prunus.errors import DataError, PlanError
+from prunus.graph.axis import kept_positions
+from prunus.graph.coupling import CouplingGraph
+from prunus.importance.statistics import Statistics, collect, kept_units
+from prunus.plans import Plan
+from prunus.recovery.consumers import Consumer, find_consumers
+from prunus.recovery.repair import Method, Repair, Repaired, outputs_that_stay, repair
+from prunus.surgeon.apply import cut
+from prunus.surgeon.biases import add_biases
+from prunus.surgeon.depth import without_blocks
+from prunus.tracer.inputs import rebuild_inputs
+from prunus.tracer.program import state_of
+from prunus.tracer.trace import trace
+
+RIDGE = 1e-3
+"""Share of the mean variance of the features that is added to each."""
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """What :func:`compensate` did.
+
+    Attributes
+    ----------
+    plan
+        What was applied: the plan that was given, and the biases that layers got.
+    repairs
+        For every weight that reads what was removed and could be changed, in the order in which
+        they run.
+    left
+        The other weights that read what was removed, with the reason.
+    undo
+        Puts the model back as it was.
+    """
+
+    plan: Plan
+    repairs: tuple[Repair, ...]
+    left: Mapping[str, str] = field(default_factory=dict)
+    undo: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
+
+
+def compensate(
+    model: nn.Module,
+    plan: Plan,
+    graph: CouplingGraph | None = None,
+    data: Iterable[Any] | None = None,
+    *,
+    statistics: Statistics | None = None,
+    method: Method = "least_squares",
+    ridge: float = RIDGE,
+    new_biases: bool = True,
+    positions: int = 64,
+    memory_limit: int = 8 << 30,
+    optimizer: torch.optim.Optimizer | None = None,
+    check: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> Compensation:
+    """Make the model smaller like :func:`prunus.apply`, and fold what goes into what stays.
+
+    Every weight that reads removed units gets the weights with which the units that stay say
+    best, in the least squares on calibration data, what all of them said (see
+    :mod:`prunus.recovery.least_squares`).  No labels are needed and nothing is trained.  It
+    happens in place and either as a whole or not at all.
+
+    Parameters
+    ----------
+    model, plan
+        The model that was traced, whole, and what to cut.
+    graph
+        What :func:`prunus.trace` found in it; without it, or where the plan drops blocks, the model
+        is traced again.
+    data, statistics
+        Calibration batches; or what :func:`prunus.collect` made of them with this graph and the
+        need ``"second_moment"``.
+    method
+        ``"least_squares"``, or ``"bias"``: the bias alone takes up the mean of what goes (An et
+        al., 2024).
+    ridge
+        λ as a share of the mean variance of what stays.
+    new_biases
+        Whether layers that have none may get a bias; the plan that comes back has them, and so do
+        files of :func:`prunus.save`.  A batch norm behind a layer takes up the constant as well.
+        Where nothing can, the fit is one without a constant.
+    positions, memory_limit
+        See :func:`prunus.collect`.
+    optimizer, check
+        See :func:`prunus.apply`.
+    progress
+        Called with the number of batches done.
+
+    Raises
+    ------
+    DataError
+        If there are neither data nor statistics, or they are empty, not finite, or another plan's.
+    PlanError
+        If the plan or the statistics are for another model, or an option is out of range.
+    ApplyError
+        If the smaller model does not run; it was put back.
+
+    Examples
+    --------
+    >>> import prunus
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    >>> x = torch.randn(64, 4)
+    >>> graph = prunus.trace(model, x)
+    >>> plan = prunus.plan(graph, model, ratio=0.5)
+    >>> done = prunus.compensate(model, plan, graph, [x])
+    >>> model[2].in_features, done.repairs[0].left < done.repairs[0].cut
+    (4, True)
+    """
+    _check_options(method, ridge)
+    if statistics is None and data is None:
+        raise DataError(
+            "compensation needs calibration data",
+            why="what stays is fitted to what went, on what the layers read",
+            fix="give data=loader, or statistics=prunus.collect(…, 'second_moment')",
+        )
+    with without_blocks(model, plan.drops):
+        if graph is None or plan.drops:
+            graph = _trace_again(model, plan)
+        if statistics is None:
+            statistics = collect(
+                *(model, graph, data or (), "second_moment"),
+                plan=plan.widths,
+                positions=positions,
+                memory_limit=memory_limit,
+                progress=progress,
+            )
+        repaired, left = repair_all(
+            *(model, plan.widths, graph, statistics),
+            method=method,
+            ridge=ridge,
+            new_biases=new_biases,
+        )
+    return _apply(model, plan, repaired, left, optimizer=optimizer, check=check)
+
+
+def repair_all(
+    model: nn.Module,
+    plan: Plan,
+    graph: CouplingGraph,
+    statistics: Statistics,
+    *,
+    method: Method = "least_squares",
+    ridge: float = RIDGE,
+    new_biases: bool = True,
+) -> tuple[list[tuple[Consumer, Repaired]], dict[str, str]]:
+    """New weights for all that reads what a plan removes, and why others have none.
+
+    The model is only read; see :func:`compensate`.
+    """
+    kept = kept_units(graph, plan)
+    if "second_moment" not in statistics.needs or statistics.unit_count != graph.unit_count:
+        raise DataError(
+            "these statistics are not those of this graph's second moments",
+            why=f"they have {', '.join(sorted(statistics.needs))} of {statistics.unit_count} units",
+            fix='prunus.collect(model, graph, data, "second_moment")',
+        )
+    touched = tuple(
+        site for site in statistics.sites if len(kept_positions(site.label, kept)) < len(site.label)
+    )
+    consumers, left = find_consumers(graph, model, touched, new_biases=new_biases)
+    state, _ = state_of(model)
+    repaired = []
+    for consumer in consumers:
+        channels = torch.zeros(len(consumer.site.label), dtype=torch.bool)
+        channels[kept_positions(consumer.site.label, kept)] = True
+        weight = state[consumer.tensor]
+        keep = {
+            a.dim: torch.as_tensor(p) for a, p in plan.keep.items() if a.tensor == consumer.tensor
+        }
+        rows = outputs_that_stay(consumer, tuple(weight.shape), keep)
+        found = repair(consumer, weight, channels, rows, method=method, share=ridge)
+        repaired.append((consumer, found))
+    return repaired, left
+
+
+def _check_options(method: str, ridge: float) -> None:
+    if method not in get_args(Method):
+        raise PlanError(
+            f"no method of compensation is called {method!r}",
+            why=f"known are {', '.join(get_args(Method))}",
+            fix='method="least_squares"',
+        )
+    if not 0 <= ridge < float("inf"):
+        raise PlanError(
+            f"the ridge is {ridge}",
+            why="it is a share of the mean variance of the features",
+            fix=f"give a finite number from 0 on; {RIDGE} is usual",
+        )
+
+
+def _trace_again(model: nn.Module, plan: Plan) -> CouplingGraph:
+    traced = plan.traced
+    if traced is None or traced["inputs"] is None:
+        raise PlanError(
+            "there are no inputs to trace the model with",
+            why="the plan does not describe those that it was made with",
+            fix="give graph=prunus.trace(model, args)",
+        )
+    args, kwargs = rebuild_inputs(traced["inputs"], model)
+    return trace(model, args, kwargs, outputs=list(traced["outputs"]))
+
+
+def _apply(
+    model: nn.Module,
+    plan: Plan,
+    repaired: list[tuple[Consumer, Repaired]],
+    left: Mapping[str, str],
+    *,
+    optimizer: torch.optim.Optimizer | None,
+    check: bool,
+) -> Compensation:
+    """Write the new weights into the whole model, then cut it; or change nothing."""
+    added = {
+        consumer.constant: 1 if consumer.site.window.transposed else 0
+        for consumer, _ in repaired
+        if consumer.place == "new bias"
+    }
+    grown = plan.with_biases(added)
+    saved: dict[str, Tensor] = {}
+    with without_blocks(model, plan.drops):
+        forget = add_biases(model, added)
+        state, _ = state_of(model)
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for name, values in saved.items():
+                state[name].copy_(values)
+        forget()
+
+    try:
+        for consumer, new in repaired:
+            _write(state, saved, consumer, new)
+        undo = cut(grown, model, optimizer=optimizer, check=check)
+    except BaseException:
+        put_back()
+        raise
+
+    def undo_all() -> None:
+        undo()
+        put_back()
+
+    return Compensation(grown, tuple(new.report for _, new in repaired), dict(left), undo_all)
+
+
+@torch.no_grad()
+def _write(
+    state: Mapping[str, Tensor], saved: dict[str, Tensor], consumer: Consumer, new: Repaired
+) -> None:
+    weight = state[consumer.tensor]
+    saved[consumer.tensor] = weight.detach().clone()
+    weight.copy_(new.weight)
+    if consumer.constant:
+        constant = state[consumer.constant]
+        saved.setdefault(consumer.constant, constant.detach().clone())
+        sign = -1 if consumer.place == "running mean" else 1
+        constant.copy_(constant.double() + sign * new.shift.to(constant.device))

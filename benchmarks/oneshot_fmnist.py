@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import oneshot_grid
 import oneshot_peers
+import peers
 import rows
 import torch
 from torch import Tensor, nn
@@ -180,8 +181,9 @@ def torch_kirigami(study: Study, seed: int) -> Iterator[dict[str, Any]]:
             model = oneshot_peers.torch_kirigami(
                 study.model, study.inputs, limit, seconds=max(1, left)
             )
-        except oneshot_peers.OutOfTime as error:
-            yield {**known, "recovery": "recalibrated", "note": str(error), "commit": rows.commit(),
+        except peers.OutOfTime:
+            note = f"did not finish in {LIMIT // 60} minutes of processor time"
+            yield {**known, "recovery": "recalibrated", "note": note, "commit": rows.commit(),
                    "dense_accuracy": f"{study.dense:.2f}"}  # fmt: skip
             continue
         yield study.row(model, recovery="cut", **known)

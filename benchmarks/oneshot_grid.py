@@ -72,9 +72,7 @@ def digest(values: Tensor | bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def check_disjoint(
-    calibration: Iterable[Tensor | bytes], test: Iterable[Tensor | bytes]
-) -> None:
+def check_disjoint(calibration: Iterable[Tensor | bytes], test: Iterable[Tensor | bytes]) -> None:
     """Refuse to calibrate on what is tested on: no input may be in both.
 
     >>> check_disjoint([b"a", b"b"], [b"b"])

@@ -9,10 +9,8 @@ model's own largest class.
 from __future__ import annotations
 
 import copy
-import signal
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import peers
@@ -122,16 +120,12 @@ def _differentiate(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, Ten
     return dict(zip(names, total, strict=True))
 
 
-class OutOfTime(Exception):
-    """An engine has used up its processor time."""
-
-
 def torch_kirigami(model: nn.Module, inputs: Tensor, limit: int, *, seconds: int) -> nn.Module:
     """torch-kirigami's model within a limit of MACs, as in its quick start.
 
     Raises
     ------
-    OutOfTime
+    peers.OutOfTime
         If it takes more seconds of processor time than allowed, all tries together.
     """
     from torch_kirigami import DependencyGraph
@@ -146,20 +140,6 @@ def torch_kirigami(model: nn.Module, inputs: Tensor, limit: int, *, seconds: int
         )[0]
         return smaller
 
-    with _limited(seconds), warnings.catch_warnings():
+    with peers.limited(seconds), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return cut_within(model, inputs, limit, cut)
-
-
-@contextmanager
-def _limited(seconds: int) -> Iterator[None]:
-    def stop(_signal: int, _frame: Any) -> None:
-        raise OutOfTime(f"did not finish in {seconds} seconds of processor time")
-
-    before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)

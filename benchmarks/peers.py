@@ -295,11 +295,11 @@ def judge(
     twin = copy.deepcopy(model)
     started = time.perf_counter()
     try:
-        with _limited(LIMIT):
+        with limited(LIMIT):
             pruned = prune(twin)
     except Exception as error:  # whatever an engine raises is its answer
         return Outcome("failed", seconds=time.perf_counter() - started, reason=blame(error))
-    except _OutOfTime:
+    except OutOfTime:
         return Outcome("timeout", seconds=LIMIT, reason=f"stopped after {LIMIT} processor seconds")
     seconds = time.perf_counter() - started
     ratio = _count(pruned) / _count(model)
@@ -316,16 +316,16 @@ def judge(
     return _compare(found, model, pruned, args, kwargs)
 
 
-class _OutOfTime(BaseException):
+class OutOfTime(BaseException):
     """No ``Exception``, so that no engine takes it for one of its own."""
 
 
 @contextlib.contextmanager
-def _limited(seconds: float) -> Iterator[None]:
+def limited(seconds: float) -> Iterator[None]:
     """Interrupt the main thread once the process has used that much of a processor."""
 
     def stop(_signal: int, _frame: Any) -> None:
-        raise _OutOfTime
+        raise OutOfTime
 
     before = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, seconds, 1)  # again, should the first have been swallowed

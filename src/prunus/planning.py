@@ -67,7 +67,7 @@ def plan(
     importance
         A name: of the weights alone ``"l1"``, ``"l2"``, ``"lamp"``, ``"fpgm"``, ``"bn_scale"``;
         of calibration data ``"taylor"``, ``"fisher"``, ``"head_gradient"``, ``"activation"``,
-        ``"wanda"``, ``"flap"``, ``"confidence"``; the control ``"random"``.  Or a
+        ``"wanda"``, ``"flap"``, ``"obs"``, ``"confidence"``; the control ``"random"``.  Or a
         :class:`prunus.Movement`, or a function of a group and a context.
     data, statistics
         Calibration batches for an importance that reads them, and for the influence of blocks

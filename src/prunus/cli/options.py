@@ -128,7 +128,8 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
         default="l2",
         metavar="NAME",
         help="score of a unit, of the weights: l1, l2 (default), lamp, fpgm, bn_scale, random; of "
-        "calibration data: taylor, fisher, head_gradient, activation, wanda, flap, confidence",
+        "calibration data: taylor, fisher, head_gradient, activation, wanda, flap, obs, "
+        "confidence",
     )
     group.add_argument(
         "--scope",

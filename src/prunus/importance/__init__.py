@@ -3,6 +3,7 @@
 from prunus.importance import calibrated as _calibrated
 from prunus.importance import control as _control
 from prunus.importance import magnitude as _magnitude
+from prunus.importance import obs as _obs
 from prunus.importance import structure as _structure
 from prunus.importance.movement import Movement
 from prunus.importance.registry import (
@@ -29,4 +30,4 @@ __all__ = [
     "score",
 ]
 
-del _calibrated, _control, _magnitude, _structure
+del _calibrated, _control, _magnitude, _obs, _structure

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prunus.graph.axis import Label, Mask, kept_positions
+from prunus.graph.axis import Axis, Label, Mask, Role, kept_positions
+from prunus.graph.coupling import CouplingGraph
 from prunus.importance.moments import Moments, fit_memory
 from prunus.importance.windows import Window, window_of
 from prunus.tracer.program import Node, Program, Ref
@@ -137,3 +138,16 @@ def share_moments(
         found.append((shared[key][0], window))
     fit_memory(list(shared.values()), options.memory_limit, WIDEST)
     return found
+
+
+def contracted_dim(graph: CouplingGraph, tensor: str, label: Label, window: Window) -> int | None:
+    """Which dim of a weight that reads those units is summed over; None if that is not certain."""
+    shape = graph.shapes.get(tensor, ())
+    if window.kernel:
+        return 0 if window.transposed else 1
+    dims = [
+        dim
+        for dim in range(len(shape))
+        if graph.roles.get(Axis(tensor, dim)) is Role.CONSUMER and shape[dim] == len(label)
+    ]
+    return dims[0] if len(dims) == 1 and len(shape) == 2 else None

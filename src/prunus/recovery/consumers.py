@@ -8,10 +8,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from prunus.graph.axis import Axis, Role
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance.activations import Site, origins_of
-from prunus.importance.readings import refs_in
+from prunus.importance.readings import contracted_dim, refs_in
 from prunus.tracer.program import Node, Program
 
 Place = Literal["bias", "running mean", "new bias", ""]
@@ -67,7 +66,7 @@ def find_consumers(
             left[site.module or "the model"] = "its weight is computed from other tensors"
             continue
         others = [node for node in uses.get(name, ()) if not _contracts(node)]
-        dim = _contracted_dim(graph, site)
+        dim = contracted_dim(graph, site.tensor, site.label, site.window)
         if others:
             left[name] = f"{others[0].target._schema.name} reads the weight as well"
         elif several.count(name) > 1:
@@ -82,20 +81,6 @@ def find_consumers(
 
 def _contracts(node: Node) -> bool:
     return node.effect is not None and bool(node.effect.contracted)
-
-
-def _contracted_dim(graph: CouplingGraph, site: Site) -> int | None:
-    """Which dim of the weight itself is summed over; None if that is not certain."""
-    shape = graph.shapes.get(site.tensor, ())
-    if site.window.kernel:
-        return 0 if site.window.transposed else 1
-    dims = [
-        dim
-        for dim in range(len(shape))
-        if graph.roles.get(Axis(site.tensor, dim)) is Role.CONSUMER
-        and shape[dim] == len(site.label)
-    ]
-    return dims[0] if len(dims) == 1 and len(shape) == 2 else None
 
 
 def _uses(program: Program) -> dict[str, list[Node]]:

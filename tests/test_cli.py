@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,6 +98,11 @@ def needs(package: str) -> None:
         pytest.skip(f"{package} is not installed")
 
 
+def recovered(document: dict[str, Any]) -> list[str]:
+    """The steps of the recovery."""
+    return [step["name"] for step in document["recovery"]]
+
+
 def shrink_json(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> dict:
     """The document that a command prints; everything else has to be on stderr."""
     assert main([*argv, "--json"]) == code
@@ -172,7 +178,7 @@ def test_shrink_writes_what_it_is_asked_to(net, tmp_path, capsys) -> None:
     assert json.loads(files["certificate"].read_text()) == document["certificate"]
     assert set(document["certificate"]) >= CERTIFICATE
     assert document["certificate"]["verdict"] == "exact"
-    assert document["recalibrated"] is True
+    assert recovered(document) == ["cut", "least squares", "batch norms"]
     dense, pruned = document["stages"]
     assert [dense["name"], pruned["name"]] == ["dense", "pruned"]
     for cost in ("params", "macs"):
@@ -344,7 +350,7 @@ def test_images_in_a_folder_calibrate(net, tmp_path, capsys) -> None:
     asked = ["shrink", net, "--macs", "0.5", "--data", str(folder.parent)]
     out = tmp_path / "small.safetensors"
     document = shrink_json(capsys, *asked, "--mean", "0.5", "--std", "0.25", "--out", str(out))
-    assert document["recalibrated"] is True
+    assert recovered(document) == ["cut", "least squares", "batch norms"]
     for wrong, text in [
         (["--mean", "0.5,0.5"], "--mean has 2 numbers"),
         (["--std", "0"], "not above zero"),
@@ -354,12 +360,12 @@ def test_images_in_a_folder_calibrate(net, tmp_path, capsys) -> None:
         assert text in capsys.readouterr().err
 
 
-def test_data_for_a_model_without_batch_norms_is_said_to_be_unused(net, tmp_path, capsys) -> None:
+def test_data_repair_a_model_without_batch_norms(net, tmp_path, capsys) -> None:
     np.savez(tmp_path / "x.npz", np.zeros((4, 5)))
     other = [net.replace(":net", ":other"), "--input-shape", "2,5"]
     asked = ["shrink", *other, "--params", "0.6", "--data", str(tmp_path / "x.npz")]
     assert main(asked) == 0
-    assert "no batch norm; the calibration data was not used" in capsys.readouterr().out
+    assert "after least squares" in capsys.readouterr().out
 
 
 def test_options_reach_the_planner(net, capsys) -> None:
@@ -415,7 +421,7 @@ def test_a_folder_of_transformers_with_lines_of_text(tmp_path, capsys) -> None:
     asked = ["shrink", f"hf:{folder}", "--params", "0.8", "--data", data, "--out", out]
     document = shrink_json(capsys, *asked)
     assert document["certificate"]["verdict"] == "exact"
-    assert document["recalibrated"] is False  # there is no batch norm
+    assert recovered(document) == ["cut", "least squares"]  # there is no batch norm
     loaded = shrink_json(capsys, "load", out, "--build", f"hf:{folder}")
     assert loaded["outputs"] == {"logits": [1, 16, 9]}
     told = run("inspect", f"hf:{folder}")
@@ -471,7 +477,7 @@ def test_inputs_by_keyword_and_from_a_npz(tmp_path, capsys) -> None:
     np.savez(tmp_path / "data.npz", inputs=np.random.default_rng(0).normal(size=(100, 4)))
     asked = ["--params", "0.7", "--data", str(tmp_path / "data.npz")]
     document = shrink_json(capsys, "shrink", f"{tmp_path / 'keys.py'}:Net", *asked)
-    assert document["recalibrated"] is True
+    assert recovered(document) == ["cut", "least squares", "batch norms"]
     assert document["certificate"]["verdict"] == "exact"
 
 
@@ -690,6 +696,7 @@ def test_bad_options_exit_with_2_and_help_with_0() -> None:
 SLOW = """
 import time
 from pathlib import Path
+from typing import Any
 from prunus.files import replace_file
 
 def net():
@@ -830,7 +837,7 @@ def test_an_importance_reads_the_calibration_data(verb, net, tmp_path, capsys) -
     document = shrink_json(capsys, *asked)
     assert sum(group["size"] - group["kept"] for group in document["groups"]) > 0
     if verb == "shrink":
-        assert document["recalibrated"]
+        assert "batch norms" in recovered(document)
         assert prunus.Plan.load(tmp_path / "plan.json").origin["importance"] == "taylor"
 
 
@@ -838,9 +845,11 @@ def test_data_that_comes_once_serves_importance_and_batch_norms(net, tmp_path, c
     (tmp_path / "once.py").write_text(f"{NET}\ndef once():\n    return iter(loader())\n")
     data = f"{tmp_path / 'once.py'}:once"
     asked = ["shrink", net, "--macs", "0.5", "--importance", "flap", "--data", data]
-    assert shrink_json(capsys, *asked)["recalibrated"]
+    assert "batch norms" in recovered(shrink_json(capsys, *asked))
     other = net.replace(":net", ":other")
     (tmp_path / "lines.py").write_text("import torch\ndef x():\n    return [torch.randn(3, 5)]\n")
     asked = ["shrink", other, "--params", "0.6", "--input-shape", "1,5", "--importance", "wanda"]
     assert main([*asked, "--data", f"{tmp_path / 'lines.py'}:x"]) == 0
-    assert "only the importance used the calibration data" in capsys.readouterr().out
+    assert "after least squares" in capsys.readouterr().out
+    assert main([*asked, "--data", f"{tmp_path / 'lines.py'}:x", "--recover", "none"]) == 0
+    assert "On the calibration data" not in capsys.readouterr().out

@@ -147,7 +147,8 @@ def test_shrink_uses_its_data_for_importance_and_batch_norms(kind) -> None:
     model, data = net(), [images(), images()]
     twin = copy.deepcopy(model)
     budget = prunus.Budget(macs=0.5)
-    done = prunus.shrink(model, data[0], budget=budget, importance="taylor", data=kind(data))
+    options = {"importance": "taylor", "recover": "recalibrate"}
+    done = prunus.shrink(model, data[0], budget=budget, data=kind(data), **options)
     graph = prunus.trace(twin, data[0])
     plan = prunus.plan(graph, twin, budget=budget, importance="taylor", data=data)
     assert done.plan == plan
@@ -167,7 +168,8 @@ def test_shrink_reads_its_data_once_for_all_its_plans() -> None:
 
     model = Comparing().eval()
     budget = prunus.Budget(params=0.7)
-    done = prunus.shrink(model, torch.randn(3, 8), budget=budget, importance="flap", data=Data())
+    options = {"importance": "flap", "recover": "none"}
+    done = prunus.shrink(model, torch.randn(3, 8), budget=budget, data=Data(), **options)
     assert list(done.held) == ["second.weight[0]"]
     assert len(passes) == 1
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain, islice
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
 
 from prunus.budget import Budget
-from prunus.errors import DataError, PlanError, VerifyError
+from prunus.errors import PlanError, VerifyError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance import Statistics, collect, needs_of
+from prunus.importance.batches import first_batches
 from prunus.integrations.hf import example_inputs
 from prunus.integrations.hf_config import uniform
 from prunus.oracle import Certificate, verify
@@ -29,7 +29,7 @@ from prunus.planning import (
     refuse_statistics,
 )
 from prunus.plans import Plan
-from prunus.recovery import recalibrate
+from prunus.recovery import LOOKED_AT, Progress, Recover, Step, cut_and_recover
 from prunus.rollback import find_culprits
 from prunus.surgeon.apply import cut
 from prunus.surgeon.depth import refuse_quantized, without_blocks
@@ -42,7 +42,8 @@ class Shrunk:
     """What :func:`shrink` did: the smaller model, the plan, and the proof.
 
     ``held`` names the groups and blocks that stayed whole, with the reason: the proof rejected
-    them, or in a uniform plan the config can't say them.
+    them, or in a uniform plan the config can't say them.  ``recovery`` has what was done with the
+    calibration data, step by step, with the error of the outputs after each.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class Shrunk:
     plan: Plan
     certificate: Certificate | None
     held: Mapping[str, str] = field(default_factory=dict)
+    recovery: tuple[Step, ...] = ()
 
 
 def shrink(
@@ -66,10 +68,12 @@ def shrink(
     drop: Drop = (),
     protect_ends: bool = True,
     forward_fn: ForwardFn | None = None,
+    recover: Recover = "auto",
+    progress: Progress | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Shrunk:
-    """Trace, plan, prove, cut and recalibrate, all in one call; the model changes in place.
+    """Trace, plan, prove, cut and recover, all in one call; the model changes in place.
 
     Groups of which the proof finds that the model's own code does not follow are kept whole,
     and the plan is made again without them; so are blocks, unless they were named.
@@ -81,7 +85,7 @@ def shrink(
     budget
         See :func:`plan`, which also takes the ``options``.
     data
-        Calibration batches, for batch norms (without them they keep the old statistics), for an
+        Calibration batches, for the recovery (without them the model is only cut), for an
         importance that reads them, and for the number of blocks to drop (without them that is
         decided on the example inputs).  An iterator that has to serve twice is kept as a list.
     verified
@@ -97,6 +101,14 @@ def shrink(
         Blocks to drop, as in :func:`plan`: with them the budget may be left out.
     forward_fn
         What is run in place of the forward, as in :func:`trace`, also on the data's batches.
+    recover
+        What the data are used for after the proof, without labels and without training.
+        ``"auto"`` folds what goes into what stays (:func:`compensate`, least squares), measures
+        batch norms again (:func:`recalibrate`), and keeps of either what brings the outputs nearer
+        to the dense model's; ``"recalibrate"``, ``"bias"`` and ``"least_squares"`` do one of
+        these; ``"none"`` leaves what the cut left.  ``Shrunk.recovery`` says what each brought.
+    progress
+        Called with the name of a step of the recovery, and the number of batches done.
 
     Raises
     ------
@@ -114,9 +126,10 @@ def shrink(
         refuse_statistics(options.get("statistics"))
     given = options.get("statistics") is not None
     needs = frozenset() if given else needs_of(options.get("importance", "l2"))
-    if isinstance(data, Iterator) and (needs or isinstance(drop, int)):
-        data = list(data)  # it is read twice
-    batches = data if data is None or needs else _at_least_one(data)
+    if isinstance(data, Iterator) and (needs or isinstance(drop, int) or recover != "none"):
+        data = list(data)  # it is read several times
+    recovered_with = None if recover == "none" else data
+    looked_at = [] if recovered_with is None else first_batches(recovered_with, LOOKED_AT)
     with entered_by(model, forward_fn):
         graph = trace(model, args, kwargs, outputs=outputs)
         task = _Task(
@@ -124,14 +137,14 @@ def shrink(
         )
         asked = tuple(options.pop("hold", ()))
         chosen, certificate, held = task.solve(asked, verified, {"budget": budget, **options})
-        undo = cut(chosen, model)
-        if batches is not None:
-            try:
-                recalibrate(model, batches)
-            except BaseException:
-                undo()
-                raise
-    return Shrunk(model, graph, chosen, certificate, held)
+        recovered = cut_and_recover(
+            *(model, chosen, None if chosen.drops else graph, recovered_with),
+            method=recover,
+            looked_at=looked_at,
+            new_biases=mode == "free",  # a plain config can't say them
+            progress=progress,
+        )
+    return Shrunk(model, graph, recovered.plan, certificate, held, recovered.steps)
 
 
 def drop_layers(
@@ -333,16 +346,3 @@ def inputs_of(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> 
 
 def _why_inexact(proof: Certificate) -> str:
     return proof.reason or f"the outputs differ by {proof.rel_err:.1e}"
-
-
-def _at_least_one(data: Iterable[Any]) -> Iterable[Any]:
-    """The same batches; refused before anything is cut if there are none."""
-    batches = iter(data)
-    first = list(islice(batches, 1))
-    if not first:
-        raise DataError(
-            "the calibration data is empty",
-            why="the iterable gave no batch (an iterator can be used only once)",
-            fix="give a DataLoader or a list of batches; the model was not touched",
-        )
-    return chain(first, batches)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from prunus.cli import cutting
 from prunus.cli import options as shared
 
 if TYPE_CHECKING:
-    from prunus import Plan
+    from prunus import Certificate, Plan
     from prunus.cli.models import Loaded
 
 
@@ -29,12 +29,13 @@ def add_parser(verbs: Any) -> None:
     shared.add_model_options(parser)
     shared.add_files(parser, [file for file in cutting.FILES if file[0] != "plan"])
     shared.add_data_options(parser)
+    cutting.add_recovery(parser)
     parser.add_argument("--no-verify", action="store_true", help="don't prove the cut")
     parser.set_defaults(run=run, plan=None)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Read the plan, prove, cut, recalibrate; write what was asked for; print the outcome."""
+    """Read the plan, prove, cut, recover; write what was asked for; print the outcome."""
     from prunus.cli.data import load_data
     from prunus.cli.models import load_model
 
@@ -57,13 +58,16 @@ def _cut(
     options: argparse.Namespace,
     step: Callable[..., None],
 ) -> cutting.Outcome:
-    """Prove on a copy; if that does not fail, cut the model in place and recalibrate."""
+    """Prove on a copy; if that does not fail, cut the model in place and recover."""
     import prunus
+    from prunus.importance.batches import first_batches
+    from prunus.recovery import LOOKED_AT, Step, cut_and_recover
 
     model = loaded.model
     step("counting")
     stages = [cutting.measure(loaded, "dense")]
-    certificate, recalibrated = None, False
+    certificate: Certificate | None = None
+    recovery: tuple[Step, ...] = ()
     if not options.no_verify:
         step("proving")
         certificate = prunus.verify(
@@ -71,8 +75,19 @@ def _cut(
         )
     if certificate is None or certificate.verdict != "inexact":
         step("cutting")
-        prunus.apply(plan, model)
-        recalibrated = cutting.recalibrate(loaded, data, step)
+        if isinstance(data, Iterator):
+            data = list(data)  # it is read several times
+        looked_at = [] if data is None else first_batches(data, LOOKED_AT)
+        graph = None
+        if data is not None and not plan.drops:
+            graph = prunus.trace(model, loaded.args, loaded.kwargs, outputs=options.outputs)
+        done = cut_and_recover(
+            *(model, plan, graph, data),
+            method=options.recover,
+            looked_at=looked_at,
+            progress=cutting.telling(step),
+        )
+        plan, recovery = done.plan, done.steps
         stages.append(cutting.measure(loaded, "pruned"))
-    document = cutting.describe(options, plan, certificate, stages, recalibrated=recalibrated)
+    document = cutting.describe(options, plan, certificate, stages, recovery)
     return cutting.Outcome(model, plan, certificate, document)

@@ -1,10 +1,11 @@
-"""What ``shrink`` and ``apply`` have in common: prove, cut, recalibrate, write, tell."""
+"""What ``shrink`` and ``apply`` have in common: prove, cut, recover, write, tell."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
     from prunus import Certificate, Plan
     from prunus.cli.models import Loaded
+    from prunus.recovery import Step
+
+RECOVERIES = ("auto", "none", "recalibrate", "bias", "least_squares")
 
 FILES = [
     ("out", "the smaller model, as safetensors: prunus.load(FILE, build=…) reads it"),
@@ -36,6 +40,18 @@ class Outcome:
     plan: Plan
     certificate: Certificate | None
     document: dict[str, Any]
+
+
+def add_recovery(parser: argparse.ArgumentParser) -> None:
+    """What the calibration data are used for after the proof."""
+    parser.add_argument(
+        "--recover",
+        choices=RECOVERIES,
+        default="auto",
+        help="what the calibration data repair: weights by least squares, then batch norms, of "
+        "either what brings the outputs nearer to the dense model's (auto, the default); or one "
+        "of them; or nothing",
+    )
 
 
 def check(options: argparse.Namespace) -> None:
@@ -62,21 +78,9 @@ def measure(loaded: Loaded, name: str) -> dict[str, Any]:
     return {"name": name, **prunus.measure_costs(loaded.model, loaded.args, loaded.kwargs)}
 
 
-def recalibrate(loaded: Loaded, data: Any, step: Callable[..., None]) -> bool:
-    """Whether there was anything to measure."""
-    import prunus
-
-    batches = 0
-
-    def count(done: int) -> None:
-        nonlocal batches
-        batches = done
-        step(f"recalibrating: {done} batches", same=True)
-
-    if data is not None:
-        step("recalibrating")
-        prunus.recalibrate(loaded.model, data, progress=count)
-    return batches > 0
+def telling(step: Callable[..., None]) -> Callable[[str, int], None]:
+    """What tells how far the recovery is."""
+    return lambda name, batches: step(f"recovering: {name}, {batches} batches", same=True)
 
 
 def describe(
@@ -84,15 +88,17 @@ def describe(
     plan: Plan,
     certificate: Certificate | None,
     stages: list[dict[str, Any]],
-    *,
-    recalibrated: bool,
+    recovery: Sequence[Step],
 ) -> dict[str, Any]:
     """The report of a cut, as plain data."""
     from prunus.report.documents import describe_choices
 
     return {
         **shared.head(options),
-        "recalibrated": recalibrated,
+        "recovery": [
+            {**asdict(step), "error": None if math.isnan(step.error) else step.error}
+            for step in recovery
+        ],
         "costs": {name: list(pair) for name, pair in sorted(plan.costs.items())},
         "stages": stages,
         "drops": list(plan.drops),
@@ -162,7 +168,6 @@ def show_certificate(certificate: Certificate, fix: str) -> None:
 
 
 def _show(outcome: Outcome, options: argparse.Namespace) -> None:
-    from prunus.importance import needs_of
     from prunus.report.console import show, show_stages
     from prunus.report.tables import choices_table
 
@@ -176,15 +181,29 @@ def _show(outcome: Outcome, options: argparse.Namespace) -> None:
         show_certificate(outcome.certificate, f"no model was written; {fix}")
     for name, reason in outcome.document.get("held", {}).items():
         show(f"{name} stays whole, since the proof rejects its cut: {reason}")
-    if outcome.document["recalibrated"]:
-        show("Batch norms were measured again on the calibration data.")
-    elif options.data is not None and len(outcome.document["stages"]) == 2:
-        read = needs_of(getattr(options, "importance", "l2"))
-        use = (
-            "only the importance used the calibration data"
-            if read
-            else ("the calibration data was not used")
-        )
-        show(f"The model has no batch norm; {use}.")
+    if outcome.document["recovery"]:
+        show(tell_recovery(outcome.document["recovery"]))
     for name, path in outcome.document["files"].items():
         show(f"wrote {name}: {path}")
+
+
+def tell_recovery(steps: Sequence[dict[str, Any]]) -> str:
+    """What the calibration data brought, step by step.
+
+    >>> steps = [("cut", 0.5, True, ""), ("least squares", 0.125, True, ""),
+    ...          ("batch norms", 0.25, False, "it made the outputs worse")]
+    >>> names = ("name", "error", "kept", "why")
+    >>> print(tell_recovery([dict(zip(names, step)) for step in steps]))
+    On the calibration data the outputs are off by 50.0% after the cut, 12.5% after least squares.
+    Not kept: batch norms (25.0%), since it made the outputs worse.
+    """
+
+    def error(step: dict[str, Any]) -> str:
+        return "an unknown share" if step["error"] is None else f"{step['error']:.1%}"
+
+    kept = [f"{error(s)} after {'the ' * (s['name'] == 'cut')}{s['name']}"
+            for s in steps if s["kept"]]  # fmt: skip
+    lines = [f"On the calibration data the outputs are off by {', '.join(kept)}."]
+    lines += [f"Not kept: {s['name']} ({error(s)}), since {s['why']}."
+              for s in steps if not s["kept"]]  # fmt: skip
+    return "\n".join(lines)

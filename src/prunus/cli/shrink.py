@@ -24,12 +24,13 @@ def add_parser(verbs: Any) -> None:
     shared.add_choice_options(parser)
     shared.add_files(parser, cutting.FILES)
     shared.add_data_options(parser)
+    cutting.add_recovery(parser)
     parser.add_argument("--no-verify", action="store_true", help="don't prove the cut")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Trace, plan, prove, cut, recalibrate; write what was asked for; print the outcome."""
+    """Trace, plan, prove, cut, recover; write what was asked for; print the outcome."""
     import prunus
     from prunus.cli.data import load_data
     from prunus.cli.models import load_model
@@ -46,9 +47,7 @@ def run(options: argparse.Namespace) -> int:
         read: dict[str, Any] = {}
         if isinstance(data, Iterator):
             data = list(data)  # it may be read twice
-        if options.drop:
-            read["data"] = data
-        elif needs_of(options.importance):
+        if not options.drop and needs_of(options.importance):
             graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
             read["statistics"] = collect(loaded, graph, data, options, step)
         step("planning and cutting" if options.no_verify else "planning, proving and cutting")
@@ -58,14 +57,14 @@ def run(options: argparse.Namespace) -> int:
             loaded.kwargs,
             outputs=options.outputs,
             verified=not options.no_verify,
+            data=data,
+            recover=options.recover,
+            progress=cutting.telling(step),
             **read,
             **choice_of(options),
         )
-        recalibrated = cutting.recalibrate(loaded, data, step)
         stages.append(cutting.measure(loaded, "pruned"))
-        document = cutting.describe(
-            options, small.plan, small.certificate, stages, recalibrated=recalibrated
-        )
+        document = cutting.describe(options, small.plan, small.certificate, stages, small.recovery)
         document.update(budget=bounds, held=dict(small.held))
         outcome = cutting.Outcome(loaded.model, small.plan, small.certificate, document)
         step("writing")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -41,6 +42,18 @@ def labels_of(batch: Any) -> Tensor | None:
     else:
         found = batch[1] if isinstance(batch, (list, tuple)) and len(batch) > 1 else None
     return found if isinstance(found, Tensor) else None
+
+
+def first_batches(data: Iterable[Any], count: int) -> list[Any]:
+    """As many batches as there are, up to a number; :class:`~prunus.errors.DataError` for none."""
+    found = list(islice(iter(data), count))
+    if not found:
+        raise DataError(
+            "the calibration data is empty",
+            why="the iterable gave no batch (an iterator can be used only once)",
+            fix="give a DataLoader or a list of batches; the model was not touched",
+        )
+    return found
 
 
 def count_samples(batch: Any) -> int:

@@ -2,5 +2,15 @@
 
 from prunus.recovery.compensate import Compensation, compensate
 from prunus.recovery.norms import recalibrate
+from prunus.recovery.recover import LOOKED_AT, Progress, Recover, Step, cut_and_recover
 
-__all__ = ["Compensation", "compensate", "recalibrate"]
+__all__ = [
+    "LOOKED_AT",
+    "Compensation",
+    "Progress",
+    "Recover",
+    "Step",
+    "compensate",
+    "cut_and_recover",
+    "recalibrate",
+]

@@ -41,8 +41,7 @@ def recalibrate(
     DataError
         If the data holds no batch; the model is as it was.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    norms = [norm for norm in norms if norm.track_running_stats]
+    norms = batch_norms(model)
     if not norms:
         return model
     modes = {module: module.training for module in model.modules()}
@@ -83,6 +82,12 @@ def recalibrate(
         for module, mode in modes.items():
             module.training = mode
     return model
+
+
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The batch norms that keep running statistics."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [norm for norm in norms if norm.track_running_stats]
 
 
 def _is_finite(norm: nn.Module) -> bool:

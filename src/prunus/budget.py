@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from numbers import Integral, Rational, Real
 from typing import TYPE_CHECKING, Any
 
 from prunus.errors import BudgetError
+from prunus.graph.scope import IN
 
 if TYPE_CHECKING:
     from prunus.graph.coupling import CouplingGraph
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 _FIX = "give a float in (0, 1] for a fraction of the dense cost, or an int ≥ 2 for a number"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Budget:
     """What the pruned model may cost at most; several bounds may be given and all will hold.
 
@@ -24,53 +26,88 @@ class Budget:
     ----------
     params, macs
         A float in (0, 1] is a fraction of the dense cost, an int ≥ 2 an absolute number.
+    bytes
+        Of parameters and buffers, as they are stored.
+    within
+        Budgets of parts of the model, by a glob over the paths of modules and the names of
+        tensors; fractions are of what that part costs.
 
     Examples
     --------
     >>> Budget(macs=0.5)
-    Budget(params=None, macs=0.5)
-    >>> Budget(params=2_000_000, macs=0.5).requested
-    {'macs': 0.5, 'params': 2000000}
+    Budget(macs=0.5)
+    >>> Budget(params=2_000_000, within={"layer4": Budget(macs=0.3)}).requested
+    {'params': 2000000, 'macs in layer4': 0.3}
     """
 
     params: float | int | None = None
     macs: float | int | None = None
+    bytes: float | int | None = None
+    within: Mapping[str, Budget] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.within, Mapping):
+            raise BudgetError(
+                f"within={self.within!r} is no mapping",
+                fix='write within={"layer4": Budget(macs=0.3)}, say',
+            )
+        inner: Any
+        for scope, inner in self.within.items():
+            if not isinstance(inner, Budget) or inner.within:
+                raise BudgetError(
+                    f"{inner!r} is no budget of a scope",
+                    where=f"within={{{scope!r}: …}}",
+                    fix="give a Budget that has no scopes of its own",
+                )
         if not self.requested:
             raise BudgetError(
                 "the budget bounds nothing",
-                why="neither params nor macs was given",
+                why=f"none of {', '.join(COSTS)} was given",
                 fix="write Budget(macs=0.5), say",
             )
-        for name, value in self.requested.items():
-            _check(name, value)
+        for name in COSTS:
+            if getattr(self, name) is not None:
+                _check(name, getattr(self, name))
+
+    def __repr__(self) -> str:
+        given = {name: getattr(self, name) for name in COSTS}
+        said = [f"{name}={value!r}" for name, value in given.items() if value is not None]
+        if self.within:
+            said.append(f"within={dict(self.within)!r}")
+        return f"Budget({', '.join(said)})"
 
     @property
     def requested(self) -> dict[str, float | int]:
-        """The bounds that were given, sorted by name."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: given[name] for name in sorted(given) if given[name] is not None}
+        """The bounds that were given, sorted by name; then those of scopes, ``"macs in GLOB"``."""
+        given = {name: getattr(self, name) for name in sorted(COSTS)}
+        found = {name: value for name, value in given.items() if value is not None}
+        for scope, inner in self.within.items():
+            found |= {f"{name}{IN}{scope}": value for name, value in inner.requested.items()}
+        return found
 
     def limits(self, graph: CouplingGraph) -> dict[str, int]:
-        """The largest allowed value of every bounded cost, sorted by name.
+        """The largest allowed value of every bounded cost, by the names of ``requested``.
 
         A fraction is taken for the decimal number that was written, so 0.29 of 100 is 29.
+
+        Raises
+        ------
+        BudgetError
+            If the graph does not count such a cost, or a scope matches nothing.
         """
         found: dict[str, int] = {}
         for name, value in self.requested.items():
-            if name not in graph.costs:
-                raise BudgetError(
-                    f"the graph knows no cost called {name!r}",
-                    why=f"it counts {', '.join(sorted(graph.costs)) or 'nothing'}",
-                    fix="bound one of those",
-                )
+            dense = graph.cost(name)
             number: Any = value
             if not isinstance(number, Integral):
-                found[name] = math.floor(Fraction(repr(float(value))) * graph.cost(name))
+                found[name] = math.floor(Fraction(repr(float(value))) * dense)
             else:
                 found[name] = int(value)
         return found
+
+
+COSTS = tuple(one.name for one in fields(Budget) if one.name != "within")
+"""What can be bounded."""
 
 
 def _check(name: str, value: Any) -> None:

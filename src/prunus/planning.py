@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +12,17 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prunus.budget import Budget
-from prunus.errors import PlanError
+from prunus.drops import Renaming
+from prunus.errors import BudgetError, PlanError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance import Importance, Statistics, collect, name_of, needs_of, score
 from prunus.importance.influence import block_influence
 from prunus.importance.targets import Loss
 from prunus.planner import Selection, select, thin
-from prunus.planner.allocate import Scope
+from prunus.planner.alignment import RoundTo
+from prunus.planner.allocate import Scope, check_share
+from prunus.planner.filters import spread
 from prunus.planner.layers import Drop, find_drops
 from prunus.plans import Plan
 from prunus.surgeon.attributes import find_edits
@@ -41,10 +45,11 @@ def plan(
     data: Iterable[Any] | None = None,
     statistics: Statistics | None = None,
     loss: Loss | None = None,
+    ratios: Mapping[str, float] | None = None,
     scope: Scope = "local",
-    min_width: int = 1,
-    max_ratio: float = 1.0,
-    round_to: int = 1,
+    min_width: int | Mapping[str, int] = 1,
+    max_ratio: float | Mapping[str, float] = 1.0,
+    round_to: RoundTo = 1,
     include: Globs | None = None,
     exclude: Globs = (),
     hold: Collection[str] = (),
@@ -61,9 +66,14 @@ def plan(
     graph, model
         What :func:`prunus.trace` found, and the model whose weights are scored.
     budget
-        Upper bounds on ``params`` and ``macs``, as fractions of the dense cost or absolute.
+        Upper bounds on ``params``, ``macs`` and ``bytes``, as fractions of the dense cost or
+        absolute, of the whole model and of parts of it; several hold at once.
     ratio
         In place of a budget: the share of units that every group loses, whatever that costs.
+    ratios
+        With a budget or alone: the share of its units that a group loses, exactly, by globs over
+        groups and their tensors, ``{"layer3.*": 0.3}``.  (Exactly: the nearest number of units
+        that locksteps and rounding allow.)  The budget takes nothing else of these groups.
     importance
         A name: of the weights alone ``"l1"``, ``"l2"``, ``"lamp"``, ``"fpgm"``, ``"bn_scale"``;
         of calibration data ``"taylor"``, ``"fisher"``, ``"head_gradient"``, ``"activation"``,
@@ -79,9 +89,13 @@ def plan(
         ``"local"`` (each group loses the same ratio), ``"isomorphic"`` (groups of one shape
         compete) or ``"global"`` (all groups compete: for scores that compare across layers).
     min_width, max_ratio
-        Floors: units that every group keeps, and the largest ratio it may lose.
+        Floors: units that every group keeps, and the largest ratio it may lose; one number, or
+        numbers by globs.
     round_to
-        Every pruned width becomes a multiple of this.
+        Every pruned width becomes a multiple of this; one number, or numbers by kind of layer and
+        by globs: ``{"linear": 32, "conv": 8, "head.*": 1, "*": 4}``.  A group narrower than twice
+        the number is rounded to half of it, and so on, down to 16: 32 is for groups at least 64
+        wide.  Where several globs fit a group, the most specific one decides.
     include, exclude
         Globs over group names and tensor names.
     hold
@@ -95,16 +109,19 @@ def plan(
     Raises
     ------
     BudgetError
-        If the floors stop it; the message says which, and what is reachable.
+        If the floors stop it; the message says which, and what is reachable.  If a scope of the
+        budget matches nothing.
     DataError
         If the importance needs calibration data and there is none.
     PlanError
         If blocks can't be dropped, the message says why; or if statistics are given along: they are
-        those of the model with all its blocks.
+        those of the model with all its blocks.  If a glob matches no group, or a ratio contradicts
+        a floor, the rounding or another ratio.
     """
     options: dict[str, Any] = {
         "budget": budget,
         "ratio": ratio,
+        "ratios": ratios,
         "importance": importance,
         "loss": loss,
         "scope": scope,
@@ -165,15 +182,35 @@ def plan_left(
     if not names:
         return _plan_widths(left, model, budget=budget, ratio=ratio, **options)
     requested = None if budget is None else budget.requested
-    if budget is not None:
-        budget = Budget(**budget.limits(graph))
-    if budget is None and ratio is None:
+    left = _scopes_of_original(left, names)
+    limits = None if budget is None else _left_of(budget.limits(graph), left)
+    if limits is None and ratio is None and not options.get("ratios"):
         chosen = plan_of_mask(left, model, left.all_kept, {"traced": left.traced})
     else:
-        chosen = _plan_widths(left, model, budget=budget, ratio=ratio, **options)
+        chosen = _plan_widths(left, model, budget=limits, ratio=ratio, **options)
     costs = {name: (graph.cost(name), after) for name, (_, after) in chosen.costs.items()}
     origin = {**chosen.origin, "budget": requested}
     return replace(chosen, drops=tuple(names), costs=costs, origin=origin)
+
+
+def _scopes_of_original(left: CouplingGraph, dropped: Sequence[str]) -> CouplingGraph:
+    """The same graph, whose costs are found by the paths of the model with all its blocks."""
+    renaming = Renaming(dropped)
+    parts = {
+        cost: {renaming.before(owner): part for owner, part in owners.items()}
+        for cost, owners in left.parts.items()
+    }
+    return replace(left, parts=parts)
+
+
+def _left_of(limits: Mapping[str, int], left: CouplingGraph) -> dict[str, int]:
+    """The bounds of what is left; that of a scope which is gone holds."""
+    found = {}
+    for name, most in limits.items():
+        with suppress(BudgetError):
+            left.polynomial(name)
+            found[name] = most
+    return found
 
 
 def refuse_statistics(statistics: Statistics | None) -> None:
@@ -210,7 +247,7 @@ def _plan_widths(
     graph: CouplingGraph,
     model: nn.Module,
     *,
-    budget: Budget | None = None,
+    budget: Budget | Mapping[str, int] | None = None,
     ratio: float | None = None,
     importance: str | Importance = "l2",
     data: Iterable[Any] | None = None,
@@ -228,11 +265,11 @@ def _plan_widths(
         scores = score(graph, tensors, importance, seed=seed, statistics=statistics)
         for name in hold:
             scores[graph.group(name).units] = np.inf
-        kept, stopped = _choose(graph, scores, budget, ratio, **options)
-        said = ("scope", "min_width", "max_ratio", "round_to")
+        kept, stopped = _choose(graph, scores, budget, ratio, hold, **options)
+        said = ("ratios", "scope", "min_width", "max_ratio", "round_to")
         origin = {
             "importance": name_of(importance),
-            "budget": None if budget is None else budget.requested,
+            "budget": budget.requested if isinstance(budget, Budget) else budget,
             "ratio": ratio,
             **{name: options[name] for name in said},
             "hold": sorted(hold),
@@ -240,10 +277,14 @@ def _plan_widths(
             "seed": seed,
             "traced": graph.traced,
         }
-        return plan_of_mask(graph, model, kept, origin)
+        chosen = plan_of_mask(graph, model, kept, origin)
+    asked = {} if budget is None else budget.limits(graph) if isinstance(budget, Budget) else budget
+    parts = {n: (graph.cost(n), graph.cost(n, kept)) for n in asked if n not in chosen.costs}
+    return replace(chosen, costs={**chosen.costs, **parts})
 
 
 _OPTIONS: Mapping[str, Any] = {
+    "ratios": None,
     "scope": "local",
     "min_width": 1,
     "max_ratio": 1.0,
@@ -264,21 +305,28 @@ def plan_of_mask(
 def _choose(
     graph: CouplingGraph,
     scores: NDArray[np.float64],
-    budget: Budget | None,
+    budget: Budget | Mapping[str, int] | None,
     ratio: float | None,
+    hold: Collection[str],
+    *,
+    ratios: Mapping[str, float] | None,
     **options: Any,
 ) -> Selection:
-    if budget is not None and ratio is None:
-        return select(graph, scores, budget, **options)
-    if ratio is not None and budget is None:
+    if ratios is not None:
+        given = spread(graph, ratios, "ratios", check_share)
+        ratios = {name: share for name, share in given.items() if name not in hold}
+    if ratio is None and (budget is not None or ratios is not None):
+        return select(graph, scores, budget or {}, ratios=ratios, **options)
+    if ratio is not None and budget is None and ratios is None:
         _refuse_options(options)
         return Selection(thin(graph, scores, ratio))
+    several = [n for n, v in {"a budget": budget, "ratios": ratios}.items() if v is not None]
     raise PlanError(
-        "a budget and a ratio were given"
-        if ratio is not None
+        f"{' and '.join(several)} and a ratio were given"
+        if several
         else "nothing says how much to remove",
-        why="exactly one of the two says how much to remove",
-        fix="give budget=Budget(macs=0.5), say, or ratio=0.3",
+        why="a ratio is taken from every group, whatever it costs",
+        fix="give budget=Budget(macs=0.5), say, or ratio=0.3, or ratios={'layer3.*': 0.3}",
     )
 
 

@@ -119,8 +119,13 @@ class Plan:
         object.__setattr__(self, "origin", freeze(self.origin))
         object.__setattr__(self, "drops", tuple(self.drops))
 
-    def with_biases(self, biases: Mapping[str, int]) -> Plan:
-        """The same plan, which also gives a bias to these layers; see :attr:`biases`."""
+    def with_biases(
+        self, biases: Mapping[str, int], element_sizes: Mapping[str, int] | None = None
+    ) -> Plan:
+        """The same plan, which also gives a bias to these layers; see :attr:`biases`.
+
+        Without the bytes of an element of each, what the model costs in bytes is not known.
+        """
         keep, shapes, costs = dict(self.keep), dict(self.shapes), dict(self.costs)
         for name, dim in biases.items():
             weight = f"{name.removesuffix('bias')}weight"
@@ -128,9 +133,11 @@ class Plan:
             shapes[name] = (self.shapes[weight][dim],)
             if stay is not None:
                 keep[Axis(name, 0)] = stay
-            if "params" in costs:
-                before, after = costs["params"]
-                costs["params"] = (before, after + len(stay or range(*shapes[name])))
+            left = len(stay or range(*shapes[name]))
+            for cost, size in (("params", 1), ("bytes", (element_sizes or {}).get(name))):
+                before, after = costs.pop(cost, (None, 0))
+                if before is not None and size is not None:
+                    costs[cost] = (before, after + left * size)
         known = {**self.biases, **biases}
         return replace(self, keep=keep, shapes=shapes, costs=costs, biases=known)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus import __version__
+from prunus.cli.bounds import add_budget_options, by_glob
 from prunus.errors import FileError
 from prunus.files import check_target
 
@@ -111,9 +112,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 def add_choice_options(parser: argparse.ArgumentParser) -> None:
     """What to remove."""
     group = parser.add_argument_group("what to remove")
-    text = "upper bound: a fraction of the dense cost, as 0.5, or a number, as 2000000"
-    group.add_argument("--macs", metavar="N", type=bound, help=text)
-    group.add_argument("--params", metavar="N", type=bound, help=text)
+    add_budget_options(group)
     group.add_argument(
         "--drop",
         metavar="N|NAME",
@@ -138,18 +137,28 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
         help="which units compete: those of one group, of groups of one shape, all "
         "(default: local)",
     )
+    text = "one number, or numbers by globs over names of groups and their tensors: GLOB=N,…"
     group.add_argument(
-        "--round-to", default=1, metavar="N", type=count, help="widths are multiples of it"
+        "--round-to",
+        default=1,
+        metavar="N",
+        type=by_glob(count),
+        help="widths are multiples of it; a number, or numbers by kind of layer and by globs: "
+        "linear=32,conv=8,head.*=1,*=4",
     )
     group.add_argument(
-        "--min-width", default=1, metavar="N", type=count, help="units every group keeps"
+        "--min-width",
+        default=1,
+        metavar="N",
+        type=by_glob(count),
+        help=f"units every group keeps; {text}",
     )
     group.add_argument(
         "--max-ratio",
         default=1.0,
         metavar="R",
-        type=ratio,
-        help="the largest share of its units that a group may lose",
+        type=by_glob(ratio),
+        help=f"the largest share of its units that a group may lose; {text}",
     )
     text = "groups, by globs over their names and those of their tensors; may be repeated"
     group.add_argument("--include", metavar="GLOB", action="append", help=f"only these {text}")
@@ -309,21 +318,6 @@ def ratio(text: str) -> float:
     if not 0 < number <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number in (0, 1]")
     return number
-
-
-def bound(text: str) -> float | int:
-    """Read a bound, and let the budget itself say whether it is one."""
-    from prunus.budget import Budget
-    from prunus.errors import BudgetError
-
-    try:
-        value = int(text) if text.isascii() and text.isdigit() else float(text)
-        Budget(macs=value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
-    except BudgetError as error:
-        raise argparse.ArgumentTypeError(f"{text} is no budget: {error.why}; {error.fix}") from None
-    return value
 
 
 def axis(text: str) -> Any:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from prunus.cli import options as shared
+from prunus.cli.bounds import budget_of
 
 if TYPE_CHECKING:
-    from prunus import CouplingGraph, Plan, Statistics
+    from prunus import Budget, CouplingGraph, Plan, Statistics
     from prunus.cli.models import Loaded
 
 
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     from prunus.report.documents import describe_choices
     from prunus.report.tables import costs_table, widths_table
 
-    bounds = bounds_of(options)
+    budget = budget_of(options)
     if bool(options.out) == options.dry_run:
         raise PlanError(
             "give a file for the plan, or --dry-run to see it only",
@@ -57,10 +58,10 @@ def run(options: argparse.Namespace) -> int:
         step("writing")
         if options.out:
             plan.save(options.out)
-    costs = describe_costs(graph, plan, bounds)
+    costs = describe_costs(graph, plan, budget)
     document = {
         **shared.head(options),
-        "budget": bounds,
+        "budget": None if budget is None else budget.requested,
         "costs": costs,
         "drops": list(plan.drops),
         "groups": describe_choices(plan),
@@ -76,24 +77,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def bounds_of(options: argparse.Namespace) -> dict[str, float | int]:
-    """The budget; :class:`~prunus.errors.PlanError` if there is none, nor blocks to drop."""
-    from prunus.errors import PlanError
-
-    bounds = {n: v for n in ("macs", "params") if (v := getattr(options, n)) is not None}
-    if not bounds and not options.drop:
-        raise PlanError("give a budget: --macs or --params, or both", fix="--macs 0.5, say")
-    return bounds
-
-
 def choice_of(options: argparse.Namespace) -> dict[str, Any]:
     """What :func:`prunus.plan` and :func:`prunus.shrink` take."""
-    import prunus
-
-    names = "importance scope min_width max_ratio round_to include exclude seed"
-    bounds = bounds_of(options)
+    names = "ratios importance scope min_width max_ratio round_to include exclude seed"
     return {
-        "budget": prunus.Budget(**bounds) if bounds else None,
+        "budget": budget_of(options),
         "drop": _drop_of(options),
         **{name: getattr(options, name) for name in names.split()},
     }
@@ -176,12 +164,10 @@ def _told_of_bounds(costs: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def describe_costs(
-    graph: CouplingGraph, plan: Plan, bounds: dict[str, float | int]
+    graph: CouplingGraph, plan: Plan, budget: Budget | None
 ) -> dict[str, dict[str, Any]]:
     """Every cost before, as requested at most, and as achieved; what is pinned of it."""
-    import prunus
-
-    limits = prunus.Budget(**bounds).limits(graph) if bounds else {}
+    limits = {} if budget is None else budget.limits(graph)
     nothing = ~graph.all_kept
     nothing[0] = True
     return {

@@ -8,7 +8,8 @@ from typing import Any
 
 from prunus.cli import cutting
 from prunus.cli import options as shared
-from prunus.cli.plan import bounds_of, choice_of, collect
+from prunus.cli.bounds import budget_of
+from prunus.cli.plan import choice_of, collect
 
 
 def add_parser(verbs: Any) -> None:
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     from prunus.cli.models import load_model
     from prunus.importance import needs_of
 
-    bounds = bounds_of(options)
+    budget = budget_of(options)
     cutting.check(options)
     with shared.follow(options, 5) as step:
         step("building the model")
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         )
         stages.append(cutting.measure(loaded, "pruned"))
         document = cutting.describe(options, small.plan, small.certificate, stages, small.recovery)
-        document.update(budget=bounds, held=dict(small.held))
+        document.update(budget=None if budget is None else budget.requested, held=dict(small.held))
         outcome = cutting.Outcome(loaded.model, small.plan, small.certificate, document)
         step("writing")
         cutting.write(outcome, options)

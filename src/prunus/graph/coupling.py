@@ -12,13 +12,14 @@ import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
-from prunus.errors import PlanError
+from prunus.errors import BudgetError, PlanError
 from prunus.graph.axis import Axis, Label, Mask, Role, kept_positions
 from prunus.graph.blocks import Block
 from prunus.graph.constraints import Constraint, Pin, Rescale
 from prunus.graph.expressions import Attribute, Equation
 from prunus.graph.groups import Group
-from prunus.graph.polynomial import Polynomial, measure_widths
+from prunus.graph.polynomial import Polynomial, add_up, measure_widths
+from prunus.graph.scope import IN, find_inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,8 @@ class CouplingGraph:
     width_labels
         The distinct labelled dims that the cost polynomials speak of by index.
     costs
-        ``"params"`` and ``"macs"`` (for the traced inputs, batch included) as polynomials in the
-        widths of ``width_labels``.
+        ``"params"``, ``"bytes"`` (of parameters and buffers, as they are stored) and ``"macs"``
+        (for the traced inputs, batch included) as polynomials in the widths of ``width_labels``.
     unit_count
         Units have the ids 1 … ``unit_count``.
     couplings, pins
@@ -70,6 +71,8 @@ class CouplingGraph:
         Why the other children of lists and sequences of modules can't, by their paths.
     traced
         The inputs and the shapes of the kept outputs, as plain data.
+    parts
+        Every cost by what has it: params and bytes by tensor, MACs by the module that runs.
     program
         The operators that ran (:class:`prunus.tracer.program.Program`), for replay.
     forward_fn
@@ -98,6 +101,7 @@ class CouplingGraph:
     blocks: tuple[Block, ...] = ()
     obstacles: Mapping[str, str] = field(default_factory=dict)
     traced: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Mapping[str, Polynomial]] = field(default_factory=dict, repr=False)
     program: Any = field(default=None, repr=False, compare=False)
     forward_fn: str | Callable[..., Any] | None = field(default=None, repr=False, compare=False)
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
@@ -126,9 +130,45 @@ class CouplingGraph:
         )
 
     def cost(self, name: str, kept: Mask | None = None) -> int:
-        """A cost (``"params"`` or ``"macs"``) with the given units kept, all by default."""
+        """A cost with the given units kept, all by default.
+
+        Parameters
+        ----------
+        name
+            As in ``costs``; ``"macs in layer3.*"`` is what :meth:`part` says of it.
+        """
         mask = self.all_kept if kept is None else kept
-        return self.costs[name](measure_widths(self.width_labels, mask))
+        return self.polynomial(name)(measure_widths(self.width_labels, mask))
+
+    def polynomial(self, name: str) -> Polynomial:
+        """A cost, whole or in part, as a polynomial; see :meth:`cost`."""
+        if name in self.costs:
+            return self.costs[name]
+        whole, inside, scope = name.partition(IN)
+        if whole in self.costs and inside:
+            return self.part(whole, scope)
+        raise BudgetError(
+            f"the graph knows no cost called {name!r}",
+            why=f"it counts {', '.join(sorted(self.costs)) or 'nothing'}",
+            fix="bound one of those",
+        )
+
+    def part(self, name: str, scope: str) -> Polynomial:
+        """What of a cost lies in a scope.
+
+        Parameters
+        ----------
+        scope
+            A glob over the paths of modules, of which all that is inside counts along, and over
+            the names of tensors.  MACs belong to the module whose forward does the work.
+
+        Raises
+        ------
+        BudgetError
+            If nothing in the model that has this cost is called so.
+        """
+        owners = self.parts.get(name, {})
+        return add_up(owners[one] for one in find_inside(owners, scope, self.aliases, name))
 
     def positions(self, kept: Mask) -> Iterator[tuple[Axis, NDArray[np.int64]]]:
         """For every axis that loses something: the positions that stay."""

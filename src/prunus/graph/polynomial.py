@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,28 @@ class Polynomial:
                 product *= int(widths[index])
             total += product
         return total
+
+    def times(self, factor: int) -> Polynomial:
+        """The polynomial, multiplied by a whole number."""
+        terms = tuple(Monomial(factor * term.constant, term.widths) for term in self.terms)
+        return Polynomial(factor * self.fixed, terms)
+
+
+def add_up(polynomials: Iterable[Polynomial]) -> Polynomial:
+    """The sum, like terms collected.
+
+    >>> one = Polynomial(1, (Monomial(2, (0,)), Monomial(3, (0, 1))))
+    >>> both = add_up([one, Polynomial(4, (Monomial(5, (0,)),))])
+    >>> both.fixed, [(term.constant, term.widths) for term in both.terms]
+    (5, [(7, (0,)), (3, (0, 1))])
+    """
+    fixed = 0
+    terms: dict[tuple[int, ...], int] = {}
+    for polynomial in polynomials:
+        fixed += polynomial.fixed
+        for term in polynomial.terms:
+            terms[term.widths] = terms.get(term.widths, 0) + term.constant
+    return Polynomial(fixed, tuple(Monomial(c, widths) for widths, c in terms.items()))
 
 
 def measure_widths(labels: Sequence[Label], kept: Mask) -> NDArray[np.int64]:

@@ -171,11 +171,14 @@ def score(
     for group in graph.groups:
         found = np.asarray(function(group, context), dtype=np.float64)
         if found.shape != (group.size,) or np.isnan(found).any():
-            wrong = "NaN" if found.shape == (group.size,) else f"shape {found.shape}"
+            wrong = f"shape {found.shape}"
+            if found.shape == (group.size,):
+                wrong = f"{int(np.isnan(found).sum())} NaN among {group.size} scores"
             raise PlanError(
                 f"the importance {name_of(criterion)!r} returned {wrong}",
                 where=f"group {group.name}",
                 why=f"a score per unit was expected: {group.size} numbers",
+                fix="look for NaN in weights and calibration data, or choose another one",
             )
         scores[group.units] = found
     finite = scores[np.isfinite(scores)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, get_args
+from dataclasses import replace
+from numbers import Real
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +16,10 @@ from prunus.budget import Budget
 from prunus.errors import PlanError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
+from prunus.planner.alignment import RoundTo, check_count
 from prunus.planner.descent import Descent, Floors
-from prunus.planner.filters import Globs, excluded_groups
+from prunus.planner.filters import Globs, excluded_groups, spread
+from prunus.planner.fixed import choose_fixed
 from prunus.planner.quanta import Quanta, form_quanta
 from prunus.planner.stops import find_stops
 
@@ -25,6 +29,9 @@ Scores = NDArray[np.float64]
 
 _ROUNDING_ERROR = 1e-9
 """So that 0.7 of 10 units is 7, whatever 0.7 * 10 is in floating point."""
+
+_TOLD = 3
+"""An option with more values than this is only counted by an error."""
 
 
 class Selection(NamedTuple):
@@ -37,13 +44,14 @@ class Selection(NamedTuple):
 def select(
     graph: CouplingGraph,
     scores: Scores,
-    budget: Budget,
+    budget: Budget | Mapping[str, int],
     *,
     scope: Scope = "global",
     normalise: Normalise = "mean",
-    min_width: int = 1,
-    max_ratio: float = 1.0,
-    round_to: int = 1,
+    ratios: Mapping[str, float] | None = None,
+    min_width: int | Mapping[str, int] = 1,
+    max_ratio: float | Mapping[str, float] = 1.0,
+    round_to: RoundTo = 1,
     include: Globs | None = None,
     exclude: Globs = (),
 ) -> Selection:
@@ -55,18 +63,25 @@ def select(
         The graph, and a score per unit, shape ``(unit_count + 1,)``: none negative, and infinite
         for a unit that has to stay.
     budget
-        Bounds, all of which will hold.
+        Bounds, all of which will hold; or the largest values of costs by name, for any cost that
+        the graph counts: ``{"macs": 10**9, "params in layer4": 10**6}``.
     scope
         In what order units go.  *global*: by score per saved cost, of the bound that is furthest
         away; *local*: every group loses the same ratio; *isomorphic*: groups with axes of the
         same shapes are ranked together, and every such class loses the same ratio.
     normalise
         By what the scores of a group are divided before groups are compared.
+    ratios
+        By globs over groups and their tensors: the share of its units that a group loses, exactly
+        (the nearest number that locksteps and rounding allow).  The budget takes nothing else of
+        these groups.
     min_width, max_ratio
-        Floors: a group keeps so many units at least, and loses no larger part.
+        Floors: a group keeps so many units at least, and loses no larger part; one number, or
+        numbers by globs.
     round_to
-        Every dim of a contraction that is cut becomes a multiple of this.  A group for which
-        there is no such cut stays as it is.
+        Every dim of a contraction that is cut becomes a multiple of this; one number, or numbers
+        by kind of layer and by globs: see :func:`~prunus.planner.alignment.aligned_labels`.  A
+        group for which there is no such cut stays as it is.
     include, exclude
         Globs over the names of groups and of the tensors on their axes.
 
@@ -74,6 +89,9 @@ def select(
     ------
     BudgetError
         If the floors don't allow the budget; it says which, and how far one can get.
+    PlanError
+        If an option is out of range, a glob matches nothing, or ratios contradict floors,
+        rounding or one another.
 
     Examples
     --------
@@ -97,8 +115,9 @@ def select(
     Takes O(units · log groups) steps.  A step costs a look-up, and the evaluation of the
     monomials of one group when a width has changed on which that group's savings depend.
     """
-    _check_options(scope, normalise, min_width, max_ratio, round_to)
-    limits = budget.limits(graph)
+    _check_options(scope, normalise)
+    limits = budget.limits(graph) if isinstance(budget, Budget) else dict(budget)
+    graph = replace(graph, costs={name: graph.polynomial(name) for name in limits})
     weights = _normalised(graph, _checked(graph, scores), normalise)
     quanta = form_quanta(graph, weights, excluded_groups(graph, include, exclude), round_to)
     if quanta.conflicts:
@@ -107,12 +126,11 @@ def select(
             f"{'; '.join(quanta.conflicts)}",
             stacklevel=2,
         )
-    sizes = [group.size for group in graph.groups]
-    floors = Floors(
-        tuple(max(min_width, n - math.floor(max_ratio * n + _ROUNDING_ERROR)) for n in sizes),
-        f"min_width={min_width}, max_ratio={max_ratio:g}, round_to={round_to}",
-    )
+    said = {"min_width": min_width, "max_ratio": max_ratio, "round_to": round_to, "ratios": ratios}
+    floors = _floors(graph, min_width, max_ratio, said)
     descent = Descent(graph, quanta, limits, floors, _ranks(graph, quanta, scope))
+    if ratios is not None:
+        descent.settle(*choose_fixed(graph, quanta, spread(graph, ratios, "ratios", check_share)))
     descent.reduce()
     descent.fill()
     descent.exchange()
@@ -120,9 +138,7 @@ def select(
     return Selection(quanta.kept(descent.removed), stopped)
 
 
-def _check_options(
-    scope: str, normalise: str, min_width: int, max_ratio: float, round_to: int
-) -> None:
+def _check_options(scope: str, normalise: str) -> None:
     for option, value, known in (
         ("scope", scope, get_args(Scope)),
         ("normalise", normalise, get_args(Normalise)),
@@ -132,11 +148,42 @@ def _check_options(
                 f"{option}={value!r} is none of {', '.join(map(repr, known))}",
                 fix=f"write {option}={known[0]!r}, say",
             )
-    for option, number in (("min_width", min_width), ("round_to", round_to)):
-        if type(number) is not int or number < 1:
-            raise PlanError(f"{option}={number!r} is no number of units", fix="give an int ≥ 1")
-    if not 0 <= max_ratio <= 1:
-        raise PlanError(f"max_ratio={max_ratio!r} is no ratio", fix="give a number in [0, 1]")
+
+
+def _floors(
+    graph: CouplingGraph,
+    min_width: int | Mapping[str, int],
+    max_ratio: float | Mapping[str, float],
+    said: Mapping[str, Any],
+) -> Floors:
+    """How many units every group keeps at least; ``said`` is what stops the descent, for people."""
+    widths = spread(graph, min_width, "min_width", check_count)
+    most = spread(graph, max_ratio, "max_ratio", _check_ratio)
+    units = []
+    for group in graph.groups:
+        lost = math.floor(most.get(group.name, 1.0) * group.size + _ROUNDING_ERROR)
+        units.append(max(widths.get(group.name, 1), group.size - lost))
+    told = [_tell(name, value) for name, value in said.items() if value is not None]
+    return Floors(tuple(units), ", ".join(told))
+
+
+def _tell(option: str, value: Any) -> str:
+    """An option for an error message."""
+    if isinstance(value, Mapping) and len(value) > _TOLD:
+        return f"{option} for {len(value)} groups"
+    return f"{option}={value:g}" if isinstance(value, Real) else f"{option}={value}"
+
+
+def _check_ratio(option: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise PlanError(f"{option}={value!r} is no ratio", fix="give a number in [0, 1]")
+
+
+def check_share(option: str, value: Any) -> None:
+    """Refuse what is no share of a group's units that can go."""
+    _check_ratio(option, value)
+    if value == 1:
+        raise PlanError(f"{option}={value!r} removes everything", fix="give a number in [0, 1)")
 
 
 def _checked(graph: CouplingGraph, scores: Scores) -> Scores:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from prunus.errors import BudgetError
+from prunus.errors import BudgetError, PlanError
 from prunus.graph.coupling import CouplingGraph
 from prunus.planner.cost import CostState
 from prunus.planner.quanta import Quanta
@@ -82,6 +82,43 @@ class Descent:
             if chain[0] in quanta.gates
         }
         self.removed = np.zeros(len(quanta.scores), dtype=np.bool_)
+
+    def settle(self, quanta: Iterable[int], chains: Iterable[int]) -> None:
+        """Remove quanta for good, and let nothing else go from their chains.
+
+        Raises
+        ------
+        PlanError
+            If a floor forbids it, or a dim would be left empty.
+        """
+        for quantum in quanta:
+            if not self._may_take(quantum):
+                raise self._forbidden(quantum)
+            self._take(quantum)
+        self._taken.clear()
+        for chain in chains:
+            self._chains[chain] = []
+
+    def _forbidden(self, quantum: int) -> PlanError:
+        """Why a ratio that was given can't be had."""
+        group, count = self._quanta.shares[quantum][0]
+        floors = self._floors.units
+        for one, units in self._quanta.shares[quantum]:
+            if self._left[one] - units < floors[one]:
+                group, count = one, units
+        name, size = self._graph.groups[group].name, self._graph.groups[group].size
+        left = self._left[group]
+        least = left
+        why = f"a dim would be left empty with less than {left} of its {size} units"
+        if left - count < floors[group]:
+            least = floors[group]
+            why = f"the floors ({self._floors.options}) keep {least} of its {size} units"
+        return PlanError(
+            "the group can't lose as many units as its ratio says",
+            where=f"group {name}",
+            why=why,
+            fix=f"give a ratio of at most {(size - least) / size:.3g}",
+        )
 
     def reduce(self) -> None:
         """Remove until every bound holds, the one that is furthest away first."""

@@ -1,16 +1,18 @@
-"""Which groups may be pruned: globs over their names and over the tensors on their axes."""
+"""Which groups are meant: globs over their names and over the tensors on their axes."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from prunus.errors import PlanError
 from prunus.graph.coupling import CouplingGraph
 
 Globs = str | Sequence[str]
+T = TypeVar("T")
 
 _NEAR = 3
 """How many near names an error lists."""
@@ -30,6 +32,46 @@ def excluded_groups(graph: CouplingGraph, include: Globs | None, exclude: Globs)
     return found
 
 
+def spread(
+    graph: CouplingGraph,
+    values: T | Mapping[str, T],
+    option: str,
+    check: Callable[[str, T], None],
+) -> dict[str, T]:
+    """The value of an option for every group that it speaks of, by the group's name.
+
+    A glob speaks of the groups whose names it fits; one that fits no group's name, of those with a
+    tensor that it fits.  Of several globs the most specific one decides: one that fits the group's
+    name, then the one with more letters, then the first.
+
+    Parameters
+    ----------
+    values
+        One value for all groups, or values by globs over names of groups and tensors.
+    check
+        Called with the option's name and each value; raises if that is none.
+
+    Raises
+    ------
+    PlanError
+        If a glob fits no group.
+    """
+    if not isinstance(values, Mapping):
+        check(option, values)
+        return {group.name: values for group in graph.groups}
+    names = _names(graph)
+    best: dict[str, tuple[bool, int]] = {}
+    found: dict[str, T] = {}
+    for glob, value in values.items():
+        check(f"{option}[{glob!r}]", value)
+        own = {group for group in names if _fits(group, glob)}
+        rank = bool(own), len(re.sub(r"[*?]", "", glob))
+        for group in own or _matching(names, glob, option):
+            if group not in best or rank > best[group]:
+                best[group], found[group] = rank, value
+    return {group.name: found[group.name] for group in graph.groups if group.name in found}
+
+
 def _names(graph: CouplingGraph) -> dict[str, tuple[str, ...]]:
     """By which names every group can be called: its own, its tensors', and tied ones."""
     tied: dict[str, list[str]] = {}
@@ -46,16 +88,17 @@ def _names(graph: CouplingGraph) -> dict[str, tuple[str, ...]]:
 def _matching(names: dict[str, tuple[str, ...]], globs: Globs, option: str) -> set[str]:
     found: set[str] = set()
     for glob in (globs,) if isinstance(globs, str) else globs:
-        patterns = {glob, _literal_dims(glob)}
         hits = {
-            group
-            for group, called in names.items()
-            if any(fnmatchcase(name, pattern) for name in called for pattern in patterns)
+            group for group, called in names.items() if any(_fits(name, glob) for name in called)
         }
         if not hits:
             raise _nothing_matches(names, glob, option)
         found |= hits
     return found
+
+
+def _fits(name: str, glob: str) -> bool:
+    return fnmatchcase(name, glob) or fnmatchcase(name, _literal_dims(glob))
 
 
 def _literal_dims(glob: str) -> str:

@@ -9,10 +9,10 @@ from math import lcm
 import numpy as np
 from numpy.typing import NDArray
 
-from prunus.graph.axis import Label, Mask, Role
-from prunus.graph.constraints import Aligned, Lockstep
+from prunus.graph.axis import Mask
+from prunus.graph.constraints import Lockstep
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.groups import Group
+from prunus.planner.alignment import RoundTo, aligned_labels
 from prunus.planner.lockstep import merge_locksteps
 from prunus.planner.rounding import Chain, Cut, align
 
@@ -63,13 +63,13 @@ def form_quanta(
     graph: CouplingGraph,
     scores: NDArray[np.float64],
     excluded: Mapping[str, str],
-    round_to: int,
+    round_to: RoundTo,
 ) -> Quanta:
     """Quanta of all groups but the ``excluded`` ones (name → reason); inf units never leave."""
     untouched = dict(excluded)
     conflicts, chains = _form_chains(graph, scores, untouched)
     live = [group for group in graph.groups if group.name not in untouched]
-    labels = _aligned_labels(graph, live, round_to)
+    labels = aligned_labels(graph, untouched, round_to)
     cuts = align(chains, labels, graph.unit_count)
     owner, ordered, gates = _number(cuts, graph.unit_count)
     group_of = np.full(graph.unit_count + 1, -1, dtype=np.int64)
@@ -132,27 +132,6 @@ def _form_chains(
 
 def _ascending(units: Ints, scores: NDArray[np.float64]) -> Ints:
     return units[np.argsort(scores[units], kind="stable")]
-
-
-def _aligned_labels(
-    graph: CouplingGraph, groups: Sequence[Group], round_to: int
-) -> list[tuple[Label, int]]:
-    """Labels that have to be multiples, and of what: where kernels demand it or it pays.
-
-    It pays on the axes of contractions, both sides.  A group that is on no contraction is aligned
-    on whatever carries it.  Carriers beside a contraction follow it, or (a bias table with a row
-    per head) don't matter.
-    """
-    needed = [(c.label, c.multiple) for c in graph.constraints if isinstance(c, Aligned)]
-    if round_to == 1:
-        return needed
-    found: dict[tuple[tuple[int, ...], bytes], Label] = {}
-    for group in groups:
-        axes = [axis for axis, role in group.axes if role is not Role.CARRIER]
-        for axis in axes or [axis for axis, _ in group.axes]:
-            label = graph.labels[axis]
-            found.setdefault((label.shape, label.tobytes()), label)
-    return [*needed, *((label, round_to) for label in found.values())]
 
 
 def _number(cuts: Sequence[Cut], unit_count: int) -> tuple[Ints, list[Ints], set[int]]:

@@ -228,11 +228,11 @@ def _apply(
         for consumer, _ in repaired
         if consumer.place == "new bias"
     }
-    grown = plan.with_biases(added)
     saved: dict[str, Tensor] = {}
     with without_blocks(model, plan.drops):
         forget = add_biases(model, added)
         state, _ = state_of(model)
+    grown = plan.with_biases(added, {name: state[name].element_size() for name in added})
 
     def put_back() -> None:
         with torch.no_grad():

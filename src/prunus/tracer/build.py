@@ -13,7 +13,7 @@ from prunus.graph.axis import Axis, Label, Role
 from prunus.graph.constraints import Aligned, Constraint, Nonempty, Pin, Rescale
 from prunus.graph.coupling import Coupling, CouplingGraph
 from prunus.graph.groups import form_groups
-from prunus.graph.polynomial import Monomial, Polynomial
+from prunus.graph.polynomial import Monomial, Polynomial, add_up
 from prunus.tracer.capture import Recorder
 from prunus.tracer.equations import in_units, pin_unsolvable
 from prunus.tracer.labels import Algebra
@@ -47,10 +47,7 @@ def build_graph(
     order = {axis: roles.get(axis, Role.CARRIER) for axis in labels}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     widths = _Widths(resolver)
-    costs = {
-        "params": _count_params(shapes, parameters, labels, widths),
-        "macs": widths.polynomial([s for n in recorder.nodes if n.effect for s in n.effect.spans]),
-    }
+    parts = _count(recorder, model, state, labels, widths)
     couplings, pins = _read_events(recorder.algebra)
     graph = CouplingGraph(
         shapes=shapes,
@@ -62,7 +59,8 @@ def build_graph(
         unit_count=resolver.count,
         constraints=_constraints(recorder, resolver),
         width_labels=tuple(widths.labels),
-        costs=costs,
+        costs={name: add_up(owners.values()) for name, owners in parts.items()},
+        parts=parts,
         couplings=couplings,
         pins=pins,
         kept_outputs=outputs,
@@ -166,26 +164,41 @@ class _Widths:
         return found
 
 
-def _count_params(
-    shapes: Mapping[str, tuple[int, ...]],
-    parameters: frozenset[str],
+def _count(
+    recorder: Recorder,
+    model: nn.Module,
+    state: Mapping[str, Tensor],
     labels: Mapping[Axis, Label],
     widths: _Widths,
+) -> dict[str, dict[str, Polynomial]]:
+    """Every cost, part by part: params and bytes by tensor, MACs by the module that runs."""
+    stored = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    sizes = {
+        name: _size_of(name, tensor, labels, widths)
+        for name, tensor in state.items()
+        if id(tensor) in stored
+    }
+    spans: dict[str, list[Span]] = {}
+    for node in recorder.nodes:
+        if node.effect is not None and node.effect.spans:
+            spans.setdefault(node.module, []).extend(node.effect.spans)
+    return {
+        "params": {n: p for n, p in sizes.items() if isinstance(state[n], nn.Parameter)},
+        "bytes": {n: p.times(state[n].element_size()) for n, p in sizes.items()},
+        "macs": {module: widths.polynomial(own) for module, own in spans.items()},
+    }
+
+
+def _size_of(
+    name: str, tensor: Tensor, labels: Mapping[Axis, Label], widths: _Widths
 ) -> Polynomial:
-    fixed = 0
-    terms: list[Monomial] = []
-    for name in shapes:
-        if name not in parameters:
-            continue
-        shape = shapes[name]
-        own = [labels.get(Axis(name, dim)) for dim in range(len(shape))]
-        constant = prod(size for size, label in zip(shape, own, strict=True) if label is None)
-        used = tuple(widths.index(label) for label in own if label is not None)
-        if used:
-            terms.append(Monomial(constant, used))
-        else:
-            fixed += constant
-    return Polynomial(fixed, tuple(terms))
+    """The number of a tensor's elements."""
+    own = [labels.get(Axis(name, dim)) for dim in range(tensor.dim())]
+    constant = prod(n for n, label in zip(tensor.shape, own, strict=True) if label is None)
+    used = tuple(widths.index(label) for label in own if label is not None)
+    if not used:
+        return Polynomial(constant, ())
+    return Polynomial(0, (Monomial(constant, used),))
 
 
 def _label_at(recorder: Recorder, node: Node, place: Place) -> Label | None:

@@ -1,0 +1,116 @@
+"""Alignment: of which numbers the cut dims have to be multiples, by layer, by group, by width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import lcm
+from typing import Any
+
+import numpy as np
+
+from prunus.errors import PlanError
+from prunus.graph.axis import Label, Role
+from prunus.graph.constraints import Aligned
+from prunus.graph.coupling import CouplingGraph
+from prunus.planner.filters import spread
+from prunus.tracer.program import Ref
+
+RoundTo = int | Mapping[str, int]
+"""One number for all, or numbers by kind of layer (``"linear"``, ``"conv"``) and by glob."""
+
+KINDS = ("conv", "linear")
+
+FINEST = 16
+"""A multiple that is too coarse for a narrow group is halved, but not below this."""
+
+
+def aligned_labels(
+    graph: CouplingGraph, untouched: Mapping[str, str], round_to: RoundTo
+) -> list[tuple[Label, int]]:
+    """Labels that have to be multiples, and of what: where kernels demand it or it pays.
+
+    It pays on the axes of contractions, both sides.  A group that is on no contraction is aligned
+    on whatever carries it.  Carriers beside a contraction follow it, or (a bias table with a row
+    per head) don't matter.
+
+    Parameters
+    ----------
+    untouched
+        Names of groups that stay as they are.
+    round_to
+        Globs decide before kinds of layers, and these before ``"*"``.  A group narrower than
+        twice the number (its width on its widest producing axis, heads × dim counting as one) is
+        rounded to half of it, and so on, down to 16: 32 is for groups at least 64 wide.
+    """
+    found = [(c.label, c.multiple) for c in graph.constraints if isinstance(c, Aligned)]
+    by_glob, by_kind = _read(graph, round_to)
+    if not by_glob and set(by_kind.values()) <= {1}:
+        return found
+    kinds = _kinds(graph) if by_kind.keys() & set(KINDS) else {}
+    widths = _widths(graph)
+    strict: dict[tuple[tuple[int, ...], bytes], tuple[Label, int]] = {}
+    for group in graph.groups:
+        if group.name in untouched:
+            continue
+        axes = [axis for axis, role in group.axes if role is not Role.CARRIER]
+        for axis in axes or [axis for axis, _ in group.axes]:
+            kind = kinds.get(axis.tensor, "linear")
+            asked = by_glob.get(group.name, by_kind.get(kind, by_kind.get("*", 1)))
+            label = graph.labels[axis]
+            least = int(widths[label[label > 0]].min())
+            while asked % 2 == 0 and asked // 2 >= FINEST and least < 2 * asked:
+                asked //= 2
+            if asked > 1:
+                key = (label.shape, label.tobytes())
+                known = strict.get(key, (label, 1))[1]
+                strict[key] = label, lcm(known, asked)
+    return [*found, *strict.values()]
+
+
+def _read(graph: CouplingGraph, round_to: RoundTo) -> tuple[dict[str, int], dict[str, int]]:
+    """Multiples by group, where a glob says so, and by kind of layer with ``"*"`` for the rest."""
+    if not isinstance(round_to, Mapping):
+        check_count("round_to", round_to)
+        return {}, {"*": round_to}
+    by_kind = {key: value for key, value in round_to.items() if key in (*KINDS, "*")}
+    for key, value in by_kind.items():
+        check_count(f"round_to[{key!r}]", value)
+    globs = {key: value for key, value in round_to.items() if key not in by_kind}
+    return spread(graph, globs, "round_to", check_count), by_kind
+
+
+def check_count(option: str, number: Any) -> None:
+    """Refuse what is no number of units."""
+    if type(number) is not int or number < 1:
+        raise PlanError(f"{option}={number!r} is no number of units", fix="give an int ≥ 1")
+
+
+def _widths(graph: CouplingGraph) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """For every unit the width of its group: the size of its widest producing axis."""
+    widths = np.zeros(graph.unit_count + 1, dtype=np.int64)
+    for group in graph.groups:
+        makers = [axis for axis, role in group.axes if role is Role.PRODUCER]
+        sizes = [len(graph.labels[axis]) for axis in makers or [axis for axis, _ in group.axes]]
+        widths[group.units] = max(sizes)
+    return widths
+
+
+def _kinds(graph: CouplingGraph) -> dict[str, str]:
+    """Which tensors convolutions read as weights, also through a view of them.
+
+    Of a graph without a program it is told by the number of dims.
+    """
+    if graph.program is None:
+        convolved = {axis.tensor for axis in graph.labels if len(graph.shapes[axis.tensor]) > 2}
+        return dict.fromkeys(convolved, "conv")
+    made_of = {number: {name} for number, name in graph.program.state.items()}
+    found: dict[str, str] = {}
+    for node in graph.program.nodes:
+        read = [ref.value for ref in node.args.values() if isinstance(ref, Ref)]
+        weight = node.args.get("weight")
+        if "conv" in node.target.name() and isinstance(weight, Ref):
+            found |= dict.fromkeys(made_of.get(weight.value, ()), "conv")
+        if read and all(number in made_of for number in read):
+            names = set().union(*(made_of[number] for number in read))
+            made_of |= dict.fromkeys(node.outputs, names)
+    return found

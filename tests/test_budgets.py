@@ -95,9 +95,9 @@ class TestScopes:
 
     def test_a_part_is_counted_like_the_module_alone(self, net, graph) -> None:
         seen = {}
-        for name, module in net.named_children():
-            module.register_forward_hook(lambda m, a, o, name=name: seen.update({name: a}))
         copied = copy.deepcopy(net)
+        for name, module in copied.named_children():
+            module.register_forward_hook(lambda m, a, o, name=name: seen.update({name: a}))
         copied(INPUT)
         for name, module in copied.named_children():
             measured = prunus.measure_costs(module, seen[name])
@@ -152,6 +152,100 @@ class TestScopes:
         assert 0.4 < after / before <= 0.5
 
 
+class Reuse(nn.Module):
+    """Tensors that live for long, in place operators, views, and one that is thrown away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 64), nn.Linear(64, 64)
+        self.c = nn.Linear(128, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.a(x)
+        self.b(first).exp_()
+        second = self.b(first).relu_().view(-1, 4, 16).transpose(1, 2).flatten(1)
+        return self.c(torch.cat([first, second], 1))
+
+
+class TestActivation:
+    def test_what_is_alive_by_hand(self) -> None:
+        class Two(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Linear(8, 64), nn.Linear(64, 4)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                hidden = self.a(x)
+                active = hidden.relu()
+                del hidden
+                return self.b(active)
+
+        graph = prunus.trace(Two(), torch.zeros(3, 8))
+        assert graph.cost("activation") == 4 * 3 * (8 + 64 + 64)
+        kept = graph.all_kept
+        kept[1:33] = False
+        assert graph.cost("activation", kept) == 4 * 3 * (8 + 32 + 32)
+
+    @pytest.mark.parametrize("name", ["net", "reuse", "attention"])
+    @pytest.mark.parametrize("share", [0.85, 0.6])
+    def test_the_pruned_model_has_no_more_alive(self, name: str, share: float, net) -> None:
+        torch.manual_seed(0)
+        models: dict[str, tuple[nn.Module, torch.Tensor]] = {
+            "net": (net, INPUT),
+            "reuse": (Reuse(), torch.randn(2, 8)),
+            "attention": (
+                nn.Sequential(
+                    nn.Linear(8, 64),
+                    nn.TransformerEncoderLayer(64, 4, 96, batch_first=True),
+                    nn.Linear(64, 4),
+                ),
+                torch.randn(2, 5, 8),
+            ),
+        }
+        model, x = models[name]
+        graph = prunus.trace(model.eval(), x)
+        if name != "attention":  # PyTorch's own packs and copies what its equivalent does not
+            assert graph.cost("activation") == prunus.measure_activation(model, x)
+        plan = prunus.plan(graph, model, budget=Budget(activation=share, params=0.95))
+        before, after = plan.costs["activation"]
+        assert after == prunus.measure_activation(cut(plan, model), x)
+        assert share - 0.1 < after / before <= share
+        assert plan.costs["params"][1] <= 0.95 * plan.costs["params"][0]
+
+    def test_no_moment_is_worse_than_those_that_are_looked_at(self, net, graph) -> None:
+        chosen = np.random.default_rng(0)
+        for _ in range(5):
+            kept = graph.all_kept
+            for group in graph.groups:
+                kept[chosen.choice(group.units, group.size // 3, replace=False)] = False
+            plan = prunus.Plan.from_mask(graph, kept)
+            small = cut(plan, net)
+            assert graph.cost("activation", kept) == prunus.measure_activation(small, INPUT)
+
+    def test_what_is_out_of_reach_names_the_moment(self, net, graph) -> None:
+        with pytest.raises(BudgetError, match=r"activation at .*operator \d+(.|\n)*stop at"):
+            prunus.plan(graph, net, budget=Budget(activation=0.5), min_width=32)
+
+    def test_a_graph_without_a_forward_says_so(self) -> None:
+        with pytest.raises(BudgetError, match="does not know which tensors are alive"):
+            Budget(activation=0.5).limits(chain(8, 8))
+
+    def test_a_scope_has_no_peak(self) -> None:
+        with pytest.raises(BudgetError, match="a scope can't have a bound on activation"):
+            Budget(within={"stem": Budget(activation=0.5)})
+
+    def test_blocks_that_go_count(self) -> None:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 256, batch_first=True)
+        model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+        args = (torch.randn(1, 5, 16),)
+        graph = prunus.trace(model, args)
+        plan = prunus.plan(graph, model, budget=Budget(activation=0.5), drop=["layers.1"])
+        before, after = plan.costs["activation"]
+        assert before == graph.cost("activation")
+        assert after == prunus.measure_activation(cut(plan, model), args) <= before / 2
+
+
 class TestWords:
     def test_what_was_given_is_what_is_told(self) -> None:
         budget = Budget(bytes=8_000_000, within={"layer4": Budget(macs=0.3)})
@@ -159,7 +253,7 @@ class TestWords:
         assert budget.requested == {"bytes": 8_000_000, "macs in layer4": 0.3}
 
     @pytest.mark.parametrize("value", [-0.5, -3, 0, math.nan, math.inf, 1, 1.5, True, "8MB"])
-    @pytest.mark.parametrize("name", ["params", "macs", "bytes"])
+    @pytest.mark.parametrize("name", ["params", "macs", "bytes", "activation"])
     def test_what_is_no_bound_is_refused(self, name: str, value: object) -> None:
         with pytest.raises(BudgetError, match=f"{name}=.* is no budget(.|\n)*fix:"):
             Budget(**{name: value})

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from prunus.plans import Plan
     from prunus.recovery import Compensation, compensate, recalibrate
     from prunus.report.console import show_stages
-    from prunus.report.counting import measure_costs, measure_latency
+    from prunus.report.counting import measure_activation, measure_costs, measure_latency
     from prunus.report.pictures import draw_channels
     from prunus.surgeon import apply, mask
     from prunus.tracer.trace import trace
@@ -59,6 +59,7 @@ __all__ = [
     "listen",
     "load",
     "mask",
+    "measure_activation",
     "measure_costs",
     "measure_latency",
     "plan",
@@ -97,6 +98,7 @@ _HOMES = {
     "listen": "prunus.listening",
     "load": "prunus.io",
     "mask": "prunus.surgeon",
+    "measure_activation": "prunus.report.counting",
     "measure_costs": "prunus.report.counting",
     "measure_latency": "prunus.report.counting",
     "plan": "prunus.planning",

@@ -28,6 +28,12 @@ class Budget:
         A float in (0, 1] is a fraction of the dense cost, an int ≥ 2 an absolute number.
     bytes
         Of parameters and buffers, as they are stored.
+    activation
+        The most bytes of tensors that are alive at one moment of the forward, inputs included,
+        parameters and buffers not, for the traced inputs, batch included.  What a kernel needs
+        while it runs is not seen: attention takes the kernel of the traced model, which PyTorch
+        may exchange for plain matrix products where values get narrower than queries.
+        ``nn.MultiheadAttention`` is taken for the equivalent that it becomes when it is cut.
     within
         Budgets of parts of the model, by a glob over the paths of modules and the names of
         tensors; fractions are of what that part costs.
@@ -43,6 +49,7 @@ class Budget:
     params: float | int | None = None
     macs: float | int | None = None
     bytes: float | int | None = None
+    activation: float | int | None = None
     within: Mapping[str, Budget] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -58,6 +65,13 @@ class Budget:
                     f"{inner!r} is no budget of a scope",
                     where=f"within={{{scope!r}: …}}",
                     fix="give a Budget that has no scopes of its own",
+                )
+            if inner.activation is not None:
+                raise BudgetError(
+                    "a scope can't have a bound on activation",
+                    where=f"within={{{scope!r}: …}}",
+                    why="what is alive at one moment belongs to the whole forward",
+                    fix="bound the activation of the whole model",
                 )
         if not self.requested:
             raise BudgetError(

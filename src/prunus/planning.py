@@ -24,6 +24,7 @@ from prunus.planner.alignment import RoundTo
 from prunus.planner.allocate import Scope, check_share
 from prunus.planner.filters import spread
 from prunus.planner.layers import Drop, find_drops
+from prunus.planner.peak import hold_peak
 from prunus.plans import Plan
 from prunus.surgeon.attributes import find_edits
 from prunus.surgeon.depth import refuse_quantized, without_blocks
@@ -66,8 +67,9 @@ def plan(
     graph, model
         What :func:`prunus.trace` found, and the model whose weights are scored.
     budget
-        Upper bounds on ``params``, ``macs`` and ``bytes``, as fractions of the dense cost or
-        absolute, of the whole model and of parts of it; several hold at once.
+        Upper bounds on ``params``, ``macs``, ``bytes`` and peak ``activation`` memory, as
+        fractions of the dense cost or absolute, of the whole model and (but for memory) of parts
+        of it; several hold at once.
     ratio
         In place of a budget: the share of units that every group loses, whatever that costs.
     ratios
@@ -208,7 +210,7 @@ def _left_of(limits: Mapping[str, int], left: CouplingGraph) -> dict[str, int]:
     found = {}
     for name, most in limits.items():
         with suppress(BudgetError):
-            left.polynomial(name)
+            left.cost(name)
             found[name] = most
     return found
 
@@ -316,7 +318,10 @@ def _choose(
         given = spread(graph, ratios, "ratios", check_share)
         ratios = {name: share for name, share in given.items() if name not in hold}
     if ratio is None and (budget is not None or ratios is not None):
-        return select(graph, scores, budget or {}, ratios=ratios, **options)
+        limits = budget.limits(graph) if isinstance(budget, Budget) else budget or {}
+        return hold_peak(
+            graph, limits, lambda g, most: select(g, scores, most, ratios=ratios, **options)
+        )
     if ratio is not None and budget is None and ratios is None:
         _refuse_options(options)
         return Selection(thin(graph, scores, ratio))

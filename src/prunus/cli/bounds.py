@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 COUNTS = ("macs", "params")
-SIZES = ("bytes",)
+SIZES = ("bytes", "activation")
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -74,7 +74,8 @@ def budget_of(options: argparse.Namespace) -> Budget | None:
     if bounds or scopes:
         return Budget(**bounds, within={g: Budget(**inner) for g, inner in scopes.items()})
     if options.ratios is None and not options.drop:
-        raise PlanError("give a budget: --macs, --params or --bytes", fix="--macs 0.5, say")
+        names = [f"--{name}" for name in (*COUNTS, *SIZES)]
+        raise PlanError(f"give a budget: {', '.join(names)}", fix="--macs 0.5, say")
     return None
 
 

@@ -18,6 +18,7 @@ from prunus.graph.blocks import Block
 from prunus.graph.constraints import Constraint, Pin, Rescale
 from prunus.graph.expressions import Attribute, Equation
 from prunus.graph.groups import Group
+from prunus.graph.moments import PEAK, FindMoments, Moments
 from prunus.graph.polynomial import Polynomial, add_up, measure_widths
 from prunus.graph.scope import IN, find_inside
 
@@ -75,6 +76,8 @@ class CouplingGraph:
         Every cost by what has it: params and bytes by tensor, MACs by the module that runs.
     program
         The operators that ran (:class:`prunus.tracer.program.Program`), for replay.
+    find_moments
+        Finds how many bytes of tensors are alive at which moment, where that is asked for.
     forward_fn
         What was run in place of the model's forward, if anything.
     seconds
@@ -103,6 +106,7 @@ class CouplingGraph:
     traced: Mapping[str, Any] = field(default_factory=dict)
     parts: Mapping[str, Mapping[str, Polynomial]] = field(default_factory=dict, repr=False)
     program: Any = field(default=None, repr=False, compare=False)
+    find_moments: FindMoments | None = field(default=None, repr=False, compare=False)
     forward_fn: str | Callable[..., Any] | None = field(default=None, repr=False, compare=False)
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
@@ -135,9 +139,12 @@ class CouplingGraph:
         Parameters
         ----------
         name
-            As in ``costs``; ``"macs in layer3.*"`` is what :meth:`part` says of it.
+            As in ``costs``; ``"macs in layer3.*"`` is what :meth:`part` says of it, and
+            ``"activation"`` the most of :attr:`moments`.
         """
         mask = self.all_kept if kept is None else kept
+        if name == PEAK:
+            return max(self.moments.values(mask).values())
         return self.polynomial(name)(measure_widths(self.width_labels, mask))
 
     def polynomial(self, name: str) -> Polynomial:
@@ -152,6 +159,17 @@ class CouplingGraph:
             why=f"it counts {', '.join(sorted(self.costs)) or 'nothing'}",
             fix="bound one of those",
         )
+
+    @cached_property
+    def moments(self) -> Moments:
+        """The moments of the forward at which most tensors may be alive, found when asked for."""
+        if self.find_moments is None:
+            raise BudgetError(
+                "the graph does not know which tensors are alive when",
+                why="no forward was traced for it",
+                fix="take the graph that prunus.trace returns",
+            )
+        return self.find_moments(self.width_labels)
 
     def part(self, name: str, scope: str) -> Polynomial:
         """What of a cost lies in a scope.

@@ -21,6 +21,7 @@ from prunus.tracer.program import Node, Ref
 from prunus.tracer.registry import Place, Span
 from prunus.tracer.resolver import Resolve, Resolver
 from prunus.tracer.scale import Fixed, find_rescales
+from prunus.tracer.widths import Widths
 
 
 def build_graph(
@@ -46,7 +47,7 @@ def build_graph(
     mixing[0] = False
     order = {axis: roles.get(axis, Role.CARRIER) for axis in labels}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    widths = _Widths(resolver)
+    widths = Widths(resolver)
     parts = _count(recorder, model, state, labels, widths)
     couplings, pins = _read_events(recorder.algebra)
     graph = CouplingGraph(
@@ -116,60 +117,12 @@ def _keep_scales(recorder: Recorder) -> list[tuple[Label, Fixed]]:
     return [(label, fixed) for fixed, label in found.items()]
 
 
-class _Widths:
-    """Distinct labelled dims by content, and polynomials over them."""
-
-    def __init__(self, resolve: Resolve) -> None:
-        self.labels: list[Label] = []
-        self._resolve = resolve
-        self._index: dict[bytes, int] = {}
-        self._by_id: dict[int, tuple[Label, int | None]] = {}
-
-    def index(self, units: Label) -> int:
-        """Index of a label of units."""
-        key = units.shape[1].to_bytes(2, "little") + units.tobytes()
-        if key not in self._index:
-            self._index[key] = len(self.labels)
-            self.labels.append(units)
-        return self._index[key]
-
-    def polynomial(self, spans: list[Span]) -> Polynomial:
-        """The sum of the spans, like terms collected."""
-        fixed = 0
-        terms: dict[tuple[int, ...], int] = {}
-        for span in spans:
-            constant, widths = 1, []
-            for size, label in span:
-                index = self._width(label)
-                if index is None:
-                    constant *= size
-                else:
-                    widths.append(index)
-            if widths:
-                key = tuple(sorted(widths))
-                terms[key] = terms.get(key, 0) + constant
-            else:
-                fixed += constant
-        return Polynomial(fixed, tuple(Monomial(c, widths) for widths, c in terms.items()))
-
-    def _width(self, label: Label | None) -> int | None:
-        if label is None:
-            return None
-        cached = self._by_id.get(id(label))
-        if cached is not None and cached[0] is label:
-            return cached[1]
-        units = self._resolve(label)
-        found = None if units is None else self.index(units)
-        self._by_id[id(label)] = (label, found)
-        return found
-
-
 def _count(
     recorder: Recorder,
     model: nn.Module,
     state: Mapping[str, Tensor],
     labels: Mapping[Axis, Label],
-    widths: _Widths,
+    widths: Widths,
 ) -> dict[str, dict[str, Polynomial]]:
     """Every cost, part by part: params and bytes by tensor, MACs by the module that runs."""
     stored = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
@@ -189,9 +142,7 @@ def _count(
     }
 
 
-def _size_of(
-    name: str, tensor: Tensor, labels: Mapping[Axis, Label], widths: _Widths
-) -> Polynomial:
+def _size_of(name: str, tensor: Tensor, labels: Mapping[Axis, Label], widths: Widths) -> Polynomial:
     """The number of a tensor's elements."""
     own = [labels.get(Axis(name, dim)) for dim in range(tensor.dim())]
     constant = prod(n for n, label in zip(tensor.shape, own, strict=True) if label is None)

@@ -8,6 +8,7 @@ tensors of known content (anchors, strides, index tables) are computed beside th
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ from prunus.graph.constraints import Pin
 from prunus.graph.expressions import Attribute, Equation, Expression, Operation, Width
 from prunus.tracer.fakes import Fakes
 from prunus.tracer.labels import Algebra
+from prunus.tracer.lifetimes import Lifetimes
 from prunus.tracer.program import Node, Ref
 from prunus.tracer.provenance import Follow, Given, expression_of
 from prunus.tracer.registry import Call, Effect, Labels, bind, find_rule
@@ -69,7 +71,8 @@ class Recorder(TorchDispatchMode):
         self.equations: list[Equation] = []
         self.attributes: dict[Attribute, int] = {}
         self.attended: list[Attention] = []
-        self._begun: Given | None = None
+        self.lifetimes = Lifetimes(lambda: len(self.nodes))
+        self._begun: weakref.ref[Given] | None = None  # it holds tensors, which are to die
         self.follow = Follow(self._label_of, self._escaped, self._seal, self._compared)
         self._governed: dict[str, Label | None] = {}
         self._fakes = None if real else Fakes()
@@ -90,7 +93,8 @@ class Recorder(TorchDispatchMode):
             tensor = fake
         else:
             tensor = tensor.detach().clone()
-        self._new_value(tensor, (None,) * tensor.dim(), from_state=False)
+        number = self._new_value(tensor, (None,) * tensor.dim(), from_state=False)
+        self.lifetimes.begin(tensor, number)
         return tensor
 
     def value_of(self, tensor: Tensor) -> int:
@@ -198,12 +202,15 @@ class Recorder(TorchDispatchMode):
             self._new_value(tensor, own, from_state=from_state)
             for tensor, own in zip(outputs, labels, strict=True)
         )
+        if not any(one.alias_info for one in func._schema.returns):  # which is no new memory
+            for tensor, number in zip(outputs, numbers, strict=True):
+                self.lifetimes.begin(tensor, number)
         self.nodes.append(Node(func, args, numbers, effect, module, source))
 
     def _enter_function(self, given: Given, why: Pin) -> None:
         """Take down what a torch function is told, whatever operators it consists of."""
-        first = given is not self._begun
-        self._begun = given
+        first = self._begun is None or given is not self._begun()
+        self._begun = weakref.ref(given)
         if given.name in ("layer_norm", "rms_norm") and first:
             tensor, written = given.argument(0, "input"), given.argument(1, "normalized_shape")
             labels, shape = self.labels[self.value_of(tensor)], tensor.shape

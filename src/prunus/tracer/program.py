@@ -39,6 +39,16 @@ class Node:
     source: str
 
 
+@dataclass(slots=True)
+class Lifetime:
+    """Of a tensor's memory, in operators; ``died`` is the first that runs without it."""
+
+    value: int
+    element_size: int
+    born: int
+    died: int | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """A straight line of operators from inputs and state to outputs.
@@ -55,6 +65,8 @@ class Program:
         Name → value number of every output tensor whose shape is kept.
     labels, shapes
         By value number: the labels of its dims as the tracer left them, in atoms; its shape.
+    lifetimes
+        When the memory of each tensor that was made came and went.
     """
 
     nodes: tuple[Node, ...]
@@ -65,6 +77,7 @@ class Program:
     labels: tuple[UnitLabels, ...] = field(repr=False)
     shapes: tuple[tuple[int, ...], ...] = field(repr=False)
     resolve: Any = field(repr=False)
+    lifetimes: tuple[Lifetime, ...] = field(default=(), repr=False)
 
     def value_label(self, reference: Any, dim: int) -> Label | None:
         """The label, in units, of one dim of a recorded argument."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from prunus.tracer.capture import Recorder
 from prunus.tracer.entry import ForwardFn, describe_entry, entered_by, entry_of
 from prunus.tracer.fakes import unlogged
 from prunus.tracer.inputs import describe_inputs
+from prunus.tracer.moments import find_moments
 from prunus.tracer.program import Program, duplicate, state_of, tensors_of
 from prunus.tracer.provenance import mark_attributes, marked_objects
 
@@ -139,6 +141,7 @@ def _capture(
         tuple(recorder.labels),
         tuple(recorder.shapes),
         resolve,
+        tuple(recorder.lifetimes.found),
     )
     described = {
         "inputs": describe_inputs(args, kwargs),
@@ -152,6 +155,7 @@ def _capture(
     return replace(
         graph,
         program=program,
+        find_moments=partial(find_moments, program),
         forward_fn=entry,
         traced=described,
         seconds=seconds,

@@ -537,6 +537,42 @@ def test_bad_input_leaves_the_model_alone(options: Any, error: Any, said: str) -
     assert model.reader.in_features == 9
 
 
+def test_few_samples_are_said_and_raise_the_ridge() -> None:
+    model = nn.Sequential(nn.Linear(6, 40), nn.GELU(), nn.Linear(40, 3)).double().eval()
+    few, many = noisy((10, 6)), noisy((400, 6))
+    graph = prunus.trace(model, few)
+    plan = prunus.plan(graph, model, ratio=0.5)
+    small = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=r"2.weight has 20 columns that stay(.|\n)*10 samples"):
+        done = prunus.compensate(small, plan, graph, [few])
+    assert done.repairs[0].ridge > 0.01 * done.repairs[0].spread  # and not a thousandth
+    enough = prunus.compensate(model, plan, graph, [many])
+    assert enough.repairs[0].ridge < done.repairs[0].ridge / 10
+
+
+@pytest.mark.parametrize("kind", ["half", "mapping", "constant"])
+def test_what_loaders_and_models_may_be(kind: str) -> None:
+    """Half precision, batches that are mappings, features that never change."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("first", nn.Linear(6, 12))
+    model.add_module("gelu", nn.GELU())
+    model.add_module("last", nn.Linear(12, 3))
+    rows = torch.ones(200, 6) if kind == "constant" else torch.randn(200, 6)
+    dtype = torch.bfloat16 if kind == "half" else torch.float32
+    model, rows = model.to(dtype).eval(), rows.to(dtype)
+    graph = prunus.trace(model, rows)
+    plan = prunus.plan(graph, model, ratio=0.5)
+    wanted, cut = model(rows), copy.deepcopy(model)
+    prunus.apply(plan, cut)
+    data = [{"input": rows}] if kind == "mapping" else [rows]
+    done = prunus.compensate(model, plan, graph, data)
+    assert model.last.weight.dtype == dtype
+    assert done.repairs[0].left < done.repairs[0].cut
+    near, far = ((m(rows) - wanted).float().square().mean() for m in (model, cut))
+    assert near < 0.8 * far
+
+
 def test_statistics_of_something_else_are_refused() -> None:
     model, x, graph, plan = build("linear")
     with pytest.raises(DataError, match="second moments"):

@@ -204,6 +204,7 @@ def tell_recovery(steps: Sequence[dict[str, Any]]) -> str:
     kept = [f"{error(s)} after {'the ' * (s['name'] == 'cut')}{s['name']}"
             for s in steps if s["kept"]]  # fmt: skip
     lines = [f"On the calibration data the outputs are off by {', '.join(kept)}."]
+    lines += [f"Mind: {s['why']}." for s in steps if s["kept"] and s["why"]]
     lines += [f"Not kept: {s['name']} ({error(s)}), since {s['why']}."
               for s in steps if not s["kept"]]  # fmt: skip
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -143,7 +144,23 @@ def compensate(
             ridge=ridge,
             new_biases=new_biases,
         )
+    _warn_of_few([new.report for _, new in repaired])
     return _apply(model, plan, repaired, left, optimizer=optimizer, check=check)
+
+
+def _warn_of_few(repairs: Iterable[Repair]) -> None:
+    """Say where weights have more columns than there are samples to fit them to."""
+    few = [one for one in repairs if one.ridge and one.samples < one.kept]
+    if not few:
+        return
+    worst = min(few, key=lambda one: one.samples / one.kept)
+    others = f" and {len(few) - 1} more weights" if len(few) > 1 else ""
+    warnings.warn(
+        f"{worst.tensor} has {worst.kept} columns that stay, and is fitted to {worst.samples} "
+        f"samples; so{others}. The ridge was raised to what so few allow; more calibration data "
+        "repair more",
+        stacklevel=3,
+    )
 
 
 def repair_all(

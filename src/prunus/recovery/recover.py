@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -46,7 +47,7 @@ class Step:
     kept
         Whether it stayed; ``"auto"`` takes back what makes the outputs worse.
     why
-        Why a step was not taken.
+        Why a step was not kept, or what is to be minded of it.
     """
 
     name: str
@@ -142,14 +143,17 @@ class _Bench:
         name = "bias" if options["method"] == "bias" else "least squares"
         count = self._counting(name)
         try:
-            done = compensate(self.model, plan, graph, self.data, progress=count, **options)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                done = compensate(self.model, plan, graph, self.data, progress=count, **options)
         except ModelError as error:
             if limit is None:
                 raise
             return plan, cut(plan, self.model), Step(name, math.nan, False, error.what)
         found = self.distance()
         if limit is None or not found > limit:
-            return done.plan, done.undo, Step(name, found)
+            minded = "; ".join(str(one.message) for one in told)
+            return done.plan, done.undo, Step(name, found, why=minded)
         done.undo()
         return plan, cut(plan, self.model), Step(name, found, False, WORSE)
 

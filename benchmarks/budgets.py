@@ -1,86 +1,189 @@
-"""Ask for a share of params or MACs, count what came out, and write ``results/budgets.csv``.
+"""Ask for a share of a cost, count what came out, and write ``results/budgets.csv``.
 
     python benchmarks/budgets.py                     # all models of the table
-    python benchmarks/budgets.py timm:resnet50       # some; their rows are replaced
+    python benchmarks/budgets.py resnet50 llama_1b   # some; rows of this commit are not made again
 
 What is achieved is counted on the pruned model, not by the planner: parameters by ``numel``,
-MACs by PyTorch's FLOP counter, halved.
+MACs by PyTorch's FLOP counter, halved, with attention as plain matrix products, bytes as stored,
+and peak activation memory by what is alive on fake tensors.  The pruned model is a copy on the
+meta device, which has all of this and computes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import catalogue
+import rows
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
 
 import prunus
 
 RESULTS = Path(__file__).with_name("results") / "budgets.csv"
-FIELDS = ("model", "budget", "requested", "achieved", "round_to", "unaligned", "verdict", "plan_s")
-MODELS = (
-    "zoo:resnet_fmnist", "zoo:resnet20", "zoo:resnet56", "zoo:resnet18", "zoo:resnet50",
-    "zoo:hrnet_w18", "zoo:hrnet_w18_small", "zoo:mobilenetv2", "zoo:yolov8n", "zoo:yolov3_tiny",
-    "timm:resnet50", "timm:hrnet_w18_small", "timm:mobilenetv2_100", "timm:efficientnet_b0",
-    "timm:densenet121", "timm:resnext50_32x4d", "timm:convnext_atto",
-)  # fmt: skip
-TOLERANCE = 0.01
+KEY = ("model", "budget", "requested", "round_to")
+FIELDS = (*KEY, "planned", "achieved", "spare", "unaligned", "verdict", "plan_s", "commit")
+SHARES = (0.3, 0.5, 0.7)
+BUDGETS = (("params",), ("macs",), ("bytes",), ("params", "macs"), ("activation",))
+CLOSE = {1: 0.01, 8: 0.02, 32: 0.04}
+"""By what widths are rounded to: how far below the bound the tighter cost may end."""
+
+AGREE = 0.05
+"""How far the peak that is counted may be from the planned one, as a part of it."""
+
+WIDE = 64
+"""Narrower groups are rounded to 16 where others are to 32."""
+
+Built = tuple[nn.Module, Any, dict[str, Any]]
 
 
-def examine(name: str) -> list[dict[str, object]]:
-    """Rows of one model: both costs, three sizes, with and without rounding."""
-    model, args, kwargs = catalogue.build(name)
-    graph = prunus.trace(model, args, kwargs)
-    dense = prunus.measure_costs(model, args, kwargs)
-    rows: list[dict[str, object]] = []
-    for cost in ("params", "macs"):
-        for requested in (0.3, 0.5, 0.7):
-            for round_to in (1, 8):
-                started = time.perf_counter()
-                budget = prunus.Budget(**{cost: requested})
-                row = {"model": name, "budget": cost, "requested": requested, "round_to": round_to}
-                try:
-                    plan = prunus.plan(graph, model, budget=budget, round_to=round_to)
-                except prunus.PrunusError as refused:
-                    rows.append(row | {"verdict": f"refused: {refused}".replace("\n", " ")[:300]})
-                    continue
-                seconds = time.perf_counter() - started
-                pruned = prunus.apply(plan, copy.deepcopy(model))
-                achieved = prunus.measure_costs(pruned, args, kwargs)[cost] / dense[cost]
-                unaligned = sum(len(stay) % round_to > 0 for stay in plan.keep.values())
-                close = round_to > 1 or requested - achieved < TOLERANCE
-                good = achieved <= requested and close and not unaligned
-                rows.append(row | {
-                    "achieved": f"{achieved:.4f}",
-                    "unaligned": unaligned,
-                    "verdict": "met" if good else "missed",
-                    "plan_s": f"{seconds:.2f}",
-                })  # fmt: skip
-    return rows
+def _named(name: str) -> Callable[[], Built]:
+    return lambda: catalogue.build(name)
+
+
+def _bert_base() -> Built:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    ids = torch.randint(3, 1000, (1, 32))
+    return BertForSequenceClassification(BertConfig()).eval(), (ids,), {}
+
+
+def _llama_1b() -> Built:
+    """On the meta device, without values."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).eval()
+        ids = torch.zeros((1, 16), dtype=torch.long)
+    return model, (ids,), {"use_cache": False}
+
+
+MODELS: dict[str, Callable[[], Built]] = {
+    "resnet50": _named("zoo:resnet50"),
+    "hrnet_w18": _named("zoo:hrnet_w18"),
+    "mobilenetv2": _named("zoo:mobilenetv2"),
+    "efficientnet_b0": _named("timm:efficientnet_b0"),
+    "yolov8n": _named("zoo:yolov8n"),
+    "vit_small": _named("timm:vit_small_patch16_224"),
+    "bert_base": _bert_base,
+    "llama_1b": _llama_1b,
+}
+
+
+def requests() -> Iterator[dict[str, Any]]:
+    """Every combination of costs, share and rounding; peak memory without rounding only."""
+    for costs in BUDGETS:
+        for share in SHARES:
+            for round_to in CLOSE if costs != ("activation",) else (1,):
+                yield {"budget": "+".join(costs), "requested": share, "round_to": round_to}
+
+
+class Subject:
+    """One model: its graph, and a twin without values to be cut."""
+
+    def __init__(self, name: str) -> None:
+        prunus.declare_missing_ops()
+        self.model, self.args, self.kwargs = MODELS[name]()
+        self.graph = prunus.trace(self.model, self.args, self.kwargs)
+        self.empty = copy.deepcopy(self.model).to("meta")
+        self.inputs = tree_map(_to_meta, (self.args, self.kwargs))
+        values = all(tensor.device.type != "meta" for tensor in self.model.parameters())
+        self.importance = "l2" if values else "random"
+        self.dense = self.count(self.empty)
+        self.widths = widths_of(self.graph)
+
+    def count(self, model: nn.Module) -> dict[str, int]:
+        """What a model costs, counted from outside."""
+        args, kwargs = self.inputs
+        peak = prunus.measure_activation(model, args, kwargs)
+        return {**prunus.measure_costs(model, args, kwargs), "activation": peak}
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Plan, cut and count: one row."""
+        costs, share = request["budget"].split("+"), request["requested"]
+        round_to = request["round_to"]
+        started = time.perf_counter()
+        try:
+            plan = prunus.plan(
+                self.graph,
+                self.model,
+                budget=prunus.Budget(**dict.fromkeys(costs, share)),
+                round_to=round_to,
+                importance=self.importance,
+            )
+        except prunus.PrunusError as refused:
+            return {"verdict": f"refused: {refused}".replace("\n", " ")[:300]}
+        seconds = time.perf_counter() - started
+        counted = self.count(prunus.apply(plan, copy.deepcopy(self.empty)))
+        planned = {cost: plan.costs[cost][1] / plan.costs[cost][0] for cost in costs}
+        achieved = {cost: counted[cost] / self.dense[cost] for cost in costs}
+        spare = share - max(achieved.values())
+        unaligned = sum(
+            len(stay) % (round_to if self.widths[axis] >= WIDE else min(round_to, 16)) > 0
+            for axis, stay in plan.keep.items()
+            if axis in self.widths
+        )
+        met = 0 <= spare < CLOSE[round_to] and not unaligned
+        if costs == ["activation"]:
+            met = abs(achieved["activation"] / planned["activation"] - 1) <= AGREE
+        return {
+            "planned": "+".join(f"{value:.4f}" for value in planned.values()),
+            "achieved": "+".join(f"{value:.4f}" for value in achieved.values()),
+            "spare": f"{spare:.5f}",
+            "unaligned": unaligned,
+            "verdict": "met" if met else "missed",
+            "plan_s": f"{seconds:.2f}",
+        }
+
+
+def widths_of(graph: prunus.CouplingGraph) -> dict[prunus.Axis, int]:
+    """How wide the narrowest group on each axis of a contraction is, heads × dim as one."""
+    found: dict[prunus.Axis, int] = {}
+    for group in graph.groups:
+        makers = [a for a, role in group.axes if role == "producer"] or [a for a, _ in group.axes]
+        width = max(graph.shapes[axis.tensor][axis.dim] for axis in makers)
+        for axis, role in group.axes:
+            if role != "carrier":
+                found[axis] = min(width, found.get(axis, width))
+    return found
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
 def main() -> None:
-    """Examine the models asked for and replace their rows."""
+    """Ask what was not asked at this commit, and replace its rows."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("models", nargs="*", default=MODELS)
-    chosen = parser.parse_args().models
-    rows: list[dict[str, object]] = []
-    if RESULTS.exists():
-        with RESULTS.open() as file:
-            rows = [dict(row) for row in csv.DictReader(file)]
-    for name in chosen:
-        found = examine(name)
-        rows = [row for row in rows if row["model"] != name] + found
-        missed = [row for row in found if row["verdict"] != "met"]
-        print(f"{name}: {len(found) - len(missed)} of {len(found)} met", *missed, flush=True)
-        rows.sort(key=lambda row: MODELS.index(str(row["model"])) if row["model"] in MODELS else 99)
-        with RESULTS.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
+    parser.add_argument("models", nargs="*", default=list(MODELS))
+    for name in parser.parse_args().models:
+        known = {
+            tuple(row[field] for field in KEY): row["commit"]
+            for row in rows.read(RESULTS)
+            if "commit" in row
+        }
+        missing = [
+            request
+            for request in requests()
+            if known.get((name, *(str(request[field]) for field in KEY[1:]))) != rows.commit()
+        ]
+        subject = Subject(name) if missing else None
+        for request in missing:
+            assert subject is not None
+            row = {"model": name, **request, **subject.ask(request), "commit": rows.commit()}
+            rows.replace(RESULTS, FIELDS, KEY, [row])
+            print(*(f"{field}={row.get(field, '')}" for field in FIELDS), flush=True)
 
 
 if __name__ == "__main__":

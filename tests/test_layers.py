@@ -24,14 +24,14 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("graph",), ("files",)),
     (("plans", "plan_json", "plan_diff", "drops", "budget"),),
     (("tracer",),),
-    (("importance",), ("planner",), ("surgeon",), ("anatomy",)),
+    (("importance",), ("planner",), ("surgeon",), ("anatomy",), ("latency",)),
     (
         ("recovery",),
         ("io",),
         ("oracle", "exchange", "witness", "listening", "rollback", "skipping", "report"),
     ),
     (("integrations",),),
-    (("__init__", "planning", "api", "choices"),),
+    (("__init__", "planning", "latency_planning", "api", "choices"),),
     (("cli", "__main__"),),
 )
 LAYER_OF = {name: n for n, rooms in enumerate(LAYERS) for room in rooms for name in room}

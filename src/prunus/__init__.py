@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from prunus.importance.influence import block_influence
     from prunus.integrations.torchvision_ops import declare_missing_ops
     from prunus.io import load, save
+    from prunus.latency import LatencyTable, measure
     from prunus.listening import listen
     from prunus.oracle import Certificate, verify
     from prunus.planning import plan
@@ -43,6 +44,7 @@ __all__ = [
     "Certificate",
     "Compensation",
     "CouplingGraph",
+    "LatencyTable",
     "Movement",
     "Plan",
     "PrunusError",
@@ -59,6 +61,7 @@ __all__ = [
     "listen",
     "load",
     "mask",
+    "measure",
     "measure_activation",
     "measure_costs",
     "measure_latency",
@@ -82,6 +85,7 @@ _HOMES = {
     "Certificate": "prunus.oracle",
     "Compensation": "prunus.recovery",
     "CouplingGraph": "prunus.graph.coupling",
+    "LatencyTable": "prunus.latency",
     "Movement": "prunus.importance",
     "Plan": "prunus.plans",
     "PrunusError": "prunus.errors",
@@ -98,6 +102,7 @@ _HOMES = {
     "listen": "prunus.listening",
     "load": "prunus.io",
     "mask": "prunus.surgeon",
+    "measure": "prunus.latency",
     "measure_activation": "prunus.report.counting",
     "measure_costs": "prunus.report.counting",
     "measure_latency": "prunus.report.counting",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from numbers import Integral, Rational, Real
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from prunus.graph.coupling import CouplingGraph
 
 _FIX = "give a float in (0, 1] for a fraction of the dense cost, or an int ≥ 2 for a number"
+_WHOLE = {
+    "activation": "what is alive at one moment belongs to the whole forward",
+    "latency": "what a part takes hangs on what ran before it",
+}
+"""What only the whole model has, with the reason."""
+
+_TIME_FIX = 'give a float in (0, 1] for a fraction of the dense time, or a time: latency="12ms"'
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,6 +42,10 @@ class Budget:
         while it runs is not seen: attention takes the kernel of the traced model, which PyTorch
         may exchange for plain matrix products where values get narrower than queries.
         ``nn.MultiheadAttention`` is taken for the equivalent that it becomes when it is cut.
+    latency
+        A float in (0, 1] is a fraction of what the dense model takes, a string an absolute time
+        with its unit: ``"12ms"``, ``"0.8 s"``, ``"900us"``.  Planning needs a table of
+        :func:`prunus.measure` for it.
     within
         Budgets of parts of the model, by a glob over the paths of modules and the names of
         tensors; fractions are of what that part costs.
@@ -44,12 +56,15 @@ class Budget:
     Budget(macs=0.5)
     >>> Budget(params=2_000_000, within={"layer4": Budget(macs=0.3)}).requested
     {'params': 2000000, 'macs in layer4': 0.3}
+    >>> Budget(latency="12ms").requested
+    {'latency': '12ms'}
     """
 
     params: float | int | None = None
     macs: float | int | None = None
     bytes: float | int | None = None
     activation: float | int | None = None
+    latency: float | str | None = None
     within: Mapping[str, Budget] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -66,13 +81,14 @@ class Budget:
                     where=f"within={{{scope!r}: …}}",
                     fix="give a Budget that has no scopes of its own",
                 )
-            if inner.activation is not None:
-                raise BudgetError(
-                    "a scope can't have a bound on activation",
-                    where=f"within={{{scope!r}: …}}",
-                    why="what is alive at one moment belongs to the whole forward",
-                    fix="bound the activation of the whole model",
-                )
+            for name, why in _WHOLE.items():
+                if getattr(inner, name) is not None:
+                    raise BudgetError(
+                        f"a scope can't have a bound on {name}",
+                        where=f"within={{{scope!r}: …}}",
+                        why=why,
+                        fix=f"bound the {name} of the whole model",
+                    )
         if not self.requested:
             raise BudgetError(
                 "the budget bounds nothing",
@@ -80,8 +96,11 @@ class Budget:
                 fix="write Budget(macs=0.5), say",
             )
         for name in COSTS:
-            if getattr(self, name) is not None:
-                _check(name, getattr(self, name))
+            value = getattr(self, name)
+            if name == "latency" and isinstance(value, str):
+                picoseconds(value)
+            elif value is not None:
+                _check(name, value)
 
     def __repr__(self) -> str:
         given = {name: getattr(self, name) for name in COSTS}
@@ -91,7 +110,13 @@ class Budget:
         return f"Budget({', '.join(said)})"
 
     @property
-    def requested(self) -> dict[str, float | int]:
+    def counted(self) -> Budget | None:
+        """The bounds that need no clock; None if there are none."""
+        only = self.requested.keys() == {"latency"}
+        return None if only else replace(self, latency=None)
+
+    @property
+    def requested(self) -> dict[str, Any]:
         """The bounds that were given, sorted by name; then those of scopes, ``"macs in GLOB"``."""
         given = {name: getattr(self, name) for name in sorted(COSTS)}
         found = {name: value for name, value in given.items() if value is not None}
@@ -111,6 +136,12 @@ class Budget:
         """
         found: dict[str, int] = {}
         for name, value in self.requested.items():
+            if name == "latency":
+                raise BudgetError(
+                    "the graph knows nothing of latency",
+                    why="only a table that was measured on this machine does",
+                    fix="give it to the plan: latency=prunus.measure(model, args)",
+                )
             dense = graph.cost(name)
             number: Any = value
             if not isinstance(number, Integral):
@@ -122,19 +153,48 @@ class Budget:
 
 COSTS = tuple(one.name for one in fields(Budget) if one.name != "within")
 """What can be bounded."""
+_UNITS = {"s": 10**12, "ms": 10**9, "us": 10**6, "µs": 10**6, "ns": 10**3}
+"""Picoseconds."""
+
+
+def picoseconds(text: str) -> int:
+    """A time with its unit, in picoseconds.
+
+    Raises
+    ------
+    BudgetError
+        If it is none, or not positive.
+
+    Examples
+    --------
+    >>> picoseconds("12ms"), picoseconds("0.5 us")
+    (12000000000, 500000)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(s|ms|us|µs|ns)\s*", text)
+    if found is None or not float(found[1]):
+        raise BudgetError(
+            f"latency={text!r} is no time",
+            why="it is zero" if found else "it is no positive number with a unit",
+            fix='write "12ms", say; units are s, ms, us and ns',
+        )
+    return int(Fraction(found[1].removesuffix(".")) * _UNITS[found[2]])
 
 
 def _check(name: str, value: Any) -> None:
     """Refuse whatever is neither a fraction nor a number."""
 
+    fix = _TIME_FIX if name == "latency" else _FIX
+
     def refuse(why: str) -> BudgetError:
-        return BudgetError(f"{name}={value!r} is no budget", why=why, fix=_FIX)
+        return BudgetError(f"{name}={value!r} is no budget", why=why, fix=fix)
 
     # These know numpy's numbers as well, without importing numpy.
     whole = isinstance(value, Integral)
     fraction = isinstance(value, Real) and not isinstance(value, Rational)
     if isinstance(value, bool) or not (whole or fraction):
         raise refuse(f"it is a {type(value).__name__}")
+    if name == "latency" and whole:
+        raise refuse("a whole number may be seconds as well as milliseconds")
     if not math.isfinite(value):
         raise refuse("it is not finite")
     if value <= 0:

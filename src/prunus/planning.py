@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,15 @@ from prunus.importance import Importance, Statistics, collect, name_of, needs_of
 from prunus.importance.influence import block_influence
 from prunus.importance.targets import Loss
 from prunus.integrations.torch_pruning import adapt
+from prunus.latency import LatencyTable
+from prunus.latency_planning import (
+    Timed,
+    Timekeeper,
+    check_table,
+    hasten,
+    predict_time,
+    resolve_rounding,
+)
 from prunus.planner import Selection, select, thin
 from prunus.planner.alignment import RoundTo
 from prunus.planner.allocate import Scope, check_share
@@ -51,11 +60,12 @@ def plan(
     scope: Scope = "local",
     min_width: int | Mapping[str, int] = 1,
     max_ratio: float | Mapping[str, float] = 1.0,
-    round_to: RoundTo = 1,
+    round_to: RoundTo | Literal["latency"] = 1,
     include: Globs | None = None,
     exclude: Globs = (),
     hold: Collection[str] = (),
     drop: Drop = (),
+    latency: LatencyTable | None = None,
     protect_ends: bool = True,
     seed: int = 0,
 ) -> Plan:
@@ -68,9 +78,11 @@ def plan(
     graph, model
         What :func:`prunus.trace` found, and the model whose weights are scored.
     budget
-        Upper bounds on ``params``, ``macs``, ``bytes`` and peak ``activation`` memory, as
-        fractions of the dense cost or absolute, of the whole model and (but for memory) of parts
-        of it; several hold at once.
+        Upper bounds on ``params``, ``macs``, ``bytes``, peak ``activation`` memory and
+        ``latency``, as fractions of the dense cost or absolute, of the whole model and (but for
+        memory and latency) of parts of it; several hold at once.  A bound on latency is met within
+        2 % by the clock: plans are cut on a copy, measured in turn with the dense model, and made
+        again.
     ratio
         In place of a budget: the share of units that every group loses, whatever that costs.
     ratios
@@ -99,7 +111,8 @@ def plan(
         Every pruned width becomes a multiple of this; one number, or numbers by kind of layer and
         by globs: ``{"linear": 32, "conv": 8, "head.*": 1, "*": 4}``.  A group narrower than twice
         the number is rounded to half of it, and so on, down to 16: 32 is for groups at least 64
-        wide.  Where several globs fit a group, the most specific one decides.
+        wide.  Where several globs fit a group, the most specific one decides.  ``"latency"``: the
+        number at which the time of most contractions steps, by the latency table.
     include, exclude
         Globs over group names and tensor names.
     hold
@@ -109,12 +122,15 @@ def plan(
         (:func:`prunus.block_influence`).  Then neither budget nor ratio is needed.
     protect_ends
         Whether the first and last block of every stack stay when ``drop`` is a number.
+    latency
+        What :func:`prunus.measure` found.  With a budget of latency ``plan.costs["latency_ns"]``
+        and ``plan.origin["latency"]`` say what was measured, without one what the table predicts.
 
     Raises
     ------
     BudgetError
         If the floors stop it; the message says which, and what is reachable.  If a scope of the
-        budget matches nothing.
+        budget matches nothing.  If the clock does not agree with any plan.
     DataError
         If the importance needs calibration data and there is none.
     PlanError
@@ -136,6 +152,7 @@ def plan(
         "exclude": exclude,
         "hold": hold,
         "seed": seed,
+        "latency": latency,
     }
     if not isinstance(drop, int) and not drop:
         return _plan_widths(graph, model, data=data, statistics=statistics, **options)
@@ -183,6 +200,12 @@ def plan_left(
     **options: Any,
 ) -> Plan:
     """The plan of which ``left``, the graph of the model without its blocks, tells the widths."""
+    if names and budget is not None and budget.latency is not None:
+        raise PlanError(
+            "a latency budget can't be combined with dropping blocks",
+            why="the table is that of the model with all its blocks",
+            fix="drop the blocks first (prunus.drop_layers), then measure and plan what is left",
+        )
     if not names:
         return _plan_widths(left, model, budget=budget, ratio=ratio, **options)
     requested = None if budget is None else budget.requested
@@ -259,33 +282,68 @@ def _plan_widths(
     loss: Loss | None = None,
     hold: Collection[str] = (),
     seed: int = 0,
+    latency: LatencyTable | None = None,
     **options: Any,
 ) -> Plan:
     importance = adapt(importance, model)
+    check_table(budget, latency)
     if statistics is None and data is not None and needs_of(importance):
         statistics = collect(model, graph, data, needs_of(importance), loss=loss, seed=seed)
     options = {**_OPTIONS, **options}
+    names = ("ratios", "scope", "min_width", "max_ratio", "round_to")
+    said = {name: options[name] for name in names}
+    options["round_to"] = resolve_rounding(options["round_to"], graph, latency)
     with uncollected():
         tensors, _ = state_of(model)
         scores = score(graph, tensors, importance, seed=seed, statistics=statistics)
         for name in hold:
             scores[graph.group(name).units] = np.inf
-        kept, stopped = _choose(graph, scores, budget, ratio, hold, **options)
-        said = ("ratios", "scope", "min_width", "max_ratio", "round_to")
-        origin = {
-            "importance": name_of(importance),
-            "budget": budget.requested if isinstance(budget, Budget) else budget,
-            "ratio": ratio,
-            **{name: options[name] for name in said},
-            "hold": sorted(hold),
-            "stopped": {**stopped, **dict.fromkeys(sorted(hold), "it is held")},
-            "seed": seed,
-            "traced": graph.traced,
-        }
-        chosen = plan_of_mask(graph, model, kept, origin)
-    asked = {} if budget is None else budget.limits(graph) if isinstance(budget, Budget) else budget
+
+    def choose(one: CouplingGraph, bounds: Budget | Mapping[str, int] | None) -> Selection:
+        return _choose(one, scores, bounds, ratio, hold, **options)
+
+    timed: Timed | None = None
+    if latency is not None and isinstance(budget, Budget) and budget.latency and ratio is None:
+        timed = _keep_time(graph, model, budget, latency, choose, seed)
+        kept, stopped = timed.kept, timed.stopped
+    else:
+        kept, stopped = choose(graph, budget)
+    if latency is not None and timed is None:
+        timed = predict_time(graph, kept, latency)
+    origin = {
+        "importance": name_of(importance),
+        "budget": budget.requested if isinstance(budget, Budget) else budget,
+        "ratio": ratio,
+        **said,
+        "hold": sorted(hold),
+        "stopped": {**stopped, **dict.fromkeys(sorted(hold), "it is held")},
+        "seed": seed,
+        "traced": graph.traced,
+    }
+    chosen = plan_of_mask(graph, model, kept, origin)
+    counted = budget.counted if isinstance(budget, Budget) else budget
+    asked = counted.limits(graph) if isinstance(counted, Budget) else counted or {}
     parts = {n: (graph.cost(n), graph.cost(n, kept)) for n in asked if n not in chosen.costs}
-    return replace(chosen, costs={**chosen.costs, **parts})
+    chosen = replace(chosen, costs={**chosen.costs, **parts})
+    return chosen if latency is None or timed is None else timed.told_in(chosen, latency)
+
+
+def _keep_time(
+    graph: CouplingGraph,
+    model: nn.Module,
+    budget: Budget,
+    table: LatencyTable,
+    choose: Callable[..., Selection],
+    seed: int,
+) -> Timed:
+    """The choice whose measured time is the requested one."""
+
+    def compare(kept: Mask) -> tuple[float, float]:
+        return keeper.compare(plan_of_mask(graph, model, kept, {"traced": graph.traced}))
+
+    with entered_by(model, graph.forward_fn):
+        keeper = Timekeeper(graph, model, table, seed)
+        return hasten(graph, budget, table, choose, compare)
 
 
 _OPTIONS: Mapping[str, Any] = {
@@ -322,9 +380,10 @@ def _choose(
         ratios = {name: share for name, share in given.items() if name not in hold}
     if ratio is None and (budget is not None or ratios is not None):
         limits = budget.limits(graph) if isinstance(budget, Budget) else budget or {}
-        return hold_peak(
-            graph, limits, lambda g, most: select(g, scores, most, ratios=ratios, **options)
-        )
+        with uncollected():
+            return hold_peak(
+                graph, limits, lambda g, most: select(g, scores, most, ratios=ratios, **options)
+            )
     if ratio is not None and budget is None and ratios is None:
         _refuse_options(options)
         return Selection(thin(graph, scores, ratio))

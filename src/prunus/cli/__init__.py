@@ -16,7 +16,7 @@ from prunus import __version__
 from prunus.errors import ApplyError, BudgetError, FileError, PrunusError, VerifyError
 from prunus.files import STDOUT, printing
 
-VERBS = ("inspect", "plan", "diff", "shrink", "apply", "verify", "load")
+VERBS = ("inspect", "measure", "plan", "diff", "shrink", "apply", "verify", "load")
 
 EXIT_CODES = """\
 exit codes:

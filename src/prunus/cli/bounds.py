@@ -26,6 +26,13 @@ def add_budget_options(group: Any) -> None:
     for name in SIZES:
         group.add_argument(f"--{name}", metavar="N", type=size_bound, help=f"{text} 8MB or 8MiB")
     group.add_argument(
+        "--latency",
+        metavar="N|TIME",
+        type=time_bound,
+        help="a fraction of the time that the dense model takes on this machine, as 0.5, or a "
+        "time, as 12ms; operators that the latency table lacks are measured first",
+    )
+    group.add_argument(
         "--within",
         metavar=("GLOB", "COST=N"),
         nargs=2,
@@ -55,7 +62,7 @@ def budget_of(options: argparse.Namespace) -> Budget | None:
     from prunus.errors import PlanError
 
     bounds: dict[str, Any] = {
-        n: v for n in (*COUNTS, *SIZES) if (v := getattr(options, n)) is not None
+        n: v for n in (*COUNTS, *SIZES, "latency") if (v := getattr(options, n)) is not None
     }
     scopes: dict[str, dict[str, Any]] = {}
     for glob, text in options.within:
@@ -74,7 +81,7 @@ def budget_of(options: argparse.Namespace) -> Budget | None:
     if bounds or scopes:
         return Budget(**bounds, within={g: Budget(**inner) for g, inner in scopes.items()})
     if options.ratios is None and not options.drop:
-        names = [f"--{name}" for name in (*COUNTS, *SIZES)]
+        names = [f"--{name}" for name in (*COUNTS, *SIZES, "latency")]
         raise PlanError(f"give a budget: {', '.join(names)}", fix="--macs 0.5, say")
     return None
 
@@ -99,6 +106,22 @@ def size_bound(text: str) -> float | int:
     if found is None or unit is None:
         return count_bound(text)
     return _checked(text, round(float(found[1]) * unit))
+
+
+def time_bound(text: str) -> float | str:
+    """Read a bound on latency: a fraction, or a time with its unit."""
+    from prunus.budget import Budget
+    from prunus.errors import BudgetError
+
+    try:
+        value: float | str = float(text)
+    except ValueError:
+        value = text
+    try:
+        Budget(latency=value)
+    except BudgetError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no budget: {error.why}; {error.fix}") from None
+    return value
 
 
 def _checked(text: str, value: float | int) -> float | int:

@@ -113,6 +113,7 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     """What to remove."""
     group = parser.add_argument_group("what to remove")
     add_budget_options(group)
+    add_backend(group)
     group.add_argument(
         "--drop",
         metavar="N|NAME",
@@ -142,9 +143,9 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
         "--round-to",
         default=1,
         metavar="N",
-        type=by_glob(count),
+        type=widths,
         help="widths are multiples of it; a number, or numbers by kind of layer and by globs: "
-        "linear=32,conv=8,head.*=1,*=4",
+        "linear=32,conv=8,head.*=1,*=4; or 'latency': of what the latency table says",
     )
     group.add_argument(
         "--min-width",
@@ -164,6 +165,16 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--include", metavar="GLOB", action="append", help=f"only these {text}")
     group.add_argument(
         "--exclude", metavar="GLOB", action="append", default=[], help=f"not these {text}"
+    )
+
+
+def add_backend(parser: Any) -> None:
+    """What runs the model where its latency matters."""
+    parser.add_argument(
+        "--backend",
+        default="eager",
+        choices=("eager", "compile", "onnxruntime"),
+        help="what runs the model (default: eager; onnxruntime needs the extra 'export')",
     )
 
 
@@ -307,6 +318,11 @@ def block(text: str) -> int | str:
     if text.lstrip("+-").isdecimal():
         return count(text)
     return text
+
+
+def widths(text: str) -> int | str | dict[str, int]:
+    """Read multiples, or the word that leaves them to the latency table."""
+    return text if text == "latency" else by_glob(count)(text)
 
 
 def ratio(text: str) -> float:

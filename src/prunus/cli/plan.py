@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
 
     def tell() -> None:
         show(costs_table(costs), widths_table(plan))
-        show(*told_of(plan), *_told_of_bounds(costs))
+        show(*told_of(plan), *_told_of_bounds(costs), *told_of_time(plan))
         show(f"wrote out: {options.out}" if options.out else "Nothing was written: --dry-run.")
 
     shared.answer(options, document, tell)
@@ -140,17 +140,47 @@ def choose(
 
     step("tracing")
     graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
+    timed = measure_for(loaded, graph, options, step)
     step("planning")
     # With blocks to drop, what the importance reads is collected on what is left of the model.
     read: dict[str, Any] = {"data": data} if options.drop else {}
     if not options.drop:
         read["statistics"] = collect(loaded, graph, data, options, step)
-    return graph, prunus.plan(graph, loaded.model, **read, **choice_of(options))
+    return graph, prunus.plan(graph, loaded.model, **read, **timed, **choice_of(options))
+
+
+def needs_table(options: argparse.Namespace) -> bool:
+    """Whether the choice depends on what this machine takes."""
+    return options.latency is not None or options.round_to == "latency"
+
+
+def measure_for(
+    loaded: Loaded,
+    graph: CouplingGraph,
+    options: argparse.Namespace,
+    step: Callable[..., None],
+) -> dict[str, Any]:
+    """The latency table as an option of :func:`prunus.plan`, if the choice needs one."""
+    if not needs_table(options):
+        return {}
+    from prunus.cli.measure import measure
+
+    return {"latency": measure(loaded, graph, options, step)}
 
 
 def told_of(plan: Plan) -> list[str]:
     """Which blocks go, in a sentence."""
     return [f"Dropped: {', '.join(plan.drops)}"] if plan.drops else []
+
+
+def told_of_time(plan: Plan) -> list[str]:
+    """What the clock says of a latency budget, or the table of another, in a sentence."""
+    timed = plan.origin.get("latency")
+    if timed is None:
+        return []
+    before, after = (f"{time / 1e6:.4g} ms" for time in plan.costs["latency_ns"])
+    how = "by the latency table" if timed["ratio"] is None else "by the clock"
+    return [f"{after} of {before} on {timed['backend']}, {how}."]
 
 
 def _told_of_bounds(costs: dict[str, dict[str, Any]]) -> list[str]:
@@ -167,13 +197,14 @@ def describe_costs(
     graph: CouplingGraph, plan: Plan, budget: Budget | None
 ) -> dict[str, dict[str, Any]]:
     """Every cost before, as requested at most, and as achieved; what is pinned of it."""
-    limits = {} if budget is None else budget.limits(graph)
+    counted = None if budget is None else budget.counted
+    limits = {} if counted is None else counted.limits(graph)
     nothing = ~graph.all_kept
     nothing[0] = True
     return {
         name: {
             "before": cost.before,
-            "pinned": graph.cost(name, nothing),
+            "pinned": graph.cost(name, nothing) if name in graph.costs else None,
             "requested": limits.get(name),
             "achieved": cost.after,
             "share": cost.share,

@@ -9,7 +9,7 @@ from typing import Any
 from prunus.cli import cutting
 from prunus.cli import options as shared
 from prunus.cli.bounds import budget_of
-from prunus.cli.plan import choice_of, collect
+from prunus.cli.plan import choice_of, collect, measure_for, needs_table
 
 
 def add_parser(verbs: Any) -> None:
@@ -48,9 +48,10 @@ def run(options: argparse.Namespace) -> int:
         read: dict[str, Any] = {}
         if isinstance(data, Iterator):
             data = list(data)  # it may be read twice
-        if not options.drop and needs_of(options.importance):
+        if not options.drop and (needs_of(options.importance) or needs_table(options)):
             graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
             read["statistics"] = collect(loaded, graph, data, options, step)
+            read.update(measure_for(loaded, graph, options, step))
         step("planning and cutting" if options.no_verify else "planning, proving and cutting")
         small = prunus.shrink(
             loaded.model,

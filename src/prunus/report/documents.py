@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from prunus.graph.axis import Axis
     from prunus.graph.constraints import Pin
     from prunus.graph.coupling import Coupling, CouplingGraph
+    from prunus.latency import LatencyTable
     from prunus.plan_diff import PlanDiff
     from prunus.plans import Plan
 
@@ -60,6 +61,29 @@ def describe_graph(graph: CouplingGraph) -> dict[str, Any]:
         "unknown": dict(sorted(graph.unknown.items())),
         "outputs": list(graph.kept_outputs),
         "inputs": graph.traced.get("inputs"),
+    }
+
+
+def describe_latency(table: LatencyTable, graph: CouplingGraph) -> dict[str, Any]:
+    """What the dense model takes, in all and operator by operator."""
+    prediction = table.predict(graph)
+    return {
+        "backend": table.backend.name,
+        "dense_ms": table.dense_ns / 1e6,
+        "fixed_ms": prediction.fixed_ns / 1e6,
+        "step": prediction.step,
+        "operators": [
+            {
+                "name": row.name,
+                "modules": list(row.modules),
+                "widths": list(row.widths),
+                "steps": list(row.steps),
+                "ms": row.nanoseconds / 1e6,
+                "share": row.nanoseconds / table.dense_ns,
+            }
+            for row in prediction.shares()
+        ],
+        "unmeasured": sorted(table.unmeasured.values()),
     }
 
 

@@ -1,0 +1,249 @@
+"""A latency budget, and what a MACs plan of the same time keeps; ``results/latency.csv``.
+
+    python benchmarks/latency.py                       # all models, both backends: 25 minutes
+    python benchmarks/latency.py mobilenetv2 --backend eager
+    python benchmarks/latency.py --again               # also the rows of this commit
+
+Batch 1, one thread.  A plan is made for a part of the dense time, and its cut model timed here,
+by a clock on the wall that shares no code with the planner: dense, pruned, dense in turn, in
+``PAIRS`` rounds; where dense against dense differs by more than 3 %, all are void and repeated.
+Then the share of MACs is bisected at which a MACs plan, made in the same way but for the budget,
+takes that time within 3 %.  ``kept_importance`` is the kept part of the sum of all scores.  These
+are drawn: only one of the models has weights that can be had offline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from rows import commit, read, replace
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import prunus
+
+RESULTS = Path(__file__).with_name("results") / "latency.csv"
+FIELDS = (
+    "model", "backend", "requested", "measured_ratio", "kept_importance",
+    "kept_importance_macs_plan", "macs_plan_ratio", "macs_left", "macs_plan_macs_left",
+    "dense_ms", "dense_against_dense", "commit",
+)  # fmt: skip
+KEY = ("model", "backend", "requested")
+BACKENDS = ("eager", "onnxruntime")
+REQUESTS = (0.75, 0.5)
+PAIRS = 21
+SAME_TIME = 0.02
+VOID = 0.03
+MOST_REPEATS, MOST_STEPS = 12, 9
+Run = Callable[[], Any]
+
+
+def _timm(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import timm
+
+        return timm.create_model(name)
+
+    return build
+
+
+def _yolo() -> nn.Module:
+    from models_zoo import build
+
+    return build("yolov8n")
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "resnet50": (_timm("resnet50"), 224),
+    "mobilenetv2": (_timm("mobilenetv2_100"), 224),
+    "yolov8n": (_yolo, 640),
+    "vit_small": (_timm("vit_small_patch16_224"), 224),
+}
+"""How they are built, and the side of their picture."""
+
+
+def draw_scores(group: Any, context: Any) -> np.ndarray:
+    """Scores as uneven as those of trained layers, the mean of every group one."""
+    generator = np.random.default_rng(zlib.crc32(group.name.encode()) + context.seed)
+    drawn = generator.lognormal(0.0, 0.5, group.size)
+    return drawn / drawn.mean()
+
+
+class Contest:
+    """One model on one backend: plans of it, and their times."""
+
+    def __init__(self, name: str, backend: str) -> None:
+        build, side = MODELS[name]
+        torch.manual_seed(0)
+        self.backend = backend
+        self.model = build().eval()
+        self.images = torch.randn(1, 3, side, side)
+        self.scores: dict[str, np.ndarray] = {}
+        prunus.recalibrate(
+            self.model, [self.images]
+        )  # else numbers vanish, and slow is what is tiny
+        self.graph = prunus.trace(self.model, self.images)
+        self.table = prunus.measure(self.model, self.images, backend=backend, graph=self.graph)
+        self.dense = self.prepare(self.model)
+        self.dense_ms, self.noise = 0.0, 0.0
+
+    def plan(self, **budget: float) -> prunus.Plan:
+        """The plan for a budget; both kinds with widths as the table wants them."""
+
+        def remember(group: Any, context: Any) -> np.ndarray:
+            return self.scores.setdefault(group.name, draw_scores(group, context))
+
+        return prunus.plan(
+            self.graph, self.model, budget=prunus.Budget(**budget), latency=self.table,
+            importance=remember, scope="global", round_to="latency",
+        )  # fmt: skip
+
+    def kept(self, plan: prunus.Plan) -> float:
+        """The part of all importance that stays."""
+        lost = sum(self.scores[g.name][list(g.removed)].sum() for g in plan.groups)
+        return float(1 - lost / sum(scores.sum() for scores in self.scores.values()))
+
+    def time(self, plan: prunus.Plan) -> float:
+        """The ratio of the pruned to the dense model's time, once the clock can be trusted."""
+        pruned = self.prepare(prunus.apply(plan, copy.deepcopy(self.model)))
+        for _ in range(MOST_REPEATS):
+            first, cut, second = take_turns([self.dense, pruned, self.dense])
+            self.noise = abs(median(second) / median(first) - 1)
+            if self.noise <= VOID:
+                self.dense_ms = 1e3 * median(first)
+                return median(c / d for c, d in zip(cut, first, strict=True))
+            print(f"  void: dense against dense differs by {self.noise:.1%}", flush=True)
+        raise SystemExit("the machine is too busy to measure on")
+
+    def prepare(self, model: nn.Module) -> Run:
+        """The forward of a model on this backend."""
+        if self.backend == "eager":
+            return lambda: model(self.images)
+        return _session(model, self.images)
+
+    def bisect(self, wanted: float, start: float) -> tuple[prunus.Plan, float]:
+        """The MACs plan that takes this part of the dense time, and what it takes."""
+        low, high, share = 0.0, 1.0, start
+        best: tuple[float, prunus.Plan, float] | None = None
+        for _ in range(MOST_STEPS):
+            plan = self.plan(macs=share)
+            ratio = self.time(plan)
+            print(f"  MACs at {share:.3f}: {ratio:.3f} of the time", flush=True)
+            if best is None or abs(ratio - wanted) < best[0]:
+                best = abs(ratio - wanted), plan, ratio
+            if abs(ratio / wanted - 1) <= SAME_TIME:
+                break
+            low, high = (share, high) if ratio < wanted else (low, share)
+            guess = share + (wanted - ratio) * (1 - share) / max(1 - ratio, 0.05)
+            share = guess if low < guess < high else (low + high) / 2
+        assert best is not None
+        return best[1], best[2]
+
+
+def _session(model: nn.Module, images: torch.Tensor) -> Run:
+    import onnxruntime
+
+    class Tensors(nn.Module):
+        """What the exporter writes has tensors for outputs, and nothing else."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return tuple(o for o in tree_leaves(self.model(x)) if isinstance(o, torch.Tensor))
+
+    file: Any = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Tensors().eval(), (images,), file, input_names=["x"], opset_version=17, dynamo=False
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        file.getvalue(), options, providers=["CPUExecutionProvider"]
+    )
+    feed = {"x": images.numpy()}
+    return lambda: session.run(None, feed)
+
+
+def take_turns(runs: list[Run]) -> list[list[float]]:
+    """Seconds of every run in every round, each round begun by another."""
+    times: list[list[float]] = [[] for _ in runs]
+    with torch.inference_mode():
+        for turn in range(PAIRS + 2):
+            for number in range(len(runs)):
+                index = (turn + number) % len(runs)
+                started = time.perf_counter()
+                runs[index]()
+                if turn > 1:
+                    times[index].append(time.perf_counter() - started)
+    return times
+
+
+def measure(contest: Contest, requested: float) -> dict[str, str]:
+    """The row of one request, without its key."""
+    fast = contest.plan(latency=requested)
+    ratio = contest.time(fast)
+    row = {"dense_ms": f"{contest.dense_ms:.2f}", "dense_against_dense": f"{contest.noise:.4f}"}
+    share = fast.cost("macs").share
+    print(f"  asked for {requested}, took {ratio:.3f} with {share:.3f} of the MACs", flush=True)
+    small, took = contest.bisect(ratio, share)
+    return {
+        "measured_ratio": f"{ratio:.4f}",
+        "kept_importance": f"{contest.kept(fast):.4f}",
+        "kept_importance_macs_plan": f"{contest.kept(small):.4f}",
+        "macs_plan_ratio": f"{took:.4f}",
+        "macs_left": f"{share:.4f}",
+        "macs_plan_macs_left": f"{small.cost('macs').share:.4f}",
+        **row,
+        "commit": commit(),
+    }
+
+
+def wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, list[float]]]:
+    """What has no row of this commit yet."""
+    there = {tuple(row[k] for k in KEY) for row in read(RESULTS) if row["commit"] == commit()}
+    for name in options.models:
+        for backend in options.backend or BACKENDS:
+            left = [r for r in REQUESTS if options.again or (name, backend, f"{r}") not in there]
+            if left:
+                yield name, backend, left
+
+
+def main() -> None:
+    """Measure what was asked for, and replace its rows as soon as they are there."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL")
+    parser.add_argument("--backend", action="append", choices=BACKENDS)
+    parser.add_argument("--again", action="store_true", help="also what this commit has measured")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    prunus.declare_missing_ops()
+    started = time.monotonic()
+    for name, backend, left in wanted(options):
+        print(f"{name} on {backend}", flush=True)
+        contest = Contest(name, backend)
+        for requested in left:
+            key = {"model": name, "backend": backend, "requested": str(requested)}
+            row = key | measure(contest, requested)
+            replace(RESULTS, FIELDS, KEY, [row])
+            print(row, f"after {time.monotonic() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

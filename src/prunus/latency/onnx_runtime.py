@@ -1,0 +1,188 @@
+"""ONNX Runtime on the CPU: operators and models exported, then run as its sessions."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from prunus.errors import ModelError, require
+from prunus.latency.backends import Point, Run, time_in_turn
+from prunus.latency.operators import Operator
+from prunus.latency.supply import Supply, function_of
+
+_FUSED = {"native_batch_norm", "relu", "relu_", "hardtanh", "hardtanh_", "leaky_relu",
+          "leaky_relu_"}  # fmt: skip
+"""What ONNX Runtime computes within the convolution before it."""
+
+_OPSET = 17
+"""The first with LayerNormalization."""
+
+
+class OnnxRuntime:
+    """Operators and models as ONNX Runtime runs them, on as many threads as PyTorch has.
+
+    Parameters
+    ----------
+    device
+        Where the model lies; only the CPU will do.
+    weights_mb
+        Size of the memory that made-up weights come from.
+
+    Raises
+    ------
+    MissingExtraError
+        If a package of the extra ``export`` is not installed.
+    ModelError
+        If the model does not lie on the CPU.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, device: torch.device, weights_mb: int) -> None:
+        if device.type != "cpu":
+            raise ModelError(
+                'backend="onnxruntime" measures the CPU',
+                why=f"the model lies on {device}",
+                fix='model.cpu(), or backend="eager"',
+            )
+        require("onnx", "export")
+        self._runtime: Any = require("onnxruntime", "export")
+        self.device = device
+        self.weights_mb = weights_mb
+
+    @property
+    def version(self) -> str:
+        """Of ONNX Runtime."""
+        return str(self._runtime.__version__)
+
+    def absorbs(self, before: str, name: str) -> bool:
+        """A norm or an activation after a convolution becomes part of it."""
+        return before == "convolution" and name in _FUSED
+
+    def time_points(
+        self, points: Sequence[Point], rounds: int
+    ) -> tuple[list[float], Mapping[str, str]]:
+        """Median nanoseconds; those of one operator take turns, so that few sessions are alive."""
+        times: list[float] = []
+        refused: dict[str, str] = {}
+        for _, own in groupby(points, lambda point: point.operator.key):
+            sessions: dict[Point, Run] = {}
+            supply = Supply(self.device, self.weights_mb)
+
+            def make(
+                point: Point, sessions: dict[Point, Run] = sessions, supply: Supply = supply
+            ) -> Run:
+                if point not in sessions:
+                    args, kwargs = supply.arguments(*point)
+                    function = _exportable(point.operator)
+                    sessions[point] = self._load(function, args, kwargs)
+                return sessions[point]
+
+            found, failed = time_in_turn(list(own), make, rounds, self.device)
+            times += found
+            refused.update(failed)
+        return times, refused
+
+    def prepare(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Run:
+        """The session of the exported model.
+
+        Raises
+        ------
+        ModelError
+            If it can't be exported or loaded.
+        """
+        try:
+            return self._load(model, args, kwargs)
+        except Exception as error:  # whatever the exporter raises
+            raise ModelError(
+                "the model can't be run by ONNX Runtime",
+                why=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+                fix='measure with backend="eager"',
+            ) from error
+
+    def _load(self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Run:
+        """A session for a call: weights and what is no tensor are constants of it."""
+        leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
+        given = [n for n, leaf in enumerate(leaves) if _is_input(leaf)]
+        names = [f"input_{n}" for n in given]
+
+        def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+            filled = list(leaves)
+            for number, tensor in zip(given, tensors, strict=True):
+                filled[number] = tensor
+            positional, named = tree_unflatten(filled, spec)
+            out = tree_leaves(function(*positional, **named))
+            return tuple(leaf for leaf in out if isinstance(leaf, Tensor))
+
+        inputs = [leaves[number] for number in given]
+        exported = _export(_Call(call, function).eval(), inputs, names)
+        options = self._runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        session = self._runtime.InferenceSession(
+            exported, options, providers=["CPUExecutionProvider"]
+        )
+        binding = session.io_binding()
+        wanted = {node.name for node in session.get_inputs()}
+        for name, tensor in zip(names, inputs, strict=True):
+            if name in wanted:
+                binding.bind_cpu_input(name, tensor.contiguous().numpy())
+        for node in session.get_outputs():
+            binding.bind_output(node.name)
+        return lambda: session.run_with_iobinding(binding)
+
+
+class _Call(nn.Module):
+    """What the exporter wants to be given: a module, which holds the model's weights."""
+
+    def __init__(self, call: Callable[..., Any], function: Callable[..., Any]) -> None:
+        super().__init__()
+        self._call = call
+        self.held = function if isinstance(function, nn.Module) else None
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """The call."""
+        return self._call(*tensors)
+
+
+def _export(module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> bytes:
+    """The tracing exporter: it is a hundred times faster than the one of torch.export."""
+    file: Any = io.BytesIO()  # the annotation of export() knows paths only
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # and what it can't export is printed
+        torch.onnx.export(
+            module, tuple(inputs), file, input_names=list(names), opset_version=_OPSET,
+            dynamo=False,
+        )  # fmt: skip
+    found: bytes = file.getvalue()
+    return found
+
+
+def _exportable(operator: Operator) -> Callable[..., Any]:
+    """The operator in a form that has a symbol in ONNX: not in place, its first output alone."""
+    name = operator.name
+    if name == "native_batch_norm":
+        return lambda *args: torch.ops.aten.batch_norm.default(*args, False)
+    function = function_of(operator)
+    if name.endswith("_"):
+        overload = str(operator.document["target"]).split(".")[2]
+        function = getattr(getattr(torch.ops.aten, name[:-1]), overload)
+
+    def first(*args: Any, **kwargs: Any) -> Any:
+        out = function(*args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    return first
+
+
+def _is_input(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)

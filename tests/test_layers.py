@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors",),),
     (("graph",), ("files",)),
-    (("plans", "plan_json", "plan_diff", "drops", "budget"),),
+    (("plans", "plan_json", "plan_diff", "drops", "budget", "sensitivity_table"),),
     (("tracer",),),
     (("importance",), ("planner",), ("surgeon",), ("anatomy",), ("latency",)),
     (
@@ -31,7 +31,18 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("oracle", "exchange", "witness", "listening", "rollback", "skipping", "report"),
     ),
     (("integrations",),),
-    (("__init__", "planning", "latency_planning", "api", "choices"),),
+    (
+        (
+            "__init__",
+            "planning",
+            "latency_planning",
+            "api",
+            "choices",
+            "loose_groups",
+            "sensing",
+            "ratio_search",
+        ),
+    ),
     (("cli", "__main__"),),
 )
 LAYER_OF = {name: n for n, rooms in enumerate(LAYERS) for room in rooms for name in room}

@@ -26,10 +26,14 @@ if TYPE_CHECKING:
     from prunus.oracle import Certificate, verify
     from prunus.planning import plan
     from prunus.plans import Plan
+    from prunus.ratio_search import Found, plan_by_sensitivity, search_ratios
     from prunus.recovery import Compensation, compensate, recalibrate
     from prunus.report.console import show_stages
     from prunus.report.counting import measure_activation, measure_costs, measure_latency
+    from prunus.report.heat_map import draw_sensitivity
     from prunus.report.pictures import draw_channels
+    from prunus.sensing import sensitivity
+    from prunus.sensitivity_table import Sensitivity
     from prunus.surgeon import apply, mask
     from prunus.tracer.trace import trace
     from prunus.witness import testify
@@ -44,10 +48,12 @@ __all__ = [
     "Certificate",
     "Compensation",
     "CouplingGraph",
+    "Found",
     "LatencyTable",
     "Movement",
     "Plan",
     "PrunusError",
+    "Sensitivity",
     "Shrunk",
     "Statistics",
     "apply",
@@ -56,6 +62,7 @@ __all__ = [
     "compensate",
     "declare_missing_ops",
     "draw_channels",
+    "draw_sensitivity",
     "drop_layers",
     "keep",
     "listen",
@@ -66,9 +73,12 @@ __all__ = [
     "measure_costs",
     "measure_latency",
     "plan",
+    "plan_by_sensitivity",
     "prune_heads",
     "recalibrate",
     "save",
+    "search_ratios",
+    "sensitivity",
     "show_stages",
     "shrink",
     "structures",
@@ -86,9 +96,11 @@ _HOMES = {
     "Compensation": "prunus.recovery",
     "CouplingGraph": "prunus.graph.coupling",
     "LatencyTable": "prunus.latency",
+    "Found": "prunus.ratio_search",
     "Movement": "prunus.importance",
     "Plan": "prunus.plans",
     "PrunusError": "prunus.errors",
+    "Sensitivity": "prunus.sensitivity_table",
     "Shrunk": "prunus.api",
     "Statistics": "prunus.importance",
     "apply": "prunus.surgeon",
@@ -97,6 +109,7 @@ _HOMES = {
     "compensate": "prunus.recovery",
     "declare_missing_ops": "prunus.integrations.torchvision_ops",
     "draw_channels": "prunus.report.pictures",
+    "draw_sensitivity": "prunus.report.heat_map",
     "drop_layers": "prunus.api",
     "keep": "prunus.choices",
     "listen": "prunus.listening",
@@ -107,9 +120,12 @@ _HOMES = {
     "measure_costs": "prunus.report.counting",
     "measure_latency": "prunus.report.counting",
     "plan": "prunus.planning",
+    "plan_by_sensitivity": "prunus.ratio_search",
     "prune_heads": "prunus.choices",
     "recalibrate": "prunus.recovery",
     "save": "prunus.io",
+    "search_ratios": "prunus.ratio_search",
+    "sensitivity": "prunus.sensing",
     "show_stages": "prunus.report.console",
     "shrink": "prunus.api",
     "structures": "prunus.anatomy",

@@ -16,7 +16,9 @@ from prunus import __version__
 from prunus.errors import ApplyError, BudgetError, FileError, PrunusError, VerifyError
 from prunus.files import STDOUT, printing
 
-VERBS = ("inspect", "measure", "plan", "diff", "shrink", "apply", "verify", "load")
+VERBS = (
+    "inspect", "measure", "sensitivity", "plan", "diff", "shrink", "apply", "verify", "load",
+)  # fmt: skip
 
 EXIT_CODES = """\
 exit codes:

@@ -123,14 +123,7 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
         help="drop residual blocks: how many, those of least influence, or one by its module path, "
         "which may be repeated; then a bound is not needed",
     )
-    group.add_argument(
-        "--importance",
-        default="l2",
-        metavar="NAME",
-        help="score of a unit, of the weights: l1, l2 (default), lamp, fpgm, bn_scale, random; of "
-        "calibration data: taylor, fisher, head_gradient, activation, wanda, flap, obs, "
-        "confidence",
-    )
+    add_importance(group)
     group.add_argument(
         "--scope",
         default="local",
@@ -161,6 +154,23 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
         type=by_glob(ratio),
         help=f"the largest share of its units that a group may lose; {text}",
     )
+    add_group_globs(group)
+
+
+def add_importance(group: argparse._ActionsContainer) -> None:
+    """Which units of a group go first."""
+    group.add_argument(
+        "--importance",
+        default="l2",
+        metavar="NAME",
+        help="score of a unit, of the weights: l1, l2 (default), lamp, fpgm, bn_scale, random; of "
+        "calibration data: taylor, fisher, head_gradient, activation, wanda, flap, obs, "
+        "confidence",
+    )
+
+
+def add_group_globs(group: argparse._ActionsContainer) -> None:
+    """Which groups are meant."""
     text = "groups, by globs over their names and those of their tensors; may be repeated"
     group.add_argument("--include", metavar="GLOB", action="append", help=f"only these {text}")
     group.add_argument(
@@ -233,6 +243,9 @@ def _files_read(options: argparse.Namespace) -> Iterator[tuple[str, str | Path]]
     if data is not None:
         yield from (("--data", path) for path in (data, *_python_file(data)))
         yield from (("--data", path) for path in _inside(Path(data), IMAGES, deep=True))
+    metric: str | None = getattr(options, "metric", None)
+    if metric is not None:
+        yield from (("--metric", path) for path in _python_file(metric))
     tokenizer = getattr(options, "tokenizer", None)
     if tokenizer is not None:
         yield from (("--tokenizer", path) for path in _inside(Path(tokenizer), _PRETRAINED))

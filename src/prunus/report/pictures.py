@@ -38,7 +38,7 @@ def draw_channels(plan: Plan, path: str | os.PathLike[str], *, title: str = "") 
     MissingExtraError
         Without matplotlib; the message names the extra.
     """
-    figures, settings = require("matplotlib.figure", "plot"), require("matplotlib", "plot")
+    figures = require("matplotlib.figure", "plot")
     choices = _widest(plan.groups)
     figure = figures.Figure(figsize=(10, 1.3 + 0.26 * max(len(choices), 3)), layout="constrained")
     axes = figure.add_subplot()
@@ -47,6 +47,12 @@ def draw_channels(plan: Plan, path: str | os.PathLike[str], *, title: str = "") 
     _dress(axes, choices, title or "Units that stay and units that go")
     if len(choices) < len(plan.groups):
         axes.set_xlabel(f"units; the {len(choices)} widest of {len(plan.groups)} groups")
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure of matplotlib as SVG or PDF if the path ends so, else as PNG."""
+    settings = require("matplotlib", "plot")
     ending = os.fspath(path)[-4:].lower()
     kind = ending[1:] if ending in _METADATA else "png"
 
@@ -88,7 +94,9 @@ def _runs(chosen: np.ndarray[Any, np.dtype[np.bool_]]) -> list[tuple[int, int]]:
 
 
 def _dress(axes: Any, choices: list[GroupChoice], title: str) -> None:
-    axes.set_yticks(range(len(choices)), [_short(choice.name) for choice in choices], fontsize=8)
+    axes.set_yticks(
+        range(len(choices)), [short_name(choice.name) for choice in choices], fontsize=8
+    )
     axes.set_ylim(len(choices) - 0.4, -0.6)
     axes.set_xlim(0, 1.12 * max((choice.size for choice in choices), default=1))
     axes.set_xlabel("units")
@@ -101,6 +109,6 @@ def _dress(axes: Any, choices: list[GroupChoice], title: str) -> None:
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """A label that leaves room for its bar: the end of a name says most."""
     return name if len(name) <= 40 else "…" + name[-39:]

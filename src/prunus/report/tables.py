@@ -16,6 +16,7 @@ from prunus.graph.coupling import Coupling, CouplingGraph
 from prunus.graph.groups import Group
 from prunus.plan_diff import PlanDiff
 from prunus.plans import Plan
+from prunus.sensitivity_table import Sensitivity
 
 _SHOWN = 3
 """How many places a cell names before it only counts them."""
@@ -53,6 +54,19 @@ def layers_table(anatomy: Anatomy) -> Table | None:
     shared = [part for part in anatomy.structures if not part.layer and part.kind in kinds]
     if shared:
         _row(table, "all", "", *(_sizes([s.size for s in shared if s.kind == k]) for k in kinds))
+    return table
+
+
+def sensitivity_table(sensitivity: Sensitivity) -> Table:
+    """The metric of every group and ratio, and the share that is tolerated."""
+    heads = [f"{ratio:.0%}" for ratio in sensitivity.ratios]
+    last = ["tolerated"] if sensitivity.tolerated else []
+    table = _table("group", "units", *heads, *last, numbers=[*heads, *last])
+    for name, size in sensitivity.sizes.items():
+        values = [sensitivity.value(name, ratio) for ratio in sensitivity.ratios]
+        cells = ["–" if value is None else f"{value:.4g}" for value in values]
+        cells += [f"{sensitivity.tolerated.get(name, 0):.0%}" for _ in last]
+        _row(table, name, size, *cells)
     return table
 
 

@@ -37,7 +37,11 @@ from prunus.tracer.trace import plain_kernels, quiet_run, trace
 
 @contextmanager
 def mask(
-    plan: Plan, model: nn.Module, *, forward_fn: ForwardFn | None = None
+    plan: Plan,
+    model: nn.Module,
+    *,
+    forward_fn: ForwardFn | None = None,
+    traces: dict[Any, CouplingGraph] | None = None,
 ) -> Iterator[nn.Module]:
     """Within the context the model answers as the pruned one would, its tensors whole.
 
@@ -45,6 +49,9 @@ def mask(
 
     For evaluation: the forward runs in eval mode and without gradients, at any batch and length.
     Where the model was traced with a ``forward_fn``, calling the model means calling that.
+
+    A dict given as ``traces`` is filled with what was traced, by shapes of inputs: given again with
+    the next plan for the same model, none of which drops blocks, it saves these traces.
 
     Raises
     ------
@@ -62,14 +69,16 @@ def mask(
     ):
         state, _ = state_of(model)
         check_model(plan.widths, model, state)
-        with with_biases(model, plan.biases), _silenced(plan, model):
+        with (
+            with_biases(model, plan.biases),
+            _silenced(plan, model, {} if traces is None else traces),
+        ):
             yield model
 
 
 @contextmanager
-def _silenced(plan: Plan, model: nn.Module) -> Iterator[None]:
+def _silenced(plan: Plan, model: nn.Module, traces: dict[Any, CouplingGraph]) -> Iterator[None]:
     """Silence what the plan removes of the model that has lost its blocks already."""
-    traces: dict[Any, CouplingGraph] = {}
     running = ExitStack()
     depth = 0
 

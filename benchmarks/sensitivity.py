@@ -1,0 +1,157 @@
+"""Ratios by sensitivity beside equal ones at the same MACs; ``results/sensitivity.csv``.
+
+    python benchmarks/sensitivity.py              # what is missing; some minutes
+    python benchmarks/sensitivity.py --table      # print the table that there is
+
+The zoo's ``resnet_fmnist`` keeps at most 70, 50 and 35 % of its MACs, by the importance l2.  Which
+share each group loses is equal for all of them; or read from the table of sensitivities, each group
+costing the metric as little as any other; or found by 30 trials of Optuna.  The metric is minus the
+cross entropy on the 512 calibration images, which are of the training set; accuracy is that on the
+2,000 test images that ship with the zoo.  Nothing is trained; with ``recalibrated``, batch norms
+are measured again on the calibration images.  The table of sensitivities is kept in
+``results/sensitivity.json``, and a run that was stopped goes on from there; its heat map is
+``results/sensitivity.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import rows
+import torch
+from torch import nn
+
+import models_zoo
+import prunus
+from models_zoo import data
+
+RESULTS = Path(__file__).with_name("results") / "sensitivity.csv"
+MODEL = "resnet_fmnist"
+LEVELS = (0.7, 0.5, 0.35)
+TRIALS = 30
+CHOICES = ("equal", "sensitivity", "search")
+RECOVERIES = ("cut", "recalibrated")
+FIELDS = (
+    "ratios", "recovery", "level", "macs_ratio", "accuracy", "dense_accuracy", "images", "metric",
+    "evaluations", "commit",
+)  # fmt: skip
+KEY = ("ratios", "recovery", "level")
+
+
+class Study:
+    """The dense network, its graph, and the metric on calibration images."""
+
+    def __init__(self) -> None:
+        self.model = models_zoo.build(MODEL, pretrained=True).eval()
+        self.inputs = models_zoo.example_inputs(MODEL)[0]
+        self.graph = prunus.trace(self.model, self.inputs)
+        self.test = data.test()
+        self.seen = list(data.batches(*data.calibration()))
+        self.dense = data.accuracy(self.model, *self.test)
+        self.macs = prunus.measure_costs(self.model, self.inputs)["macs"]
+
+    def metric(self, model: nn.Module) -> float:
+        """Minus the cross entropy, a mean over the calibration images."""
+        lost = [
+            float(nn.functional.cross_entropy(model(x), y, reduction="sum")) for x, y in self.seen
+        ]
+        return -sum(lost) / sum(len(y) for _, y in self.seen)
+
+    def sensitivity(self) -> prunus.Sensitivity:
+        """The table, with what its file has."""
+        return prunus.sensitivity(
+            self.graph, self.model, self.metric, path=RESULTS.with_suffix(".json"), progress=tell
+        )
+
+    def plan(self, ratios: str, level: float, table: prunus.Sensitivity) -> tuple[prunus.Plan, int]:
+        """The plan, and how many masked models it took to find it."""
+        budget = prunus.Budget(macs=level)
+        if ratios == "equal":
+            return prunus.plan(self.graph, self.model, budget=budget), 0
+        if ratios == "sensitivity":
+            found = prunus.plan_by_sensitivity(table, self.graph, self.model, budget)
+            return found, sum(len(curve) - 1 for curve in table.curves.values())
+        best = prunus.search_ratios(
+            self.graph, self.model, self.metric, budget=budget, trials=TRIALS, progress=tell
+        )
+        return best.plan, best.trials
+
+    def row(self, plan: prunus.Plan, recovery: str, **known: Any) -> dict[str, Any]:
+        """A row of the table for a plan."""
+        small = copy.deepcopy(self.model)
+        prunus.apply(plan, small)
+        if recovery == "recalibrated":
+            prunus.recalibrate(small, [inputs for inputs, _ in self.seen])
+        small.eval()
+        with torch.no_grad():
+            metric = self.metric(small)
+        left = prunus.measure_costs(small, self.inputs)["macs"] / self.macs
+        return known | {
+            "recovery": recovery,
+            "macs_ratio": f"{left:.4f}",
+            "accuracy": f"{data.accuracy(small, *self.test):.2f}",
+            "dense_accuracy": f"{self.dense:.2f}",
+            "images": len(self.test.images),
+            "metric": f"{metric:.4f}",
+            "commit": rows.commit(),
+        }
+
+
+def tell(text: str) -> None:
+    """One line of progress."""
+    print(text, flush=True)
+
+
+def measured(study: Study) -> Iterator[list[dict[str, Any]]]:
+    """The rows of every choice of ratios and level that the table lacks."""
+    done = {tuple(row[name] for name in KEY) for row in rows.read(RESULTS)}
+    table = study.sensitivity()
+    prunus.draw_sensitivity(
+        table,
+        RESULTS.with_suffix(".png"),
+        title=f"{MODEL}: one group at a time, nothing trained",
+        metric="minus cross entropy",
+    )
+    for level in LEVELS:
+        for ratios in CHOICES:
+            if all((ratios, recovery, str(level)) in done for recovery in RECOVERIES):
+                continue
+            plan, count = study.plan(ratios, level, table)
+            known = {"ratios": ratios, "level": level, "evaluations": count}
+            yield [study.row(plan, recovery, **known) for recovery in RECOVERIES]
+
+
+def table_of(found: Sequence[rows.Row]) -> Iterator[str]:
+    """Accuracy by choice of ratios, recovery and level."""
+    yield f"{'accuracy at MACs of':28}" + "".join(f"{level:>9}" for level in LEVELS)
+    by_key = {tuple(row[name] for name in KEY): row["accuracy"] for row in found}
+    for recovery in RECOVERIES:
+        for ratios in CHOICES:
+            cells = [by_key.get((ratios, recovery, str(level)), "") for level in LEVELS]
+            yield f"{ratios + ', ' + recovery:28}" + "".join(f"{cell:>9}" for cell in cells)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is missing, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    options = parser.parse_args(arguments)
+    if not options.table:
+        for found in measured(Study()):
+            rows.replace(RESULTS, FIELDS, KEY, found)
+            for row in found:
+                tell(" ".join(str(row[name]) for name in FIELDS))
+    print("\n".join(table_of(rows.read(RESULTS))))
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main())

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
-import time
-from collections.abc import Callable, Sequence
-from itertools import permutations
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,13 +25,13 @@ import heads
 import numpy as np
 import rows
 import torch
+from racing import control, race, trusted_race
 
 import prunus
 
 RESULTS = Path(__file__).with_name("results") / "bert_speed.csv"
 BATCH, TOKENS = 8, 128
-PAIRS, ATTEMPTS = 15, 5
-VOID = 0.03
+PAIRS = 15
 FFN = "*.intermediate.dense.weight[0]"
 FIELDS = (
     "structure", "macs_ratio", "time_ratio", "share", "dense_vs_dense", "pairs", "threads",
@@ -72,48 +70,25 @@ def bert() -> tuple[Any, dict[str, torch.Tensor]]:
     return BertModel(BertConfig()).eval(), {"input_ids": ids}
 
 
-def race(models: Sequence[Any], inputs: dict[str, Any], rounds: int) -> np.ndarray[Any, Any]:
-    """Seconds of every model in every round, shape ``(rounds, models)``; two rounds warm up."""
-    orders = list(permutations(range(len(models))))
-    seconds = np.zeros((rounds + 2, len(models)))
-    with torch.inference_mode():
-        for row in range(len(seconds)):
-            for index in orders[row % len(orders)]:
-                started = time.perf_counter()
-                models[index](**inputs)
-                seconds[row, index] = time.perf_counter() - started
-    return seconds[2:]
-
-
 def measure(structure: str, pairs: int) -> dict[str, Any]:
-    """One row, of the first run that is not void.
-
-    Raises
-    ------
-    RuntimeError
-        If every run is void: then the machine is busy with something else.
-    """
+    """One row, of the first race that is not void."""
     dense, inputs = bert()
     plan = STRUCTURES[structure](prunus.trace(dense, (), inputs), dense)
     pruned, twin = prunus.apply(plan, copy.deepcopy(dense)), copy.deepcopy(dense)
     macs = [prunus.measure_costs(model, (), inputs)["macs"] for model in (dense, pruned)]
-    for _ in range(ATTEMPTS):
-        seconds = race((dense, pruned, twin), inputs, pairs)
-        ratio, control = (median(seconds[:, index] / seconds[:, 0]) for index in (1, 2))
-        row = {
-            "structure": structure,
-            "macs_ratio": f"{macs[1] / macs[0]:.4f}",
-            "time_ratio": f"{ratio:.4f}",
-            "share": f"{macs[1] / macs[0] / ratio:.3f}",
-            "dense_vs_dense": f"{control:.4f}",
-            "pairs": pairs,
-            "threads": torch.get_num_threads(),
-            "commit": rows.commit(),
-        }
-        if abs(control - 1) <= VOID:
-            return row
-        print(f"void: {row}", file=sys.stderr, flush=True)
-    raise RuntimeError(f"dense against dense was off by more than {VOID:.0%} {ATTEMPTS} times")
+    runs = [partial(model, **inputs) for model in (dense, twin, pruned)]
+    seconds = trusted_race(*runs[:2], runs[2:], pairs)
+    ratio = median(seconds[:, 2] / seconds[:, 0])
+    return {
+        "structure": structure,
+        "macs_ratio": f"{macs[1] / macs[0]:.4f}",
+        "time_ratio": f"{ratio:.4f}",
+        "share": f"{macs[1] / macs[0] / ratio:.3f}",
+        "dense_vs_dense": f"{control(seconds):.4f}",
+        "pairs": pairs,
+        "threads": torch.get_num_threads(),
+        "commit": rows.commit(),
+    }
 
 
 def profile(structure: str) -> None:
@@ -124,9 +99,10 @@ def profile(structure: str) -> None:
     dense, inputs = bert()
     plan = STRUCTURES[structure](prunus.trace(dense, (), inputs), dense)
     for name, model in (("dense", dense), ("pruned", prunus.apply(plan, copy.deepcopy(dense)))):
-        race((model,), inputs, 1)
+        run = partial(model, **inputs)
+        race([run], 1)
         with recording(activities=[ProfilerActivity.CPU]) as recorded:
-            race((model,), inputs, 1)
+            race([run], 1)
         print(name, recorded.key_averages().table("self_cpu_time_total", row_limit=8), sep="\n")
 
 

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import io
+import tempfile
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,9 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from racing import BACKENDS, BusyError, Run, control, forward_of, trusted_race
 from rows import commit, read, replace
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 import prunus
 
@@ -37,16 +36,13 @@ RESULTS = Path(__file__).with_name("results") / "latency.csv"
 FIELDS = (
     "model", "backend", "requested", "measured_ratio", "kept_importance",
     "kept_importance_macs_plan", "macs_plan_ratio", "macs_left", "macs_plan_macs_left",
-    "dense_ms", "dense_against_dense", "commit",
+    "dense_ms", "dense_vs_dense", "commit",
 )  # fmt: skip
 KEY = ("model", "backend", "requested")
-BACKENDS = ("eager", "onnxruntime")
 REQUESTS = (0.75, 0.5)
 PAIRS = 21
 SAME_TIME = 0.02
-VOID = 0.03
-MOST_REPEATS, MOST_STEPS = 12, 9
-Run = Callable[[], Any]
+MOST_STEPS = 9
 
 
 def _timm(name: str) -> Callable[[], nn.Module]:
@@ -94,9 +90,12 @@ class Contest:
             self.model, [self.images]
         )  # else numbers vanish, and slow is what is tiny
         self.graph = prunus.trace(self.model, self.images)
-        self.table = prunus.measure(self.model, self.images, backend=backend, graph=self.graph)
+        folder = Path(tempfile.gettempdir()) / f"prunus-latency-{commit()}"
+        self.table = prunus.measure(
+            self.model, self.images, backend=backend, graph=self.graph, folder=folder
+        )
         self.dense = self.prepare(self.model)
-        self.dense_ms, self.noise = 0.0, 0.0
+        self.dense_ms, self.control = 0.0, 1.0
 
     def plan(self, **budget: float) -> prunus.Plan:
         """The plan for a budget; both kinds with widths as the table wants them."""
@@ -117,20 +116,13 @@ class Contest:
     def time(self, plan: prunus.Plan) -> float:
         """The ratio of the pruned to the dense model's time, once the clock can be trusted."""
         pruned = self.prepare(prunus.apply(plan, copy.deepcopy(self.model)))
-        for _ in range(MOST_REPEATS):
-            first, cut, second = take_turns([self.dense, pruned, self.dense])
-            self.noise = abs(median(second) / median(first) - 1)
-            if self.noise <= VOID:
-                self.dense_ms = 1e3 * median(first)
-                return median(c / d for c, d in zip(cut, first, strict=True))
-            print(f"  void: dense against dense differs by {self.noise:.1%}", flush=True)
-        raise SystemExit("the machine is too busy to measure on")
+        seconds = trusted_race(self.dense, self.dense, [pruned], PAIRS)
+        self.dense_ms, self.control = 1e3 * median(seconds[:, 0]), control(seconds)
+        return float(median(seconds[:, 2] / seconds[:, 0]))
 
     def prepare(self, model: nn.Module) -> Run:
         """The forward of a model on this backend."""
-        if self.backend == "eager":
-            return lambda: model(self.images)
-        return _session(model, self.images)
+        return forward_of(model, self.images, self.backend)
 
     def bisect(self, wanted: float, start: float) -> tuple[prunus.Plan, float]:
         """The MACs plan that takes this part of the dense time, and what it takes."""
@@ -151,54 +143,11 @@ class Contest:
         return best[1], best[2]
 
 
-def _session(model: nn.Module, images: torch.Tensor) -> Run:
-    import onnxruntime
-
-    class Tensors(nn.Module):
-        """What the exporter writes has tensors for outputs, and nothing else."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, x: torch.Tensor) -> Any:
-            return tuple(o for o in tree_leaves(self.model(x)) if isinstance(o, torch.Tensor))
-
-    file: Any = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            Tensors().eval(), (images,), file, input_names=["x"], opset_version=17, dynamo=False
-        )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        file.getvalue(), options, providers=["CPUExecutionProvider"]
-    )
-    feed = {"x": images.numpy()}
-    return lambda: session.run(None, feed)
-
-
-def take_turns(runs: list[Run]) -> list[list[float]]:
-    """Seconds of every run in every round, each round begun by another."""
-    times: list[list[float]] = [[] for _ in runs]
-    with torch.inference_mode():
-        for turn in range(PAIRS + 2):
-            for number in range(len(runs)):
-                index = (turn + number) % len(runs)
-                started = time.perf_counter()
-                runs[index]()
-                if turn > 1:
-                    times[index].append(time.perf_counter() - started)
-    return times
-
-
 def measure(contest: Contest, requested: float) -> dict[str, str]:
     """The row of one request, without its key."""
     fast = contest.plan(latency=requested)
     ratio = contest.time(fast)
-    row = {"dense_ms": f"{contest.dense_ms:.2f}", "dense_against_dense": f"{contest.noise:.4f}"}
+    row = {"dense_ms": f"{contest.dense_ms:.2f}", "dense_vs_dense": f"{contest.control:.4f}"}
     share = fast.cost("macs").share
     print(f"  asked for {requested}, took {ratio:.3f} with {share:.3f} of the MACs", flush=True)
     small, took = contest.bisect(ratio, share)
@@ -240,7 +189,11 @@ def main() -> None:
         contest = Contest(name, backend)
         for requested in left:
             key = {"model": name, "backend": backend, "requested": str(requested)}
-            row = key | measure(contest, requested)
+            try:
+                row = key | measure(contest, requested)
+            except (BusyError, prunus.BudgetError) as error:  # the next call makes the row
+                print(f"  no row: {error}", flush=True)
+                continue
             replace(RESULTS, FIELDS, KEY, [row])
             print(row, f"after {time.monotonic() - started:.0f} s", flush=True)
 

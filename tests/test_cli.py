@@ -519,6 +519,7 @@ MISTAKES = [
         2,
         "needs calibration data",
     ),
+    (["shrink", "FILE:net", "--macs", "0.5", "--exchange"], 2, "--exchange needs calibration data"),
     (["shrink", "FILE:net", "--macs", "0.5", "--exclude", "x"], 2, "'x' matches no group"),
     (["shrink", "FILE:nan", "--macs", "0.5"], 2, "1 values of 216 that are NaN"),
     (["shrink", "FILE:net", "--macs", "0.5", "--data", "FILE:nothing"], 2, "data is empty"),
@@ -827,6 +828,14 @@ def test_a_pipe_that_breaks_in_the_model_is_an_error_of_the_model(tmp_path, caps
     (tmp_path / "pipe.py").write_text("def net():\n    raise BrokenPipeError('my socket')\n")
     assert main(["inspect", f"{tmp_path / 'pipe.py'}:net"]) == 2
     assert "BrokenPipeError: my socket" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["shrink", "plan"])
+def test_an_exchange_reads_the_calibration_data(verb, net, tmp_path, capsys) -> None:
+    out = tmp_path / "plan.json"
+    asked = [verb, net, "--macs", "0.5", "--exchange", "--data", f"{tmp_path / 'net.py'}:loader"]
+    assert main([*asked, "--out" if verb == "plan" else "--plan", str(out)]) == 0
+    assert prunus.Plan.load(out).origin["exchange"] is True
 
 
 @pytest.mark.parametrize("verb", ["shrink", "plan"])

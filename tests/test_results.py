@@ -18,6 +18,11 @@ def read(name: str) -> list[Row]:
         return list(csv.DictReader(file))
 
 
+def written(name: str) -> list[Row]:
+    """The rows of a table that takes a quiet machine to make; none before it is made."""
+    return read(name) if (BENCHMARKS / "results" / name).exists() else []
+
+
 def catalogue() -> tuple[list[str], tuple[str, ...]]:
     """The names of all models, and of those that answer with a hidden state."""
     spec = importlib.util.spec_from_file_location("catalogue", BENCHMARKS / "catalogue.py")
@@ -56,6 +61,9 @@ def broken(row: Row, hidden: tuple[str, ...] = ()) -> list[str]:
 BUDGETED = ("resnet50", "mobilenetv2", "yolov8n", "vit_small")
 """Models of budgets.csv."""
 
+BACKENDS = ("eager", "onnxruntime")
+"""What runs the models of latency.csv and seeds.csv."""
+
 CLOSE = {"1": 0.01, "8": 0.02, "32": 0.04}
 """How far below a bound a plan may end, by what widths are rounded to."""
 
@@ -88,6 +96,44 @@ def missed(row: Row) -> list[str]:
             "far": requested - achieved < CLOSE[row["round_to"]],
         }
     return [what for what, holds in promised.items() if not holds]
+
+
+def late(row: Row) -> list[str]:
+    """What a row of latency.csv lacks of what is promised of a latency budget."""
+    ratio = number(row["measured_ratio"])
+    kept, beside = number(row["kept_importance"]), number(row["kept_importance_macs_plan"])
+    promised = {
+        "lands": abs(ratio / number(row["requested"]) - 1) <= 0.07,
+        "same time": abs(number(row["macs_plan_ratio"]) / ratio - 1) <= 0.03,
+        "keeps": kept > beside if row["model"] == "mobilenetv2" else kept >= 0.99 * beside,
+        "quiet": abs(number(row["dense_vs_dense"]) - 1) <= 0.03,
+        "commit": not row["commit"].endswith("+"),
+    }
+    return [what for what, holds in promised.items() if not holds]
+
+
+def test_every_time_is_met() -> None:
+    rows = written("latency.csv")
+    assert {tuple(row.values())[:3]: late(row) for row in rows if late(row)} == {}
+    asked = [(model, backend, share) for model in BUDGETED for backend in BACKENDS
+             for share in ("0.75", "0.5")]  # fmt: skip
+    found = [(row["model"], row["backend"], row["requested"]) for row in rows]
+    assert not rows or sorted(found) == sorted(asked)
+
+
+def test_a_speed_up_has_its_neighbours_and_a_quiet_machine() -> None:
+    rows = written("seeds.csv")
+    races: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
+    for row in rows:
+        own = races.setdefault((row["recipe"], row["backend"]), {})
+        own[row["engine"], row["round_to"]] = row
+        assert abs(number(row["dense_vs_dense"]) - 1) <= 0.03, row
+        assert not row["commit"].endswith("+"), row
+    for race, own in races.items():
+        assert set(own) == {("prunus", "1"), ("prunus", "16"), ("torch-pruning", "1")}, race
+        ours, theirs = (own[name, "1"]["macs_ratio"] for name in ("prunus", "torch-pruning"))
+        assert abs(number(theirs) / number(ours) - 1) <= 0.011, race
+    assert not rows or len(races) == 2 * len(BACKENDS)
 
 
 def test_every_model_is_exact() -> None:
@@ -140,6 +186,22 @@ GOOD = {
 )
 def test_a_row_that_breaks_the_line_is_seen(change: Row, lacks: list[str]) -> None:
     assert broken({**GOOD, **change}) == lacks
+
+
+def test_a_time_that_is_missed_is_seen() -> None:
+    row = {"model": "mobilenetv2", "requested": "0.5", "measured_ratio": "0.51",
+           "kept_importance": "0.95", "kept_importance_macs_plan": "0.94",
+           "macs_plan_ratio": "0.52", "dense_vs_dense": "1.01", "commit": "0123abc"}  # fmt: skip
+    assert late(row) == []
+    assert late({**row, "requested": "0.75"}) == ["lands"]
+    assert late({**row, "measured_ratio": "0.54", "macs_plan_ratio": "0.54"}) == ["lands"]
+    assert late({**row, "macs_plan_ratio": "0.53"}) == ["same time"]
+    assert late({**row, "kept_importance_macs_plan": "0.955"}) == ["keeps"]
+    other = {**row, "model": "resnet50"}
+    assert late({**other, "kept_importance_macs_plan": "0.955"}) == []
+    assert late({**other, "kept_importance_macs_plan": "0.97"}) == ["keeps"]
+    assert late({**row, "dense_vs_dense": "0.96"}) == ["quiet"]
+    assert late({**row, "commit": "0123abc+"}) == ["commit"]
 
 
 def test_a_budget_that_is_missed_is_seen() -> None:

@@ -14,7 +14,7 @@ from prunus.budget import Budget
 from prunus.errors import PlanError, VerifyError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.importance import Statistics, collect, needs_of
+from prunus.importance import Statistics, collect
 from prunus.importance.batches import first_batches
 from prunus.integrations.hf import example_inputs
 from prunus.integrations.hf_config import uniform
@@ -23,6 +23,7 @@ from prunus.planner.layers import Drop, find_drops, name_layers
 from prunus.planning import (
     Globs,
     measure_influence,
+    needs_to_plan,
     plan_depth,
     plan_left,
     plan_of_mask,
@@ -125,7 +126,7 @@ def shrink(
         refuse_quantized(model)
         refuse_statistics(options.get("statistics"))
     given = options.get("statistics") is not None
-    needs = frozenset() if given else needs_of(options.get("importance", "l2"))
+    needs = frozenset() if given else needs_to_plan(*_reading(options))
     if isinstance(data, Iterator) and (needs or isinstance(drop, int) or recover != "none"):
         data = list(data)  # it is read several times
     recovered_with = None if recover == "none" else data
@@ -272,7 +273,7 @@ class _Task:
         """What planning needs to know of the model without these blocks."""
         key = tuple(names)
         if key not in self.known:
-            needs = needs_of(options.get("importance", "l2"))
+            needs = needs_to_plan(*_reading(options))
             graph, statistics = self.graph, None
             held: dict[str, str] = {}
             with without_blocks(self.model, names):
@@ -342,6 +343,11 @@ def inputs_of(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> 
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
     return (args, kwargs) if args or kwargs else ((), example_inputs(model))
+
+
+def _reading(options: Mapping[str, Any]) -> tuple[Any, bool]:
+    """The options of :func:`prunus.plan` that read calibration data."""
+    return options.get("importance", "l2"), options.get("exchange", False)
 
 
 def _why_inexact(proof: Certificate) -> str:

@@ -18,6 +18,8 @@ from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance import Importance, Statistics, collect, name_of, needs_of, score
 from prunus.importance.influence import block_influence
+from prunus.importance.obs import exchange_all
+from prunus.importance.registry import Context, check_statistics
 from prunus.importance.targets import Loss
 from prunus.integrations.torch_pruning import adapt
 from prunus.latency import LatencyTable
@@ -67,6 +69,7 @@ def plan(
     drop: Drop = (),
     latency: LatencyTable | None = None,
     protect_ends: bool = True,
+    exchange: bool = False,
     seed: int = 0,
 ) -> Plan:
     """Choose what stays: so that every cost of a budget is met from below, or by a ratio.
@@ -126,6 +129,10 @@ def plan(
         What :func:`prunus.measure` found.  With a budget of latency ``plan.costs["latency_ns"]``
         and ``plan.origin["latency"]`` say what was measured, without one what the table predicts.
 
+    exchange
+        Whether units that went are exchanged for ones that stay, at the widths that were chosen,
+        as long as that lowers the error of ``"obs"``, whose data it reads.
+
     Raises
     ------
     BudgetError
@@ -151,6 +158,7 @@ def plan(
         "include": include,
         "exclude": exclude,
         "hold": hold,
+        "exchange": exchange,
         "seed": seed,
         "latency": latency,
     }
@@ -281,14 +289,16 @@ def _plan_widths(
     statistics: Statistics | None = None,
     loss: Loss | None = None,
     hold: Collection[str] = (),
+    exchange: bool = False,
     seed: int = 0,
     latency: LatencyTable | None = None,
     **options: Any,
 ) -> Plan:
     importance = adapt(importance, model)
     check_table(budget, latency)
-    if statistics is None and data is not None and needs_of(importance):
-        statistics = collect(model, graph, data, needs_of(importance), loss=loss, seed=seed)
+    needs = needs_to_plan(importance, exchange)
+    if statistics is None and data is not None and needs:
+        statistics = collect(model, graph, data, needs, loss=loss, seed=seed)
     options = {**_OPTIONS, **options}
     names = ("ratios", "scope", "min_width", "max_ratio", "round_to")
     said = {name: options[name] for name in names}
@@ -298,6 +308,8 @@ def _plan_widths(
         scores = score(graph, tensors, importance, seed=seed, statistics=statistics)
         for name in hold:
             scores[graph.group(name).units] = np.inf
+        if exchange:
+            check_statistics(graph, "obs", statistics)
 
     def choose(one: CouplingGraph, bounds: Budget | Mapping[str, int] | None) -> Selection:
         return _choose(one, scores, bounds, ratio, hold, **options)
@@ -308,6 +320,9 @@ def _plan_widths(
         kept, stopped = timed.kept, timed.stopped
     else:
         kept, stopped = choose(graph, budget)
+    if exchange:
+        context = Context(graph, tensors, seed, collected=statistics)
+        kept = exchange_all(graph, context, kept, scores)
     if latency is not None and timed is None:
         timed = predict_time(graph, kept, latency)
     origin = {
@@ -316,6 +331,7 @@ def _plan_widths(
         "ratio": ratio,
         **said,
         "hold": sorted(hold),
+        **({"exchange": True} if exchange else {}),
         "stopped": {**stopped, **dict.fromkeys(sorted(hold), "it is held")},
         "seed": seed,
         "traced": graph.traced,
@@ -344,6 +360,11 @@ def _keep_time(
     with entered_by(model, graph.forward_fn):
         keeper = Timekeeper(graph, model, table, seed)
         return hasten(graph, budget, table, choose, compare)
+
+
+def needs_to_plan(importance: str | Importance, exchange: bool = False) -> frozenset[str]:
+    """What :func:`plan` reads of calibration data with these options."""
+    return needs_of(importance) | (needs_of("obs") if exchange else frozenset())
 
 
 _OPTIONS: Mapping[str, Any] = {

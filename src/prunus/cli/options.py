@@ -125,6 +125,12 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     )
     add_importance(group)
     group.add_argument(
+        "--exchange",
+        action="store_true",
+        help="exchange units that go for ones that stay while least squares miss less; reads the "
+        "calibration data of obs",
+    )
+    group.add_argument(
         "--scope",
         default="local",
         choices=("local", "isomorphic", "global"),

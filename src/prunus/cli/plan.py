@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
 
 def choice_of(options: argparse.Namespace) -> dict[str, Any]:
     """What :func:`prunus.plan` and :func:`prunus.shrink` take."""
-    names = "ratios importance scope min_width max_ratio round_to include exclude seed"
+    names = "ratios importance exchange scope min_width max_ratio round_to include exclude seed"
     return {
         "budget": budget_of(options),
         "drop": _drop_of(options),
@@ -111,14 +111,15 @@ def collect(
     """What the importance reads of the calibration data; None if it looks at the weights alone."""
     import prunus
     from prunus.errors import DataError
-    from prunus.importance import needs_of
+    from prunus.planning import needs_to_plan
 
-    needs = needs_of(options.importance)
+    needs = needs_to_plan(options.importance, options.exchange)
     if not needs:
         return None
     if data is None:
         raise DataError(
-            f"--importance {options.importance} needs calibration data",
+            f"{'--exchange' if options.exchange else f'--importance {options.importance}'} needs "
+            "calibration data",
             why=f"it is computed from {' and '.join(sorted(needs))} statistics",
             fix="give --data, or an importance of the weights alone: l2",
         )

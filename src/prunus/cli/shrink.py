@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     import prunus
     from prunus.cli.data import load_data
     from prunus.cli.models import load_model
-    from prunus.importance import needs_of
+    from prunus.planning import needs_to_plan
 
     budget = budget_of(options)
     cutting.check(options)
@@ -48,7 +48,8 @@ def run(options: argparse.Namespace) -> int:
         read: dict[str, Any] = {}
         if isinstance(data, Iterator):
             data = list(data)  # it may be read twice
-        if not options.drop and (needs_of(options.importance) or needs_table(options)):
+        needs = needs_to_plan(options.importance, options.exchange)
+        if not options.drop and (needs or needs_table(options)):
             graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
             read["statistics"] = collect(loaded, graph, data, options, step)
             read.update(measure_for(loaded, graph, options, step))

@@ -165,7 +165,7 @@ def score(
         If it is unknown, returns something else than a score per unit, or can score no group.
     """
     function = _find(criterion) if isinstance(criterion, str) else criterion
-    _check_statistics(graph, criterion, statistics)
+    check_statistics(graph, criterion, statistics)
     context = Context(graph, tensors, seed, collected=statistics)
     scores = np.full(graph.unit_count + 1, np.inf)
     for group in graph.groups:
@@ -192,9 +192,10 @@ def score(
     return scores - finite.min() if len(finite) and finite.min() < 0 else scores
 
 
-def _check_statistics(
+def check_statistics(
     graph: CouplingGraph, criterion: str | Importance, statistics: Statistics | None
 ) -> None:
+    """Refuse statistics that don't have what a criterion reads, or are another graph's."""
     missing = sorted(needs_of(criterion) - (statistics.needs if statistics else set()))
     if missing:
         raise DataError(

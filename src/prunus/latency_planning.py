@@ -59,8 +59,8 @@ class Timed:
 
     Attributes
     ----------
-    kept, stopped
-        The units that stay, and why groups can lose no more.
+    selection
+        The units that stay; no bound on what they retain, which a table in pieces hasn't.
     dense_ns, pruned_ns
         Of the whole models; the pruned one's is the dense one's by the median ratio.
     predicted
@@ -69,8 +69,7 @@ class Timed:
         How many plans were cut and measured; none if the times are those of the table alone.
     """
 
-    kept: Mask
-    stopped: Mapping[str, str]
+    selection: Selection
     dense_ns: float
     pruned_ns: float
     predicted: float
@@ -117,11 +116,11 @@ def resolve_rounding(round_to: Any, graph: CouplingGraph, table: LatencyTable | 
     return table.predict(graph).step
 
 
-def predict_time(graph: CouplingGraph, kept: Mask, table: LatencyTable) -> Timed:
+def predict_time(graph: CouplingGraph, chosen: Selection, table: LatencyTable) -> Timed:
     """What the units that stay take by the table alone."""
     prediction = table.predict(graph)
-    pruned_ns = prediction.time(prediction.widths(kept))
-    return Timed(kept, {}, table.dense_ns, pruned_ns, pruned_ns / table.dense_ns, 0)
+    pruned_ns = prediction.time(prediction.widths(chosen.kept))
+    return Timed(chosen, table.dense_ns, pruned_ns, pruned_ns / table.dense_ns, 0)
 
 
 class Timekeeper:
@@ -203,21 +202,23 @@ def hasten(
     floors: BudgetError | None = None
     for count in range(1, _CORRECTIONS + 1):
         try:
-            (kept, stopped), widths = _solve(graph, others, prediction, target, widths, choose)
+            chosen, widths = _solve(graph, others, prediction, target, widths, choose)
         except BudgetError as error:
             floors = error
             if best is not None:
                 break
             target = (1 + target) / 2  # the table may be too high down there
             continue
-        dense_ns, ratio = compare(kept)
+        dense_ns, ratio = compare(chosen.kept)
         wanted = _share(budget, dense_ns)
-        predicted = prediction.time(prediction.widths(kept)) / table.dense_ns
-        found = Timed(kept, stopped, dense_ns, ratio * dense_ns, predicted, count)
+        predicted = prediction.time(prediction.widths(chosen.kept)) / table.dense_ns
+        found = Timed(chosen._replace(bound=None), dense_ns, ratio * dense_ns, predicted, count)
         if best is None or abs(ratio - wanted) < abs(best.ratio - wanted):
             best = found
         slack = bool(others) and predicted < target * (1 - TOLERANCE)
-        if abs(ratio / wanted - 1) <= TOLERANCE or (ratio < wanted and (slack or kept.all())):
+        if abs(ratio / wanted - 1) <= TOLERANCE or (
+            ratio < wanted and (slack or chosen.kept.all())
+        ):
             return found
         # On a line through the dense model, about which table and clock agree.
         slope = (1 - predicted) / (1 - ratio) if ratio < 1 and predicted < 1 else 1.0

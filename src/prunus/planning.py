@@ -37,6 +37,7 @@ from prunus.planner.allocate import Scope, check_share
 from prunus.planner.filters import spread
 from prunus.planner.layers import Drop, find_drops
 from prunus.planner.peak import hold_peak
+from prunus.planner.solvers import Solver
 from prunus.plans import Plan
 from prunus.surgeon.attributes import find_edits
 from prunus.surgeon.depth import refuse_quantized, without_blocks
@@ -60,6 +61,7 @@ def plan(
     loss: Loss | None = None,
     ratios: Mapping[str, float] | None = None,
     scope: Scope = "local",
+    solver: Solver | None = None,
     min_width: int | Mapping[str, int] = 1,
     max_ratio: float | Mapping[str, float] = 1.0,
     round_to: RoundTo | Literal["latency"] = 1,
@@ -107,6 +109,11 @@ def plan(
     scope
         ``"local"`` (each group loses the same ratio), ``"isomorphic"`` (groups of one shape
         compete) or ``"global"`` (all groups compete: for scores that compare across layers).
+    solver
+        How the best choice of the global scope is looked for: ``"lagrange"`` (the default: prices
+        for costs, then repair and exchange on exact costs) or ``"greedy"``.  ``plan.origin`` says
+        what part of all scores the plan ``"retained"``, and the ``"bound"`` that no choice of
+        units exceeds.
     min_width, max_ratio
         Floors: units that every group keeps, and the largest ratio it may lose; one number, or
         numbers by globs.
@@ -152,6 +159,7 @@ def plan(
         "importance": importance,
         "loss": loss,
         "scope": scope,
+        "solver": solver,
         "min_width": min_width,
         "max_ratio": max_ratio,
         "round_to": round_to,
@@ -317,14 +325,15 @@ def _plan_widths(
     timed: Timed | None = None
     if latency is not None and isinstance(budget, Budget) and budget.latency and ratio is None:
         timed = _keep_time(graph, model, budget, latency, choose, seed)
-        kept, stopped = timed.kept, timed.stopped
+        found = timed.selection
     else:
-        kept, stopped = choose(graph, budget)
+        found = choose(graph, budget)
     if exchange:
         context = Context(graph, tensors, seed, collected=statistics)
-        kept = exchange_all(graph, context, kept, scores)
+        kept = exchange_all(graph, context, found.kept, scores)
+        found = found._replace(kept=kept, retained=None, bound=None)  # worth is not the aim then
     if latency is not None and timed is None:
-        timed = predict_time(graph, kept, latency)
+        timed = predict_time(graph, found, latency)
     origin = {
         "importance": name_of(importance),
         "budget": budget.requested if isinstance(budget, Budget) else budget,
@@ -332,14 +341,15 @@ def _plan_widths(
         **said,
         "hold": sorted(hold),
         **({"exchange": True} if exchange else {}),
-        "stopped": {**stopped, **dict.fromkeys(sorted(hold), "it is held")},
+        "stopped": {**found.stopped, **dict.fromkeys(sorted(hold), "it is held")},
         "seed": seed,
+        **{name: getattr(found, name) for name in ("solver", "retained", "bound")},
         "traced": graph.traced,
     }
-    chosen = plan_of_mask(graph, model, kept, origin)
+    chosen = plan_of_mask(graph, model, found.kept, origin)
     counted = budget.counted if isinstance(budget, Budget) else budget
     asked = counted.limits(graph) if isinstance(counted, Budget) else counted or {}
-    parts = {n: (graph.cost(n), graph.cost(n, kept)) for n in asked if n not in chosen.costs}
+    parts = {n: (graph.cost(n), graph.cost(n, found.kept)) for n in asked if n not in chosen.costs}
     chosen = replace(chosen, costs={**chosen.costs, **parts})
     return chosen if latency is None or timed is None else timed.told_in(chosen, latency)
 
@@ -370,6 +380,7 @@ def needs_to_plan(importance: str | Importance, exchange: bool = False) -> froze
 _OPTIONS: Mapping[str, Any] = {
     "ratios": None,
     "scope": "local",
+    "solver": None,
     "min_width": 1,
     "max_ratio": 1.0,
     "round_to": 1,
@@ -420,8 +431,8 @@ def _choose(
 
 def _refuse_options(options: Mapping[str, Any]) -> None:
     """A ratio is a ratio of every group: what shapes a budget's choice has no say in it."""
-    neutral = {"min_width": 1, "max_ratio": 1.0, "round_to": 1, "include": None, "exclude": ()}
-    given = [name for name, value in neutral.items() if options[name] != value]
+    shaping = ("solver", "min_width", "max_ratio", "round_to", "include", "exclude")
+    given = [name for name in shaping if options[name] != _OPTIONS[name]]
     if given:
         raise PlanError(
             f"{', '.join(given)} can't be combined with ratio=",

@@ -139,6 +139,11 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     )
     text = "one number, or numbers by globs over names of groups and their tensors: GLOB=N,…"
     group.add_argument(
+        "--solver",
+        choices=("lagrange", "greedy"),
+        help="how the best choice of --scope global is looked for (default: lagrange)",
+    )
+    group.add_argument(
         "--round-to",
         default=1,
         metavar="N",

@@ -64,13 +64,14 @@ def run(options: argparse.Namespace) -> int:
         "budget": None if budget is None else budget.requested,
         "costs": costs,
         "drops": list(plan.drops),
+        **{name: plan.origin.get(name) for name in ("solver", "retained", "bound")},
         "groups": describe_choices(plan),
         "files": {"out": str(options.out)} if options.out else {},
     }
 
     def tell() -> None:
         show(costs_table(costs), widths_table(plan))
-        show(*told_of(plan), *_told_of_bounds(costs), *told_of_time(plan))
+        show(*told_of(plan), *_told_of_bounds(costs), *_told_of_worth(plan), *told_of_time(plan))
         show(f"wrote out: {options.out}" if options.out else "Nothing was written: --dry-run.")
 
     shared.answer(options, document, tell)
@@ -79,11 +80,11 @@ def run(options: argparse.Namespace) -> int:
 
 def choice_of(options: argparse.Namespace) -> dict[str, Any]:
     """What :func:`prunus.plan` and :func:`prunus.shrink` take."""
-    names = "ratios importance exchange scope min_width max_ratio round_to include exclude seed"
+    names = "ratios importance exchange scope solver min_width max_ratio round_to include exclude"
     return {
         "budget": budget_of(options),
         "drop": _drop_of(options),
-        **{name: getattr(options, name) for name in names.split()},
+        **{name: getattr(options, name) for name in (*names.split(), "seed")},
     }
 
 
@@ -192,6 +193,15 @@ def _told_of_bounds(costs: dict[str, dict[str, Any]]) -> list[str]:
         for name, cost in costs.items()
         if cost["requested"] is not None
     ]
+
+
+def _told_of_worth(plan: Plan) -> list[str]:
+    """What part of the scores stays, and what no other choice exceeds, in a sentence."""
+    retained, bound = plan.origin.get("retained"), plan.origin.get("bound")
+    if retained is None:
+        return []
+    most = "" if bound is None else f"; no choice under this budget keeps more than {bound:.1%}"
+    return [f"The units that stay hold {retained:.1%} of all scores{most}."]
 
 
 def describe_costs(

@@ -17,10 +17,12 @@ from prunus.errors import PlanError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.planner.alignment import RoundTo, check_count
-from prunus.planner.descent import Descent, Floors
+from prunus.planner.descent import Descent
 from prunus.planner.filters import Globs, excluded_groups, spread
 from prunus.planner.fixed import choose_fixed
 from prunus.planner.quanta import Quanta, form_quanta
+from prunus.planner.removal import Floors
+from prunus.planner.solvers import Solver, solve
 from prunus.planner.stops import find_stops
 
 Scope = Literal["global", "local", "isomorphic"]
@@ -35,10 +37,28 @@ _TOLD = 3
 
 
 class Selection(NamedTuple):
-    """The units that stay, shape ``(unit_count + 1,)``, and why groups can lose no more."""
+    """The units that stay, and how good a choice that is.
+
+    Attributes
+    ----------
+    kept
+        Mask of units, shape ``(unit_count + 1,)``.
+    stopped
+        Why groups can lose no more.
+    retained
+        The normalised scores of the units that stay, as a part of those of all units (infinite
+        ones left out); None where they were not compared.
+    bound
+        No choice under the same budget retains more; None where no solver looked for the best.
+    solver
+        Which one did.
+    """
 
     kept: Mask
     stopped: Mapping[str, str] = {}
+    retained: float | None = None
+    bound: float | None = None
+    solver: Solver | None = None
 
 
 def select(
@@ -54,6 +74,7 @@ def select(
     round_to: RoundTo = 1,
     include: Globs | None = None,
     exclude: Globs = (),
+    solver: Solver | None = None,
 ) -> Selection:
     """Choose the units that stay.
 
@@ -66,9 +87,9 @@ def select(
         Bounds, all of which will hold; or the largest values of costs by name, for any cost that
         the graph counts: ``{"macs": 10**9, "params in layer4": 10**6}``.
     scope
-        In what order units go.  *global*: by score per saved cost, of the bound that is furthest
-        away; *local*: every group loses the same ratio; *isomorphic*: groups with axes of the
-        same shapes are ranked together, and every such class loses the same ratio.
+        Which units compete.  *global*: all, and what stays is worth as much as can be; *local*:
+        every group loses the same ratio; *isomorphic*: groups with axes of the same shapes are
+        ranked together, and every such class loses the same ratio.
     normalise
         By what the scores of a group are divided before groups are compared.
     ratios
@@ -84,6 +105,9 @@ def select(
         group for which there is no such cut stays as it is.
     include, exclude
         Globs over the names of groups and of the tensors on their axes.
+    solver
+        How the best choice of the global scope is looked for; ``"lagrange"`` if nothing is said.
+        See :func:`prunus.planner.solvers.solve`.
 
     Raises
     ------
@@ -116,6 +140,7 @@ def select(
     monomials of one group when a width has changed on which that group's savings depend.
     """
     _check_options(scope, normalise)
+    _check_solver(scope, solver)
     limits = budget.limits(graph) if isinstance(budget, Budget) else dict(budget)
     graph = replace(graph, costs={name: graph.polynomial(name) for name in limits})
     weights = _normalised(graph, _checked(graph, scores), normalise)
@@ -131,11 +156,36 @@ def select(
     descent = Descent(graph, quanta, limits, floors, _ranks(graph, quanta, scope))
     if ratios is not None:
         descent.settle(*choose_fixed(graph, quanta, spread(graph, ratios, "ratios", check_share)))
-    descent.reduce()
-    descent.fill()
-    descent.exchange()
-    stopped = find_stops(graph, quanta, descent.removed, floors.units)
-    return Selection(quanta.kept(descent.removed), stopped)
+    least_lost = None
+    if scope == "global":
+        solver = solver or "lagrange"
+        least_lost = solve(descent, quanta, solver)
+    else:
+        descent.descend()
+    kept = quanta.kept(descent.removed)
+    known = np.isfinite(weights)
+    total = float(weights[known].sum()) or 1.0
+    return Selection(
+        kept=kept,
+        stopped=find_stops(graph, quanta, descent.removed, floors.units),
+        retained=float(weights[known & kept].sum()) / total,
+        bound=None if least_lost is None else 1 - least_lost / total,
+        solver=solver,
+    )
+
+
+def _check_solver(scope: str, solver: str | None) -> None:
+    if solver is None:
+        return
+    if solver not in get_args(Solver):
+        known = ", ".join(map(repr, get_args(Solver)))
+        raise PlanError(f"solver={solver!r} is none of {known}", fix="leave it out for the default")
+    if scope != "global":
+        raise PlanError(
+            f"solver={solver!r} can't be combined with scope={scope!r}",
+            why="there the ratio is the same everywhere, so that nothing is left to be solved",
+            fix="write scope='global', or leave the solver out",
+        )
 
 
 def _check_options(scope: str, normalise: str) -> None:

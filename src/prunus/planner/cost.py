@@ -9,17 +9,18 @@ and share what their removal saves, until a width on which that depends changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prunus.graph.axis import Label
+from prunus.graph.axis import Label, Mask
 from prunus.graph.constraints import Nonempty
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.polynomial import Polynomial
+from prunus.planner.positions import joined, read_positions
 
 Ints = NDArray[np.int64]
 Exact = NDArray[Any]
@@ -29,7 +30,7 @@ _OVERFLOW = 2**62
 
 
 @dataclass(eq=False, slots=True)
-class _Reach:
+class Reach:
     """The monomials that see some widths.
 
     Attributes
@@ -67,7 +68,9 @@ class CostState:
         The present costs, in the order of ``names``.
     widths
         Kept positions of every dim that is watched: those of ``graph.width_labels`` first, then
-        the dims that only have to stay nonempty.
+        the dims that only have to stay nonempty; at the end a 1, which is the width of no dim.
+    positions
+        Which quanta take which positions of these dims.
     """
 
     def __init__(self, graph: CouplingGraph, names: Sequence[str], owner: Ints) -> None:
@@ -78,18 +81,49 @@ class CostState:
         if any(_bound(p, self.widths) >= _OVERFLOW for p in polynomials):
             self.widths = self.widths.astype(object)
         self.costs = [p(self.widths[: self._dims]) for p in polynomials]
-        self._count = int(owner.max(initial=0))
         self._tables = [_table(p, self._dims, self.widths.dtype) for p in polynomials]
         self._seen_by = [_index(table, self._dims) for _, table in self._tables]
-        self._reaches: dict[bytes, _Reach] = {}
-        self._read_labels(labels, owner)
+        self._reaches: dict[bytes, Reach] = {}
+        self.positions = read_positions(labels, owner)
+        self._gone = np.zeros(len(self.positions.shared_dim), dtype=np.int64)
         self._form_kinds()
-        self._layouts: dict[int, tuple[Exact, Ints, _Reach]] = {}
-        self._memo: tuple[int, Exact, _Reach] | None = None
+        self._layouts: dict[int, tuple[Exact, Ints, Reach]] = {}
+        self._memo: tuple[int, Exact, Reach] | None = None
+
+    @property
+    def empty(self) -> list[int]:
+        """Dims that have no position left."""
+        found: list[int] = np.flatnonzero(self.widths <= 0).tolist()
+        return found
 
     def kind(self, quantum: int) -> int:
         """Id that quanta share which always save the same; −1 for one of no kind."""
         return self._kind[quantum]
+
+    @property
+    def constants(self) -> list[Exact]:
+        """Of all monomials, cost by cost."""
+        return [constants for constants, _ in self._tables]
+
+    def likeness(self, chain: Ints) -> Ints:
+        """Equal numbers for quanta of a chain that save equally much in a model that is whole.
+
+        Quanta of no kind are alike if they take as many positions of the same dims, alone and
+        with others; where two of them could take one position, none is like another.
+        """
+        found = self._kind_of[chain].copy()
+        odd = np.flatnonzero(found < 0)
+        positions = self.positions
+        shared = joined(positions.shared_of(int(quantum)) for quantum in chain[odd])
+        apart = len(np.unique(shared)) == len(shared)
+        known: dict[Any, int] = {}
+        for at, quantum in zip(odd.tolist(), chain[odd].tolist(), strict=True):
+            key: Any = quantum
+            if apart:
+                lone = [part.tobytes() for part in positions.lone_of(quantum)]
+                key = *lone, positions.shared_dim[positions.shared_of(quantum)].tobytes()
+            found[at] = -1 - known.setdefault(key, len(known))
+        return np.asarray(found)
 
     def savings(self, quantum: int) -> tuple[int, ...]:
         """What removing the quantum now saves, for every cost."""
@@ -105,6 +139,17 @@ class CostState:
         """What putting the removed quantum back now costs, for every cost."""
         loss, reach = self._loss(quantum, gone=1)
         return tuple(-saved for saved in self._difference(-loss, reach))
+
+    def expense(self, quanta: Ints, weights: Sequence[float]) -> NDArray[np.float64]:
+        """What putting each of these quanta back costs, the costs weighted and summed."""
+        kinds = self._kind_of[quanta]
+        found = np.zeros(len(quanta))
+        for kind in np.unique(kinds[kinds >= 0]).tolist():
+            loss, reach = self._kinds[kind]
+            found[kinds == kind] = -np.dot(weights, self._difference(-loss, reach))
+        for at in np.flatnonzero(kinds < 0).tolist():
+            found[at] = np.dot(weights, self.expenses(int(quanta[at])))
+        return found
 
     def removable(self, quantum: int) -> bool:
         """Whether every dim would keep a position."""
@@ -139,6 +184,12 @@ class CostState:
         self._dirty[:] = True
         self._memo = None
 
+    def assign(self, removed: Mask) -> None:
+        """Let exactly the quanta of a mask be gone, shape ``(quanta + 1,)``."""
+        self.widths[: self._dims] = self.positions.widths(removed)
+        self._gone = self.positions.gone(removed)
+        self.price()
+
     def restore(self, quantum: int) -> None:
         """Put a quantum back that was removed."""
         loss, reach = self._loss(quantum, gone=1)
@@ -146,19 +197,19 @@ class CostState:
         self._move(quantum, saved, -loss, reach, -1)
 
     def _move(
-        self, quantum: int, saved: tuple[int, ...], loss: Exact, reach: _Reach, sign: int
+        self, quantum: int, saved: tuple[int, ...], loss: Exact, reach: Reach, sign: int
     ) -> None:
         for index, amount in enumerate(saved):
             self.costs[index] -= amount
         self.widths[reach.widths] -= loss[:-1]
         if self._kind[quantum] < 0:
-            self._gone[self._shared_of(quantum)] += sign
+            self._gone[self.positions.shared_of(quantum)] += sign
         if reach.stale is None:
-            reach.stale = np.unique(_joined(self._dependents[int(w)] for w in reach.widths))
+            reach.stale = np.unique(joined(self._dependents[int(w)] for w in reach.widths))
         self._dirty[reach.stale] = True
         self._memo = None
 
-    def _difference(self, loss: Exact, reach: _Reach) -> tuple[int, ...]:
+    def _difference(self, loss: Exact, reach: Reach) -> tuple[int, ...]:
         """Cost now minus cost with ``loss`` positions less."""
         found = []
         for constants, dims, places in reach.terms:
@@ -167,7 +218,7 @@ class CostState:
             found.append(int((constants * (now.prod(axis=1) - then.prod(axis=1))).sum()))
         return tuple(found)
 
-    def _loss(self, quantum: int, gone: int = 0) -> tuple[Exact, _Reach]:
+    def _loss(self, quantum: int, gone: int = 0) -> tuple[Exact, Reach]:
         """Positions that hang on the quantum alone, per width of its reach and a 0 at the end.
 
         ``gone`` is how often the quantum itself has been counted at its shared positions.
@@ -178,78 +229,43 @@ class CostState:
         if gone == 0 and self._memo is not None and self._memo[0] == quantum:
             return self._memo[1:]
         fixed, places, reach = self._layout(quantum)
-        hanging = places[self._gone[self._shared_of(quantum)] == gone]
+        hanging = places[self._gone[self.positions.shared_of(quantum)] == gone]
         loss = fixed + np.bincount(hanging, minlength=len(fixed))
         if gone == 0:
             self._memo = quantum, loss, reach
         return loss, reach
 
-    def _layout(self, quantum: int) -> tuple[Exact, Ints, _Reach]:
+    def _layout(self, quantum: int) -> tuple[Exact, Ints, Reach]:
         """For a quantum of no kind: its certain loss, and whose width each shared position is."""
         if quantum not in self._layouts:
-            lone, times = self._lone_of(quantum)
-            dims = self._shared_dim[self._shared_of(quantum)]
-            reach = self._reach(np.union1d(lone, dims))
+            lone, times = self.positions.lone_of(quantum)
+            dims = self.positions.shared_dim[self.positions.shared_of(quantum)]
+            reach = self.reach(np.union1d(lone, dims))
             fixed: Exact = np.zeros(len(reach.widths) + 1, dtype=self.widths.dtype)
             fixed[np.searchsorted(reach.widths, lone)] = times
             self._layouts[quantum] = fixed, np.searchsorted(reach.widths, dims), reach
         return self._layouts[quantum]
 
-    def _lone_of(self, quantum: int) -> tuple[Ints, Ints]:
-        part = slice(self._lone_start[quantum], self._lone_start[quantum + 1])
-        return self._lone[part, 0], self._lone[part, 1]
-
-    def _shared_of(self, quantum: int) -> Ints:
-        return self._shared[self._shared_start[quantum] : self._shared_start[quantum + 1]]
-
-    def _read_labels(self, labels: Sequence[Label], owner: Ints) -> None:
-        """Tell the positions that hang on one quantum from those that hang on several."""
-        lone: list[Ints] = []
-        takers: list[Ints] = []
-        positions: list[Ints] = []
-        dims: list[Ints] = []
-        total = 0
-        for dim, label in enumerate(labels):
-            rows = np.sort(owner[label], axis=1)
-            rows[:, 1:][rows[:, 1:] == rows[:, :-1]] = 0
-            several = (rows > 0).sum(axis=1)
-            single = rows[several == 1].max(axis=1, initial=0)
-            lone.append(single * self._dims + dim)
-            rows = rows[several > 1]
-            row, column = np.nonzero(rows)
-            takers.append(rows[row, column])
-            positions.append(row + total)
-            dims.append(np.full(len(rows), dim))
-            total += len(rows)
-        code, times = np.unique(_joined(lone), return_counts=True)
-        ids = np.arange(self._count + 2)
-        self._lone = np.stack([code % max(1, self._dims), times], axis=1)
-        self._lone_start = np.searchsorted(code // max(1, self._dims), ids).tolist()
-        taker, position = _joined(takers), _joined(positions)
-        order = np.argsort(taker, kind="stable")
-        self._shared = position[order]
-        self._shared_start = np.searchsorted(taker[order], ids).tolist()
-        self._shared_dim = _joined(dims)
-        self._gone = np.zeros(total, dtype=np.int32)
-
     def _form_kinds(self) -> None:
         """Number the kinds, and note on which widths the savings of each depend."""
-        self._kinds: list[tuple[Exact, _Reach]] = []
-        self._kind = [-1] * (self._count + 1)
+        self._kinds: list[tuple[Exact, Reach]] = []
+        self._kind = [-1] * (self.positions.count + 1)
         number: dict[bytes, int] = {}
-        raw = self._lone.tobytes()
-        width = self._lone.itemsize * 2
-        for quantum in range(1, self._count + 1):
-            if self._shared_start[quantum] != self._shared_start[quantum + 1]:
+        starts, shared = self.positions.lone_start, self.positions.shared_start
+        rows = np.ascontiguousarray(self.positions.lone[:, 1:])
+        raw = memoryview(rows.tobytes())
+        width = rows.itemsize * 2
+        for quantum in range(1, self.positions.count + 1):
+            if shared[quantum] != shared[quantum + 1]:
                 continue
-            key = raw[self._lone_start[quantum] * width : self._lone_start[quantum + 1] * width]
+            key = bytes(raw[starts[quantum] * width : starts[quantum + 1] * width])
             kind = number.setdefault(key, len(self._kinds))
             self._kind[quantum] = kind
             if kind == len(self._kinds):
-                lone, times = self._lone_of(quantum)
-                self._kinds.append(
-                    (np.append(times, 0).astype(self.widths.dtype), self._reach(lone))
-                )
+                lone, times = self.positions.lone_of(quantum)
+                loss = np.append(times, 0).astype(self.widths.dtype)
+                self._kinds.append((loss, self.reach(lone)))
+        self._kind_of = np.array(self._kind)
         self._saved: list[tuple[int, ...]] = [()] * len(self._kinds)
         self._dirty = np.ones(len(self._kinds), dtype=np.bool_)
         found: list[list[int]] = [[] for _ in range(self._dims)]
@@ -258,16 +274,17 @@ class CostState:
                 found[dim].append(kind)
         self._dependents = [np.array(kinds, dtype=np.int64) for kinds in found]
 
-    def _reach(self, widths: Ints) -> _Reach:
+    def reach(self, widths: Ints) -> Reach:
+        """The monomials that see some widths, given by ascending ids."""
         key = widths.tobytes()
         if key not in self._reaches:
             place = np.full(self._dims + 1, len(widths), dtype=np.int64)
             place[widths] = np.arange(len(widths))
             terms = []
             for (constants, table), seen_by in zip(self._tables, self._seen_by, strict=True):
-                rows = np.unique(_joined(seen_by[int(w)] for w in widths))
+                rows = np.unique(joined(seen_by[int(w)] for w in widths))
                 terms.append((constants[rows], table[rows], place[table[rows]]))
-            self._reaches[key] = _Reach(widths, tuple(terms))
+            self._reaches[key] = Reach(widths, tuple(terms))
         return self._reaches[key]
 
 
@@ -313,16 +330,12 @@ def _index(table: Ints, dims: int) -> list[Ints]:
     return [np.array(rows, dtype=np.int64) for rows in found[:dims]]
 
 
-def _depends_on(reach: _Reach, dims: int) -> Ints:
+def _depends_on(reach: Reach, dims: int) -> Ints:
     """Widths that change what is saved: all of a monomial but the only one that loses."""
     found = []
     for _, table, places in reach.terms:
         loses = places < len(reach.widths)
         others = ~loses | (loses.sum(axis=1, keepdims=True) > 1)
         found.append(table[others])
-    widths = np.unique(_joined(found))
+    widths = np.unique(joined(found))
     return widths[widths < dims]
-
-
-def _joined(parts: Iterable[Ints]) -> Ints:
-    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-
-import numpy as np
 
 from prunus.errors import BudgetError, PlanError
 from prunus.graph.coupling import CouplingGraph
-from prunus.planner.cost import CostState
 from prunus.planner.quanta import Quanta
-
-TOLERANCE = 0.01
-"""How far under its bound the result may lie, as a part of the dense cost."""
+from prunus.planner.removal import TOLERANCE, Floors, Removal
 
 _EXCHANGES = 16
 """How many chains may offer a quantum in exchange before the result is taken as it is."""
@@ -26,32 +20,15 @@ _NAMED = 5
 """How many groups an error names."""
 
 
-@dataclass(frozen=True)
-class Floors:
-    """Units that every group keeps at least, and the options that said so."""
-
-    units: tuple[int, ...]
-    options: str
-
-
-class Descent:
-    """A selection on its way to the budget.
+class Descent(Removal):
+    """A removal on its way to the budget, one quantum after another.
 
     Parameters
     ----------
-    graph, quanta
-        What may be removed.
-    limits
-        The bounds, by the names of the costs.
-    floors
-        What has to stay of every group.
+    graph, quanta, limits, floors
+        As for :class:`~prunus.planner.removal.Removal`.
     ranks
         For every chain a rank per quantum, the lowest leaves first; None for score per saving.
-
-    Attributes
-    ----------
-    removed
-        Which quanta are gone, by id.
     """
 
     def __init__(
@@ -62,26 +39,15 @@ class Descent:
         floors: Floors,
         ranks: Sequence[Sequence[float]] | None,
     ) -> None:
-        self._graph = graph
-        self._quanta = quanta
-        self._names = sorted(limits)
-        self._limits = [limits[name] for name in self._names]
-        self._floors = floors
+        super().__init__(graph, quanta, limits, floors)
         self._ranks = ranks
-        self._chains = [chain.tolist() for chain in quanta.chains]
         self._scores = quanta.scores.tolist()
-        self._left = [group.size for group in graph.groups]
-        self._state = CostState(graph, self._names, quanta.owner)
-        self._dense = tuple(self._state.costs)
-        self._taken: list[int] = []
-        self._chain_of = {q: n for n, chain in enumerate(self._chains) for q in chain}
-        self._gate_of = {
-            quantum: chain[0]
-            for chain in self._chains
-            for quantum in chain[1:]
-            if chain[0] in quanta.gates
-        }
-        self.removed = np.zeros(len(quanta.scores), dtype=np.bool_)
+
+    def descend(self) -> None:
+        """Remove by priority, fill up, and exchange coarse steps for fine."""
+        self.reduce()
+        self.fill()
+        self.exchange()
 
     def settle(self, quanta: Iterable[int], chains: Iterable[int]) -> None:
         """Remove quanta for good, and let nothing else go from their chains.
@@ -132,7 +98,7 @@ class Descent:
         followers = self._followers()
         # A gate leaves before the rest of its chain, so its turn comes after theirs.
         for quantum in reversed(self._taken):
-            kind = self._state.kind(quantum)
+            kind = self.state.kind(quantum)
             if kind in closed or followers.get(quantum):
                 continue
             if self._fits(quantum):
@@ -148,7 +114,7 @@ class Descent:
         tried: set[int] = set()
         followers = self._followers()
         for quantum in list(reversed(self._taken)):
-            slack = self._slack()
+            slack = self.slack()
             if slack <= TOLERANCE or len(tried) >= _EXCHANGES:
                 return
             chain = self._chain_of[quantum]
@@ -157,7 +123,7 @@ class Descent:
             tried.add(chain)
             before = len(self._taken)
             self._give(quantum)
-            if self._trade(quantum, slack) or (self._reach_finely() and self._slack() < slack):
+            if self._trade(quantum, slack) or (self._reach_finely() and self.slack() < slack):
                 self._taken.remove(quantum)
                 self.fill()
                 followers = self._followers()
@@ -171,13 +137,13 @@ class Descent:
     def _trade(self, back: int, slack: float) -> bool:
         """Remove the one quantum instead of ``back`` that leaves least room, less than slack."""
         best: tuple[float, int] | None = None
-        costs = list(self._state.costs)
+        costs = list(self.state.costs)
         for chain in self._chains:
             quantum = next((q for q in chain if not self.removed[q]), back)
             if quantum == back or not self._may_take(quantum):
                 continue
-            savings = self._state.savings(quantum)
-            room = self._slack([c - s for c, s in zip(costs, savings, strict=True)])
+            savings = self.state.savings(quantum)
+            room = self.slack([c - s for c, s in zip(costs, savings, strict=True)])
             if 0 <= room < slack and (best is None or room < best[0]):
                 best = room, quantum
         if best is not None:
@@ -190,14 +156,6 @@ class Descent:
             if not self._approach(bound, fine=True):
                 return False
         return True
-
-    def _followers(self) -> dict[int, int]:
-        """How many quanta are gone behind every gate, which must stay gone as long as they are."""
-        followers = dict.fromkeys(self._quanta.gates, 0)
-        for quantum in self._taken:
-            if quantum in self._gate_of:
-                followers[self._gate_of[quantum]] += 1
-        return followers
 
     def _approach(self, bound: int, fine: bool) -> bool:
         """Remove until one bound holds; False when nothing more can go.
@@ -212,7 +170,7 @@ class Descent:
             if key is not None:
                 heap.append((key, chain))
         heapq.heapify(heap)
-        state, limit = self._state, self._limits[bound]
+        state, limit = self.state, self.limits[bound]
         unpriced = 0
         far = self._ranks is not None and not fine  # so that no key depends on a cost
         while state.costs[bound] > limit:
@@ -265,7 +223,7 @@ class Descent:
         quantum = self._chains[chain][at]
         if self._ranks is not None and not fine:
             return self._ranks[chain][at]
-        savings = self._state.savings(quantum)
+        savings = self.state.savings(quantum)
         if not savings[bound] or (fine and not self._is_fine(savings)):
             return None
         if self._ranks is not None:
@@ -274,59 +232,14 @@ class Descent:
 
     def _is_fine(self, savings: Sequence[int]) -> bool:
         return all(
-            saved <= TOLERANCE * dense for saved, dense in zip(savings, self._dense, strict=True)
-        )
-
-    def _may_take(self, quantum: int) -> bool:
-        return not self._at_floor(quantum) and self._state.removable(quantum)
-
-    def _at_floor(self, quantum: int) -> bool:
-        floors = self._floors.units
-        return any(self._left[g] - n < floors[g] for g, n in self._quanta.shares[quantum])
-
-    def _take(self, quantum: int, *, priced: bool = True) -> None:
-        if priced:
-            self._state.remove(quantum)
-        else:
-            self._state.remove_unpriced(quantum)
-        self.removed[quantum] = True
-        self._taken.append(quantum)
-        for group, count in self._quanta.shares[quantum]:
-            self._left[group] -= count
-
-    def _give(self, quantum: int) -> None:
-        self._state.restore(quantum)
-        self.removed[quantum] = False
-        for group, count in self._quanta.shares[quantum]:
-            self._left[group] += count
-
-    def _fits(self, quantum: int) -> bool:
-        expenses = self._state.expenses(quantum)
-        costs = zip(self._state.costs, expenses, self._limits, strict=True)
-        return all(cost + more <= limit for cost, more, limit in costs)
-
-    def _worst(self) -> int | None:
-        """The bound that is exceeded by the largest factor; None when all hold."""
-        over = [
-            (-cost / max(limit, 1), index)
-            for index, (cost, limit) in enumerate(zip(self._state.costs, self._limits, strict=True))
-            if cost > limit
-        ]
-        return min(over)[1] if over else None
-
-    def _slack(self, costs: Sequence[int] | None = None) -> float:
-        """Room under the tightest bound, as a part of the dense cost; negative if it is broken."""
-        now = self._state.costs if costs is None else costs
-        return min(
-            (limit - cost) / max(dense, 1)
-            for cost, limit, dense in zip(now, self._limits, self._dense, strict=True)
+            saved <= TOLERANCE * dense for saved, dense in zip(savings, self.dense, strict=True)
         )
 
     def _stopped(self) -> BudgetError:
         """What was asked, how far one gets, and which groups stand in the way."""
         asked, reached = [], []
         for name, cost, limit, dense in zip(
-            self._names, self._state.costs, self._limits, self._dense, strict=True
+            self._names, self.state.costs, self.limits, self.dense, strict=True
         ):
             asked.append(f"{name} ≤ {limit} ({limit / dense:.1%} of {dense})")
             reached.append(f"{name} {cost} ({cost / dense:.1%})")
@@ -339,7 +252,7 @@ class Descent:
 
     def _remainders(self, bound: int) -> list[str]:
         """The groups that hold most of a cost, and why no more of them goes."""
-        name, dense = self._names[bound], self._dense[bound]
+        name, dense = self._names[bound], self.dense[bound]
         kept = self._quanta.kept(self.removed)
         cost = self._graph.cost(name, kept)
         shares = []

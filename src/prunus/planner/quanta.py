@@ -34,8 +34,10 @@ class Quanta:
         Quanta without which no other of their chain may leave: they bring a dim into line.
     sizes, scores
         Units in every quantum, and the sum of their scores.
+    share
+        Rows of a quantum, a group's number, and how many of its units the quantum holds; ascending.
     shares
-        For every quantum, pairs of a group's number and how many of its units it holds.
+        The same for every quantum: pairs of a group's number and its units.
     untouched
         Names of groups that lose nothing whatever the budget, with the reason.
     conflicts
@@ -48,6 +50,7 @@ class Quanta:
     gates: frozenset[int]
     sizes: Ints
     scores: NDArray[np.float64]
+    share: Ints
     shares: tuple[tuple[tuple[int, int], ...], ...]
     untouched: Mapping[str, str]
     conflicts: tuple[str, ...]
@@ -77,6 +80,7 @@ def form_quanta(
         group_of[group.units] = n
     count = int(owner.max(initial=0))
     finite = np.where(owner > 0, scores, 0.0)
+    share = _share(owner, group_of)
     for group in live:
         if not np.isfinite(scores[group.units]).any():
             untouched[group.name] = "it has to stay: its scores are infinite"
@@ -90,7 +94,8 @@ def form_quanta(
         gates=frozenset(gates),
         sizes=np.bincount(owner[1:], minlength=count + 1),
         scores=np.bincount(owner, weights=finite, minlength=count + 1).astype(np.float64),
-        shares=_share(owner, group_of, count),
+        share=share,
+        shares=_pairs(share, count),
         untouched=untouched,
         conflicts=tuple(conflicts),
     )
@@ -163,18 +168,19 @@ def _number(cuts: Sequence[Cut], unit_count: int) -> tuple[Ints, list[Ints], set
     return owner, ordered, gates
 
 
-def _share(owner: Ints, group_of: Ints, count: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+def _share(owner: Ints, group_of: Ints) -> Ints:
     """Which groups every quantum draws on, and how many units of each."""
     units = np.flatnonzero((owner > 0) & (group_of >= 0))
     groups = int(group_of.max(initial=0)) + 1
     code, times = np.unique(owner[units] * groups + group_of[units], return_counts=True)
-    known: dict[tuple[int, int], tuple[int, int]] = {}
-    shares: list[tuple[tuple[int, int], ...]] = [()] * (count + 1)
+    return np.stack([code // groups, code % groups, times], axis=1)
+
+
+def _pairs(share: Ints, count: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """The rows of every quantum, without it; equal ones are one object."""
     single: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {}
-    for quantum, group, number in zip(
-        (code // groups).tolist(), (code % groups).tolist(), times.tolist(), strict=True
-    ):
-        pair = known.setdefault((group, number), (group, number))
-        before = shares[quantum]
-        shares[quantum] = (*before, pair) if before else single.setdefault(pair, (pair,))
+    shares: list[tuple[tuple[int, int], ...]] = [()] * (count + 1)
+    for quantum, group, units in share.tolist():
+        one = single.setdefault((group, units), ((group, units),))
+        shares[quantum] = shares[quantum] + one if shares[quantum] else one
     return tuple(shares)

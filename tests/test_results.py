@@ -280,3 +280,21 @@ def test_statistics_cost_what_is_promised() -> None:
     assert float(rows["pass"]["peak_mb"]) - float(rows["forward"]["peak_mb"]) <= 3 * 1024
     assert float(rows["solve"]["seconds"]) < float(rows["pass"]["seconds"])
     assert not [row for row in rows.values() if "+" in row["commit"]]
+
+
+def test_sensitivity_beats_equal_ratios_where_nothing_is_repaired() -> None:
+    found = {(row["ratios"], row["recovery"], row["level"]): row for row in read("sensitivity.csv")}
+    levels = {level for _, _, level in found}
+    assert levels == {"0.7", "0.5", "0.35"}
+    assert len(found) == 3 * 2 * len(levels)
+    for (_, _, level), row in found.items():
+        assert float(level) - 0.02 <= float(row["macs_ratio"]) <= float(level)
+        assert row["images"] == "2000"
+        assert not row["commit"].endswith("+")
+    for level in levels:
+        equal, by_table, searched = (
+            float(found[ratios, "cut", level]["metric"])
+            for ratios in ("equal", "sensitivity", "search")
+        )
+        assert equal < by_table
+        assert equal < searched

@@ -92,7 +92,7 @@ class Contest:
         self.graph = prunus.trace(self.model, self.images)
         folder = Path(tempfile.gettempdir()) / f"prunus-latency-{commit()}"
         self.table = prunus.measure(
-            self.model, self.images, backend=backend, graph=self.graph, folder=folder
+            self.model, self.images, backend=backend, graph=self.graph, folder=folder, rounds=5
         )
         self.dense = self.prepare(self.model)
         self.dense_ms, self.control = 0.0, 1.0

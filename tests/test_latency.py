@@ -531,7 +531,7 @@ def test_onnxruntime_runs_every_operator_and_fuses_norms(everything, tmp_path) -
     assert norms == ["other"]
 
 
-def test_onnxruntime_says_what_it_cannot_export(tmp_path) -> None:
+def test_onnxruntime_says_what_it_cannot_export(tmp_path, capfd) -> None:
     pytest.importorskip("onnxruntime")
 
     class Odd(nn.Module):
@@ -545,6 +545,7 @@ def test_onnxruntime_says_what_it_cannot_export(tmp_path) -> None:
     backend = make_backend("onnxruntime", Odd())
     with pytest.raises(ModelError, match="can't be run by ONNX Runtime"):
         backend.prepare(Odd().eval(), (torch.randn(1, 4),), {})
+    assert not capfd.readouterr().out
 
 
 def test_compiled_operators_run(tmp_path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import math
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,69 @@ def test_every_budget_is_met() -> None:
         own = [(r["budget"], r["requested"], r["round_to"]) for r in rows if r["model"] == name]
         assert sorted(own) == sorted(asked), name
     assert {row["model"] for row in rows} == set(BUDGETED)
+
+
+def below(rows: list[Row], least: float, median: float) -> list[str]:
+    """What solutions of the default solver lack of the optimum."""
+    ratios = [float(row["ratio"]) for row in rows if row["solver"] == "lagrange"]
+    lacks = [row["instance"] for row in rows if float(row["bound"]) < float(row["optimum"]) - 1e-6]
+    lacks += ["least"] if min(ratios) < least else []
+    return lacks + (["median"] if statistics.median(ratios) < median else [])
+
+
+def test_the_default_solver_is_near_the_optimum() -> None:
+    rows = read("optimality.csv")
+    assert len({row["instance"] for row in rows}) >= 60
+    assert all(re.fullmatch("[0-9a-f]{7,}", row["commit"]) for row in rows)
+    assert below(rows, 0.97, 0.995) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "lacks"),
+    [
+        ({}, []),
+        ({"ratio": "0.96"}, ["least", "median"]),
+        ({"ratio": "0.99"}, ["median"]),
+        ({"bound": "0.79"}, ["a"]),
+    ],
+)
+def test_a_solution_that_is_too_far_is_seen(change: Row, lacks: list[str]) -> None:
+    row = {"instance": "a", "solver": "lagrange", "ratio": "1", "optimum": "0.8", "bound": "0.9"}
+    assert below([{**row, **change}], 0.97, 0.995) == lacks
+
+
+def slow(rows: list[Row]) -> list[str]:
+    """What sizes of the same solver, smallest first, lack of the line on scale."""
+    lacks = [
+        f"trace {r['units']}" for r in rows if float(r["seconds"]) >= float(r["trace_seconds"])
+    ]
+    lacks += [f"memory {row['units']}" for row in rows if float(row["peak_mb"]) > 3000]
+    first, last = ((int(r["units"]), float(r["seconds"])) for r in (rows[0], rows[-1]))
+    growth = last[0] * math.log(last[0]) / (first[0] * math.log(first[0]))
+    return lacks + (["growth"] if last[1] > growth * first[1] else [])
+
+
+def test_planning_takes_less_than_tracing_and_grows_no_worse_than_n_log_n() -> None:
+    rows = read("planner_scale.csv")
+    assert all(re.fullmatch("[0-9a-f]{7,}", row["commit"]) for row in rows)
+    own = [row for row in rows if row["solver"] == "lagrange"]
+    assert len(own) >= 4
+    assert int(own[-1]["units"]) > 450_000
+    assert slow(own) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "lacks"),
+    [
+        ({}, []),
+        ({"seconds": "5"}, ["trace 200", "growth"]),
+        ({"seconds": "2.6"}, ["growth"]),
+        ({"peak_mb": "3001"}, ["memory 200"]),
+    ],
+)
+def test_a_planner_that_is_slow_is_seen(change: Row, lacks: list[str]) -> None:
+    row = {"units": "100", "seconds": "1", "trace_seconds": "4", "peak_mb": "900"}
+    assert slow([row, {**row, "units": "200", "seconds": "2", **change}]) == lacks
 
 
 GOOD = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
 from itertools import groupby
 from typing import Any
 
@@ -157,8 +156,10 @@ class _Call(nn.Module):
 def _export(module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> bytes:
     """The tracing exporter: it is a hundred times faster than the one of torch.export."""
     file: Any = io.BytesIO()  # the annotation of export() knows paths only
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # and what it can't export is printed
+    # It prints what it can't export, by default on stdout, which belongs to the command line.
+    torch._C._jit_set_onnx_log_output_stream("stderr")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         torch.onnx.export(
             module, tuple(inputs), file, input_names=list(names), opset_version=_OPSET,
             dynamo=False,

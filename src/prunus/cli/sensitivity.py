@@ -43,7 +43,8 @@ def add_parser(verbs: Any) -> None:
         ("picture", "the heat map (the extra 'plot')"),
     ]
     shared.add_files(parser, files)
-    parser.set_defaults(run=run)
+    # Units are ranked by their scores alone: no plan is chosen whose units could be exchanged.
+    parser.set_defaults(run=run, exchange=False)
 
 
 def run(options: argparse.Namespace) -> int:

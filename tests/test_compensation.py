@@ -6,17 +6,14 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import prunus
-from prunus.errors import DataError, PlanError
 from prunus.graph.axis import kept_positions
 from prunus.importance.activations import Site
-from prunus.importance.moments import Moments, fit_memory
 from prunus.importance.statistics import kept_units
 from prunus.importance.windows import (
     Window,
@@ -29,7 +26,6 @@ from prunus.importance.windows import (
 )
 from prunus.planning import plan_of_mask
 from prunus.recovery.compensate import repair_all
-from prunus.recovery.least_squares import fold, removed_of, ridge_of, solve_ridge
 
 CLOSE: Any = {"rtol": 1e-6, "atol": 1e-8}
 
@@ -250,108 +246,6 @@ def test_padding_reads_nothing() -> None:
     assert sources.tolist() == [[-1, -1, -1, -1, 0, 1, -1, 2, 3]]
 
 
-def rows_of(count: int, columns: int, seed: int = 0) -> Tensor:
-    mixing = noisy((columns, columns), seed + 1)
-    return noisy((count, columns), seed) @ mixing + 30
-
-
-@pytest.mark.parametrize("blocks", [1, 3, 6])
-def test_moments_are_those_of_numpy(blocks: int) -> None:
-    rows = torch.stack([rows_of(50, 6), rows_of(50, 6, 5)])
-    moments, halves = Moments(2, 6, blocks), [Moments(2, 6, blocks) for _ in range(3)]
-    for part in rows.split(17, 1):
-        moments.add(part)
-    halves[0].add(rows[:, :20])
-    halves[1].add(rows[:, 20:])
-    for half in halves[1:]:  # the last one has seen nothing
-        halves[0].merge(half)
-    empty = Moments(2, 6, blocks)
-    empty.merge(moments)
-    for found in (moments, halves[0], empty):
-        assert found.count == 50
-        for group in range(2):
-            whole = np.cov(rows[group].numpy().T, bias=True)
-            own = [whole[i : i + 6 // blocks, i : i + 6 // blocks]
-                   for i in range(0, 6, 6 // blocks)]  # fmt: skip
-            np.testing.assert_allclose(found.covariance()[group], np.stack(own), rtol=1e-9)
-            np.testing.assert_allclose(found.mean[group], rows[group].mean(0), rtol=1e-12)
-            squares = (rows[group].T @ rows[group] / 50).diagonal()
-            diagonal = found.second()[group].diagonal(dim1=-2, dim2=-1).flatten()
-            np.testing.assert_allclose(diagonal, squares, rtol=1e-12)
-
-
-def test_a_large_mean_costs_no_digits_in_float32() -> None:
-    rows = noisy((1, 4000, 3)) + 1000
-    single, double = Moments(1, 3), Moments(1, 3)
-    for part in rows.split(500, 1):
-        single.add(part.float())
-        double.add(part.float().double())
-    torch.testing.assert_close(single.covariance(), double.covariance(), rtol=1e-5, atol=1e-6)
-
-
-def test_sums_of_other_features_are_refused() -> None:
-    with pytest.raises(DataError, match="other features"):
-        Moments(1, 4).merge(Moments(1, 5))
-    with pytest.raises(DataError, match="no rows"):
-        _ = Moments(1, 4).mean
-
-
-def test_the_largest_sums_become_coarse_first() -> None:
-    wide, small = Moments(1, 90), Moments(1, 10)
-    fit_memory([(wide, 9), (small, 1)], 20_000, 1000)
-    assert (wide.blocks, small.blocks) == (9, 1)
-    assert wide.bytes + small.bytes <= 20_000
-    fit_memory([(wide, 9), (small, 1)], 3_500, 1000)
-    assert (wide.blocks, small.blocks) == (90, 1)
-    with pytest.raises(DataError, match="memory_limit"):
-        fit_memory([(wide, 9), (small, 1)], 100, 1000)
-    wide.blocks = 1
-    fit_memory([(wide, 9)], 1 << 30, 80)
-    assert wide.blocks == 9
-
-
-@pytest.mark.parametrize("centred", [True, False])
-def test_fold_is_the_minimum_of_the_ridge_loss(centred: bool) -> None:
-    """Against lstsq on features with √λ·I below them, and the error on the rows themselves."""
-    rows, weight = rows_of(200, 7) - 28, noisy((3, 7), 9)
-    kept, share = torch.tensor([0, 2, 3, 6]), 0.1
-    gone = removed_of(kept, 7)
-    mean = rows.mean(0)
-    shown = rows - mean if centred else rows
-    moment = shown.T @ shown / 200
-    found = fold(weight, kept, moment, mean if centred else None, share=share, rows=200)
-    ridge = share * float(moment.diagonal()[kept].mean())
-    assert found.ridge == pytest.approx(ridge)
-    target = shown[:, gone] @ weight[:, gone].T / 200**0.5
-    root = ridge**0.5 * torch.eye(4, dtype=torch.float64)
-    design = torch.cat([shown[:, kept] / 200**0.5, root])
-    best = torch.linalg.lstsq(design, torch.cat([target, target.new_zeros(4, 3)])).solution
-    torch.testing.assert_close(found.change, best.T, **CLOSE)
-    left = rows[:, gone] @ weight[:, gone].T - rows[:, kept] @ found.change.T - found.shift
-    torch.testing.assert_close(found.error, left.square().mean(0), **CLOSE)
-    assert bool(found.shift.any()) == centred
-
-
-def test_singular_matrices_are_solved() -> None:
-    row = noisy((1, 5))
-    matrix, right = row.T @ row, noisy((2, 1)) @ row
-    solution, ridge = solve_ridge(matrix, right, 0.0)
-    assert ridge > 0
-    torch.testing.assert_close(solution @ matrix, right, rtol=1e-4, atol=1e-6)
-    indefinite = torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64))
-    solution, ridge = solve_ridge(indefinite, torch.ones(1, 2, dtype=torch.float64), 1e-12)
-    assert bool(torch.isfinite(solution).all())
-    nothing, _ = solve_ridge(torch.zeros(3, 3), torch.zeros(2, 3), 0.0)
-    assert not nothing.any()
-
-
-def test_few_rows_raise_the_ridge() -> None:
-    variance = torch.ones(8)
-    assert ridge_of(variance, 1e-3, rows=8, columns=8) == pytest.approx(1e-3)
-    assert ridge_of(variance, 1e-3, rows=4, columns=8) == pytest.approx(0.2)
-    assert ridge_of(variance, 0.5, rows=4, columns=8) == pytest.approx(0.5)
-
-
 class Branches(nn.Module):
     """Three readers of one axis, one behind a depthwise convolution, one before a batch norm."""
 
@@ -514,68 +408,3 @@ def test_undo_puts_the_model_back() -> None:
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert model.reader.in_features == 9
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "said"),
-    [
-        ({}, DataError, "needs calibration data"),
-        ({"data": []}, DataError, "empty"),
-        ({"data": [torch.full((2, 7, 5), torch.nan, dtype=torch.float64)]}, DataError, "NaN"),
-        ({"data": [noisy((2, 7, 5))], "method": "magic"}, PlanError, "magic"),
-        ({"data": [noisy((2, 7, 5))], "ridge": -1.0}, PlanError, "ridge is -1"),
-        ({"data": [noisy((2, 7, 5))], "ridge": float("nan")}, PlanError, "ridge is nan"),
-        ({"data": [noisy((2, 7, 5))], "memory_limit": 10}, DataError, "memory_limit"),
-    ],
-)
-def test_bad_input_leaves_the_model_alone(options: Any, error: Any, said: str) -> None:
-    model, _, graph, plan = build("linear")
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(error, match=said):
-        prunus.compensate(model, plan, graph, **options)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert model.reader.in_features == 9
-
-
-def test_few_samples_are_said_and_raise_the_ridge() -> None:
-    model = nn.Sequential(nn.Linear(6, 40), nn.GELU(), nn.Linear(40, 3)).double().eval()
-    few, many = noisy((10, 6)), noisy((400, 6))
-    graph = prunus.trace(model, few)
-    plan = prunus.plan(graph, model, ratio=0.5)
-    small = copy.deepcopy(model)
-    with pytest.warns(UserWarning, match=r"2.weight has 20 columns that stay(.|\n)*10 samples"):
-        done = prunus.compensate(small, plan, graph, [few])
-    assert done.repairs[0].ridge > 0.01 * done.repairs[0].spread  # and not a thousandth
-    enough = prunus.compensate(model, plan, graph, [many])
-    assert enough.repairs[0].ridge < done.repairs[0].ridge / 10
-
-
-@pytest.mark.parametrize("kind", ["half", "mapping", "constant"])
-def test_what_loaders_and_models_may_be(kind: str) -> None:
-    """Half precision, batches that are mappings, features that never change."""
-    torch.manual_seed(0)
-    model = nn.Sequential()
-    model.add_module("first", nn.Linear(6, 12))
-    model.add_module("gelu", nn.GELU())
-    model.add_module("last", nn.Linear(12, 3))
-    rows = torch.ones(200, 6) if kind == "constant" else torch.randn(200, 6)
-    dtype = torch.bfloat16 if kind == "half" else torch.float32
-    model, rows = model.to(dtype).eval(), rows.to(dtype)
-    graph = prunus.trace(model, rows)
-    plan = prunus.plan(graph, model, ratio=0.5)
-    wanted, cut = model(rows), copy.deepcopy(model)
-    prunus.apply(plan, cut)
-    data = [{"input": rows}] if kind == "mapping" else [rows]
-    done = prunus.compensate(model, plan, graph, data)
-    assert model.last.weight.dtype == dtype
-    assert done.repairs[0].left < done.repairs[0].cut
-    near, far = ((m(rows) - wanted).float().square().mean() for m in (model, cut))
-    assert near < 0.8 * far
-
-
-def test_statistics_of_something_else_are_refused() -> None:
-    model, x, graph, plan = build("linear")
-    with pytest.raises(DataError, match="second moments"):
-        prunus.compensate(
-            model, plan, graph, statistics=prunus.collect(model, graph, [x], "activation")
-        )

@@ -266,3 +266,18 @@ def test_an_exchange_needs_second_moments() -> None:
     seen = prunus.collect(model, graph, [torch.randn(9, 6)], "activation")
     with pytest.raises(DataError, match="'obs' needs calibration data"):
         prunus.plan(graph, model, ratio=0.5, exchange=True, statistics=seen)
+
+
+def test_curves_of_the_error_share_a_global_budget_out() -> None:
+    """Units of one price go by their errors alone, however wide the groups."""
+    torch.manual_seed(7)
+    model = nn.Sequential(
+        nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)
+    ).eval()
+    graph, seen, scores = scored(model, [torch.randn(400, 6)])
+    inner = ["0.weight[0]", "3.weight[0]"]
+    options: dict[str, Any] = {"importance": "obs", "statistics": seen, "include": inner}
+    plan = prunus.plan(graph, model, budget=prunus.Budget(macs=0.7), scope="global", **options)
+    gone = {graph.group(c.name).units[n] for c in plan.groups for n in c.removed}
+    assert gone == set(np.argsort(scores)[: len(gone)])
+    assert {choice.name for choice in plan.groups if choice.removed} == set(inner)

@@ -19,7 +19,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.importance import Importance, Statistics, collect, name_of, needs_of, score
 from prunus.importance.influence import block_influence
 from prunus.importance.obs import exchange_all
-from prunus.importance.registry import Context, check_statistics
+from prunus.importance.registry import Context, check_statistics, is_comparable
 from prunus.importance.targets import Loss
 from prunus.integrations.torch_pruning import adapt
 from prunus.latency import LatencyTable
@@ -108,7 +108,9 @@ def plan(
         For gradients; see :func:`prunus.collect`.
     scope
         ``"local"`` (each group loses the same ratio), ``"isomorphic"`` (groups of one shape
-        compete) or ``"global"`` (all groups compete: for scores that compare across layers).
+        compete) or ``"global"`` (all groups compete by their scores over the mean of the group;
+        by the scores themselves of ``"obs"``: then it is the curves of error versus width that
+        share the budget out).
     solver
         How the best choice of the global scope is looked for: ``"lagrange"`` (the default: prices
         for costs, then repair and exchange on exact costs) or ``"greedy"``.  ``plan.origin`` says
@@ -310,6 +312,8 @@ def _plan_widths(
     options = {**_OPTIONS, **options}
     names = ("ratios", "scope", "min_width", "max_ratio", "round_to")
     said = {name: options[name] for name in names}
+    if options["scope"] == "global" and is_comparable(importance):
+        options["normalise"] = "none"
     options["round_to"] = resolve_rounding(options["round_to"], graph, latency)
     with uncollected():
         tensors, _ = state_of(model)

@@ -21,7 +21,7 @@ STEPS = 256
 """In so many steps at most all units of a group are taken away; several at once in wider groups."""
 
 
-@importance("obs", needs=("second_moment",))
+@importance("obs", needs=("second_moment",), comparable=True)
 def obs(group: Group, context: Context) -> Scores:
     """Error that a unit's removal adds to what reads the group, the rest fitted by least squares.
 

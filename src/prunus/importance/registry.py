@@ -84,12 +84,16 @@ of them are shifted alike."""
 
 _known: dict[str, Importance] = {}
 _needs: dict[str, frozenset[str]] = {}
+_comparable: set[str] = set()
 
 
-def importance(name: str, needs: Iterable[str] = ()) -> Callable[[Importance], Importance]:
+def importance(
+    name: str, needs: Iterable[str] = (), *, comparable: bool = False
+) -> Callable[[Importance], Importance]:
     """Register a function under a name; a name that is taken is refused.
 
-    ``needs`` says what :func:`prunus.collect` has to collect for it.
+    ``needs`` says what :func:`prunus.collect` has to collect for it; ``comparable``, that
+    scores of different groups compare as they are.
 
     >>> @importance("l2")
     ... def mine(group, context): ...
@@ -111,6 +115,8 @@ def importance(name: str, needs: Iterable[str] = ()) -> Callable[[Importance], I
             )
         _known[name] = function
         _needs[name] = wanted
+        if comparable:
+            _comparable.add(name)
         return function
 
     return register
@@ -128,6 +134,15 @@ def needs_of(criterion: str | Importance) -> frozenset[str]:
         _find(criterion)
         return _needs[criterion]
     return frozenset(getattr(criterion, "needs", ()))
+
+
+def is_comparable(criterion: str | Importance) -> bool:
+    """Whether scores of different groups compare as they are.
+
+    >>> is_comparable("obs"), is_comparable("l2")
+    (True, False)
+    """
+    return isinstance(criterion, str) and criterion in _comparable
 
 
 def name_of(criterion: str | Importance) -> str:

@@ -104,7 +104,9 @@ def fold(
 
     Notes
     -----
-    The error is ``w_P (C_PP − B C_SP − λ B Bᵀ) w_Pᵀ`` for every row ``w`` of the weight.
+    The error of a row ``w`` of the weight is ``w_P C_PP w_Pᵀ − 2 δ C_SP w_Pᵀ + δ C_SS δᵀ`` with its
+    row δ of Δ, whatever Δ is; for the solution of the ridge loss that is
+    ``w_P (C_PP − B C_SP − λ B Bᵀ) w_Pᵀ``.
     """
     gone = removed_of(kept, weight.shape[1])
     there, away = weight[:, kept], weight[:, gone]
@@ -113,7 +115,7 @@ def fold(
     ridge = ridge_of(inner.diagonal(), share, rows, len(kept)) if len(kept) else 0.0
     change, ridge = solve_ridge(inner, cross, ridge)
     whole = ((away @ moment[gone][:, gone]) * away).sum(1)
-    error = whole - (change * cross).sum(1) - ridge * change.square().sum(1)
+    error = whole - 2 * (change * cross).sum(1) + ((change @ inner) * change).sum(1)
     shift = torch.zeros_like(there[:, 0] if there.shape[1] else away[:, 0])
     if mean is not None:
         shift = away @ mean[gone] - change @ mean[kept]

@@ -420,3 +420,11 @@ def test_accuracy_that_is_less_is_seen() -> None:
     assert len(less_than_promised(one("prunus", 92) + one("peer", 91.5))) == len(LEVELS)
     assert less_than_promised(one("prunus", 92) + one("peer", 90) + one("peer", 92.9,
                               importance="x", macs_ratio="0.9")) == []  # fmt: skip
+
+
+def test_models_with_real_weights_are_measured_on_enough_inputs() -> None:
+    rows = read("oneshot_pretrained.csv")
+    assert rows
+    assert all(int(row["inputs"]) >= 100 for row in rows)
+    assert all(float(row["macs_ratio"]) <= float(row["level"]) for row in rows)
+    assert not [row for row in rows if "+" in row["commit"]]

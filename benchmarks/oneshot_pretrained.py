@@ -33,7 +33,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,6 @@ class Subject:
     include: tuple[str, ...] | None = None
     criteria: tuple[str, ...] = ()
     """Of Torch-Pruning."""
-
-    dense: float = field(default=0.0)
 
     def macs(self, model: nn.Module) -> int:
         return prunus.measure_costs(model, self.args, self.kwargs)["macs"]

@@ -24,6 +24,10 @@ os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp(prefix="prunus-yolo-")
 os.environ["MPLBACKEND"] = "agg"
 atexit.register(shutil.rmtree, os.environ["YOLO_CONFIG_DIR"], ignore_errors=True)
 
+# Tests are small, and threads that wait for a busy core make them ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 declare_missing_ops()
 
 # The same examples in every run, and no clock: tracing a model takes as long as it takes.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.case_models import conv, head
-from prunus import oracle
+from prunus import oracle, replay
 from prunus.graph import coupling
 from prunus.graph.axis import Axis
 from prunus.graph.coupling import CouplingGraph
@@ -907,7 +907,7 @@ def product_keeps_where_either_stays(inject: Injector) -> None:
     def either(right: Any, label: Any, kept: Any) -> Any:
         return np.flatnonzero(kept[label].any(axis=1))
 
-    for home in (coupling, oracle, compress):
+    for home in (coupling, replay, compress):
         inject.function(home, "kept_positions", either)
 
 

@@ -26,7 +26,7 @@ from torch._ops import OpOverload
 from prunus.errors import RuleError
 from prunus.graph.axis import Axis, Label, Mask, kept_positions
 from prunus.graph.constraints import Pin
-from prunus.oracle import Replay
+from prunus.replay import Replay
 from prunus.tracer.labels import Algebra
 from prunus.tracer.program import Node, Program, Ref
 from prunus.tracer.registry import (

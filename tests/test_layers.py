@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (
         ("recovery",),
         ("io",),
-        ("oracle", "exchange", "witness", "listening", "rollback", "skipping", "report"),
+        ("oracle", "replay", "exchange", "witness", "listening", "rollback", "skipping", "report"),
     ),
     (("integrations",),),
     (

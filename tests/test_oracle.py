@@ -20,8 +20,9 @@ from prunus.errors import VerifyError
 from prunus.graph.axis import Axis
 from prunus.graph.coupling import CouplingGraph
 from prunus.listening import listen
-from prunus.oracle import DOUBTFUL, Replay, relative_error, verify
+from prunus.oracle import DOUBTFUL, relative_error, verify
 from prunus.plans import Edit, Plan
+from prunus.replay import Replay
 from prunus.surgeon import apply, mask
 from prunus.tracer.program import state_of, tensors_of
 from prunus.tracer.trace import trace

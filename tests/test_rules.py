@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from prunus.exchange import relative_error
 from prunus.graph.axis import Axis
-from prunus.oracle import Replay, relative_error
+from prunus.replay import Replay
 from prunus.tracer import registry
 from prunus.tracer.registry import Call, Effect, Rule, find_overload, find_rule, rule
 from prunus.tracer.rules.pointwise import broadcast

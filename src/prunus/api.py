@@ -30,7 +30,14 @@ from prunus.planning import (
     refuse_statistics,
 )
 from prunus.plans import Plan
-from prunus.recovery import LOOKED_AT, Progress, Recover, Step, cut_and_recover
+from prunus.recovery import (
+    LOOKED_AT,
+    Progress,
+    Recover,
+    Step,
+    check_recovery,
+    cut_and_recover,
+)
 from prunus.rollback import find_culprits
 from prunus.surgeon.apply import cut
 from prunus.surgeon.depth import refuse_quantized, without_blocks
@@ -121,6 +128,7 @@ def shrink(
     DataError
         If the importance needs calibration data and there is none.
     """
+    check_recovery(recover)  # before minutes go into a proof
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     if isinstance(drop, int) or drop:
         refuse_quantized(model)

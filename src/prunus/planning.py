@@ -137,7 +137,6 @@ def plan(
     latency
         What :func:`prunus.measure` found.  With a budget of latency ``plan.costs["latency_ns"]``
         and ``plan.origin["latency"]`` say what was measured, without one what the table predicts.
-
     exchange
         Whether units that went are exchanged for ones that stay, at the widths that were chosen,
         as long as that lowers the error of ``"obs"``, whose data it reads.

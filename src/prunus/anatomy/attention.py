@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunus.graph.axis import Label
-from prunus.tracer.program import Node, Program, Ref
+from prunus.tracer.program import Node, Program, Ref, refs_in
 
 Units = NDArray[np.int64]
 
@@ -136,7 +136,7 @@ class _Flow:
         self._maker = {value: n for n, node in enumerate(self._nodes) for value in node.outputs}
         self._readers: dict[int, list[int]] = {}
         for n, node in enumerate(self._nodes):
-            for value in _read(node.args):
+            for value in _read(node):
                 self._readers.setdefault(value, []).append(n)
 
     def products_before(self, index: int) -> list[Node]:
@@ -144,7 +144,7 @@ class _Flow:
         found: dict[int, Node] = {}
         queue, seen = [index], {index}
         while queue and len(seen) < _FAR:
-            for value in _read(self._nodes[queue.pop(0)].args):
+            for value in _read(self._nodes[queue.pop(0)]):
                 maker = self._maker.get(value)
                 if maker is None or maker in seen:
                     continue
@@ -182,7 +182,7 @@ class _Flow:
                 dims = range(len(self.program.shapes[number]))
                 found += [self.program.value_label(Ref(number), dim) for dim in dims]
                 continue
-            fresh = [n for n in _read(node.args) if n not in seen]
+            fresh = [n for n in _read(node) if n not in seen]
             seen.update(fresh)
             queue += fresh
         return _units(*found)
@@ -196,7 +196,7 @@ class _Flow:
         """Whether a value is a weight, or a view of one."""
         while value not in self._fixed:
             maker = self._maker.get(value)
-            read = [] if maker is None else list(_read(self._nodes[maker].args))
+            read = [] if maker is None else _read(self._nodes[maker])
             if len(read) != 1:
                 return False
             value = read[0]
@@ -207,13 +207,6 @@ def _contracts(node: Node) -> bool:
     return node.effect is not None and bool(node.effect.contracted)
 
 
-def _read(value: Any) -> Iterator[int]:
-    """Numbers of the values in recorded arguments."""
-    if isinstance(value, Ref):
-        yield value.value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _read(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _read(item)
+def _read(node: Node) -> list[int]:
+    """Numbers of the values that an operator reads."""
+    return [ref.value for ref in refs_in(node.args)]

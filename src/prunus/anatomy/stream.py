@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from torch.utils._pytree import tree_leaves
 
 from prunus.anatomy.attention import Units
 from prunus.graph.coupling import CouplingGraph
-from prunus.tracer.program import Ref
+from prunus.tracer.program import Ref, refs_in
 
 _FIXED, _GIVEN = -2, -1
 """Where weights and inputs come from; everything else comes from a node, by its index."""
@@ -29,7 +28,7 @@ def find_stream(graph: CouplingGraph) -> Iterator[Units]:
         return
     origin = dict.fromkeys((*program.state, *program.constants), _FIXED)
     for index, node in enumerate(program.nodes):
-        read = [leaf.value for leaf in tree_leaves(dict(node.args)) if isinstance(leaf, Ref)]
+        read = [ref.value for ref in refs_in(node.args)]
         before = [origin.get(value, _GIVEN) for value in read]
         name = str(node.target._schema.name).partition("::")[2]
         contracts = node.effect is not None and bool(node.effect.contracted)

@@ -24,9 +24,9 @@ from prunus.errors import DataError
 from prunus.graph.axis import Label
 from prunus.importance.confidence import Confidence
 from prunus.importance.moments import Moments
-from prunus.importance.readings import Reading, SecondMoments, refs_in, share_moments
+from prunus.importance.readings import Reading, SecondMoments, share_moments
 from prunus.importance.windows import Window, columns_of
-from prunus.tracer.program import Node, Program
+from prunus.tracer.program import Node, Program, refs_in
 from prunus.tracer.registry import bind
 
 _CHUNK = 1 << 22
@@ -258,7 +258,7 @@ def origins_of(program: Program) -> dict[int, str]:
     """Value numbers of named tensors and of views of them, with the names."""
     origins = dict(program.state)
     for node in program.nodes:
-        refs = refs_in(list(node.args.values()))
+        refs = refs_in(node.args)
         returns = node.target._schema.returns
         view = bool(returns) and returns[0].alias_info is not None
         if view and refs and refs[0].value in origins:
@@ -270,7 +270,7 @@ def _derived(program: Program) -> set[int]:
     """Values that are made of named tensors alone."""
     derived = {*program.state, *program.constants}
     for node in program.nodes:
-        refs = refs_in(list(node.args.values()))
+        refs = refs_in(node.args)
         if refs and all(ref.value in derived for ref in refs):
             derived.update(node.outputs)
     return derived

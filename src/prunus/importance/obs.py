@@ -29,7 +29,8 @@ def obs(group: Group, context: Context) -> Scores:
     stays take up what they can (Hassibi and Stork, 1993; Frantar and Alistarh, 2022), so that of
     two units that say the same only one is cheap.  Errors are shares of the variance of the
     outputs of a weight, added up over the weights that read the group; the lowest k scores add up
-    to the error without those k units.
+    to the error without those k units.  (Of a weight that both reads and makes the group a unit's
+    own outputs don't count, but those of units that went before it do: the sum is too large there.)
     """
     parts = _all_parts(group, context)
     if not parts:

@@ -10,7 +10,7 @@ from prunus.graph.axis import Axis, Label, Mask, Role, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance.moments import Moments, fit_memory
 from prunus.importance.windows import Window, window_of
-from prunus.tracer.program import Node, Program, Ref
+from prunus.tracer.program import Node, Program, Ref, refs_in
 
 WIDEST = 8192
 """Columns above which products are summed up for every tap of a convolution apart."""
@@ -61,7 +61,7 @@ class Identity:
         self._roots: dict[int, int] = {}
         self._epochs: list[tuple[int, int]] = []
         for index, node in enumerate(program.nodes):
-            refs = refs_in(list(node.args.values()))
+            refs = refs_in(node.args)
             returns = node.target._schema.returns
             if not refs or not returns or returns[0].alias_info is None:
                 continue
@@ -88,15 +88,6 @@ class Identity:
         if isinstance(value, (list, tuple)):
             return tuple(self._told(item) for item in value)
         return value
-
-
-def refs_in(value: Any) -> list[Ref]:
-    """Every value that recorded arguments speak of, in order."""
-    if isinstance(value, Ref):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        return [ref for item in value for ref in refs_in(item)]
-    return []
 
 
 def share_moments(

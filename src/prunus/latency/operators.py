@@ -19,7 +19,7 @@ import torch
 from prunus.errors import PlanError
 from prunus.graph.axis import Label
 from prunus.graph.coupling import CouplingGraph
-from prunus.tracer.program import Node, Program, Ref
+from prunus.tracer.program import Node, Program, Ref, refs_in
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -231,7 +231,7 @@ def find_invocations(
     found = []
     for node in program.nodes:
         name = str(node.target).split(".")[1]
-        before = [feeds[v] for v in _values(node.args) if v in feeds]
+        before = [feeds[ref.value] for ref in refs_in(node.args) if ref.value in feeds]
         absorbed = bool(before) and absorbs(before[0], name)
         for number in node.outputs:
             feeds[number] = before[0] if absorbed else name
@@ -262,17 +262,6 @@ def at_widths(value: Any, widths: Sequence[int]) -> Any:
     if isinstance(value, str) and len(value) == 1 and value in LETTERS[: len(widths)]:
         return widths[LETTERS.index(value)]
     return value
-
-
-def _values(args: Any) -> Iterator[int]:
-    if isinstance(args, Ref):
-        yield args.value
-    elif isinstance(args, Mapping):
-        for item in args.values():
-            yield from _values(item)
-    elif isinstance(args, (list, tuple)):
-        for item in args:
-            yield from _values(item)
 
 
 def _sizes(value: Any, size: Callable[[int, Label | None], Size]) -> Any:

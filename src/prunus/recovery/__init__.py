@@ -2,7 +2,14 @@
 
 from prunus.recovery.compensate import Compensation, compensate
 from prunus.recovery.norms import recalibrate
-from prunus.recovery.recover import LOOKED_AT, Progress, Recover, Step, cut_and_recover
+from prunus.recovery.recover import (
+    LOOKED_AT,
+    Progress,
+    Recover,
+    Step,
+    check_recovery,
+    cut_and_recover,
+)
 
 __all__ = [
     "LOOKED_AT",
@@ -10,6 +17,7 @@ __all__ = [
     "Progress",
     "Recover",
     "Step",
+    "check_recovery",
     "compensate",
     "cut_and_recover",
     "recalibrate",

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance.activations import Site, origins_of
-from prunus.importance.readings import contracted_dim, refs_in
-from prunus.tracer.program import Node, Program
+from prunus.importance.readings import contracted_dim
+from prunus.tracer.program import Node, Program, refs_in
 
 Place = Literal["bias", "running mean", "new bias", ""]
 """Where a constant goes: into the bias that is there, into the mean that a batch norm subtracts,
@@ -96,7 +96,7 @@ def _uses(program: Program) -> dict[str, list[Node]]:
 
 
 def _names(node: Node, origins: Mapping[int, str]) -> Iterator[str]:
-    for ref in refs_in(list(node.args.values())):
+    for ref in refs_in(node.args):
         if ref.value in origins:
             yield origins[ref.value]
 
@@ -139,9 +139,7 @@ def _norm_behind(program: Program, readers: list[Node]) -> str:
         return ""
     (number,) = readers[0].outputs
     behind = [
-        node
-        for node in program.nodes
-        if any(ref.value == number for ref in refs_in(list(node.args.values())))
+        node for node in program.nodes if any(ref.value == number for ref in refs_in(node.args))
     ]
     if len(behind) != 1 or number in program.outputs.values():
         return ""

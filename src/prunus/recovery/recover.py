@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from prunus.errors import ModelError, PlanError
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance.batches import run_batch
-from prunus.importance.statistics import Statistics
 from prunus.plans import Plan
 from prunus.recovery.compensate import compensate
 from prunus.recovery.norms import batch_norms, recalibrate
@@ -73,7 +72,6 @@ def cut_and_recover(
     *,
     method: Recover = "auto",
     looked_at: Sequence[Any] = (),
-    statistics: Statistics | None = None,
     new_biases: bool = True,
     progress: Progress | None = None,
 ) -> Recovery:
@@ -81,7 +79,7 @@ def cut_and_recover(
 
     Parameters
     ----------
-    model, plan, graph, statistics, new_biases
+    model, plan, graph, new_biases
         See :func:`~prunus.recovery.compensate.compensate`.
     data
         Calibration batches, which are read several times; without them the model is only cut.
@@ -97,12 +95,7 @@ def cut_and_recover(
     DataError, ModelError, PlanError, ApplyError
         As from what it calls; the model is then whole.
     """
-    if method not in get_args(Recover):
-        raise PlanError(
-            f"no recovery is called {method!r}",
-            why=f"known are {', '.join(get_args(Recover))}",
-            fix='recover="auto"',
-        )
+    check_recovery(method)
     if data is None or method == "none":
         return Recovery(plan, (), cut(plan, model))
     bench = _Bench(model, data, looked_at, _answers(model, looked_at), progress)
@@ -114,7 +107,7 @@ def cut_and_recover(
             undo = _nothing
             kind: Method = "bias" if method == "bias" else "least_squares"
             limit = steps[0].error if method == "auto" else None
-            options: Any = {"statistics": statistics, "method": kind, "new_biases": new_biases}
+            options: Any = {"method": kind, "new_biases": new_biases}
             plan, undo, step = bench.compensate(plan, graph, limit, **options)
             steps.append(step)
         if method in ("auto", "recalibrate") and batch_norms(model):
@@ -124,6 +117,16 @@ def cut_and_recover(
         undo()
         raise
     return Recovery(plan, tuple(steps), undo)
+
+
+def check_recovery(method: str) -> None:
+    """Refuse a recovery that there is not."""
+    if method not in get_args(Recover):
+        raise PlanError(
+            f"no recovery is called {method!r}",
+            why=f"known are {', '.join(get_args(Recover))}",
+            fix='recover="auto"',
+        )
 
 
 @dataclass(frozen=True)

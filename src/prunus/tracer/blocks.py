@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prunus.graph.axis import Label
 from prunus.graph.blocks import Block
 from prunus.tracer.capture import Recorder
-from prunus.tracer.program import Node, Ref, tensors_of
+from prunus.tracer.program import Node, Ref, refs_in, tensors_of
 from prunus.tracer.resolver import Resolve
 
 _SUMS = {"aten::add", "aten::add_"}
@@ -159,7 +159,7 @@ class _Flow:
     @cached_property
     def _reads(self) -> list[set[int]]:
         """By operator: the numbers of the values that it reads."""
-        return [_read_by(node) for node in self._nodes]
+        return [{ref.value for ref in refs_in(node.args)} for node in self._nodes]
 
     @cached_property
     def _readers(self) -> dict[int, list[int]]:
@@ -274,18 +274,6 @@ def _same_units(a: Label | None, b: Label | None) -> bool:
     if a is None or b is None:
         return a is b
     return np.array_equal(a, b)
-
-
-def _read_by(node: Node) -> set[int]:
-    found: set[int] = set()
-    stack = list(node.args.values())
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Ref):
-            found.add(value.value)
-        elif isinstance(value, (list, tuple)):
-            stack += value
-    return found
 
 
 def _contracted_by(node: Node) -> set[int]:

@@ -23,6 +23,21 @@ class Ref:
     value: int
 
 
+def refs_in(value: Any) -> list[Ref]:
+    """Every value that recorded arguments speak of, in order, as often as they do.
+
+    >>> refs_in({"input": Ref(3), "tensors": [Ref(1), (Ref(3), 2)]})
+    [Ref(value=3), Ref(value=1), Ref(value=3)]
+    """
+    if isinstance(value, Ref):
+        return [value]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [ref for item in value for ref in refs_in(item)]
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Node:
     """One operator that ran.

@@ -24,8 +24,8 @@ from prunus.importance.windows import (
     weight_of,
     window_of,
 )
-from prunus.planning import plan_of_mask
 from prunus.recovery.compensate import repair_all
+from prunus.width_planning import plan_of_mask
 
 CLOSE: Any = {"rtol": 1e-6, "atol": 1e-8}
 

@@ -193,7 +193,7 @@ def test_calibration_does_not_stop_the_collector(monkeypatch) -> None:
         seen.append(gc.isenabled())
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("prunus.planning.collect", collect)
+    monkeypatch.setattr("prunus.width_planning.collect", collect)
     graph = prunus.trace(model, x)
     prunus.plan(graph, model, ratio=0.3, importance="taylor", data=[x])
     assert seen == [True]

@@ -77,6 +77,11 @@ class Machine:
 
         return run
 
+    def take(self, run: Callable[[], None]) -> float:
+        before = self.now
+        run()
+        return self.now - before
+
 
 def prod_of_fixed(operator: Operator) -> int:
     """Products of a contraction beside those of its widths."""
@@ -92,7 +97,7 @@ def prod_of_fixed(operator: Operator) -> int:
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine()
     monkeypatch.setattr(measuring, "make_backend", lambda name, model: made)
-    monkeypatch.setattr(race, "clock", lambda device: lambda: made.now)
+    monkeypatch.setattr(race, "stopwatch", lambda device: made.take)
     return made
 
 

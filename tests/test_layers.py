@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest layer first; each tuple is a room, whose modules may import one another.
 LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors",),),
-    (("graph",), ("files",)),
+    (("graph",), ("files",), ("precision",)),
     (("plans", "plan_json", "plan_diff", "drops", "budget", "sensitivity_table"),),
     (("tracer",),),
     (("importance",), ("planner",), ("surgeon",), ("anatomy",), ("latency",)),
@@ -35,7 +35,10 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
         (
             "__init__",
             "planning",
+            "depth_planning",
+            "width_planning",
             "latency_planning",
+            "stitching",
             "api",
             "choices",
             "loose_groups",

@@ -22,6 +22,7 @@ from prunus.graph.constraints import Constraint, Lockstep, Nonempty
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import form_groups
 from prunus.graph.polynomial import Monomial, Polynomial, measure_widths
+from prunus.planner.allocate import normalised
 from prunus.planner.cost import CostState
 from prunus.planner.lockstep import merge_locksteps
 
@@ -306,6 +307,43 @@ def test_isomorphic_scope_ranks_groups_of_a_shape_together() -> None:
     inner = [left[f"block{i}.up.weight[0]"] for i in range(4)]
     assert left["block2.up.weight[0]"] == min(inner) <= 28
     assert sum(inner) / 512 == pytest.approx(left["stem.weight[0]"] / 64, abs=0.03)
+
+
+def test_globs_make_classes_that_lose_the_same_ratio() -> None:
+    graph = residual(stream=64, inner=128)
+    scores = np.ones(graph.unit_count + 1)
+    scores[graph.group("block2.up.weight[0]").units[:100]] = 0.01
+    globs = ["block[01].*", "block*.up.weight[0]"]  # of several that fit the first counts
+    kept = select(graph, scores, Budget(params=0.5), scope=globs, normalise="none")
+    left = kept_in(graph, kept)
+    inner = [left[f"block{i}.up.weight[0]"] for i in range(4)]
+    assert inner[2] < 80 < inner[3] == 128  # they compete
+    assert sum(inner[:2]) == pytest.approx(sum(inner[2:]), abs=4)
+    assert left["stem.weight[0]"] / 64 == pytest.approx(sum(inner) / 512, abs=0.03)
+
+
+def test_standardised_and_lamp_scores_compare_groups_by_their_spread() -> None:
+    graph = residual(stream=32, inner=64)
+    scores = scores_for(graph)
+    group = graph.group("block1.up.weight[0]").units
+    scores[group] = 1e3 + 1e2 * scores[group]
+    scores[group[0]] = np.inf
+    plain = normalised(graph, scores, "mean")
+    assert plain[group[1:]].min() > 0.9  # as a part of the mean all are alike
+    other = graph.group("block2.up.weight[0]").units
+    for name in ("standardised", "lamp"):
+        found = normalised(graph, scores, name)  # type: ignore[arg-type]
+        assert np.isinf(found[group[0]])
+        assert (found[1:] >= 0).all()
+        order = [np.argsort(values[group[1:]], kind="stable") for values in (scores, found)]
+        assert (order[0] == order[1]).all()
+    spread = normalised(graph, scores, "standardised")
+    assert np.std(spread[group[1:]]) == pytest.approx(np.std(spread[other]))
+    by_hand = sorted(scores[other])
+    lamp = normalised(graph, scores, "lamp")
+    assert sorted(lamp[other])[3] == pytest.approx(
+        by_hand[3] ** 2 / sum(value**2 for value in by_hand[3:])
+    )
 
 
 def test_normalisation_decides_whether_scales_of_layers_count() -> None:
@@ -600,6 +638,9 @@ def test_tiny_graphs_never_exceed_the_budget_and_fail_only_at_the_floor(
     [
         ({"scope": "lokal"}, "scope='lokal' is none of 'global', 'local', 'isomorphic'"),
         ({"normalise": "std"}, "normalise='std' is none of"),
+        ({"scope": []}, r"scope=\[\] are no globs"),
+        ({"scope": ["nothing.*"]}, r"'nothing.\*' matches no group(.|\n)*scope="),
+        ({"scope": ["*"], "solver": "milp"}, "can't be combined with scope="),
         ({"min_width": 0}, "min_width=0 is no number of units"),
         ({"round_to": 2.0}, "round_to=2.0 is no number of units"),
         ({"max_ratio": 1.5}, "max_ratio=1.5 is no ratio"),

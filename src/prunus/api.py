@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from prunus.budget import Budget
+from prunus.depth_planning import measure_influence, plan_depth, plan_left, refuse_statistics
 from prunus.errors import PlanError, VerifyError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
@@ -20,15 +21,7 @@ from prunus.integrations.hf import example_inputs
 from prunus.integrations.hf_config import uniform
 from prunus.oracle import Certificate, verify
 from prunus.planner.layers import Drop, find_drops, name_layers
-from prunus.planning import (
-    Globs,
-    measure_influence,
-    needs_to_plan,
-    plan_depth,
-    plan_left,
-    plan_of_mask,
-    refuse_statistics,
-)
+from prunus.planning import Globs
 from prunus.plans import Plan
 from prunus.recovery import (
     LOOKED_AT,
@@ -43,6 +36,7 @@ from prunus.surgeon.apply import cut
 from prunus.surgeon.depth import refuse_quantized, without_blocks
 from prunus.tracer.entry import ForwardFn, entered_by
 from prunus.tracer.trace import trace
+from prunus.width_planning import needs_to_plan, plan_of_mask
 
 
 @dataclass(frozen=True)
@@ -254,7 +248,13 @@ class _Task:
             with without_blocks(self.model, names):
                 chosen = plan_left(
                     *(self.graph, left.graph, self.model, names),
-                    **{"statistics": left.statistics, "hold": hold, "seed": self.seed, **options},
+                    **{
+                        "data": self.data,
+                        "statistics": left.statistics,
+                        "hold": hold,
+                        "seed": self.seed,
+                        **options,
+                    },
                 )
             if not verified:
                 return chosen, None, held
@@ -353,9 +353,11 @@ def inputs_of(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> 
     return (args, kwargs) if args or kwargs else ((), example_inputs(model))
 
 
-def _reading(options: Mapping[str, Any]) -> tuple[Any, bool]:
+def _reading(options: Mapping[str, Any]) -> tuple[Any, bool, str | None]:
     """The options of :func:`prunus.plan` that read calibration data."""
-    return options.get("importance", "l2"), options.get("exchange", False)
+    defaults = {"importance": "l2", "exchange": False, "solver": None}
+    importance, exchange, solver = ({**defaults, **options}[name] for name in defaults)
+    return importance, exchange, solver
 
 
 def _why_inexact(proof: Certificate) -> str:

@@ -17,10 +17,10 @@ from prunus.graph.axis import Mask
 from prunus.graph.constraints import find_violation
 from prunus.graph.coupling import CouplingGraph
 from prunus.oracle import verify
-from prunus.planning import plan_of_mask
 from prunus.surgeon import apply
 from prunus.surgeon.depth import refuse_quantized
 from prunus.tracer.trace import trace
+from prunus.width_planning import plan_of_mask
 
 Where = int | str
 

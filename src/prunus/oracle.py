@@ -23,6 +23,7 @@ from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.listening import listen
 from prunus.plans import Plan
+from prunus.precision import full_precision
 from prunus.replay import Replay
 from prunus.skipping import prove_depth
 from prunus.surgeon import apply, drop_blocks
@@ -152,7 +153,7 @@ def verify(
     check_model(plan, model, state_of(model)[0])
     wanted = outputs or _kept_outputs(plan)
     options: dict[str, Any] = {"each_group": each_group, "outputs": wanted, "seed": seed}
-    with entered_as_traced(model, plan.traced, forward_fn):
+    with entered_as_traced(model, plan.traced, forward_fn), full_precision():
         original = duplicate(model)  # entered as the model is
         clear_caches(original)
         if randomise:

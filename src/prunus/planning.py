@@ -3,48 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from prunus.budget import Budget
-from prunus.drops import Renaming
-from prunus.errors import BudgetError, PlanError
-from prunus.graph.axis import Mask
-from prunus.graph.coupling import CouplingGraph
-from prunus.importance import Importance, Statistics, collect, name_of, needs_of, score
-from prunus.importance.influence import block_influence
-from prunus.importance.obs import exchange_all
-from prunus.importance.registry import Context, check_statistics, is_comparable
-from prunus.importance.targets import Loss
-from prunus.integrations.torch_pruning import adapt
-from prunus.latency import LatencyTable
-from prunus.latency_planning import (
-    Timed,
-    Timekeeper,
-    check_table,
-    hasten,
-    predict_time,
-    resolve_rounding,
+from prunus.depth_planning import (
+    measure_influence,
+    plan_depth,
+    refuse_statistics,
+    traced_inputs,
 )
-from prunus.planner import Selection, select, thin
+from prunus.graph.coupling import CouplingGraph
+from prunus.importance import Importance, Statistics
+from prunus.importance.targets import Loss
+from prunus.latency import LatencyTable
 from prunus.planner.alignment import RoundTo
-from prunus.planner.allocate import Scope, check_share
-from prunus.planner.filters import spread
+from prunus.planner.allocate import Normalise, Scope
 from prunus.planner.layers import Drop, find_drops
-from prunus.planner.peak import hold_peak
 from prunus.planner.solvers import Solver
 from prunus.plans import Plan
-from prunus.surgeon.attributes import find_edits
-from prunus.surgeon.depth import refuse_quantized, without_blocks
+from prunus.surgeon.depth import refuse_quantized
 from prunus.tracer.entry import entered_by
-from prunus.tracer.inputs import rebuild_inputs
-from prunus.tracer.program import state_of
-from prunus.tracer.trace import trace, uncollected
+from prunus.width_planning import TRIALS, plan_widths
 
 Globs = str | Sequence[str]
 
@@ -61,7 +42,9 @@ def plan(
     loss: Loss | None = None,
     ratios: Mapping[str, float] | None = None,
     scope: Scope = "local",
-    solver: Solver | None = None,
+    normalise: Normalise | None = None,
+    solver: Solver | Literal["spdy"] | None = None,
+    trials: int = TRIALS,
     min_width: int | Mapping[str, int] = 1,
     max_ratio: float | Mapping[str, float] = 1.0,
     round_to: RoundTo | Literal["latency"] = 1,
@@ -73,6 +56,7 @@ def plan(
     protect_ends: bool = True,
     exchange: bool = False,
     seed: int = 0,
+    progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Choose what stays: so that every cost of a budget is met from below, or by a ratio.
 
@@ -108,14 +92,25 @@ def plan(
         For gradients; see :func:`prunus.collect`.
     scope
         ``"local"`` (each group loses the same ratio), ``"isomorphic"`` (groups of one shape
-        compete) or ``"global"`` (all groups compete by their scores over the mean of the group;
-        by the scores themselves of ``"obs"``: then it is the curves of error versus width that
-        share the budget out).
+        compete) or ``"global"`` (all groups compete).  A list of globs over groups and their
+        tensors, ``["backbone.*", "head.*"]``, makes classes by hand: groups that one glob fits
+        compete, and every class loses the same ratio.
+    normalise
+        How scores of different groups are made comparable: divided by the ``"mean"`` of the group
+        (what is done if nothing is said, but with ``"obs"`` in the global scope, whose scores are
+        curves of error versus width and share the budget out as they are), its ``"max"`` or
+        ``"sum"``; ``"standardised"`` (less the mean, over the deviation); ``"lamp"`` (the square
+        over the sum of the squares that are no less); or ``"none"``.
     solver
         How the best choice of the global scope is looked for: ``"lagrange"`` (the default: prices
-        for costs, then repair and exchange on exact costs) or ``"greedy"``.  ``plan.origin`` says
-        what part of all scores the plan ``"retained"``, and the ``"bound"`` that no choice of
-        units exceeds.
+        for costs, then repair and exchange on exact costs), ``"milp"`` (integer programs, for
+        several bounds), ``"dynamic"`` (dynamic programming, for one bound) or ``"greedy"``.
+        ``plan.origin`` says what part of all scores the plan ``"retained"``, and the ``"bound"``
+        that no choice of units exceeds.  ``"spdy"`` looks, with dynamic programming, for factors
+        of the groups' scores with which the smaller model, repaired by least squares on the data,
+        answers most like the dense one; ``plan.origin["search"]`` says what that brought.
+    trials
+        How many smaller models ``"spdy"`` makes and compares.
     min_width, max_ratio
         Floors: units that every group keeps, and the largest ratio it may lose; one number, or
         numbers by globs.
@@ -140,6 +135,8 @@ def plan(
     exchange
         Whether units that went are exchanged for ones that stay, at the widths that were chosen,
         as long as that lowers the error of ``"obs"``, whose data it reads.
+    progress
+        Told, in words, what each trial of ``"spdy"`` gave.
 
     Raises
     ------
@@ -160,7 +157,9 @@ def plan(
         "importance": importance,
         "loss": loss,
         "scope": scope,
+        "normalise": normalise,
         "solver": solver,
+        "trials": trials,
         "min_width": min_width,
         "max_ratio": max_ratio,
         "round_to": round_to,
@@ -170,275 +169,17 @@ def plan(
         "exchange": exchange,
         "seed": seed,
         "latency": latency,
+        "progress": progress,
     }
     if not isinstance(drop, int) and not drop:
-        return _plan_widths(graph, model, data=data, statistics=statistics, **options)
+        return plan_widths(graph, model, data=data, statistics=statistics, **options)
     refuse_quantized(model)
     refuse_statistics(statistics)
     if isinstance(data, Iterator):
         data = list(data)  # it is read twice
-    args, kwargs = _traced_inputs(graph, model, seed)
+    args, kwargs = traced_inputs(graph, model, seed)
     with entered_by(model, graph.forward_fn):
         names = find_drops(
             graph, drop, lambda: measure_influence(model, graph, data, args, kwargs), protect_ends
         )
         return plan_depth(graph, model, names, args, kwargs, data=data, **options)[0]
-
-
-def plan_depth(
-    graph: CouplingGraph,
-    model: nn.Module,
-    names: Sequence[str],
-    args: Any,
-    kwargs: Mapping[str, Any],
-    *,
-    budget: Budget | None = None,
-    ratio: float | None = None,
-    **options: Any,
-) -> tuple[Plan, CouplingGraph]:
-    """A plan that drops blocks and cuts what is left, and the graph of what is left.
-
-    Fractions of the budget are fractions of the model with all of its blocks.
-    """
-    with without_blocks(model, names):
-        left = trace(model, args, kwargs, outputs=list(graph.kept_outputs)) if names else graph
-        chosen = plan_left(graph, left, model, names, budget=budget, ratio=ratio, **options)
-    return chosen, left
-
-
-def plan_left(
-    graph: CouplingGraph,
-    left: CouplingGraph,
-    model: nn.Module,
-    names: Sequence[str],
-    *,
-    budget: Budget | None = None,
-    ratio: float | None = None,
-    **options: Any,
-) -> Plan:
-    """The plan of which ``left``, the graph of the model without its blocks, tells the widths."""
-    if names and budget is not None and budget.latency is not None:
-        raise PlanError(
-            "a latency budget can't be combined with dropping blocks",
-            why="the table is that of the model with all its blocks",
-            fix="drop the blocks first (prunus.drop_layers), then measure and plan what is left",
-        )
-    if not names:
-        return _plan_widths(left, model, budget=budget, ratio=ratio, **options)
-    requested = None if budget is None else budget.requested
-    left = _scopes_of_original(left, names)
-    limits = None if budget is None else _left_of(budget.limits(graph), left)
-    if limits is None and ratio is None and not options.get("ratios"):
-        chosen = plan_of_mask(left, model, left.all_kept, {"traced": left.traced})
-    else:
-        chosen = _plan_widths(left, model, budget=limits, ratio=ratio, **options)
-    costs = {name: (graph.cost(name), after) for name, (_, after) in chosen.costs.items()}
-    origin = {**chosen.origin, "budget": requested}
-    return replace(chosen, drops=tuple(names), costs=costs, origin=origin)
-
-
-def _scopes_of_original(left: CouplingGraph, dropped: Sequence[str]) -> CouplingGraph:
-    """The same graph, whose costs are found by the paths of the model with all its blocks."""
-    renaming = Renaming(dropped)
-    parts = {
-        cost: {renaming.before(owner): part for owner, part in owners.items()}
-        for cost, owners in left.parts.items()
-    }
-    return replace(left, parts=parts)
-
-
-def _left_of(limits: Mapping[str, int], left: CouplingGraph) -> dict[str, int]:
-    """The bounds of what is left; that of a scope which is gone holds."""
-    found = {}
-    for name, most in limits.items():
-        with suppress(BudgetError):
-            left.cost(name)
-            found[name] = most
-    return found
-
-
-def refuse_statistics(statistics: Statistics | None) -> None:
-    """Statistics of a model with all its blocks say nothing of it without some."""
-    if statistics is not None:
-        raise PlanError(
-            "statistics can't be given where blocks are dropped",
-            why="they were collected on the model that has these blocks",
-            fix="give data=, and they are collected on what is left",
-        )
-
-
-def _traced_inputs(graph: CouplingGraph, model: nn.Module, seed: int) -> Any:
-    spec = graph.traced.get("inputs")
-    if spec is None:
-        raise PlanError(
-            "there are no inputs to trace the model with once its blocks are dropped",
-            why="those of its trace can't be described as plain data",
-            fix="use prunus.shrink(model, args, drop=...), which has them",
-        )
-    return rebuild_inputs(spec, model, seed=seed)
-
-
-def measure_influence(
-    model: nn.Module, graph: CouplingGraph, data: Iterable[Any] | None, args: Any, kwargs: Any
-) -> dict[str, float]:
-    """The influence of every block, on calibration data or on one call of the forward."""
-    if data is not None:
-        return block_influence(model, graph, data)
-    return block_influence(model, graph, [()], forward_fn=lambda m, _: m(*args, **kwargs))
-
-
-def _plan_widths(
-    graph: CouplingGraph,
-    model: nn.Module,
-    *,
-    budget: Budget | Mapping[str, int] | None = None,
-    ratio: float | None = None,
-    importance: str | Importance = "l2",
-    data: Iterable[Any] | None = None,
-    statistics: Statistics | None = None,
-    loss: Loss | None = None,
-    hold: Collection[str] = (),
-    exchange: bool = False,
-    seed: int = 0,
-    latency: LatencyTable | None = None,
-    **options: Any,
-) -> Plan:
-    importance = adapt(importance, model)
-    check_table(budget, latency)
-    needs = needs_to_plan(importance, exchange)
-    if statistics is None and data is not None and needs:
-        statistics = collect(model, graph, data, needs, loss=loss, seed=seed)
-    options = {**_OPTIONS, **options}
-    names = ("ratios", "scope", "min_width", "max_ratio", "round_to")
-    said = {name: options[name] for name in names}
-    if options["scope"] == "global" and is_comparable(importance):
-        options["normalise"] = "none"
-    options["round_to"] = resolve_rounding(options["round_to"], graph, latency)
-    with uncollected():
-        tensors, _ = state_of(model)
-        scores = score(graph, tensors, importance, seed=seed, statistics=statistics)
-        for name in hold:
-            scores[graph.group(name).units] = np.inf
-        if exchange:
-            check_statistics(graph, "obs", statistics)
-
-    def choose(one: CouplingGraph, bounds: Budget | Mapping[str, int] | None) -> Selection:
-        return _choose(one, scores, bounds, ratio, hold, **options)
-
-    timed: Timed | None = None
-    if latency is not None and isinstance(budget, Budget) and budget.latency and ratio is None:
-        timed = _keep_time(graph, model, budget, latency, choose, seed)
-        found = timed.selection
-    else:
-        found = choose(graph, budget)
-    if exchange:
-        context = Context(graph, tensors, seed, collected=statistics)
-        kept = exchange_all(graph, context, found.kept, scores)
-        found = found._replace(kept=kept, retained=None, bound=None)  # worth is not the aim then
-    if latency is not None and timed is None:
-        timed = predict_time(graph, found, latency)
-    origin = {
-        "importance": name_of(importance),
-        "budget": budget.requested if isinstance(budget, Budget) else budget,
-        "ratio": ratio,
-        **said,
-        "hold": sorted(hold),
-        **({"exchange": True} if exchange else {}),
-        "stopped": {**found.stopped, **dict.fromkeys(sorted(hold), "it is held")},
-        "seed": seed,
-        **{name: getattr(found, name) for name in ("solver", "retained", "bound")},
-        "traced": graph.traced,
-    }
-    chosen = plan_of_mask(graph, model, found.kept, origin)
-    counted = budget.counted if isinstance(budget, Budget) else budget
-    asked = counted.limits(graph) if isinstance(counted, Budget) else counted or {}
-    parts = {n: (graph.cost(n), graph.cost(n, found.kept)) for n in asked if n not in chosen.costs}
-    chosen = replace(chosen, costs={**chosen.costs, **parts})
-    return chosen if latency is None or timed is None else timed.told_in(chosen, latency)
-
-
-def _keep_time(
-    graph: CouplingGraph,
-    model: nn.Module,
-    budget: Budget,
-    table: LatencyTable,
-    choose: Callable[..., Selection],
-    seed: int,
-) -> Timed:
-    """The choice whose measured time is the requested one."""
-
-    def compare(kept: Mask) -> tuple[float, float]:
-        return keeper.compare(plan_of_mask(graph, model, kept, {"traced": graph.traced}))
-
-    with entered_by(model, graph.forward_fn):
-        keeper = Timekeeper(graph, model, table, seed)
-        return hasten(graph, budget, table, choose, compare)
-
-
-def needs_to_plan(importance: str | Importance, exchange: bool = False) -> frozenset[str]:
-    """What :func:`plan` reads of calibration data with these options."""
-    return needs_of(importance) | (needs_of("obs") if exchange else frozenset())
-
-
-_OPTIONS: Mapping[str, Any] = {
-    "ratios": None,
-    "scope": "local",
-    "solver": None,
-    "min_width": 1,
-    "max_ratio": 1.0,
-    "round_to": 1,
-    "include": None,
-    "exclude": (),
-}
-
-
-def plan_of_mask(
-    graph: CouplingGraph, model: nn.Module, kept: Mask, origin: Mapping[str, Any]
-) -> Plan:
-    """The plan that keeps a mask's units, with the attributes that follow."""
-    chosen = Plan.from_mask(graph, kept, origin=origin)
-    return replace(chosen, edits=find_edits(model, graph, kept))
-
-
-def _choose(
-    graph: CouplingGraph,
-    scores: NDArray[np.float64],
-    budget: Budget | Mapping[str, int] | None,
-    ratio: float | None,
-    hold: Collection[str],
-    *,
-    ratios: Mapping[str, float] | None,
-    **options: Any,
-) -> Selection:
-    if ratios is not None:
-        given = spread(graph, ratios, "ratios", check_share)
-        ratios = {name: share for name, share in given.items() if name not in hold}
-    if ratio is None and (budget is not None or ratios is not None):
-        limits = budget.limits(graph) if isinstance(budget, Budget) else budget or {}
-        with uncollected():
-            return hold_peak(
-                graph, limits, lambda g, most: select(g, scores, most, ratios=ratios, **options)
-            )
-    if ratio is not None and budget is None and ratios is None:
-        _refuse_options(options)
-        return Selection(thin(graph, scores, ratio))
-    several = [n for n, v in {"a budget": budget, "ratios": ratios}.items() if v is not None]
-    raise PlanError(
-        f"{' and '.join(several)} and a ratio were given"
-        if several
-        else "nothing says how much to remove",
-        why="a ratio is taken from every group, whatever it costs",
-        fix="give budget=Budget(macs=0.5), say, or ratio=0.3, or ratios={'layer3.*': 0.3}",
-    )
-
-
-def _refuse_options(options: Mapping[str, Any]) -> None:
-    """A ratio is a ratio of every group: what shapes a budget's choice has no say in it."""
-    shaping = ("solver", "min_width", "max_ratio", "round_to", "include", "exclude")
-    given = [name for name in shaping if options[name] != _OPTIONS[name]]
-    if given:
-        raise PlanError(
-            f"{', '.join(given)} can't be combined with ratio=",
-            why="a ratio is taken from every group alike",
-            fix="give a budget instead",
-        )

@@ -20,10 +20,11 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.importance import Importance, Statistics, name_of
 from prunus.importance.targets import Loss
 from prunus.loose_groups import find_loose, score_once
-from prunus.planning import Globs, plan, plan_of_mask
+from prunus.planning import Globs, plan
 from prunus.sensitivity_table import Sensitivity, check_loss, units_at
 from prunus.surgeon.mask import mask
 from prunus.tracer.program import state_of
+from prunus.width_planning import plan_of_mask
 
 Metric = Callable[[nn.Module], float]
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

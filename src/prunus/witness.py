@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 from prunus.graph.axis import Axis
 from prunus.plans import Plan
+from prunus.precision import full_precision
 
 TOLERANCE = {torch.float64: 1e-6}
 """Largest relative error at which the two agree; 1e-4 for every type not named."""
@@ -130,6 +131,18 @@ def testify(
     """
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
+    with full_precision():
+        return _testify(plan, model, pruned, args, kwargs, outputs)
+
+
+def _testify(
+    plan: Plan,
+    model: nn.Module,
+    pruned: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any],
+    outputs: Collection[str] | None,
+) -> Testimony:
     try:
         if plan.drops:
             raise _UndecidedError("the plan drops blocks; give plan.widths and a model without")

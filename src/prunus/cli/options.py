@@ -133,15 +133,31 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scope",
         default="local",
-        choices=("local", "isomorphic", "global"),
-        help="which units compete: those of one group, of groups of one shape, all "
-        "(default: local)",
+        metavar="SCOPE|GLOB,…",
+        type=scope,
+        help="which units compete: those of one group (local, the default), of groups of one shape "
+        "(isomorphic), all (global), or of the groups that one of your globs fits: "
+        "'backbone.*,head.*'",
+    )
+    group.add_argument(
+        "--normalise",
+        choices=("mean", "max", "sum", "standardised", "lamp", "none"),
+        help="how scores of different groups are made comparable (default: mean; none for obs in "
+        "--scope global)",
     )
     text = "one number, or numbers by globs over names of groups and their tensors: GLOB=N,…"
     group.add_argument(
         "--solver",
-        choices=("lagrange", "greedy"),
-        help="how the best choice of --scope global is looked for (default: lagrange)",
+        choices=("lagrange", "greedy", "milp", "dynamic", "spdy"),
+        help="how the best choice of --scope global is looked for (default: lagrange); spdy "
+        "compares smaller models on the calibration data",
+    )
+    group.add_argument(
+        "--trials",
+        metavar="N",
+        type=count,
+        default=60,
+        help="smaller models that --solver spdy compares (default: 60)",
     )
     group.add_argument(
         "--round-to",
@@ -347,6 +363,19 @@ def block(text: str) -> int | str:
 def widths(text: str) -> int | str | dict[str, int]:
     """Read multiples, or the word that leaves them to the latency table."""
     return text if text == "latency" else by_glob(count)(text)
+
+
+def scope(text: str) -> str | list[str]:
+    """Read which units compete: a word, or globs.
+
+    >>> scope("global"), scope("backbone.*,head.*")
+    ('global', ['backbone.*', 'head.*'])
+    """
+    if text in ("local", "isomorphic", "global"):
+        return text
+    if not any(sign in text for sign in "*?[,."):
+        raise argparse.ArgumentTypeError(f"{text!r} is not local, isomorphic, global, or a glob")
+    return text.split(",")
 
 
 def ratio(text: str) -> float:

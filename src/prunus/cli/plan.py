@@ -80,7 +80,10 @@ def run(options: argparse.Namespace) -> int:
 
 def choice_of(options: argparse.Namespace) -> dict[str, Any]:
     """What :func:`prunus.plan` and :func:`prunus.shrink` take."""
-    names = "ratios importance exchange scope solver min_width max_ratio round_to include exclude"
+    names = (
+        "ratios importance exchange scope normalise solver trials min_width max_ratio round_to "
+        "include exclude"
+    )
     return {
         "budget": budget_of(options),
         "drop": _drop_of(options),
@@ -112,15 +115,14 @@ def collect(
     """What the importance reads of the calibration data; None if it looks at the weights alone."""
     import prunus
     from prunus.errors import DataError
-    from prunus.planning import needs_to_plan
+    from prunus.width_planning import needs_to_plan
 
-    needs = needs_to_plan(options.importance, options.exchange)
+    needs = needs_to_plan(options.importance, options.exchange, options.solver)
     if not needs:
         return None
     if data is None:
         raise DataError(
-            f"{'--exchange' if options.exchange else f'--importance {options.importance}'} needs "
-            "calibration data",
+            f"{_reader(options)} needs calibration data",
             why=f"it is computed from {' and '.join(sorted(needs))} statistics",
             fix="give --data, or an importance of the weights alone: l2",
         )
@@ -129,6 +131,13 @@ def collect(
         step(f"collecting: {done} batches", same=True)
 
     return prunus.collect(loaded.model, graph, data, needs, seed=options.seed, progress=count)
+
+
+def _reader(options: argparse.Namespace) -> str:
+    """The option that reads calibration data."""
+    if options.solver == "spdy":
+        return "--solver spdy"
+    return "--exchange" if options.exchange else f"--importance {options.importance}"
 
 
 def choose(
@@ -145,7 +154,7 @@ def choose(
     timed = measure_for(loaded, graph, options, step)
     step("planning")
     # With blocks to drop, what the importance reads is collected on what is left of the model.
-    read: dict[str, Any] = {"data": data} if options.drop else {}
+    read: dict[str, Any] = {"data": data} if options.drop or options.solver == "spdy" else {}
     if not options.drop:
         read["statistics"] = collect(loaded, graph, data, options, step)
     return graph, prunus.plan(graph, loaded.model, **read, **timed, **choice_of(options))

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     import prunus
     from prunus.cli.data import load_data
     from prunus.cli.models import load_model
-    from prunus.planning import needs_to_plan
+    from prunus.width_planning import needs_to_plan
 
     budget = budget_of(options)
     cutting.check(options)
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         read: dict[str, Any] = {}
         if isinstance(data, Iterator):
             data = list(data)  # it may be read twice
-        needs = needs_to_plan(options.importance, options.exchange)
+        needs = needs_to_plan(options.importance, options.exchange, options.solver)
         if not options.drop and (needs or needs_table(options)):
             graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
             read["statistics"] = collect(loaded, graph, data, options, step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import nan
 from statistics import median
 from typing import Any, NamedTuple, Protocol
@@ -74,7 +75,7 @@ def time_in_turn(
     make
         Prepares a point; called again in every round, and not timed.
     """
-    now = clock(device)
+    take = stopwatch(device, queued=True)
     times: list[list[float]] = [[] for _ in points]
     refused: dict[str, str] = {}
     with torch.inference_mode(), warnings.catch_warnings():
@@ -84,10 +85,7 @@ def time_in_turn(
                 if point.operator.key in refused:
                     continue
                 try:
-                    run = make(point)
-                    started = now()
-                    run()
-                    taken = now() - started
+                    taken = take(make(point))
                 except Exception as error:  # whatever a kernel raises on made-up arguments
                     refused[point.operator.key] = str(error).partition("\n")[0][:200]
                     continue
@@ -96,17 +94,39 @@ def time_in_turn(
     return [median(found) if found else nan for found in times], refused
 
 
-def clock(device: torch.device) -> Callable[[], int]:
-    """Nanoseconds since some moment.
+def stopwatch(device: torch.device, *, queued: bool = False) -> Callable[[Run], float]:
+    """What takes the time of a run, in nanoseconds.
 
-    Where one thread computes, it is that thread's own processor time: what other processes take
-    meanwhile does not count.  Else it is the time on the wall, once the device has finished.
+    On a GPU it is the time between two events in the queue of its stream.  Where one thread
+    computes on the CPU, it is that thread's own processor time: what other processes take
+    meanwhile does not count.  Else it is the time on the wall.
+
+    Parameters
+    ----------
+    queued
+        Whether on a GPU the run is queued behind another of its kind, as an operator is behind
+        the one before: launching it then takes no time unless it takes longer than computing.
     """
     if device.type == "cuda":
+        return partial(_between_events, device, queued)
+    now = time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
 
-        def finished() -> int:
-            torch.cuda.synchronize(device)
-            return time.perf_counter_ns()
+    def take(run: Run) -> float:
+        started = now()
+        run()
+        return now() - started
 
-        return finished
-    return time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
+    return take
+
+
+def _between_events(device: torch.device, queued: bool, run: Run) -> float:
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stream = torch.cuda.current_stream(device)
+    stream.synchronize()
+    if queued:
+        run()
+    before.record(stream)
+    run()
+    after.record(stream)
+    after.synchronize()
+    return float(1e6 * before.elapsed_time(after))

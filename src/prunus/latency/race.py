@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prunus.latency.backends import Run, clock
+from prunus.latency.backends import Run, stopwatch
 
 WARM_UP = 2
 """Rounds that are not counted."""
@@ -25,13 +25,11 @@ def race(runs: Sequence[Run], rounds: int, device: torch.device) -> NDArray[np.f
     rounds
         Those that count; two more warm up.
     """
-    now = clock(device)
+    take = stopwatch(device)
     orders = list(permutations(range(len(runs))))
     times = np.zeros((rounds + WARM_UP, len(runs)))
     with torch.inference_mode():
         for row in range(len(times)):
             for index in orders[row % len(orders)]:
-                started = now()
-                runs[index]()
-                times[row, index] = now() - started
+                times[row, index] = take(runs[index])
     return times[WARM_UP:]

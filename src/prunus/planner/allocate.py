@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
@@ -18,15 +18,16 @@ from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.planner.alignment import RoundTo, check_count
 from prunus.planner.descent import Descent
-from prunus.planner.filters import Globs, excluded_groups, spread
+from prunus.planner.filters import Globs, excluded_groups, first_fitting, spread
 from prunus.planner.fixed import choose_fixed
 from prunus.planner.quanta import Quanta, form_quanta
 from prunus.planner.removal import Floors
 from prunus.planner.solvers import Solver, solve
 from prunus.planner.stops import find_stops
 
-Scope = Literal["global", "local", "isomorphic"]
-Normalise = Literal["mean", "max", "sum", "none"]
+ScopeName = Literal["global", "local", "isomorphic"]
+Scope = ScopeName | Sequence[str]
+Normalise = Literal["mean", "max", "sum", "standardised", "lamp", "none"]
 Scores = NDArray[np.float64]
 
 _ROUNDING_ERROR = 1e-9
@@ -58,7 +59,7 @@ class Selection(NamedTuple):
     stopped: Mapping[str, str] = {}
     retained: float | None = None
     bound: float | None = None
-    solver: Solver | None = None
+    solver: Solver | Literal["spdy"] | None = None
 
 
 def select(
@@ -89,9 +90,14 @@ def select(
     scope
         Which units compete.  *global*: all, and what stays is worth as much as can be; *local*:
         every group loses the same ratio; *isomorphic*: groups with axes of the same shapes are
-        ranked together, and every such class loses the same ratio.
+        ranked together, and every such class loses the same ratio.  Globs over groups and their
+        tensors make the classes by hand: a group is in the class of the first glob that fits it,
+        and groups that none fits are a class each.
     normalise
-        By what the scores of a group are divided before groups are compared.
+        How the scores of a group are made comparable with those of others: divided by their
+        *mean*, *max* or *sum*; *standardised*: less their mean and divided by their deviation (An
+        et al., 2024), all raised so that the least is zero; *lamp*: the square of each divided by
+        the sum of the squares of those that are no less (Lee et al., 2021); or as they are.
     ratios
         By globs over groups and their tensors: the share of its units that a group loses, exactly
         (the nearest number that locksteps and rounding allow).  The budget takes nothing else of
@@ -140,10 +146,10 @@ def select(
     monomials of one group when a width has changed on which that group's savings depend.
     """
     _check_options(scope, normalise)
-    _check_solver(scope, solver)
+    check_solver(scope, solver)
     limits = budget.limits(graph) if isinstance(budget, Budget) else dict(budget)
     graph = replace(graph, costs={name: graph.polynomial(name) for name in limits})
-    weights = _normalised(graph, _checked(graph, scores), normalise)
+    weights = normalised(graph, _checked(graph, scores), normalise)
     quanta = form_quanta(graph, weights, excluded_groups(graph, include, exclude), round_to)
     if quanta.conflicts:
         warnings.warn(
@@ -174,12 +180,13 @@ def select(
     )
 
 
-def _check_solver(scope: str, solver: str | None) -> None:
+def check_solver(scope: Scope, solver: str | None, known: Sequence[str] = get_args(Solver)) -> None:
+    """Refuse a solver that there is not, or that has nothing to solve."""
     if solver is None:
         return
-    if solver not in get_args(Solver):
-        known = ", ".join(map(repr, get_args(Solver)))
-        raise PlanError(f"solver={solver!r} is none of {known}", fix="leave it out for the default")
+    if solver not in known:
+        told = ", ".join(map(repr, known))
+        raise PlanError(f"solver={solver!r} is none of {told}", fix="leave it out for the default")
     if scope != "global":
         raise PlanError(
             f"solver={solver!r} can't be combined with scope={scope!r}",
@@ -188,16 +195,17 @@ def _check_solver(scope: str, solver: str | None) -> None:
         )
 
 
-def _check_options(scope: str, normalise: str) -> None:
-    for option, value, known in (
-        ("scope", scope, get_args(Scope)),
-        ("normalise", normalise, get_args(Normalise)),
-    ):
-        if value not in known:
-            raise PlanError(
-                f"{option}={value!r} is none of {', '.join(map(repr, known))}",
-                fix=f"write {option}={known[0]!r}, say",
-            )
+def _check_options(scope: Scope, normalise: str) -> None:
+    if normalise not in get_args(Normalise):
+        known = ", ".join(map(repr, get_args(Normalise)))
+        raise PlanError(f"normalise={normalise!r} is none of {known}", fix="normalise='mean', say")
+    if isinstance(scope, str) and scope not in get_args(ScopeName):
+        raise PlanError(
+            f"scope={scope!r} is none of {', '.join(map(repr, get_args(ScopeName)))}",
+            fix=f"for classes of your own give a list of globs: scope=[{scope!r}], say",
+        )
+    if not scope or not all(isinstance(glob, str) for glob in scope):
+        raise PlanError(f"scope={scope!r} are no globs", fix="scope=['layer1.*', 'layer4.*'], say")
 
 
 def _floors(
@@ -256,31 +264,59 @@ def _checked(graph: CouplingGraph, scores: Scores) -> Scores:
     return found
 
 
-def _normalised(graph: CouplingGraph, scores: Scores, normalise: Normalise) -> Scores:
-    """Scores divided by their group's mean, maximum or sum."""
+def normalised(graph: CouplingGraph, scores: Scores, normalise: Normalise) -> Scores:
+    """Scores that can be compared across groups; infinite ones stay so."""
     if normalise == "none":
         return scores
     weights = scores.copy()
     for group in graph.groups:
         own = scores[group.units]
-        finite = own[np.isfinite(own)]
-        divisor = float(getattr(np, normalise)(finite)) if len(finite) else 0.0
-        if divisor > 0:
-            weights[group.units] = own / divisor
+        finite = np.isfinite(own)
+        if finite.any():
+            own[finite] = _comparable(own[finite], normalise)
+        weights[group.units] = own
+    if normalise == "standardised":
+        grouped = np.isfinite(weights)
+        grouped[0] = False
+        weights[grouped] -= weights[grouped].min(initial=0.0)
     return weights
+
+
+def _comparable(scores: Scores, normalise: Normalise) -> Scores:
+    """Those of one group.
+
+    >>> _comparable(np.array([3.0, 1.0, 2.0]), "lamp").round(4).tolist()
+    [1.0, 0.0714, 0.3077]
+    >>> _comparable(np.array([3.0, 1.0, 2.0]), "standardised").round(4).tolist()
+    [1.2247, -1.2247, 0.0]
+    """
+    if normalise == "standardised":
+        spread = float(scores.std())
+        return np.asarray((scores - scores.mean()) / (spread if spread > 0 else 1.0))
+    if normalise == "lamp":
+        order = np.argsort(scores, kind="stable")
+        squares = (scores[order] / (scores.max() or 1.0)) ** 2
+        above = np.cumsum(squares[::-1])[::-1]
+        found = np.zeros(len(scores))
+        found[order] = np.divide(squares, above, out=np.zeros(len(scores)), where=above > 0)
+        return found
+    divisor = float(getattr(np, normalise)(scores))
+    return scores / divisor if divisor > 0 else scores
 
 
 def _ranks(graph: CouplingGraph, quanta: Quanta, scope: Scope) -> list[list[float]] | None:
     """For every chain the ratio that is reached with each quantum; None where cost decides."""
     if scope == "global":
         return None
+    by_hand = {} if isinstance(scope, str) else first_fitting(graph, scope, "scope")
     classes: dict[object, list[int]] = {}
     for n, chain in enumerate(quanta.chains):
         key: object = n
+        groups = sorted({g for quantum in chain.tolist() for g, _ in quanta.shares[quantum]})
         if scope == "isomorphic":
-            groups = sorted({g for quantum in chain.tolist() for g, _ in quanta.shares[quantum]})
             key = tuple(sorted(_shape_of(graph, g) for g in groups))
-        classes.setdefault(key, []).append(n)
+        fitting = [by_hand[graph.groups[g].name] for g in groups if graph.groups[g].name in by_hand]
+        classes.setdefault(("by hand", min(fitting)) if fitting else key, []).append(n)
     ranks: list[list[float]] = [[] for _ in quanta.chains]
     for members in classes.values():
         chains = [quanta.chains[n] for n in members]

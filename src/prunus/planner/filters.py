@@ -72,6 +72,26 @@ def spread(
     return {group.name: found[group.name] for group in graph.groups if group.name in found}
 
 
+def first_fitting(graph: CouplingGraph, globs: Sequence[str], option: str) -> dict[str, int]:
+    """For every group that one of the globs speaks of, by its name, which is the first.
+
+    As in :func:`spread`, a glob speaks of the groups whose names it fits; one that fits no group's
+    name, of those with a tensor that it fits.
+
+    Raises
+    ------
+    PlanError
+        If a glob fits no group.
+    """
+    names = _names(graph)
+    found: dict[str, int] = {}
+    for n, glob in enumerate(globs):
+        own = {group for group in names if _fits(group, glob)}
+        for group in own or _matching(names, glob, option):
+            found.setdefault(group, n)
+    return found
+
+
 def _names(graph: CouplingGraph) -> dict[str, tuple[str, ...]]:
     """By which names every group can be called: its own, its tensors', and tied ones."""
     tied: dict[str, list[str]] = {}

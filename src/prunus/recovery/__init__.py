@@ -7,8 +7,10 @@ from prunus.recovery.recover import (
     Progress,
     Recover,
     Step,
+    answers_of,
     check_recovery,
     cut_and_recover,
+    distance,
 )
 
 __all__ = [
@@ -17,8 +19,10 @@ __all__ = [
     "Progress",
     "Recover",
     "Step",
+    "answers_of",
     "check_recovery",
     "compensate",
     "cut_and_recover",
+    "distance",
     "recalibrate",
 ]

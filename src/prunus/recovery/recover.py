@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -98,7 +98,7 @@ def cut_and_recover(
     check_recovery(method)
     if data is None or method == "none":
         return Recovery(plan, (), cut(plan, model))
-    bench = _Bench(model, data, looked_at, _answers(model, looked_at), progress)
+    bench = _Bench(model, data, looked_at, answers_of(model, looked_at), progress)
     undo = cut(plan, model)
     try:
         steps = [Step("cut", bench.distance())]
@@ -176,28 +176,37 @@ class _Bench:
 
     def distance(self) -> float:
         """How far the outputs are from the dense ones, relative to these; NaN if none compare."""
-        missed = whole = 0.0
-        for before, after in zip(self.dense, _answers(self.model, self.looked_at), strict=True):
-            for name, wanted in before.items():
-                found = after.get(name)
-                if found is not None and found.shape == wanted.shape:
-                    missed += float((found.double() - wanted.double()).square().sum())
-                    whole += float(wanted.double().square().sum())
-        return math.sqrt(missed / whole) if whole > 0 else math.nan
+        return distance(self.dense, answers_of(self.model, self.looked_at))
 
     def _counting(self, name: str) -> Callable[[int], None] | None:
         tell = self.progress
         return None if tell is None else lambda batches: tell(name, batches)
 
 
-def _answers(model: nn.Module, batches: Sequence[Any]) -> list[dict[str, Tensor]]:
-    """Outputs by name, batch by batch."""
+Answers = Sequence[Mapping[str, Tensor]]
+"""Outputs by name, batch by batch."""
+
+
+def answers_of(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Tensor]]:
+    """What a model answers to batches, in eval mode; outputs of fractions alone."""
     found = []
     with quiet_run(model):
         for batch in batches:
             answer = tensors_of(run_batch(model, batch))
             found.append({name: t.detach().clone() for name, t in answer if t.is_floating_point()})
     return found
+
+
+def distance(wanted: Answers, found: Answers) -> float:
+    """√(Σ (y − y₀)² / Σ y₀²) over all outputs that both have; NaN where there is none."""
+    missed = whole = 0.0
+    for before, after in zip(wanted, found, strict=True):
+        for name, dense in before.items():
+            smaller = after.get(name)
+            if smaller is not None and smaller.shape == dense.shape:
+                missed += float((smaller.double() - dense.double()).square().sum())
+                whole += float(dense.double().square().sum())
+    return math.sqrt(missed / whole) if whole > 0 else math.nan
 
 
 def _nothing() -> None:

@@ -1,0 +1,275 @@
+"""From scores and a budget to the plan of what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from prunus.budget import Budget
+from prunus.errors import DataError, PlanError
+from prunus.graph.axis import Mask
+from prunus.graph.coupling import CouplingGraph
+from prunus.importance import Importance, Statistics, collect, name_of, needs_of, score
+from prunus.importance.batches import first_batches
+from prunus.importance.obs import exchange_all
+from prunus.importance.registry import Context, check_statistics, is_comparable
+from prunus.importance.targets import Loss
+from prunus.integrations.torch_pruning import adapt
+from prunus.latency import LatencyTable
+from prunus.latency_planning import (
+    Timed,
+    Timekeeper,
+    check_table,
+    hasten,
+    predict_time,
+    resolve_rounding,
+)
+from prunus.planner import Selection, select, thin
+from prunus.planner.allocate import check_share, check_solver, normalised
+from prunus.planner.filters import spread
+from prunus.planner.peak import hold_peak
+from prunus.planner.solvers import Solver
+from prunus.plans import Plan
+from prunus.recovery import LOOKED_AT
+from prunus.stitching import Stitcher, search_coefficients
+from prunus.surgeon.attributes import find_edits
+from prunus.tracer.entry import entered_by
+from prunus.tracer.program import state_of
+from prunus.tracer.trace import uncollected
+
+TRIALS = 60
+"""Smaller models that ``solver="spdy"`` looks at."""
+
+
+def plan_widths(
+    graph: CouplingGraph,
+    model: nn.Module,
+    *,
+    budget: Budget | Mapping[str, int] | None = None,
+    ratio: float | None = None,
+    importance: str | Importance = "l2",
+    data: Iterable[Any] | None = None,
+    statistics: Statistics | None = None,
+    loss: Loss | None = None,
+    hold: Collection[str] = (),
+    exchange: bool = False,
+    seed: int = 0,
+    latency: LatencyTable | None = None,
+    trials: int = TRIALS,
+    progress: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Plan:
+    """The plan of widths; see :func:`prunus.plan`."""
+    importance = adapt(importance, model)
+    check_table(budget, latency)
+    options = {**_OPTIONS, **options}
+    if ratio is None:
+        check_solver(options["scope"], options["solver"], (*get_args(Solver), "spdy"))
+    if options["solver"] == "spdy":
+        data = _check_search(budget, data, trials)
+    needs = needs_to_plan(importance, exchange, options["solver"])
+    if statistics is None and data is not None and needs:
+        statistics = collect(model, graph, data, needs, loss=loss, seed=seed)
+    names = ("ratios", "scope", "normalise", "min_width", "max_ratio", "round_to")
+    said = {name: options[name] for name in names}
+    if options["normalise"] is None and ratio is None:
+        alike = options["scope"] == "global" and is_comparable(importance)
+        options["normalise"] = "none" if alike else "mean"
+    options["round_to"] = resolve_rounding(options["round_to"], graph, latency)
+    with uncollected():
+        tensors, _ = state_of(model)
+        scores = score(graph, tensors, importance, seed=seed, statistics=statistics)
+        for name in hold:
+            scores[graph.group(name).units] = np.inf
+        if exchange:
+            check_statistics(graph, "obs", statistics)
+
+    def choose(one: CouplingGraph, bounds: Budget | Mapping[str, int] | None) -> Selection:
+        return _choose(one, scores, bounds, ratio, hold, **options)
+
+    timed: Timed | None = None
+    searched: dict[str, Any] = {}
+    if data is not None and statistics is not None and options["solver"] == "spdy":
+        stitcher = Stitcher(graph, model, first_batches(data, LOOKED_AT), statistics)
+        weights = normalised(graph, scores, options["normalise"])
+        alike = {**options, "normalise": "none", "solver": "dynamic"}
+        found, searched = _search(
+            graph,
+            weights,
+            lambda scaled: _choose(graph, scaled, budget, ratio, hold, **alike),
+            lambda one: stitcher.build(plan_of_mask(graph, model, one.kept, {}))[1],
+            *(trials, seed, progress),
+        )
+    elif latency is not None and isinstance(budget, Budget) and budget.latency and ratio is None:
+        timed = _keep_time(graph, model, budget, latency, choose, seed)
+        found = timed.selection
+    else:
+        found = choose(graph, budget)
+    if exchange:
+        context = Context(graph, tensors, seed, collected=statistics)
+        kept = exchange_all(graph, context, found.kept, scores)
+        found = found._replace(kept=kept, retained=None, bound=None)  # worth is not the aim then
+    if latency is not None and timed is None:
+        timed = predict_time(graph, found, latency)
+    origin = {
+        "importance": name_of(importance),
+        "budget": budget.requested if isinstance(budget, Budget) else budget,
+        "ratio": ratio,
+        **said,
+        "hold": sorted(hold),
+        **searched,
+        **({"exchange": True} if exchange else {}),
+        "stopped": {**found.stopped, **dict.fromkeys(sorted(hold), "it is held")},
+        "seed": seed,
+        **{name: getattr(found, name) for name in ("solver", "retained", "bound")},
+        "traced": graph.traced,
+    }
+    chosen = plan_of_mask(graph, model, found.kept, origin)
+    counted = budget.counted if isinstance(budget, Budget) else budget
+    asked = counted.limits(graph) if isinstance(counted, Budget) else counted or {}
+    parts = {n: (graph.cost(n), graph.cost(n, found.kept)) for n in asked if n not in chosen.costs}
+    chosen = replace(chosen, costs={**chosen.costs, **parts})
+    return chosen if latency is None or timed is None else timed.told_in(chosen, latency)
+
+
+def _keep_time(
+    graph: CouplingGraph,
+    model: nn.Module,
+    budget: Budget,
+    table: LatencyTable,
+    choose: Callable[..., Selection],
+    seed: int,
+) -> Timed:
+    """The choice whose measured time is the requested one."""
+
+    def compare(kept: Mask) -> tuple[float, float]:
+        return keeper.compare(plan_of_mask(graph, model, kept, {"traced": graph.traced}))
+
+    with entered_by(model, graph.forward_fn):
+        keeper = Timekeeper(graph, model, table, seed)
+        return hasten(graph, budget, table, choose, compare)
+
+
+def needs_to_plan(
+    importance: str | Importance, exchange: bool = False, solver: str | None = None
+) -> frozenset[str]:
+    """What :func:`plan` reads of calibration data with these options."""
+    fitted = exchange or solver == "spdy"
+    return needs_of(importance) | (needs_of("obs") if fitted else frozenset())
+
+
+def _check_search(
+    budget: Budget | Mapping[str, int] | None, data: Iterable[Any] | None, trials: int
+) -> list[Any]:
+    """The batches of a search, which are read twice; refused where there can be none."""
+    if trials < 1:
+        raise PlanError(f"trials={trials!r} is no number of trials", fix="give one from 1 on")
+    if isinstance(budget, Budget) and budget.latency:
+        raise PlanError(
+            "solver='spdy' can't be combined with a latency budget",
+            why="both ask the whole model again and again, of different things",
+            fix="give a budget of MACs, or leave the solver out",
+        )
+    if data is None:
+        raise DataError(
+            "solver='spdy' needs calibration data",
+            why="it compares the outputs of smaller models with those of the dense one",
+            fix="give data=loader",
+        )
+    return list(data)
+
+
+def _search(
+    graph: CouplingGraph,
+    weights: NDArray[np.float64],
+    choose: Callable[[NDArray[np.float64]], Selection],
+    error_of: Callable[[Selection], float],
+    trials: int,
+    seed: int,
+    progress: Callable[[str], None] | None,
+) -> tuple[Selection, dict[str, Any]]:
+    """The choice of least error, and what is told of the search."""
+
+    def chosen(coefficients: Mapping[str, float]) -> Selection:
+        scaled = weights.copy()
+        for group in graph.groups:
+            scaled[group.units] *= coefficients[group.name]
+        return choose(scaled)
+
+    names = [group.name for group in graph.groups]
+    found = search_coefficients(
+        names, chosen, error_of, trials=trials, seed=seed, progress=progress
+    )
+    best = found.best._replace(retained=None, bound=None, solver="spdy")
+    told = {"trials": trials, "error": found.error, "error_at_first": found.first}
+    return best, {"search": told}
+
+
+_OPTIONS: Mapping[str, Any] = {
+    "ratios": None,
+    "scope": "local",
+    "normalise": None,
+    "solver": None,
+    "min_width": 1,
+    "max_ratio": 1.0,
+    "round_to": 1,
+    "include": None,
+    "exclude": (),
+}
+
+
+def plan_of_mask(
+    graph: CouplingGraph, model: nn.Module, kept: Mask, origin: Mapping[str, Any]
+) -> Plan:
+    """The plan that keeps a mask's units, with the attributes that follow."""
+    chosen = Plan.from_mask(graph, kept, origin=origin)
+    return replace(chosen, edits=find_edits(model, graph, kept))
+
+
+def _choose(
+    graph: CouplingGraph,
+    scores: NDArray[np.float64],
+    budget: Budget | Mapping[str, int] | None,
+    ratio: float | None,
+    hold: Collection[str],
+    *,
+    ratios: Mapping[str, float] | None,
+    **options: Any,
+) -> Selection:
+    if ratios is not None:
+        given = spread(graph, ratios, "ratios", check_share)
+        ratios = {name: share for name, share in given.items() if name not in hold}
+    if ratio is None and (budget is not None or ratios is not None):
+        limits = budget.limits(graph) if isinstance(budget, Budget) else budget or {}
+        with uncollected():
+            return hold_peak(
+                graph, limits, lambda g, most: select(g, scores, most, ratios=ratios, **options)
+            )
+    if ratio is not None and budget is None and ratios is None:
+        _refuse_options(options)
+        return Selection(thin(graph, scores, ratio))
+    several = [n for n, v in {"a budget": budget, "ratios": ratios}.items() if v is not None]
+    raise PlanError(
+        f"{' and '.join(several)} and a ratio were given"
+        if several
+        else "nothing says how much to remove",
+        why="a ratio is taken from every group, whatever it costs",
+        fix="give budget=Budget(macs=0.5), say, or ratio=0.3, or ratios={'layer3.*': 0.3}",
+    )
+
+
+def _refuse_options(options: Mapping[str, Any]) -> None:
+    """A ratio is a ratio of every group: what shapes a budget's choice has no say in it."""
+    shaping = ("solver", "normalise", "min_width", "max_ratio", "round_to", "include", "exclude")
+    given = [name for name in shaping if options[name] != _OPTIONS[name]]
+    if given:
+        raise PlanError(
+            f"{', '.join(given)} can't be combined with ratio=",
+            why="a ratio is taken from every group alike",
+            fix="give a budget instead",
+        )

@@ -84,7 +84,8 @@ class OnnxRuntime:
             own = list(group)
             with tempfile.TemporaryDirectory() as folder:
                 sessions: dict[Point, _Session] = {}
-                make = partial(self._session_of, sessions, Path(folder))
+                supply = Supply(self.device, self.weights_mb)
+                make = partial(self._session_of, sessions, supply, Path(folder))
                 found, failed = time_in_turn(own, make, rounds, self.device)
                 times += [
                     time * sessions[point].own_share() if point in sessions else time
@@ -93,10 +94,12 @@ class OnnxRuntime:
             refused.update(failed)
         return times, refused
 
-    def _session_of(self, sessions: dict[Point, _Session], folder: Path, point: Point) -> _Session:
+    def _session_of(
+        self, sessions: dict[Point, _Session], supply: Supply, folder: Path, point: Point
+    ) -> _Session:
         """The session of one operator at some widths, made when it is first asked for."""
         if point not in sessions:
-            args, kwargs = Supply(self.device, self.weights_mb).arguments(*point)
+            args, kwargs = supply.arguments(*point)
             function = _exportable(point.operator)
             sessions[point] = self._load(function, args, kwargs, folder / f"{len(sessions)}")
         return sessions[point]

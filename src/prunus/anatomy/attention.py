@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from prunus.tracer.program import Node, Program, Ref, refs_in
 Units = NDArray[np.int64]
 
 _PRODUCTS = frozenset({"bmm", "baddbmm", "matmul", "mm"})
+_SOFTMAXES = frozenset({"_softmax", "softmax", "_safe_softmax"})
 _FAR = 40
 """Operators between a softmax and its products, at most: scales, masks, biases, casts, views."""
 
@@ -53,11 +54,62 @@ def find_cores(program: Program) -> Iterator[Core]:
         name = _name(node)
         if name.startswith("_scaled_dot_product"):
             yield _fused(flow, index)
-        elif name in ("_softmax", "softmax", "_safe_softmax"):
+        elif name in _SOFTMAXES:
             scores = flow.products_before(index)
             values = flow.product_after(index)
             if scores and values is not None:
                 yield _written_out(flow, node, scores, values)
+
+
+class Scores(NamedTuple):
+    """A product q kᵀ of which a softmax over the keys is taken.
+
+    Attributes
+    ----------
+    queries, keys
+        What is multiplied; the dims that are summed over are ``dims`` of theirs.
+    """
+
+    node: Node
+    queries: Ref
+    keys: Ref
+    dims: tuple[int, int]
+
+
+def find_scores(program: Program) -> Iterator[Scores]:
+    """Every product of queries and keys of a program."""
+    flow = _Flow(program)
+    for index, node in enumerate(program.nodes):
+        name = _name(node)
+        if name.startswith("_scaled_dot_product"):
+            yield Scores(node, node.args["query"], node.args["key"], (-1, -1))
+        elif name in _SOFTMAXES and node.args["dim"] in (-1, len(_shape(program, node)) - 1):
+            for product in flow.products_before(index):
+                yield Scores(product, *_operands(product), (-1, -2))
+
+
+class Weighing(NamedTuple):
+    """A product of attention probabilities with values, whose last dims are those of the heads."""
+
+    node: Node
+    values: Ref
+
+
+def find_weighings(program: Program) -> Iterator[Weighing]:
+    """Every product of probabilities with values of a program."""
+    flow = _Flow(program)
+    for index, node in enumerate(program.nodes):
+        name = _name(node)
+        if name.startswith("_scaled_dot_product"):
+            yield Weighing(node, node.args["value"])
+        elif name in _SOFTMAXES:
+            product = flow.product_after(index)
+            if product is not None:
+                yield Weighing(product, _operands(product)[1])
+
+
+def _shape(program: Program, node: Node) -> tuple[int, ...]:
+    return program.shapes[node.args["self"].value]
 
 
 def _fused(flow: _Flow, index: int) -> Core:

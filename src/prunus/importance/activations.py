@@ -151,6 +151,9 @@ class Watch(TorchDispatchMode):
             if fixed[0] != fixed[1]:
                 data, dim = operands[fixed.index(False)]
                 label = program.value_label(node.args[data], dim)
+                if label is None and self._moments is not None and name in self._moments.also:
+                    size = program.shapes[node.args[data].value][dim]
+                    label = np.zeros((size, 1), dtype=np.int64)  # nothing there can go
                 if label is not None:
                     key = (name or f"/{node.module}/{len(merged)}", label.tobytes())
                     site = merged.setdefault(key, Site(name, node.module, label))
@@ -164,7 +167,7 @@ class Watch(TorchDispatchMode):
         self.sites = list(merged.values())
         if self._moments is not None:
             wholes = {n: shapes[name] for n, name in origins.items() if name in shapes}
-            pairs = [(site.label, readings[id(site)]) for site in self.sites]
+            pairs = [(site.tensor, site.label, readings[id(site)]) for site in self.sites]
             found = share_moments(program, pairs, wholes, self._moments)
             for site, (moments, window) in zip(self.sites, found, strict=True):
                 site.moments, site.window = moments, window

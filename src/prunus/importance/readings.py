@@ -28,14 +28,19 @@ class SecondMoments:
         Of an image at which a convolution is looked at.
     memory_limit
         Bytes that all sums may take.
+    also
+        Weights of which they are taken whatever they read.
     """
 
     kept: Mask | None = None
     positions: int = 64
     memory_limit: int = 8 << 30
+    also: frozenset[str] = frozenset()
 
-    def concerns(self, label: Label) -> bool:
-        """Whether what stands on this dim loses anything."""
+    def concerns(self, tensor: str, label: Label) -> bool:
+        """Whether a weight is asked for, or reads a dim on which anything is lost."""
+        if tensor in self.also:
+            return True
         if self.kept is None:
             return bool(label.any())
         return len(kept_positions(label, self.kept)) < len(label)
@@ -92,7 +97,7 @@ class Identity:
 
 def share_moments(
     program: Program,
-    sites: Sequence[tuple[Label, Sequence[Reading]]],
+    sites: Sequence[tuple[str, Label, Sequence[Reading]]],
     weights: Mapping[int, tuple[int, ...]],
     options: SecondMoments,
 ) -> list[tuple[Moments | None, Window]]:
@@ -104,14 +109,14 @@ def share_moments(
     Parameters
     ----------
     sites
-        Label and readings of each.
+        Name of the weight, label and readings of each.
     weights
         Shape of the whole tensor behind a weight that is read, by value number.
     """
     identity = Identity(program)
     shared: dict[Any, tuple[Moments, int]] = {}
     found: list[tuple[Moments | None, Window]] = []
-    for label, readings in sites:
+    for tensor, label, readings in sites:
         windows = {reading.window(program) for reading in readings}
         window = next(iter(windows))
         shapes = [program.shapes[reading.weight.value] for reading in readings]
@@ -120,7 +125,7 @@ def share_moments(
             and (bool(window.kernel) or len(shape) == 2)
             for shape, reading in zip(shapes, readings, strict=True)
         )
-        if len(windows) > 1 or not whole or not options.concerns(label):
+        if len(windows) > 1 or not whole or not options.concerns(tensor, label):
             found.append((None, window))
             continue
         key = (window, *(identity.of(r.node, r.data.value) for r in readings))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,6 +85,7 @@ def collect(
     split: bool = True,
     seed: int = 0,
     plan: Plan | None = None,
+    also: Collection[str] = (),
     positions: int = 64,
     memory_limit: int = 8 << 30,
     progress: Callable[[int], None] | None = None,
@@ -118,6 +119,8 @@ def collect(
         For the loss that draws.
     plan
         Second moments of what reads units that this plan removes, and of nothing else.
+    also
+        Names of weights: second moments of what these read are taken whatever the plan says.
     positions
         Of an image at which second moments of what a convolution reads are taken, evenly spread.
     memory_limit
@@ -139,7 +142,9 @@ def collect(
     tensors, _ = state_of(model)
     _check_model(graph, tensors)
     kept = None if plan is None else kept_units(graph, plan)
-    moments = SecondMoments(kept, positions, memory_limit) if "second_moment" in wanted else None
+    moments = None
+    if "second_moment" in wanted:
+        moments = SecondMoments(kept, positions, memory_limit, frozenset(also))
     passed = _Pass(model, graph, tensors, wanted, loss, seed, moments)
     done = 0
     with (

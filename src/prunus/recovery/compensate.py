@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, get_args
 
 import torch
@@ -15,8 +16,11 @@ from prunus.graph.axis import kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance.statistics import Statistics, collect, kept_units
 from prunus.plans import Plan
+from prunus.recovery.attention_rows import projections_of
 from prunus.recovery.consumers import Consumer, find_consumers
+from prunus.recovery.queries_keys import Mixed, mix_products
 from prunus.recovery.repair import Method, Repair, Repaired, outputs_that_stay, repair
+from prunus.recovery.values import Turned, turn_values
 from prunus.surgeon.apply import cut
 from prunus.surgeon.biases import add_biases
 from prunus.surgeon.depth import without_blocks
@@ -38,7 +42,7 @@ class Compensation:
         What was applied: the plan that was given, and the biases that layers got.
     repairs
         For every weight that reads what was removed and could be changed, in the order in which
-        they run.
+        they run; then for every product of queries and keys whose heads lost dims.
     left
         The other weights that read what was removed, with the reason.
     undo
@@ -71,8 +75,10 @@ def compensate(
 
     Every weight that reads removed units gets the weights with which the units that stay say
     best, in the least squares on calibration data, what all of them said (see
-    :mod:`prunus.recovery.least_squares`).  No labels are needed and nothing is trained.  It
-    happens in place and either as a whole or not at all.
+    :mod:`prunus.recovery.least_squares`).  Where heads lose dims of queries and keys, those that
+    stay become the best subspace for their products (:mod:`prunus.recovery.queries_keys`).  No
+    labels are needed and nothing is trained.  It happens in place and either as a whole or not at
+    all.
 
     Parameters
     ----------
@@ -134,18 +140,46 @@ def compensate(
             statistics = collect(
                 *(model, graph, data or (), "second_moment"),
                 plan=plan.widths,
+                also=projections_of(graph),
                 positions=positions,
                 memory_limit=memory_limit,
                 progress=progress,
             )
+        check_moments(graph, statistics)
+        change = _Change()
+        if method == "least_squares":
+            change = _change_bases(model, plan.widths, graph, statistics)
+            statistics = replace(statistics, sites=change.turned.sites)
         repaired, left = repair_all(
             *(model, plan.widths, graph, statistics),
             method=method,
             ridge=ridge,
             new_biases=new_biases,
+            instead=change.turned.state,
         )
+        change = replace(change, repaired=tuple(repaired), left={**left, **change.left})
     _warn_of_few([new.report for _, new in repaired])
-    return _apply(model, plan, repaired, left, optimizer=optimizer, check=check)
+    return _apply(model, plan, change, optimizer=optimizer, check=check)
+
+
+@dataclass(frozen=True, eq=False)
+class _Change:
+    """What becomes of a model's tensors before it is cut, one after the other."""
+
+    turned: Turned = field(default_factory=lambda: Turned({}, ()))
+    repaired: tuple[tuple[Consumer, Repaired], ...] = ()
+    mixed: tuple[Mixed, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
+
+
+def _change_bases(
+    model: nn.Module, plan: Plan, graph: CouplingGraph, statistics: Statistics
+) -> _Change:
+    """Other bases for the dims of heads, in which what goes is what is missed least."""
+    dense, _ = state_of(model)
+    kept = kept_units(graph, plan)
+    mixed, left = mix_products(graph, plan, kept, dense, statistics.sites)
+    return _Change(turn_values(graph, plan, dense, statistics.sites), (), tuple(mixed), left)
 
 
 def _warn_of_few(repairs: Iterable[Repair]) -> None:
@@ -172,23 +206,20 @@ def repair_all(
     method: Method = "least_squares",
     ridge: float = RIDGE,
     new_biases: bool = True,
+    instead: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[list[tuple[Consumer, Repaired]], dict[str, str]]:
     """New weights for all that reads what a plan removes, and why others have none.
 
-    The model is only read; see :func:`compensate`.
+    The model is only read; see :func:`compensate`.  ``instead`` has tensors to take in place of
+    the model's.
     """
     kept = kept_units(graph, plan)
-    if "second_moment" not in statistics.needs or statistics.unit_count != graph.unit_count:
-        raise DataError(
-            "these statistics are not those of this graph's second moments",
-            why=f"they have {', '.join(sorted(statistics.needs))} of {statistics.unit_count} units",
-            fix='prunus.collect(model, graph, data, "second_moment")',
-        )
+    check_moments(graph, statistics)
     touched = tuple(
         site for site in statistics.sites if len(kept_positions(site.label, kept)) < len(site.label)
     )
     consumers, left = find_consumers(graph, model, touched, new_biases=new_biases)
-    state, _ = state_of(model)
+    state = {**state_of(model)[0], **instead}
     repaired = []
     for consumer in consumers:
         channels = torch.zeros(len(consumer.site.label), dtype=torch.bool)
@@ -201,6 +232,16 @@ def repair_all(
         found = repair(consumer, weight, channels, rows, method=method, share=ridge)
         repaired.append((consumer, found))
     return repaired, left
+
+
+def check_moments(graph: CouplingGraph, statistics: Statistics) -> None:
+    """Refuse statistics without second moments, or of another graph."""
+    if "second_moment" not in statistics.needs or statistics.unit_count != graph.unit_count:
+        raise DataError(
+            "these statistics are not those of this graph's second moments",
+            why=f"they have {', '.join(sorted(statistics.needs))} of {statistics.unit_count} units",
+            fix='prunus.collect(model, graph, data, "second_moment")',
+        )
 
 
 def _check_options(method: str, ridge: float) -> None:
@@ -233,8 +274,7 @@ def _trace_again(model: nn.Module, plan: Plan) -> CouplingGraph:
 def _apply(
     model: nn.Module,
     plan: Plan,
-    repaired: list[tuple[Consumer, Repaired]],
-    left: Mapping[str, str],
+    change: _Change,
     *,
     optimizer: torch.optim.Optimizer | None,
     check: bool,
@@ -242,7 +282,7 @@ def _apply(
     """Write the new weights into the whole model, then cut it; or change nothing."""
     added = {
         consumer.constant: 1 if consumer.site.window.transposed else 0
-        for consumer, _ in repaired
+        for consumer, _ in change.repaired
         if consumer.place == "new bias"
     }
     saved: dict[str, Tensor] = {}
@@ -258,8 +298,8 @@ def _apply(
         forget()
 
     try:
-        for consumer, new in repaired:
-            _write(state, saved, consumer, new)
+        with torch.no_grad():
+            _write_all(state, saved, change)
         undo = cut(grown, model, optimizer=optimizer, check=check)
     except BaseException:
         put_back()
@@ -269,18 +309,32 @@ def _apply(
         undo()
         put_back()
 
-    return Compensation(grown, tuple(new.report for _, new in repaired), dict(left), undo_all)
+    reports = [new.report for _, new in change.repaired] + [one.report for one in change.mixed]
+    return Compensation(grown, tuple(reports), dict(change.left), undo_all)
 
 
-@torch.no_grad()
-def _write(
-    state: Mapping[str, Tensor], saved: dict[str, Tensor], consumer: Consumer, new: Repaired
-) -> None:
-    weight = state[consumer.tensor]
-    saved[consumer.tensor] = weight.detach().clone()
-    weight.copy_(new.weight)
-    if consumer.constant:
-        constant = state[consumer.constant]
-        saved.setdefault(consumer.constant, constant.detach().clone())
-        sign = -1 if consumer.place == "running mean" else 1
-        constant.copy_(constant.double() + sign * new.shift.to(constant.device))
+def _write_all(state: Mapping[str, Tensor], saved: dict[str, Tensor], change: _Change) -> None:
+    """Write what changes, in its order; ``saved`` gets what was there."""
+
+    def changing(name: str) -> Tensor:
+        saved.setdefault(name, state[name].detach().clone())
+        return state[name]
+
+    for name, values in change.turned.state.items():
+        changing(name).copy_(values)
+    for consumer, new in change.repaired:
+        changing(consumer.tensor).copy_(new.weight)
+        if consumer.constant:
+            _shift(changing(consumer.constant), consumer, new)
+    added = {c.tensor: c.constant for c, _ in change.repaired if c.place == "new bias"}
+    for product in change.mixed:
+        for mixing in product.mixings:
+            mixing.apply(changing(mixing.tensor))
+            if mixing.tensor in added:
+                replace(mixing, dim=0).apply(changing(added[mixing.tensor]))
+
+
+def _shift(constant: Tensor, consumer: Consumer, new: Repaired) -> None:
+    """Add what the outputs lack on the average to their bias, or take it from a norm's mean."""
+    sign = -1 if consumer.place == "running mean" else 1
+    constant.copy_(constant.double() + sign * new.shift.to(constant.device))

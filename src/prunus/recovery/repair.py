@@ -24,7 +24,7 @@ class Repair:
     Attributes
     ----------
     tensor
-        Name of the weight.
+        Name of the weight; of two, for a product of queries and keys.
     kept, columns
         Columns (channels × taps) that stay, of how many.
     samples

@@ -1,0 +1,213 @@
+"""Queries and keys of fewer dims whose products are nearest to what they were.
+
+The dims of a head are a basis that queries and keys share, and any other would do as well: where
+some go, those that stay become the best subspace for the products, not a selection of dims.  With
+``Q = E q qᵀ`` and ``K = E k kᵀ`` of a head, and ``Q^½ K^½ = R s Tᵀ``, that is
+
+    W_q' = (Q^-½ R_r s_r^½)ᵀ W_q,    W_k' = (K^-½ T_r s_r^½)ᵀ W_k
+
+for r dims (Eckart & Young, 1936), and the products miss ``Σ_{i>r} s_i²`` on the average over all
+pairs of a query and a key.  A softmax over the keys doesn't see what all keys have in common, so
+that ``K`` is their covariance.  Queries that share a head of keys count together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunus.graph.axis import Mask
+from prunus.graph.coupling import CouplingGraph
+from prunus.importance.activations import Site
+from prunus.importance.moments import Moments
+from prunus.plans import Plan
+from prunus.recovery.attention_rows import Projection, ScoreProduct, find_products, pairs_of, stays
+from prunus.recovery.repair import Repair
+
+_FLOOR = 1e-9
+"""Eigenvalues below this part of the largest one are taken for it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mixing:
+    """Outputs of a weight that become sums of its outputs.
+
+    Attributes
+    ----------
+    tensor, dim
+        Name of a weight or bias, and its dim of outputs.
+    sources, targets
+        Outputs that are summed up, shape ``(d,)``, and those that are written, ``(r,)``.
+    matrix
+        Float64 of shape ``(d, r)``.
+    """
+
+    tensor: str
+    dim: int
+    sources: Tensor
+    targets: Tensor
+    matrix: Tensor
+
+    def apply(self, values: Tensor) -> None:
+        """Write the sums into a tensor."""
+        read = values.index_select(self.dim, self.sources.to(values.device)).double()
+        mixed = torch.tensordot(read, self.matrix.to(values.device), dims=([self.dim], [0]))
+        mixed = mixed.movedim(-1, self.dim).to(values.dtype)
+        values.index_copy_(self.dim, self.targets.to(values.device), mixed)
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """What becomes of one product: sums of outputs, and the report."""
+
+    mixings: tuple[Mixing, ...]
+    report: Repair
+
+
+def mix_products(
+    graph: CouplingGraph, plan: Plan, kept: Mask, state: Mapping[str, Tensor], sites: Sequence[Site]
+) -> tuple[list[Mixed], dict[str, str]]:
+    """New queries and keys for every product that loses dims; and why others have none.
+
+    Parameters
+    ----------
+    plan, kept
+        What goes, and the units of the graph that stay.
+    state
+        The dense model's tensors.
+    sites
+        Places with second moments: of what the projections read.
+    """
+    products, unknown = find_products(graph, kept)
+    moments = {site.tensor: site.moments for site in sites if site.moments is not None}
+    found: list[Mixed] = []
+    left: dict[str, str] = {}
+    for product in products:
+        if not _loses_dims(product, plan):
+            continue
+        why = _why_not(product, plan, moments)
+        if why:
+            left[product.name] = why
+        else:
+            found.append(_mix(product, plan, state, moments))
+    return found, left | unknown
+
+
+def best_products(queries: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``A_q`` and ``A_k``, shape ``(d, count)``, and the squares of all singular values.
+
+    ``q' = A_qᵀ q`` and ``k' = A_kᵀ k`` have products as near to ``q·k`` as so few dims allow.
+
+    Parameters
+    ----------
+    queries, keys
+        Second moments, symmetric, float64 of shape ``(d, d)``.
+
+    >>> q, k = torch.diag(torch.tensor([4.0, 1.0])).double(), torch.eye(2).double()
+    >>> a, b, squares = best_products(q, k, 1)
+    >>> (a @ b.mT).abs().round(decimals=6).tolist(), squares.tolist()
+    ([[1.0, 0.0], [0.0, 0.0]], [4.0, 1.0])
+    """
+    (q_half, q_back), (k_half, k_back) = roots(queries), roots(keys)
+    left, values, right = torch.linalg.svd(q_half @ k_half)
+    scale = values[:count].sqrt()
+    return (
+        q_back @ left[:, :count] * scale,
+        k_back @ right.mT[:, :count] * scale,
+        values.square(),
+    )
+
+
+def roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``M^½`` and ``M^-½``; small eigenvalues are raised."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    floor = max(float(values.max()) * _FLOOR, torch.finfo(values.dtype).tiny)
+    roots = values.clamp_min(floor).sqrt()
+    return vectors * roots @ vectors.mT, vectors / roots @ vectors.mT
+
+
+def _keep_of(plan: Plan, side: Projection) -> dict[int, Sequence[int]]:
+    return {a.dim: p for a, p in plan.keep.items() if a.tensor == side.weight}
+
+
+def _stay(plan: Plan, side: Projection, rows: Tensor) -> Tensor:
+    return stays(rows, _keep_of(plan, side), side.dim)
+
+
+def _loses_dims(product: ScoreProduct, plan: Plan) -> bool:
+    """Whether a head that stays loses some of its dims."""
+    stay = _stay(plan, product.keys, product.keys.rows)
+    return bool((stay.any(1) & ~stay.all(1)).any())
+
+
+def _why_not(product: ScoreProduct, plan: Plan, moments: Mapping[str, Moments]) -> str:
+    """Why queries and keys can't take another basis; empty if they can."""
+    sides = (product.queries, product.keys)
+    for side in sides:
+        known = moments.get(side.weight)
+        if known is None or known.blocks != 1 or known.groups != 1:
+            return f"there are no second moments of what {side.weight} reads"
+    for queries, keys in pairs_of(product):
+        stay = _stay(plan, product.keys, keys)
+        if not bool((_stay(plan, product.queries, queries) == stay).all()):
+            return "its queries lose other dims than its keys"
+    return ""
+
+
+def _mix(
+    product: ScoreProduct, plan: Plan, state: Mapping[str, Tensor], moments: Mapping[str, Moments]
+) -> Mixed:
+    mixings: list[Mixing] = []
+    whole = cut = left = 0.0
+    columns = stayed = 0
+    for queries, keys in pairs_of(product):
+        stay = _stay(plan, product.keys, keys).nonzero()[:, 0]
+        columns, stayed = columns + len(keys), stayed + len(stay)
+        if not len(stay):
+            continue
+        of_queries = torch.stack([
+            _second(product.queries, rows, state, moments, centred=False) for rows in queries
+        ]).sum(0)  # fmt: skip
+        of_keys = _second(product.keys, keys, state, moments, centred=True)
+        first, second, squares = best_products(of_queries, of_keys, len(stay))
+        missing = [n for n in range(len(keys)) if n not in set(stay.tolist())]
+        whole += float(squares.sum())
+        left += float(squares[len(stay) :].sum())
+        cut += float((of_queries[missing][:, missing] * of_keys[missing][:, missing]).sum())
+        for rows in queries:
+            mixings += _mixings(product.queries, rows, stay, first)
+        mixings += _mixings(product.keys, keys, stay, second)
+    samples = min(moments[side.weight].count for side in (product.queries, product.keys))
+    report = Repair(
+        product.name, stayed, columns, samples, 0.0, whole, cut, cut, left, "", exact=False
+    )
+    return Mixed(tuple(mixings), report)
+
+
+def _mixings(side: Projection, rows: Tensor, stay: Tensor, matrix: Tensor) -> list[Mixing]:
+    found = [Mixing(side.weight, side.dim, rows, rows[stay], matrix.cpu())]
+    return found + ([Mixing(side.bias, 0, rows, rows[stay], matrix.cpu())] if side.bias else [])
+
+
+def _second(
+    side: Projection,
+    rows: Tensor,
+    state: Mapping[str, Tensor],
+    moments: Mapping[str, Moments],
+    *,
+    centred: bool,
+) -> Tensor:
+    """``E y yᵀ`` of some outputs, or their covariance, from the moments of what is read."""
+    known = moments[side.weight]
+    weight = state[side.weight].detach().to(known.total).movedim(side.dim, 0)
+    weight = weight[rows.to(weight.device)]
+    spread = weight @ known.covariance()[0, 0] @ weight.mT
+    if centred:
+        return spread
+    mean = weight @ known.mean[0]
+    if side.bias:
+        mean = mean + state[side.bias].detach().to(mean)[rows.to(mean.device)]
+    return spread + mean[:, None] * mean

@@ -141,7 +141,7 @@ class Keeper:
                 raise OSError(str(error)) from error
 
         replace_file(self._path, write)
-        self._written = time.monotonic()
+        self._held, self._written = self._seen, time.monotonic()
         self._took = self._written - began
 
 

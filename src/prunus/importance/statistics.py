@@ -177,7 +177,9 @@ def collect(
         An ``accelerate.Accelerator``, or anything with ``num_processes``, ``process_index`` and
         ``reduce(tensor, reduction="sum")``: the processes share the pass.  Each calls this with
         the plain model and its own part of the data, and each gets the statistics of all; a part
-        may be empty.  Without it, if ``torch.distributed`` is initialised, its processes do.
+        may be empty.  Without it, if ``torch.distributed`` is initialised, its processes do, and
+        all of them have to call this; one that collects by itself gives an object that says
+        ``num_processes = 1`` and ``process_index = 0``.
         A loss that draws, and which positions of an image are looked at, are others in every
         process: samples of process p are numbered from p · 2³².
 

@@ -71,8 +71,13 @@ def processes_of(accelerator: Processes | None) -> Processes:
     return _Distributed() if dist.is_available() and dist.is_initialized() else Alone()
 
 
-def share(sums: Sums, processes: Processes) -> None:
+def share(sums: Sums, processes: Processes, device: torch.device | None = None) -> None:
     """Make the sums of this process those of all; all have to call it.
+
+    Parameters
+    ----------
+    device
+        Where second moments are wanted; without it they lie where they were added up.
 
     Raises
     ------
@@ -93,10 +98,11 @@ def share(sums: Sums, processes: Processes) -> None:
         shift = torch.zeros(moments.groups, moments.columns, dtype=torch.float64)
         if leads == processes.process_index and moments.shift is not None:
             shift = moments.shift
-        around = moments.around(_add_up(shift, processes))
-        moments.shift, moments.count = around.shift, sum(counts)
-        moments.total = _add_up(around.total, processes)
-        moments.product = _add_up(around.product, processes)
+        shift = _add_up(shift, processes)
+        around = moments.around(shift)
+        moments.count, moments.shift = sum(counts), shift.to(device)
+        moments.total = _add_up(around.total, processes).to(device)
+        moments.product = _add_up(around.product, processes).to(device)
     sums.samples = sum(one["samples"] for one in said)
     sums.losses = sum(one["losses"] for one in said)
     for index, site in enumerate(sums.sites):

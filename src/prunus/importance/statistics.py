@@ -220,7 +220,7 @@ def collect(
         _tracked(passed.weights),
     ):
         done = _go_through(data, passed, keeper, progress, split=split)
-    share(passed.sums, processes)
+    share(passed.sums, processes, _place(model))
     if not passed.sums.samples:
         raise DataError(
             "the calibration data is empty",

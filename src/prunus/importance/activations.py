@@ -49,8 +49,9 @@ class Site:
         How many vectors of ``n`` activations were seen.
     total, square
         Σ h and Σ h² over them, shape ``(n,)``.
-    weight
-        Σ W² of the weights that read each position, shape ``(n,)``.
+    weights
+        Σ W² of the weights that read each position, shape ``(n,)``, for every part of the tensor
+        that did: by where it starts and how many elements it has.
     window
         How a convolution reads its input.
     moments
@@ -64,13 +65,17 @@ class Site:
     count: int = 0
     total: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), repr=False)
     square: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), repr=False)
-    weight: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), repr=False)
+    weights: dict[tuple[int, int], NDArray[np.float64]] = field(default_factory=dict, repr=False)
     window: Window = field(default_factory=Window, repr=False)
     moments: Moments | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("total", "square", "weight"):
-            setattr(self, name, np.zeros(len(self.label)))
+        self.total, self.square = np.zeros(len(self.label)), np.zeros(len(self.label))
+
+    @property
+    def weight(self) -> NDArray[np.float64]:
+        """Σ W² over all weights that read each position, shape ``(n,)``."""
+        return sum(self.weights.values(), np.zeros(len(self.label)))
 
     @property
     def mean_square(self) -> NDArray[np.float64]:
@@ -82,6 +87,14 @@ class Site:
         """Variance of h, with ``count`` below the line, shape ``(n,)``."""
         spread = self.mean_square - (self.total / max(self.count, 1)) ** 2
         return np.asarray(spread.clip(min=0))
+
+    def merge(self, other: Site) -> None:
+        """Add what was seen of other samples, but for :attr:`moments`, which sites share."""
+        self.count += other.count
+        self.total += other.total
+        self.square += other.square
+        # Weights are no data: a part that both have seen counts once.
+        self.weights = {**other.weights, **self.weights}
 
 
 class Watch(TorchDispatchMode):
@@ -118,10 +131,10 @@ class Watch(TorchDispatchMode):
         self._first = 0
         self.confidence = Confidence(program) if attention else None
         self._storages = {_storage(t): n for n, t in state.items() if not t.is_meta}
+        self._state = state
         self._by_name: dict[str, list[Site | None]] = {}
         self._by_module: dict[str, list[Site | None]] = {}
         self._seen: Counter[str] = Counter()
-        self._weighed: set[tuple[int, ...]] = set()
         self.sites: list[Site] = []
         self._owners: dict[int, Site] = {}
         if inputs or moments is not None:
@@ -206,12 +219,10 @@ class Watch(TorchDispatchMode):
         if not self._inputs:
             return
         _add(site, _rows(data, bound, first=which == 0))
-        key = (weight.data_ptr(), weight.numel(), id(site))
-        if name and key in self._weighed:
-            return
-        if name or not site.weight.any():
-            self._weighed.add(key)
-            site.weight += _weigh(weight, bound, first=which == 1, size=len(site.label))
+        start = weight.data_ptr() - self._state[name].data_ptr() if name else 0
+        part = (start, weight.numel() if name else 0)  # computed weights lie elsewhere every time
+        if part not in site.weights:
+            site.weights[part] = _weigh(weight, bound, first=which == 1, size=len(site.label))
 
     def _take(self, site: Site, data: Tensor, bound: Mapping[str, Any], *, first: bool) -> None:
         """Add the columns that a product reads to the second moments of its site."""

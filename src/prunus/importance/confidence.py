@@ -38,6 +38,11 @@ class Heads:
     def __post_init__(self) -> None:
         self.total = np.zeros(len(self.label))
 
+    def merge(self, other: Heads) -> None:
+        """Add what was seen of other samples."""
+        self.count += other.count
+        self.total += other.total
+
 
 class Confidence:
     """Sums of the largest attention probabilities (Voita et al., 2019, section 4).

@@ -98,7 +98,7 @@ class Moments:
             return
         if self.shift is None:
             self._begin(other.shift)
-        gap = (other.shift - self._shift).to(self.total.device)
+        gap = other.shift.to(self.total.device) - self._shift
         moved = other.total.to(gap.device)
         d, t = self._by_block(gap), self._by_block(moved)
         cross = t[..., :, None] * d[..., None, :]
@@ -106,6 +106,13 @@ class Moments:
         self.product += other.count * d[..., :, None] * d[..., None, :]
         self.total += moved + other.count * gap
         self.count += other.count
+
+    def around(self, shift: Tensor) -> Moments:
+        """The same sums around another shift, shape ``(groups, columns)``, on its device."""
+        found = Moments(self.groups, self.columns, self.blocks)
+        found._begin(shift)
+        found.merge(self)
+        return found
 
     @property
     def _shift(self) -> Tensor:

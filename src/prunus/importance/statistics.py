@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import math
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +21,10 @@ from prunus.importance.activations import Site, Watch
 from prunus.importance.batches import count_samples, run_batch, samples_of
 from prunus.importance.confidence import Heads
 from prunus.importance.gradients import Contributions
+from prunus.importance.keeping import Keeper, describe_source, own_path
 from prunus.importance.readings import SecondMoments
+from prunus.importance.sharing import Processes, processes_of, share
+from prunus.importance.sums import Sums
 from prunus.importance.targets import Loss, loss_of
 from prunus.plans import Plan
 from prunus.tracer.adapters import adapted
@@ -74,6 +79,41 @@ class Statistics:
     heads: tuple[Heads, ...] = field(default=(), repr=False)
     loss: float = float("nan")
 
+    def merge(self, other: Statistics) -> Statistics:
+        """Of the samples of both: what one pass over all of them gives, up to rounding.
+
+        Both have to be collected with the same weights, graph, needs, plan and options, or with a
+        graph of another trace of the same model.  A loss that draws wants a ``seed`` for each.
+
+        Returns
+        -------
+        Statistics
+            A new object; neither of the two is changed.
+
+        Raises
+        ------
+        DataError
+            If needs, units or sites are not the same.
+        """
+        both = self._sums().blank()
+        both.add(self._sums())
+        both.add(other._sums())
+        return Statistics._of(both)
+
+    def _sums(self) -> Sums:
+        losses = 0.0 if math.isnan(self.loss) else self.loss * self.samples
+        units = dict(self.units)
+        return Sums(
+            self.needs, self.unit_count, self.sites, self.heads, self.samples, losses, units
+        )
+
+    @staticmethod
+    def _of(sums: Sums) -> Statistics:
+        loss = sums.losses / sums.samples if sums.needs & _GRADIENTS else float("nan")
+        return Statistics(
+            sums.needs, sums.unit_count, sums.samples, sums.units, sums.sites, sums.heads, loss
+        )
+
 
 def collect(
     model: nn.Module,
@@ -89,6 +129,8 @@ def collect(
     positions: int = 64,
     memory_limit: int = 8 << 30,
     progress: Callable[[int], None] | None = None,
+    path: str | os.PathLike[str] | None = None,
+    accelerator: Processes | Literal["distributed"] | None = None,
 ) -> Statistics:
     """Run the model over calibration data once and keep sums of what criteria need.
 
@@ -127,16 +169,35 @@ def collect(
         Bytes that the second moments may take.  Where they would take more, the largest are taken
         for every tap of a convolution apart, and then of every column apart.
     progress
-        Called with the number of batches done.
+        Called with the number of batches done, after each batch that runs.
+    path
+        A file (safetensors) that keeps the sums while they grow: every half minute, and at the
+        end.  If it is there, the batches that it counts are taken from ``data`` and not run, and
+        the sums go on as if nothing had happened, which takes the same batches in the same order.
+        A ``loss`` or ``forward_fn`` is known by its name.  Of several processes each has a file,
+        ``NAME-1-of-4.safetensors``.
+    accelerator
+        An ``accelerate.Accelerator``, or anything with ``num_processes``, ``process_index`` and
+        ``reduce(tensor, reduction="sum")``: the processes share the pass.  Each calls this with
+        the plain model and its own part of the data, and each gets the statistics of all; a part
+        may be empty.  ``"distributed"`` stands for the processes of ``torch.distributed``.
+        Without it nothing is shared, whatever was initialised.
+        A loss that draws, and which positions of an image are looked at, are others in every
+        process: samples of process p are numbered from p · 2³².
 
     Raises
     ------
     DataError
         If the data is empty, or leads to what is not finite, or the output has no loss.
+    FormatError
+        If the file at ``path`` is of another model, graph, data or options, or damaged.
+    FileError
+        If it can't be read or written.
     ModelError
         If the weights are on the meta device, or on several.
     PlanError
-        If the graph is another model's, or a need is unknown.
+        If the graph is another model's, or a need is unknown, or processes differ in what they
+        collect.
     """
     wanted = _known(needs)
     tensors, _ = state_of(model)
@@ -145,8 +206,15 @@ def collect(
     moments = None
     if "second_moment" in wanted:
         moments = SecondMoments(kept, positions, memory_limit, frozenset(also))
-    passed = _Pass(model, graph, tensors, wanted, loss, seed, moments)
-    done = 0
+    processes = processes_of(accelerator)
+    index, count = processes.process_index, processes.num_processes
+    passed = _Pass(model, graph, tensors, wanted, loss, seed, moments, index << 32)
+    keeper: Keeper | None = None
+    if path is not None:
+        options = {"loss": loss, "seed": seed, "split": split, "plan": kept}
+        options |= {"positions": positions, "memory_limit": memory_limit, "also": sorted(also)}
+        source = describe_source(graph, tensors, {**options, "process": f"{index + 1} of {count}"})
+        keeper = Keeper(own_path(path, index, count), passed.sums, source, _place(model))
     with (
         entered_by(model, graph.forward_fn),
         quiet_run(model),
@@ -155,13 +223,9 @@ def collect(
         follow_modules(model, passed.stack),
         _tracked(passed.weights),
     ):
-        for done, batch in enumerate(data, start=1):
-            singly = split and bool(wanted & _GRADIENTS)
-            for part in samples_of(batch) if singly else [batch]:
-                passed.take(part, 1 if singly or not split else count_samples(batch))
-            if progress is not None:
-                progress(done)
-    if not passed.samples:
+        done = _go_through(data, passed, keeper, progress, split=split)
+    share(passed.sums, processes, _place(model))
+    if not passed.sums.samples:
         raise DataError(
             "the calibration data is empty",
             why="its batches hold no sample"
@@ -169,7 +233,32 @@ def collect(
             else "the iterable gave no batch (an iterator can be used only once)",
             fix="give a DataLoader or a list of batches",
         )
-    return passed.result()
+    return Statistics._of(passed.sums)
+
+
+def _go_through(
+    data: Iterable[Any],
+    passed: _Pass,
+    keeper: Keeper | None,
+    progress: Callable[[int], None] | None,
+    *,
+    split: bool,
+) -> int:
+    """Add every batch that is not counted yet; how many there are."""
+    singly = split and bool(passed.sums.needs & _GRADIENTS)
+    done = 0
+    for done, batch in enumerate(data, start=1):
+        if keeper is not None and keeper.holds(batch):
+            continue
+        for part in samples_of(batch) if singly else [batch]:
+            passed.take(part, 1 if singly or not split else count_samples(batch))
+        if keeper is not None:
+            keeper.step()
+        if progress is not None:
+            progress(done)
+    if keeper is not None:
+        keeper.finish()
+    return done
 
 
 def kept_units(graph: CouplingGraph, plan: Plan) -> Mask:
@@ -218,6 +307,12 @@ def _check_model(graph: CouplingGraph, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def _place(model: nn.Module) -> torch.device:
+    """Where second moments are summed up: with the model, unless float64 is missing there."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def _traceable(model: nn.Module) -> AbstractContextManager[None]:
     """Kernels that show what they consist of, where a model has others: they cost time."""
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
@@ -238,7 +333,7 @@ def _tracked(weights: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 class _Pass:
-    """The sums of one call of :func:`collect` while they grow."""
+    """The run of one call of :func:`collect`, which adds to its sums."""
 
     def __init__(
         self,
@@ -249,14 +344,12 @@ class _Pass:
         loss: Loss | None,
         seed: int,
         moments: SecondMoments | None,
+        first: int,
     ) -> None:
         self.stack: list[str] = [""]
-        self.samples = 0
         self.weights: dict[str, Tensor] = {}
         self._model, self._graph, self._needs = model, graph, needs
-        self._loss, self._seed = loss, seed
-        self._losses = 0.0
-        self._units: dict[str, NDArray[np.float64]] = {}
+        self._loss, self._seed, self._first = loss, seed, first
         self._contributions: Contributions | None = None
         if needs & _GRADIENTS:
             self._contributions = Contributions(graph)
@@ -272,18 +365,27 @@ class _Pass:
                 attention="attention" in needs,
                 moments=moments,
             )
+        sites = tuple(self._watch.sites) if self._watch else ()
+        confidence = self._watch.confidence if self._watch else None
+        heads = tuple(confidence.heads) if confidence else ()
+        self.sums = Sums(needs, graph.unit_count, sites, heads)
+
+    @property
+    def _number(self) -> int:
+        """Of the present sample, the same however often the pass was stopped before it."""
+        return self._first + self.sums.samples
 
     def take(self, batch: Any, samples: int) -> None:
         """Add what one batch brings: forward, and backward if gradients are needed."""
         if not samples:
             return
         if self._watch is not None:
-            self._watch.begin(self.samples)
+            self._watch.begin(self._number)
         with torch.set_grad_enabled(self._contributions is not None):
             with self._watch or nullcontext():
                 output = run_batch(self._model, batch)
             if self._contributions is None:
-                self.samples += samples
+                self.sums.samples += samples
                 return
             value = loss_of(
                 output,
@@ -294,19 +396,19 @@ class _Pass:
             )
             found = torch.autograd.grad(value, list(self.weights.values()), allow_unused=True)
         self._add(self._contributions, dict(zip(self.weights, found, strict=True)))
-        self._losses += float(value.detach())
-        self.samples += samples
+        self.sums.losses += float(value.detach())
+        self.sums.samples += samples
 
     def _draw(self) -> int:
         """A seed of 32 bits (PyTorch's generator reads no more) for the present sample."""
-        source = np.random.SeedSequence((self._seed, self.samples))
+        source = np.random.SeedSequence((self._seed, self._number))
         return int(source.generate_state(1)[0])
 
     def _add(self, of: Contributions, gradients: Mapping[str, Tensor | None]) -> None:
         plain, squared = of.reduce(self.weights, gradients)
         if not np.isfinite(squared).all():
             raise DataError(
-                f"gradients of sample {self.samples} are NaN or infinite",
+                f"gradients of sample {self.sums.samples} are NaN or infinite",
                 why="the sample holds such values, or the model makes them",
                 fix="clean the data; for a model in half precision try float32",
             )
@@ -319,18 +421,4 @@ class _Pass:
             self._sum("head_gradient", np.abs(of.gated(plain)))
 
     def _sum(self, name: str, values: NDArray[np.float64]) -> None:
-        self._units[name] = self._units.get(name, 0.0) + values
-
-    def result(self) -> Statistics:
-        """The sums as they are now."""
-        watch = self._watch
-        heads: Sequence[Heads] = watch.confidence.heads if watch and watch.confidence else ()
-        return Statistics(
-            self._needs,
-            self._graph.unit_count,
-            self.samples,
-            self._units,
-            tuple(watch.sites) if watch else (),
-            tuple(heads),
-            self._losses / self.samples if self._contributions else float("nan"),
-        )
+        self.sums.units[name] = self.sums.units.get(name, 0.0) + values

@@ -211,7 +211,7 @@ def collect(
     passed = _Pass(model, graph, tensors, wanted, loss, seed, moments, index << 32)
     keeper: Keeper | None = None
     if path is not None:
-        options = {"loss": loss, "seed": seed, "split": split, "plan": kept}
+        options: dict[str, Any] = {"loss": loss, "seed": seed, "split": split, "plan": kept}
         options |= {"positions": positions, "memory_limit": memory_limit, "also": sorted(also)}
         source = describe_source(graph, tensors, {**options, "process": f"{index + 1} of {count}"})
         keeper = Keeper(own_path(path, index, count), passed.sums, source, _place(model))

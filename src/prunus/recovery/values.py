@@ -10,6 +10,7 @@ them into what stays of all heads.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -68,18 +69,15 @@ def turn_values(
                 whole[columns[:, None], columns] = inverse
         rotated[path.weight] = _turned(known, whole.to(known.total.device))
     found = tuple(
-        replace_moments(site, rotated[site.tensor]) if site.tensor in rotated else site
+        _with_moments(site, rotated[site.tensor]) if site.tensor in rotated else site
         for site in sites
     )
     return Turned(changed, found)
 
 
-def replace_moments(site: Site, moments: Moments) -> Site:
-    """The same site with other moments."""
-    made = Site(site.tensor, site.module, site.label, window=site.window, moments=moments)
-    made.count, made.total, made.square, made.weight = (
-        site.count, site.total, site.square, site.weight,
-    )  # fmt: skip
+def _with_moments(site: Site, moments: Moments) -> Site:
+    made = copy.copy(site)
+    made.moments = moments
     return made
 
 

@@ -103,6 +103,10 @@ def missed(row: Row) -> list[str]:
     return [what for what, holds in promised.items() if not holds]
 
 
+TIE = 0.0005
+"""Of all importance: what half a per cent of time is worth to MobileNetV2."""
+
+
 def late(row: Row) -> list[str]:
     """What a row of latency.csv lacks of what is promised of a latency budget."""
     ratio = number(row["measured_ratio"])
@@ -110,7 +114,7 @@ def late(row: Row) -> list[str]:
     promised = {
         "lands": abs(ratio / number(row["requested"]) - 1) <= 0.07,
         "same time": abs(number(row["macs_plan_ratio"]) / ratio - 1) <= 0.03,
-        "keeps": kept >= 0.99 * beside,
+        "keeps": kept > beside - TIE if row["model"] == "mobilenetv2" else kept >= 0.99 * beside,
         "quiet": abs(number(row["dense_vs_dense"]) - 1) <= 0.03,
         "commit": not row["commit"].endswith("+"),
     }
@@ -127,7 +131,6 @@ def test_every_time_is_met() -> None:
     # Where MACs are the poorest guide a latency plan keeps more; where they guide well, as much.
     own = [(number(row["kept_importance"]), number(row["kept_importance_macs_plan"]))
            for row in rows if row["model"] == "mobilenetv2"]  # fmt: skip
-    assert all(kept > beside - 0.0005 for kept, beside in own)
     assert not own or sum(kept > beside for kept, beside in own) >= 3
 
 

@@ -105,10 +105,12 @@ def shrink(
         What is run in place of the forward, as in :func:`trace`, also on the data's batches.
     recover
         What the data are used for after the proof, without labels and without training.
-        ``"auto"`` folds what goes into what stays (:func:`compensate`, least squares), measures
-        batch norms again (:func:`recalibrate`), and keeps of either what brings the outputs nearer
-        to the dense model's; ``"recalibrate"``, ``"bias"`` and ``"least_squares"`` do one of
-        these; ``"none"`` leaves what the cut left.  ``Shrunk.recovery`` says what each brought.
+        ``"auto"`` folds what goes into what stays (:func:`compensate`, least squares), corrects
+        the weights of LayerNorms and RMSNorms over axes that lost positions (no other method
+        does), measures batch norms again (:func:`recalibrate`), and keeps of these what brings the
+        outputs nearer to the dense model's; ``"recalibrate"``, ``"bias"`` and ``"least_squares"``
+        do one thing alone; ``"none"`` leaves what the cut left.  ``Shrunk.recovery`` says what
+        each brought.
     progress
         Called with the name of a step of the recovery, and the number of batches done.
 

@@ -48,9 +48,9 @@ def add_recovery(parser: argparse.ArgumentParser) -> None:
         "--recover",
         choices=RECOVERIES,
         default="auto",
-        help="what the calibration data repair: weights by least squares, then batch norms, of "
-        "either what brings the outputs nearer to the dense model's (auto, the default); or one "
-        "of them; or nothing",
+        help="what the calibration data repair: weights by least squares, then layer norms, then "
+        "batch norms, of these what brings the outputs nearer to the dense model's (auto, the "
+        "default); or weights or batch norms alone; or nothing",
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from prunus.errors import ModelError, PlanError
@@ -15,10 +16,11 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.importance.batches import run_batch
 from prunus.plans import Plan
 from prunus.recovery.compensate import compensate
+from prunus.recovery.layer_norms import Correction, correct_norms, measure_norms
 from prunus.recovery.norms import batch_norms, recalibrate
 from prunus.recovery.repair import Method
 from prunus.surgeon.apply import cut
-from prunus.tracer.program import tensors_of
+from prunus.tracer.program import state_of, tensors_of
 from prunus.tracer.trace import quiet_run
 
 Recover = Literal["auto", "none", "recalibrate", "bias", "least_squares"]
@@ -27,6 +29,9 @@ LOOKED_AT = 4
 """Batches on which the outputs are compared with those of the dense model."""
 
 WORSE = "it made the outputs worse"
+
+Undone = list[Callable[[], None]]
+"""What puts back values that steps changed in place, in the order of the steps."""
 
 Progress = Callable[[str, int], None]
 """Called with the name of a step, and the number of batches done."""
@@ -39,7 +44,7 @@ class Step:
     Attributes
     ----------
     name
-        ``"cut"``, ``"bias"``, ``"least squares"`` or ``"batch norms"``.
+        ``"cut"``, ``"bias"``, ``"least squares"``, ``"norms"`` or ``"batch norms"``.
     error
         √(Σ (y − y₀)² / Σ y₀²) over the outputs of the first batches after the step, with the
         dense model's y₀; NaN where the outputs can't be compared, or the step was not taken.
@@ -85,8 +90,10 @@ def cut_and_recover(
         Calibration batches, which are read several times; without them the model is only cut.
     method
         ``"recalibrate"`` measures batch norms again; ``"bias"`` and ``"least_squares"``
-        compensate; ``"auto"`` does least squares, then batch norms, and keeps of either what
-        brings the outputs nearer to those of the dense model.
+        compensate; ``"auto"`` does least squares, corrects norms over axes that lost positions
+        (:mod:`prunus.recovery.layer_norms`), then measures batch norms, and keeps of these what
+        brings the outputs nearer to those of the dense model; least squares also where they do
+        so only once the norms are corrected.
     looked_at
         Batches on which the outputs are compared.
 
@@ -98,8 +105,11 @@ def cut_and_recover(
     check_recovery(method)
     if data is None or method == "none":
         return Recovery(plan, (), cut(plan, model))
-    bench = _Bench(model, data, looked_at, answers_of(model, looked_at), progress)
+    tell = _counting(progress, "norms")
+    norms = measure_norms(model, plan, data, progress=tell) if method == "auto" else ()
+    bench = _Bench(model, data, looked_at, answers_of(model, looked_at), norms, progress)
     undo = cut(plan, model)
+    undone: Undone = []
     try:
         steps = [Step("cut", bench.distance())]
         if method != "recalibrate":
@@ -110,13 +120,14 @@ def cut_and_recover(
             options: Any = {"method": kind, "new_biases": new_biases}
             plan, undo, step = bench.compensate(plan, graph, limit, **options)
             steps.append(step)
+        if norms:
+            steps.append(bench.correct(_left(steps), undone))
         if method in ("auto", "recalibrate") and batch_norms(model):
-            before = next(step.error for step in reversed(steps) if step.kept)
-            steps.append(bench.settle(before if method == "auto" else None))
+            steps.append(bench.settle(_left(steps) if method == "auto" else None, undone))
     except BaseException:
-        undo()
+        _undo_all(undo, undone)
         raise
-    return Recovery(plan, tuple(steps), undo)
+    return Recovery(plan, tuple(steps), lambda: _undo_all(undo, undone))
 
 
 def check_recovery(method: str) -> None:
@@ -131,12 +142,14 @@ def check_recovery(method: str) -> None:
 
 @dataclass(frozen=True)
 class _Bench:
-    """A model under repair, with what the dense one answered to the batches that are looked at."""
+    """A model under repair, with what the dense one answered to the batches that are looked at,
+    and what it said of the norms that the plan shortens."""
 
     model: nn.Module
     data: Iterable[Any]
     looked_at: Sequence[Any]
     dense: Sequence[dict[str, Tensor]]
+    norms: Sequence[Correction]
     progress: Progress | None
 
     def compensate(
@@ -144,7 +157,7 @@ class _Bench:
     ) -> tuple[Plan, Callable[[], None], Step]:
         """Compensate the whole model; with a limit, only cut it where that can't be or is worse."""
         name = "bias" if options["method"] == "bias" else "least squares"
-        count = self._counting(name)
+        count = _counting(self.progress, name)
         try:
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
@@ -153,34 +166,102 @@ class _Bench:
             if limit is None:
                 raise
             return plan, cut(plan, self.model), Step(name, math.nan, False, error.what)
-        found = self.distance()
-        if limit is None or not found > limit:
+        try:
+            found = self.distance()
+            nearer = limit is None or not found > limit or self._corrected() < limit
+        except BaseException:
+            done.undo()
+            raise
+        if nearer:
             minded = "; ".join(str(one.message) for one in told)
             return done.plan, done.undo, Step(name, found, why=minded)
         done.undo()
         return plan, cut(plan, self.model), Step(name, found, False, WORSE)
 
-    def settle(self, limit: float | None) -> Step:
+    def correct(self, limit: float, undone: Undone) -> Step:
+        """Correct norms over shortened axes; as they were where that is worse than the limit."""
+        return self._try("norms", self._of_norms(), self._correct, limit, undone)
+
+    def _corrected(self) -> float:
+        """How far off the outputs would be with the norms corrected.
+
+        What was fitted behind a norm expects the outputs that it has then, and may be worse than
+        a mere cut before.
+        """
+        if not self.norms:
+            return math.inf
+        put_back = _remember(self._of_norms())
+        self._correct()
+        found = self.distance()
+        put_back()
+        return found
+
+    def _of_norms(self) -> list[Tensor]:
+        state, _ = state_of(self.model)
+        return [state[name] for one in self.norms for name in (one.weight, one.bias) if name]
+
+    def _correct(self) -> None:
+        correct_norms(self.model, self.norms)
+
+    def settle(self, limit: float | None, undone: Undone) -> Step:
         """Measure batch norms again; as they were where that is worse than the limit."""
         name = "batch norms"
-        norms = batch_norms(self.model)
-        saved = [{key: buffer.clone() for key, buffer in norm.named_buffers()} for norm in norms]
-        recalibrate(self.model, self.data, progress=self._counting(name))
+        touched = [buffer for norm in batch_norms(self.model) for buffer in norm.buffers()]
+
+        def measure() -> None:
+            recalibrate(self.model, self.data, progress=_counting(self.progress, name))
+
+        return self._try(name, touched, measure, limit, undone)
+
+    def _try(
+        self,
+        name: str,
+        touched: Sequence[Tensor],
+        change: Callable[[], None],
+        limit: float | None,
+        undone: Undone,
+    ) -> Step:
+        """Change tensors in place; with a limit, not where the outputs are farther off then."""
+        undone.append(_remember(touched))
+        change()
         found = self.distance()
         if limit is None or not found > limit:
             return Step(name, found)
-        for norm, buffers in zip(norms, saved, strict=True):
-            for key, buffer in norm.named_buffers():
-                buffer.copy_(buffers[key])
+        undone.pop()()
         return Step(name, found, False, WORSE)
 
     def distance(self) -> float:
         """How far the outputs are from the dense ones, relative to these; NaN if none compare."""
         return distance(self.dense, answers_of(self.model, self.looked_at))
 
-    def _counting(self, name: str) -> Callable[[int], None] | None:
-        tell = self.progress
-        return None if tell is None else lambda batches: tell(name, batches)
+
+def _counting(tell: Progress | None, name: str) -> Callable[[int], None] | None:
+    """What tells the batches of one step."""
+    return None if tell is None else lambda batches: tell(name, batches)
+
+
+def _left(steps: Sequence[Step]) -> float:
+    """The error after the last step that was kept."""
+    return next(step.error for step in reversed(steps) if step.kept)
+
+
+def _remember(tensors: Sequence[Tensor]) -> Callable[[], None]:
+    """What puts the values of tensors back in place."""
+    saved = [tensor.detach().clone() for tensor in tensors]
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for tensor, values in zip(tensors, saved, strict=True):
+                tensor.copy_(values)
+
+    return put_back
+
+
+def _undo_all(undo: Callable[[], None], undone: Undone) -> None:
+    """Put values back, last first, and then the model that was cut."""
+    while undone:
+        undone.pop()()
+    undo()
 
 
 Answers = Sequence[Mapping[str, Tensor]]

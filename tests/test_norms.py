@@ -1,4 +1,4 @@
-"""LayerNorms and RMSNorms after a cut: the formula by hand, what is one, and the way back."""
+"""Norms after a cut: the formulas by hand, what counts as a norm, and the way back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import models_zoo
 import prunus
-from prunus.recovery import LOOKED_AT, answers_of, distance, recover
+from models_zoo import data as fashion
+from prunus.recovery import LOOKED_AT, answers_of, distance, recover, refresh
 from prunus.recovery.layer_norms import Correction, correct_norms, measure_norms
 from tests.snapshots import same, snapshot
 
@@ -334,3 +335,147 @@ def test_a_failure_at_any_comparison_leaves_the_model_whole(
         assert not torch.equal(last.running_var, torch.ones(3))
         done.undo()
     assert same(snapshot(model), before)
+
+
+def convolutions() -> nn.Sequential:
+    """Two batch norms with statistics of pictures that are no standard normal numbers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
+    )
+    for norm in (model[1], model[4]):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+    prunus.recalibrate(model, [0.3 + 1.5 * torch.randn(16, 3, 10, 10) for _ in range(4)])
+    return model.eval()
+
+
+PICTURES = torch.zeros(2, 3, 10, 10)
+
+
+@torch.no_grad()
+def read_by_second(model: nn.Sequential, pictures: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of what the second batch norm reads, where the first normalises anew."""
+    norm, found = model[1], []
+    for x in pictures:
+        x = nn.functional.batch_norm(
+            model[0](x), None, None, norm.weight, norm.bias, training=True, eps=norm.eps
+        )
+        found.append(model[3](x.relu()))
+    rows = torch.cat(found).movedim(1, 0).flatten(1).double()
+    return rows.mean(1), rows.var(1, correction=0)
+
+
+def test_batch_norms_follow_random_inputs_by_the_formula() -> None:
+    dense, model = convolutions(), convolutions()
+    done = prunus.shrink(model, PICTURES, budget=prunus.Budget(macs=0.5), seed=3)
+    assert [(s.name, s.kept) for s in done.recovery] == [
+        ("cut", True),
+        ("batch norms (no data)", True),
+    ]
+    assert done.recovery[1].error < done.recovery[0].error
+    calls = refresh.random_calls(done.plan, dense, seed=3)
+    pictures = [args[0] for args, _ in calls]
+    assert len({float(x.sum()) for x in pictures}) == refresh.BATCHES
+    stay = list(done.plan.keep[prunus.Axis("4.running_mean", 0)])
+    mean, variance = (values[stay] for values in read_by_second(dense, pictures))
+    moved, spread = read_by_second(model, pictures)
+    stored, norm = dense[4].running_var[stay].double(), model[4]
+    wanted = dense[4].running_mean[stay] + (moved - mean) * (stored / variance).sqrt()
+    assert torch.allclose(norm.running_mean.double(), wanted, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(norm.running_var.double(), stored * spread / variance, rtol=1e-4)
+    first = list(done.plan.keep[prunus.Axis("1.running_mean", 0)])
+    assert torch.equal(model[1].running_mean, dense[1].running_mean[first])  # nothing went before
+
+
+def test_without_data_a_trained_network_gets_most_of_its_accuracy_back() -> None:
+    images, labels = (values[:500] for values in fashion.test())
+    inputs = models_zoo.example_inputs("resnet_fmnist")[0]
+    found = {}
+    for recovery in ("none", "auto"):
+        model = models_zoo.build("resnet_fmnist", pretrained=True)
+        options: Any = {"recover": recovery, "each_group": False, "verified": False}
+        prunus.shrink(model, inputs, budget=prunus.Budget(macs=0.7), **options)
+        found[recovery] = fashion.accuracy(model, images, labels)
+    assert found["none"] < 65
+    assert found["auto"] > 85
+
+
+def test_dropped_blocks_count_as_part_of_what_the_cut_changed() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    one = torch.ones(2, dtype=torch.float64)
+    dense = {"0": (7 * one, 3 * one), "1": (7 * one, 3 * one), "2": (0 * one, one)}
+    plan = prunus.Plan({}, {}, drops=("1",))
+    refresh.move_statistics(model, plan, dense, {"1": (one, 4 * one)})
+    assert model[1].running_mean.tolist() == [1, 1]
+    assert model[1].running_var.tolist() == [4, 4]
+    assert model[0].running_var.tolist() == [1, 1]
+
+
+def test_channels_on_which_random_inputs_say_nothing_stay_as_they_are() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    numbers = [torch.tensor(v, dtype=torch.float64) for v in ((1, 0), (1, 0), (3, 3), (1e9, 1))]
+    mean, variance, moved, spread = numbers
+    refresh.move_statistics(
+        model, prunus.Plan({}, {}), {"0": (mean, variance)}, {"0": (moved, spread)}
+    )
+    assert model[0].running_mean.tolist() == [2, 0]
+    assert model[0].running_var.tolist() == [refresh.MOST, 1]
+
+
+def spoil(model: nn.Module, *_: Any) -> None:
+    model[4].running_var.fill_(1e-9)
+
+
+def test_statistics_that_make_the_outputs_worse_are_taken_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, cut = convolutions(), convolutions()
+    options: Any = {"budget": prunus.Budget(macs=0.5), "each_group": False}
+    prunus.shrink(cut, PICTURES, recover="none", **options)
+    monkeypatch.setattr(recover, "move_statistics", spoil)
+    done = prunus.shrink(model, PICTURES, **options)
+    assert not done.recovery[-1].kept
+    assert all(map(torch.equal, model.buffers(), cut.buffers()))
+
+
+def test_a_failure_without_data_leaves_the_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = convolutions().train()
+    before = snapshot(model)
+
+    def fail(*_: Any) -> None:
+        spoil(model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recover, "move_statistics", fail)
+    with pytest.raises(KeyboardInterrupt):
+        prunus.shrink(model, PICTURES, budget=prunus.Budget(macs=0.5))
+    assert same(snapshot(model), before)
+
+
+def test_where_random_inputs_help_nothing_the_model_is_only_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    normless = nn.Sequential(nn.Linear(6, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 2))
+    assert prunus.shrink(normless, torch.zeros(1, 6), ratio=0.5).recovery == ()
+
+    def refuse(*_: Any) -> None:
+        raise ArithmeticError("the model's own error")
+
+    monkeypatch.setattr(recover, "moments_of", refuse)
+    model = convolutions()
+    done = prunus.shrink(model, PICTURES, budget=prunus.Budget(macs=0.5))
+    assert done.recovery == ()
+    assert model[0].out_channels < 16
+
+
+def test_one_value_per_channel_is_enough() -> None:
+    """In training mode PyTorch refuses it."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)]
+    model = nn.Sequential(*layers, nn.ReLU(), nn.Linear(WIDTH, 2)).eval()
+    done = prunus.shrink(model, torch.zeros(1, 6), ratio=0.5)
+    assert [step.name for step in done.recovery] == ["cut", "batch norms (no data)"]
+    assert all(bool(torch.isfinite(buffer).all()) for buffer in model.buffers())

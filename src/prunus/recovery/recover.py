@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from prunus.errors import ModelError, PlanError
@@ -18,7 +17,9 @@ from prunus.plans import Plan
 from prunus.recovery.compensate import compensate
 from prunus.recovery.layer_norms import Correction, correct_norms, measure_norms
 from prunus.recovery.norms import batch_norms, recalibrate
+from prunus.recovery.refresh import Call, Moments, moments_of, move_statistics, random_calls
 from prunus.recovery.repair import Method
+from prunus.recovery.put_back import remember
 from prunus.surgeon.apply import cut
 from prunus.tracer.program import state_of, tensors_of
 from prunus.tracer.trace import quiet_run
@@ -44,10 +45,12 @@ class Step:
     Attributes
     ----------
     name
-        ``"cut"``, ``"bias"``, ``"least squares"``, ``"norms"`` or ``"batch norms"``.
+        ``"cut"``, ``"bias"``, ``"least squares"``, ``"norms"``, ``"batch norms"`` or
+        ``"batch norms (no data)"``.
     error
-        √(Σ (y − y₀)² / Σ y₀²) over the outputs of the first batches after the step, with the
-        dense model's y₀; NaN where the outputs can't be compared, or the step was not taken.
+        √(Σ (y − y₀)² / Σ y₀²) over the outputs of the first batches (without data, of random
+        inputs) after the step, with the dense model's y₀; NaN where the outputs can't be
+        compared, or the step was not taken.
     kept
         Whether it stayed; ``"auto"`` takes back what makes the outputs worse.
     why
@@ -79,6 +82,7 @@ def cut_and_recover(
     looked_at: Sequence[Any] = (),
     new_biases: bool = True,
     progress: Progress | None = None,
+    seed: int = 0,
 ) -> Recovery:
     """Cut the model and repair it with the data; in place, either as a whole or not at all.
 
@@ -87,7 +91,9 @@ def cut_and_recover(
     model, plan, graph, new_biases
         See :func:`~prunus.recovery.compensate.compensate`.
     data
-        Calibration batches, which are read several times; without them the model is only cut.
+        Calibration batches, which are read several times.  Without them the model is only cut,
+        but by ``"auto"`` its batch norms follow by random inputs of the traced shapes
+        (:mod:`prunus.recovery.refresh`), where that brings the outputs on these nearer.
     method
         ``"recalibrate"`` measures batch norms again; ``"bias"`` and ``"least_squares"``
         compensate; ``"auto"`` does least squares, corrects norms over axes that lost positions
@@ -96,6 +102,8 @@ def cut_and_recover(
         so only once the norms are corrected.
     looked_at
         Batches on which the outputs are compared.
+    seed
+        Of the random inputs.
 
     Raises
     ------
@@ -103,6 +111,8 @@ def cut_and_recover(
         As from what it calls; the model is then whole.
     """
     check_recovery(method)
+    if data is None and method == "auto":
+        return _cut_and_refresh(model, plan, seed)
     if data is None or method == "none":
         return Recovery(plan, (), cut(plan, model))
     tell = _counting(progress, "norms")
@@ -130,6 +140,37 @@ def cut_and_recover(
     return Recovery(plan, tuple(steps), lambda: _undo_all(undo, undone))
 
 
+def _cut_and_refresh(model: nn.Module, plan: Plan, seed: int) -> Recovery:
+    """Cut the model, and let its batch norms follow without data."""
+    calls = random_calls(plan, model, seed=seed) if batch_norms(model) else []
+    dense: Moments = {}
+    answers: list[dict[str, Tensor]] = []
+    try:
+        if calls:
+            dense = moments_of(model, calls)
+            answers = answers_of(model, calls[:LOOKED_AT], _run_call)
+    except Exception:  # a model's code may refuse random values with any error
+        calls = []
+    undo = cut(plan, model)
+    if not calls:
+        return Recovery(plan, (), undo)
+    bench = _Bench(model, calls, calls[:LOOKED_AT], answers, (), None, _run_call)
+    undone: Undone = []
+    try:
+        steps = [Step("cut", bench.distance())]
+        if not math.isnan(steps[0].error):
+            steps.append(bench.refresh(plan, dense, steps[0].error, undone))
+    except BaseException:
+        _undo_all(undo, undone)
+        raise
+    return Recovery(plan, tuple(steps), lambda: _undo_all(undo, undone))
+
+
+def _run_call(model: nn.Module, call: Call) -> Any:
+    args, kwargs = call
+    return model(*args, **kwargs)
+
+
 def check_recovery(method: str) -> None:
     """Refuse a recovery that there is not."""
     if method not in get_args(Recover):
@@ -151,6 +192,7 @@ class _Bench:
     dense: Sequence[dict[str, Tensor]]
     norms: Sequence[Correction]
     progress: Progress | None
+    run: Callable[[nn.Module, Any], Any] = run_batch
 
     def compensate(
         self, plan: Plan, graph: CouplingGraph | None, limit: float | None, **options: Any
@@ -168,7 +210,7 @@ class _Bench:
             return plan, cut(plan, self.model), Step(name, math.nan, False, error.what)
         try:
             found = self.distance()
-            nearer = limit is None or not found > limit or self._corrected() < limit
+            nearer = _nearer(found, limit) or _nearer(self._corrected(), limit)
         except BaseException:
             done.undo()
             raise
@@ -190,7 +232,7 @@ class _Bench:
         """
         if not self.norms:
             return math.inf
-        put_back = _remember(self._of_norms())
+        put_back = remember(self._of_norms())
         self._correct()
         found = self.distance()
         put_back()
@@ -213,6 +255,16 @@ class _Bench:
 
         return self._try(name, touched, measure, limit, undone)
 
+    def refresh(self, plan: Plan, dense: Moments, limit: float, undone: Undone) -> Step:
+        """Let batch norms follow without data; as they were where that is worse than the limit."""
+        touched = [buffer for norm in batch_norms(self.model) for buffer in norm.buffers()]
+
+        def move() -> None:
+            found = moments_of(self.model, list(self.data))
+            move_statistics(self.model, plan, dense, found)
+
+        return self._try("batch norms (no data)", touched, move, limit, undone)
+
     def _try(
         self,
         name: str,
@@ -222,17 +274,17 @@ class _Bench:
         undone: Undone,
     ) -> Step:
         """Change tensors in place; with a limit, not where the outputs are farther off then."""
-        undone.append(_remember(touched))
+        undone.append(remember(touched))
         change()
         found = self.distance()
-        if limit is None or not found > limit:
+        if _nearer(found, limit):
             return Step(name, found)
         undone.pop()()
         return Step(name, found, False, WORSE)
 
     def distance(self) -> float:
         """How far the outputs are from the dense ones, relative to these; NaN if none compare."""
-        return distance(self.dense, answers_of(self.model, self.looked_at))
+        return distance(self.dense, answers_of(self.model, self.looked_at, self.run))
 
 
 def _counting(tell: Progress | None, name: str) -> Callable[[int], None] | None:
@@ -240,21 +292,14 @@ def _counting(tell: Progress | None, name: str) -> Callable[[int], None] | None:
     return None if tell is None else lambda batches: tell(name, batches)
 
 
+def _nearer(found: float, limit: float | None) -> bool:
+    """Whether outputs are as near as before, or nobody asks, or nothing could be compared."""
+    return limit is None or math.isnan(limit) or found <= limit
+
+
 def _left(steps: Sequence[Step]) -> float:
     """The error after the last step that was kept."""
     return next(step.error for step in reversed(steps) if step.kept)
-
-
-def _remember(tensors: Sequence[Tensor]) -> Callable[[], None]:
-    """What puts the values of tensors back in place."""
-    saved = [tensor.detach().clone() for tensor in tensors]
-
-    def put_back() -> None:
-        with torch.no_grad():
-            for tensor, values in zip(tensors, saved, strict=True):
-                tensor.copy_(values)
-
-    return put_back
 
 
 def _undo_all(undo: Callable[[], None], undone: Undone) -> None:
@@ -268,12 +313,16 @@ Answers = Sequence[Mapping[str, Tensor]]
 """Outputs by name, batch by batch."""
 
 
-def answers_of(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Tensor]]:
+def answers_of(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Callable[[nn.Module, Any], Any] = run_batch,
+) -> list[dict[str, Tensor]]:
     """What a model answers to batches, in eval mode; outputs of fractions alone."""
     found = []
     with quiet_run(model):
         for batch in batches:
-            answer = tensors_of(run_batch(model, batch))
+            answer = tensors_of(run(model, batch))
             found.append({name: t.detach().clone() for name, t in answer if t.is_floating_point()})
     return found
 

@@ -17,9 +17,9 @@ from prunus.plans import Plan
 from prunus.recovery.compensate import compensate
 from prunus.recovery.layer_norms import Correction, correct_norms, measure_norms
 from prunus.recovery.norms import batch_norms, recalibrate
+from prunus.recovery.put_back import remember
 from prunus.recovery.refresh import Call, Moments, moments_of, move_statistics, random_calls
 from prunus.recovery.repair import Method
-from prunus.recovery.put_back import remember
 from prunus.surgeon.apply import cut
 from prunus.tracer.program import state_of, tensors_of
 from prunus.tracer.trace import quiet_run

@@ -472,10 +472,14 @@ def test_where_random_inputs_help_nothing_the_model_is_only_cut(
 
 
 def test_one_value_per_channel_is_enough() -> None:
-    """In training mode PyTorch refuses it."""
+    """In training mode PyTorch refuses it, and normalised by itself it would be zero."""
     torch.manual_seed(0)
-    layers = [nn.Linear(6, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)]
-    model = nn.Sequential(*layers, nn.ReLU(), nn.Linear(WIDTH, 2)).eval()
+    first = [nn.Linear(6, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU()]
+    second = [nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU()]
+    model = nn.Sequential(*first, *second, nn.Linear(WIDTH, 2)).eval()
+    calls = [((torch.randn(1, 6),), {}) for _ in range(refresh.BATCHES)]
+    _, variance = refresh.moments_of(model, calls)["4"]
+    assert bool((variance > 0.01).all())
     done = prunus.shrink(model, torch.zeros(1, 6), ratio=0.5)
     assert [step.name for step in done.recovery] == ["cut", "batch norms (no data)"]
     assert all(bool(torch.isfinite(buffer).all()) for buffer in model.buffers())

@@ -87,7 +87,7 @@ def shrink(
     budget
         See :func:`plan`, which also takes the ``options``.
     data
-        Calibration batches, for the recovery (without them the model is only cut), for an
+        Calibration batches, for the recovery (without them only batch norms recover), for an
         importance that reads them, and for the number of blocks to drop (without them that is
         decided on the example inputs).  An iterator that has to serve twice is kept as a list.
     verified
@@ -104,11 +104,15 @@ def shrink(
     forward_fn
         What is run in place of the forward, as in :func:`trace`, also on the data's batches.
     recover
-        What the data are used for after the proof, without labels and without training.
-        ``"auto"`` folds what goes into what stays (:func:`compensate`, least squares), measures
-        batch norms again (:func:`recalibrate`), and keeps of either what brings the outputs nearer
-        to the dense model's; ``"recalibrate"``, ``"bias"`` and ``"least_squares"`` do one of
-        these; ``"none"`` leaves what the cut left.  ``Shrunk.recovery`` says what each brought.
+        What is done after the proof, without labels and without training.
+        ``"auto"`` folds what goes into what stays (:func:`compensate`, least squares), corrects
+        the weights of LayerNorms and RMSNorms over axes that lost positions (no other method
+        does), measures batch norms again (:func:`recalibrate`), and keeps of these what brings the
+        outputs nearer to the dense model's; without data, it moves the statistics of batch norms
+        by what random inputs say that the cut changed, and keeps them where that brings the
+        outputs on these nearer.  ``"recalibrate"``, ``"bias"`` and ``"least_squares"`` do one
+        thing alone, with data; ``"none"`` leaves what the cut left.  ``Shrunk.recovery`` says
+        what each step brought.
     progress
         Called with the name of a step of the recovery, and the number of batches done.
 
@@ -146,6 +150,7 @@ def shrink(
             looked_at=looked_at,
             new_biases=mode == "free",  # a plain config can't say them
             progress=progress,
+            seed=seed,
         )
     return Shrunk(model, graph, recovered.plan, certificate, held, recovered.steps)
 

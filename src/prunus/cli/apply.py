@@ -86,6 +86,7 @@ def _cut(
             method=options.recover,
             looked_at=looked_at,
             progress=cutting.telling(step),
+            seed=options.seed,
         )
         plan, recovery = done.plan, done.steps
         stages.append(cutting.measure(loaded, "pruned"))

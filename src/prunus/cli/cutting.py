@@ -43,14 +43,15 @@ class Outcome:
 
 
 def add_recovery(parser: argparse.ArgumentParser) -> None:
-    """What the calibration data are used for after the proof."""
+    """What is repaired after the proof."""
     parser.add_argument(
         "--recover",
         choices=RECOVERIES,
         default="auto",
-        help="what the calibration data repair: weights by least squares, then batch norms, of "
-        "either what brings the outputs nearer to the dense model's (auto, the default); or one "
-        "of them; or nothing",
+        help="what the calibration data repair: weights by least squares, then layer norms, then "
+        "batch norms, of these what brings the outputs nearer to the dense model's (auto, the "
+        "default; without --data it moves batch norms by what random inputs say); or weights or "
+        "batch norms alone; or nothing",
     )
 
 
@@ -188,7 +189,7 @@ def _show(outcome: Outcome, options: argparse.Namespace) -> None:
 
 
 def tell_recovery(steps: Sequence[dict[str, Any]]) -> str:
-    """What the calibration data brought, step by step.
+    """What the recovery brought, step by step.
 
     >>> steps = [("cut", 0.5, True, ""), ("least squares", 0.125, True, ""),
     ...          ("batch norms", 0.25, False, "it made the outputs worse")]
@@ -203,7 +204,9 @@ def tell_recovery(steps: Sequence[dict[str, Any]]) -> str:
 
     kept = [f"{error(s)} after {'the ' * (s['name'] == 'cut')}{s['name']}"
             for s in steps if s["kept"]]  # fmt: skip
-    lines = [f"On the calibration data the outputs are off by {', '.join(kept)}."]
+    blind = any("no data" in s["name"] for s in steps)
+    inputs = "random inputs" if blind else "the calibration data"
+    lines = [f"On {inputs} the outputs are off by {', '.join(kept)}."]
     lines += [f"Mind: {s['why']}." for s in steps if s["kept"] and s["why"]]
     lines += [f"Not kept: {s['name']} ({error(s)}), since {s['why']}."
               for s in steps if not s["kept"]]  # fmt: skip

@@ -10,6 +10,7 @@ from torch import nn
 
 from prunus.errors import DataError
 from prunus.importance.batches import run_batch
+from prunus.recovery.put_back import remember
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -46,7 +47,7 @@ def recalibrate(
         return model
     modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
-    saved = [{name: b.clone() for name, b in norm.named_buffers()} for norm in norms]
+    put_back = remember(buffer for norm in norms for buffer in norm.buffers())
     done = 0
     try:
         model.eval()
@@ -72,9 +73,7 @@ def recalibrate(
                 fix="clean the data; the model was put back",
             )
     except BaseException:
-        for norm, buffers in zip(norms, saved, strict=True):
-            for name, buffer in norm.named_buffers():
-                buffer.copy_(buffers[name])
+        put_back()
         raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

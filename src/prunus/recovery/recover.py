@@ -15,10 +15,13 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.importance.batches import run_batch
 from prunus.plans import Plan
 from prunus.recovery.compensate import compensate
+from prunus.recovery.layer_norms import Correction, correct_norms, measure_norms
 from prunus.recovery.norms import batch_norms, recalibrate
+from prunus.recovery.put_back import remember
+from prunus.recovery.refresh import Call, Moments, moments_of, move_statistics, random_calls
 from prunus.recovery.repair import Method
 from prunus.surgeon.apply import cut
-from prunus.tracer.program import tensors_of
+from prunus.tracer.program import state_of, tensors_of
 from prunus.tracer.trace import quiet_run
 
 Recover = Literal["auto", "none", "recalibrate", "bias", "least_squares"]
@@ -27,6 +30,9 @@ LOOKED_AT = 4
 """Batches on which the outputs are compared with those of the dense model."""
 
 WORSE = "it made the outputs worse"
+
+Undone = list[Callable[[], None]]
+"""What puts back values that steps changed in place, in the order of the steps."""
 
 Progress = Callable[[str, int], None]
 """Called with the name of a step, and the number of batches done."""
@@ -39,10 +45,12 @@ class Step:
     Attributes
     ----------
     name
-        ``"cut"``, ``"bias"``, ``"least squares"`` or ``"batch norms"``.
+        ``"cut"``, ``"bias"``, ``"least squares"``, ``"norms"``, ``"batch norms"`` or
+        ``"batch norms (no data)"``.
     error
-        √(Σ (y − y₀)² / Σ y₀²) over the outputs of the first batches after the step, with the
-        dense model's y₀; NaN where the outputs can't be compared, or the step was not taken.
+        √(Σ (y − y₀)² / Σ y₀²) over the outputs of the first batches (without data, of random
+        inputs) after the step, with the dense model's y₀; NaN where the outputs can't be
+        compared, or the step was not taken.
     kept
         Whether it stayed; ``"auto"`` takes back what makes the outputs worse.
     why
@@ -74,6 +82,7 @@ def cut_and_recover(
     looked_at: Sequence[Any] = (),
     new_biases: bool = True,
     progress: Progress | None = None,
+    seed: int = 0,
 ) -> Recovery:
     """Cut the model and repair it with the data; in place, either as a whole or not at all.
 
@@ -82,13 +91,19 @@ def cut_and_recover(
     model, plan, graph, new_biases
         See :func:`~prunus.recovery.compensate.compensate`.
     data
-        Calibration batches, which are read several times; without them the model is only cut.
+        Calibration batches, which are read several times.  Without them the model is only cut,
+        but by ``"auto"`` its batch norms follow by random inputs of the traced shapes
+        (:mod:`prunus.recovery.refresh`), where that brings the outputs on these nearer.
     method
         ``"recalibrate"`` measures batch norms again; ``"bias"`` and ``"least_squares"``
-        compensate; ``"auto"`` does least squares, then batch norms, and keeps of either what
-        brings the outputs nearer to those of the dense model.
+        compensate; ``"auto"`` does least squares, corrects norms over axes that lost positions
+        (:mod:`prunus.recovery.layer_norms`), then measures batch norms, and keeps of these what
+        brings the outputs nearer to those of the dense model; least squares also where they do
+        so only once the norms are corrected.
     looked_at
         Batches on which the outputs are compared.
+    seed
+        Of the random inputs.
 
     Raises
     ------
@@ -96,10 +111,15 @@ def cut_and_recover(
         As from what it calls; the model is then whole.
     """
     check_recovery(method)
+    if data is None and method == "auto":
+        return _cut_and_refresh(model, plan, seed)
     if data is None or method == "none":
         return Recovery(plan, (), cut(plan, model))
-    bench = _Bench(model, data, looked_at, answers_of(model, looked_at), progress)
+    tell = _counting(progress, "norms")
+    norms = measure_norms(model, plan, data, progress=tell) if method == "auto" else ()
+    bench = _Bench(model, data, looked_at, answers_of(model, looked_at), norms, progress)
     undo = cut(plan, model)
+    undone: Undone = []
     try:
         steps = [Step("cut", bench.distance())]
         if method != "recalibrate":
@@ -110,13 +130,45 @@ def cut_and_recover(
             options: Any = {"method": kind, "new_biases": new_biases}
             plan, undo, step = bench.compensate(plan, graph, limit, **options)
             steps.append(step)
+        if norms:
+            steps.append(bench.correct(_left(steps), undone))
         if method in ("auto", "recalibrate") and batch_norms(model):
-            before = next(step.error for step in reversed(steps) if step.kept)
-            steps.append(bench.settle(before if method == "auto" else None))
+            steps.append(bench.settle(_left(steps) if method == "auto" else None, undone))
     except BaseException:
-        undo()
+        _undo_all(undo, undone)
         raise
-    return Recovery(plan, tuple(steps), undo)
+    return Recovery(plan, tuple(steps), lambda: _undo_all(undo, undone))
+
+
+def _cut_and_refresh(model: nn.Module, plan: Plan, seed: int) -> Recovery:
+    """Cut the model, and let its batch norms follow without data."""
+    calls = random_calls(plan, model, seed=seed) if batch_norms(model) else []
+    dense: Moments = {}
+    answers: list[dict[str, Tensor]] = []
+    try:
+        if calls:
+            dense = moments_of(model, calls)
+            answers = answers_of(model, calls[:LOOKED_AT], _run_call)
+    except Exception:  # a model's code may refuse random values with any error
+        calls = []
+    undo = cut(plan, model)
+    if not calls:
+        return Recovery(plan, (), undo)
+    bench = _Bench(model, calls, calls[:LOOKED_AT], answers, (), None, _run_call)
+    undone: Undone = []
+    try:
+        steps = [Step("cut", bench.distance())]
+        if not math.isnan(steps[0].error):
+            steps.append(bench.refresh(plan, dense, steps[0].error, undone))
+    except BaseException:
+        _undo_all(undo, undone)
+        raise
+    return Recovery(plan, tuple(steps), lambda: _undo_all(undo, undone))
+
+
+def _run_call(model: nn.Module, call: Call) -> Any:
+    args, kwargs = call
+    return model(*args, **kwargs)
 
 
 def check_recovery(method: str) -> None:
@@ -131,20 +183,23 @@ def check_recovery(method: str) -> None:
 
 @dataclass(frozen=True)
 class _Bench:
-    """A model under repair, with what the dense one answered to the batches that are looked at."""
+    """A model under repair, with what the dense one answered to the batches that are looked at,
+    and what it said of the norms that the plan shortens."""
 
     model: nn.Module
     data: Iterable[Any]
     looked_at: Sequence[Any]
     dense: Sequence[dict[str, Tensor]]
+    norms: Sequence[Correction]
     progress: Progress | None
+    run: Callable[[nn.Module, Any], Any] = run_batch
 
     def compensate(
         self, plan: Plan, graph: CouplingGraph | None, limit: float | None, **options: Any
     ) -> tuple[Plan, Callable[[], None], Step]:
         """Compensate the whole model; with a limit, only cut it where that can't be or is worse."""
         name = "bias" if options["method"] == "bias" else "least squares"
-        count = self._counting(name)
+        count = _counting(self.progress, name)
         try:
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
@@ -153,46 +208,121 @@ class _Bench:
             if limit is None:
                 raise
             return plan, cut(plan, self.model), Step(name, math.nan, False, error.what)
-        found = self.distance()
-        if limit is None or not found > limit:
+        try:
+            found = self.distance()
+            nearer = _nearer(found, limit) or _nearer(self._corrected(), limit)
+        except BaseException:
+            done.undo()
+            raise
+        if nearer:
             minded = "; ".join(str(one.message) for one in told)
             return done.plan, done.undo, Step(name, found, why=minded)
         done.undo()
         return plan, cut(plan, self.model), Step(name, found, False, WORSE)
 
-    def settle(self, limit: float | None) -> Step:
+    def correct(self, limit: float, undone: Undone) -> Step:
+        """Correct norms over shortened axes; as they were where that is worse than the limit."""
+        return self._try("norms", self._of_norms(), self._correct, limit, undone)
+
+    def _corrected(self) -> float:
+        """How far off the outputs would be with the norms corrected.
+
+        What was fitted behind a norm expects the outputs that it has then, and may be worse than
+        a mere cut before.
+        """
+        if not self.norms:
+            return math.inf
+        put_back = remember(self._of_norms())
+        self._correct()
+        found = self.distance()
+        put_back()
+        return found
+
+    def _of_norms(self) -> list[Tensor]:
+        state, _ = state_of(self.model)
+        return [state[name] for one in self.norms for name in (one.weight, one.bias) if name]
+
+    def _correct(self) -> None:
+        correct_norms(self.model, self.norms)
+
+    def settle(self, limit: float | None, undone: Undone) -> Step:
         """Measure batch norms again; as they were where that is worse than the limit."""
         name = "batch norms"
-        norms = batch_norms(self.model)
-        saved = [{key: buffer.clone() for key, buffer in norm.named_buffers()} for norm in norms]
-        recalibrate(self.model, self.data, progress=self._counting(name))
+        touched = [buffer for norm in batch_norms(self.model) for buffer in norm.buffers()]
+
+        def measure() -> None:
+            recalibrate(self.model, self.data, progress=_counting(self.progress, name))
+
+        return self._try(name, touched, measure, limit, undone)
+
+    def refresh(self, plan: Plan, dense: Moments, limit: float, undone: Undone) -> Step:
+        """Let batch norms follow without data; as they were where that is worse than the limit."""
+        touched = [buffer for norm in batch_norms(self.model) for buffer in norm.buffers()]
+
+        def move() -> None:
+            found = moments_of(self.model, list(self.data))
+            move_statistics(self.model, plan, dense, found)
+
+        return self._try("batch norms (no data)", touched, move, limit, undone)
+
+    def _try(
+        self,
+        name: str,
+        touched: Sequence[Tensor],
+        change: Callable[[], None],
+        limit: float | None,
+        undone: Undone,
+    ) -> Step:
+        """Change tensors in place; with a limit, not where the outputs are farther off then."""
+        undone.append(remember(touched))
+        change()
         found = self.distance()
-        if limit is None or not found > limit:
+        if _nearer(found, limit):
             return Step(name, found)
-        for norm, buffers in zip(norms, saved, strict=True):
-            for key, buffer in norm.named_buffers():
-                buffer.copy_(buffers[key])
+        undone.pop()()
         return Step(name, found, False, WORSE)
 
     def distance(self) -> float:
         """How far the outputs are from the dense ones, relative to these; NaN if none compare."""
-        return distance(self.dense, answers_of(self.model, self.looked_at))
+        return distance(self.dense, answers_of(self.model, self.looked_at, self.run))
 
-    def _counting(self, name: str) -> Callable[[int], None] | None:
-        tell = self.progress
-        return None if tell is None else lambda batches: tell(name, batches)
+
+def _counting(tell: Progress | None, name: str) -> Callable[[int], None] | None:
+    """What tells the batches of one step."""
+    return None if tell is None else lambda batches: tell(name, batches)
+
+
+def _nearer(found: float, limit: float | None) -> bool:
+    """Whether outputs are as near as before, or nobody asks, or nothing could be compared."""
+    return limit is None or math.isnan(limit) or found <= limit
+
+
+def _left(steps: Sequence[Step]) -> float:
+    """The error after the last step that was kept."""
+    return next(step.error for step in reversed(steps) if step.kept)
+
+
+def _undo_all(undo: Callable[[], None], undone: Undone) -> None:
+    """Put values back, last first, and then the model that was cut."""
+    while undone:
+        undone.pop()()
+    undo()
 
 
 Answers = Sequence[Mapping[str, Tensor]]
 """Outputs by name, batch by batch."""
 
 
-def answers_of(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Tensor]]:
+def answers_of(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Callable[[nn.Module, Any], Any] = run_batch,
+) -> list[dict[str, Tensor]]:
     """What a model answers to batches, in eval mode; outputs of fractions alone."""
     found = []
     with quiet_run(model):
         for batch in batches:
-            answer = tensors_of(run_batch(model, batch))
+            answer = tensors_of(run(model, batch))
             found.append({name: t.detach().clone() for name, t in answer if t.is_floating_point()})
     return found
 

@@ -219,7 +219,7 @@ def collect(
         entered_by(model, graph.forward_fn),
         quiet_run(model),
         adapted(model),
-        _traceable(model),
+        traceable(model),
         follow_modules(model, passed.stack),
         _tracked(passed.weights),
     ):
@@ -313,7 +313,7 @@ def _place(model: nn.Module) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def _traceable(model: nn.Module) -> AbstractContextManager[None]:
+def traceable(model: nn.Module) -> AbstractContextManager[None]:
     """Kernels that show what they consist of, where a model has others: they cost time."""
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     return plain_kernels() if recurrent else nullcontext()

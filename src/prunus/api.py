@@ -108,7 +108,9 @@ def shrink(
         ``"auto"`` folds what goes into what stays (:func:`compensate`, least squares), measures
         batch norms again (:func:`recalibrate`), and keeps of either what brings the outputs nearer
         to the dense model's; ``"recalibrate"``, ``"bias"`` and ``"least_squares"`` do one of
-        these; ``"none"`` leaves what the cut left.  ``Shrunk.recovery`` says what each brought.
+        these; ``"sequential"`` repairs layer after layer, each on what the repaired ones before
+        it give (``compensate(sequential=True)``): better, and slower; ``"none"`` leaves what the
+        cut left.  ``Shrunk.recovery`` says what each brought.
     progress
         Called with the name of a step of the recovery, and the number of batches done.
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from prunus.cli.models import Loaded
     from prunus.recovery import Step
 
-RECOVERIES = ("auto", "none", "recalibrate", "bias", "least_squares")
+RECOVERIES = ("auto", "none", "recalibrate", "bias", "least_squares", "sequential")
 
 FILES = [
     ("out", "the smaller model, as safetensors: prunus.load(FILE, build=…) reads it"),
@@ -50,7 +50,8 @@ def add_recovery(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what the calibration data repair: weights by least squares, then batch norms, of "
         "either what brings the outputs nearer to the dense model's (auto, the default); or one "
-        "of them; or nothing",
+        "of them; or layer after layer, each on what the repaired ones before it give "
+        "(sequential: better, and slower); or nothing",
     )
 
 

@@ -201,7 +201,7 @@ def collect(
     """
     wanted = _known(needs)
     tensors, _ = state_of(model)
-    _check_model(graph, tensors)
+    check_traced(graph, tensors)
     kept = None if plan is None else kept_units(graph, plan)
     moments = None
     if "second_moment" in wanted:
@@ -279,7 +279,8 @@ def _known(needs: str | Iterable[str]) -> frozenset[str]:
     return wanted
 
 
-def _check_model(graph: CouplingGraph, tensors: Mapping[str, Tensor]) -> None:
+def check_traced(graph: CouplingGraph, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of another model than the graph's, or without values, or here and there."""
     for name in graph.shapes:
         if name not in tensors or tuple(tensors[name].shape) != tuple(graph.shapes[name]):
             raise PlanError(

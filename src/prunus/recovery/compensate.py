@@ -104,6 +104,14 @@ def compensate(
         al., 2024).
     ridge
         λ as a share of the mean variance of what stays.
+    sequential
+        Repair in the order in which weights run, each on what it reads behind those that are
+        repaired already, so that it makes up for their error as well
+        (:mod:`prunus.recovery.sequential`).  Every named weight that reads changed values is fitted
+        then, and batch norms behind repaired weights are measured again.  Weights that don't need
+        one another share a pass over the data, so that there are as many passes as such layers lie
+        behind one another; an iterator is kept as a list.  A copy of the smaller model is in memory
+        meanwhile, and ``memory_limit`` holds for each pass.
     new_biases
         Whether layers that have none may get a bias; the plan that comes back has them, and so do
         files of :func:`prunus.save`.  A batch norm behind a layer takes up the constant as well.
@@ -113,12 +121,13 @@ def compensate(
     optimizer, check
         See :func:`prunus.apply`.
     progress
-        Called with the number of batches done.
+        Called with the number of batches done, in all passes together.
 
     Raises
     ------
     DataError
-        If there are neither data nor statistics, or they are empty, not finite, or another plan's.
+        If there are neither data nor statistics, or they are empty, not finite, or another plan's;
+        if there are statistics and it is to be sequential.
     PlanError
         If the plan or the statistics are for another model, or an option is out of range.
     ApplyError

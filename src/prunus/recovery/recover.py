@@ -21,7 +21,7 @@ from prunus.surgeon.apply import cut
 from prunus.tracer.program import tensors_of
 from prunus.tracer.trace import quiet_run
 
-Recover = Literal["auto", "none", "recalibrate", "bias", "least_squares"]
+Recover = Literal["auto", "none", "recalibrate", "bias", "least_squares", "sequential"]
 
 LOOKED_AT = 4
 """Batches on which the outputs are compared with those of the dense model."""
@@ -39,7 +39,8 @@ class Step:
     Attributes
     ----------
     name
-        ``"cut"``, ``"bias"``, ``"least squares"`` or ``"batch norms"``.
+        ``"cut"``, ``"bias"``, ``"least squares"``, ``"least squares in sequence"`` or
+        ``"batch norms"``.
     error
         √(Σ (y − y₀)² / Σ y₀²) over the outputs of the first batches after the step, with the
         dense model's y₀; NaN where the outputs can't be compared, or the step was not taken.
@@ -85,8 +86,9 @@ def cut_and_recover(
         Calibration batches, which are read several times; without them the model is only cut.
     method
         ``"recalibrate"`` measures batch norms again; ``"bias"`` and ``"least_squares"``
-        compensate; ``"auto"`` does least squares, then batch norms, and keeps of either what
-        brings the outputs nearer to those of the dense model.
+        compensate, and ``"sequential"`` does with ``sequential=True``, which measures batch norms
+        on the way; ``"auto"`` does least squares, then batch norms, and keeps of either what brings
+        the outputs nearer to those of the dense model.
     looked_at
         Batches on which the outputs are compared.
 
@@ -108,6 +110,8 @@ def cut_and_recover(
             kind: Method = "bias" if method == "bias" else "least_squares"
             limit = steps[0].error if method == "auto" else None
             options: Any = {"method": kind, "new_biases": new_biases}
+            if method == "sequential":
+                options["sequential"] = True
             plan, undo, step = bench.compensate(plan, graph, limit, **options)
             steps.append(step)
         if method in ("auto", "recalibrate") and batch_norms(model):
@@ -144,6 +148,7 @@ class _Bench:
     ) -> tuple[Plan, Callable[[], None], Step]:
         """Compensate the whole model; with a limit, only cut it where that can't be or is worse."""
         name = "bias" if options["method"] == "bias" else "least squares"
+        name += " in sequence" if options.get("sequential") else ""
         count = self._counting(name)
         try:
             with warnings.catch_warnings(record=True) as told:

@@ -21,6 +21,9 @@ Method = Literal["least_squares", "bias"]
 class Repair:
     """What compensation did to one weight; errors are sums over the outputs that stay.
 
+    They are errors on dense inputs; where it was sequential, on what the cut and repaired layers
+    before it give, against the dense outputs on dense inputs.
+
     Attributes
     ----------
     tensor

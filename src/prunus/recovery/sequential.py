@@ -24,7 +24,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.importance.cross import CrossMoments, fit_pairs
 from prunus.importance.paired import Pair
 from prunus.importance.readings import SecondMoments
-from prunus.importance.statistics import kept_units
+from prunus.importance.statistics import check_traced, kept_units
 from prunus.importance.windows import matrix_of, weight_of
 from prunus.plans import Plan
 from prunus.recovery.consumers import Consumer, find_consumers, new_biases_of
@@ -99,6 +99,7 @@ def repair_in_order(
     order = find_order(graph, kept)
     with _holding(model, turned):
         dense, _ = state_of(model)
+        check_traced(graph, dense)
         mixtures = _mixtures(dense, mixed)
         watched = SecondMoments(kept, options.positions, NO_LIMIT, frozenset(order.weights))
         pair = Pair(graph, model, watched)

@@ -17,7 +17,7 @@ from prunus.graph.axis import Role
 from prunus.importance import Context, score
 from prunus.importance.activations import Site
 from prunus.importance.magnitude import sum_by_unit
-from prunus.importance.statistics import _check_model
+from prunus.importance.statistics import check_traced
 from prunus.tracer.program import state_of
 
 VOCABULARY = 50
@@ -647,7 +647,7 @@ def test_a_model_on_two_devices_is_refused() -> None:
     tensors: Any = {**state_of(model)[0], "second.weight": Elsewhere()}
     text = r"lies on 2 devices(.|\n)*first.weight on cpu, second.weight on cuda:1(.|\n)*model.to"
     with pytest.raises(ModelError, match=text):
-        _check_model(graph, tensors)
+        check_traced(graph, tensors)
 
 
 def test_half_precision_runs() -> None:

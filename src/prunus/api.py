@@ -111,8 +111,9 @@ def shrink(
         outputs nearer to the dense model's; without data, it moves the statistics of batch norms
         by what random inputs say that the cut changed, and keeps them where that brings the
         outputs on these nearer.  ``"recalibrate"``, ``"bias"`` and ``"least_squares"`` do one
-        thing alone, with data; ``"none"`` leaves what the cut left.  ``Shrunk.recovery`` says
-        what each step brought.
+        thing alone, with data; ``"sequential"`` repairs layer after layer, each on what the
+        repaired ones before it give (``compensate(sequential=True)``): better, and slower;
+        ``"none"`` leaves what the cut left.  ``Shrunk.recovery`` says what each step brought.
     progress
         Called with the name of a step of the recovery, and the number of batches done.
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from prunus.cli.models import Loaded
     from prunus.recovery import Step
 
-RECOVERIES = ("auto", "none", "recalibrate", "bias", "least_squares")
+RECOVERIES = ("auto", "none", "recalibrate", "bias", "least_squares", "sequential")
 
 FILES = [
     ("out", "the smaller model, as safetensors: prunus.load(FILE, build=…) reads it"),
@@ -51,7 +51,8 @@ def add_recovery(parser: argparse.ArgumentParser) -> None:
         help="what the calibration data repair: weights by least squares, then layer norms, then "
         "batch norms, of these what brings the outputs nearer to the dense model's (auto, the "
         "default; without --data it moves batch norms by what random inputs say); or weights or "
-        "batch norms alone; or nothing",
+        "batch norms alone; or layer after layer, each on what the repaired ones before it give "
+        "(sequential: better, and slower); or nothing",
     )
 
 

@@ -112,6 +112,8 @@ class Watch(TorchDispatchMode):
         Which of the two to look at.
     moments
         Of what to take second moments; of nothing by default.
+    shapes
+        Of the model's tensors when it was traced, if it was cut since.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Watch(TorchDispatchMode):
         inputs: bool,
         attention: bool,
         moments: SecondMoments | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._stack = stack
@@ -138,7 +141,7 @@ class Watch(TorchDispatchMode):
         self.sites: list[Site] = []
         self._owners: dict[int, Site] = {}
         if inputs or moments is not None:
-            self._expect(program, {n: tuple(t.shape) for n, t in state.items()})
+            self._expect(program, shapes or {n: tuple(t.shape) for n, t in state.items()})
 
     def begin(self, first: int = 0) -> None:
         """Another forward starts; its first sample is the one of that number."""
@@ -149,11 +152,11 @@ class Watch(TorchDispatchMode):
 
     def _expect(self, program: Program, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """The sites of the recorded program, by weight or by module."""
-        origins, derived = origins_of(program), _derived(program)
+        origins, derived = origins_of(program), derived_of(program)
         merged: dict[tuple[str, bytes], Site] = {}
         readings: dict[int, list[Reading]] = {}
         for node in program.nodes:
-            operands = _operands(node)
+            operands = operands_of(node)
             if operands is None:
                 continue
             refs = [node.args[name] for name, _ in operands]
@@ -218,7 +221,7 @@ class Watch(TorchDispatchMode):
             self._take(site, data, bound, first=which == 0)
         if not self._inputs:
             return
-        _add(site, _rows(data, bound, first=which == 0))
+        _add(site, rows_of(data, bound, first=which == 0))
         start = weight.data_ptr() - self._state[name].data_ptr() if name else 0
         part = (start, weight.numel() if name else 0)  # computed weights lie elsewhere every time
         if part not in site.weights:
@@ -232,11 +235,11 @@ class Watch(TorchDispatchMode):
         if site.window.kernel:
             parts = columns_of(data, site.window, first=self._first, limit=options.positions)
         else:
-            parts = iter(_rows(data, bound, first=first)[None].split(_ROWS, 1))
+            parts = iter(rows_of(data, bound, first=first)[None].split(_ROWS, 1))
         for part in parts:
             moments.add(part)
         if not bool(torch.isfinite(moments.total).all()):
-            raise _not_finite(site)
+            raise not_finite(site)
 
 
 _ROWS = 1 << 12
@@ -257,7 +260,7 @@ _CONTRACTIONS = {
 """Products of two operands, by the names of their arguments; other products are not looked at."""
 
 
-def _operands(node: Node) -> list[tuple[str, int]] | None:
+def operands_of(node: Node) -> list[tuple[str, int]] | None:
     """Names and contracted dims of a recorded product's two operands; None if it is none."""
     places = _CONTRACTIONS.get(node.target._schema.name)
     if places is None or node.effect is None:
@@ -280,7 +283,7 @@ def origins_of(program: Program) -> dict[int, str]:
     return origins
 
 
-def _derived(program: Program) -> set[int]:
+def derived_of(program: Program) -> set[int]:
     """Values that are made of named tensors alone."""
     derived = {*program.state, *program.constants}
     for node in program.nodes:
@@ -294,13 +297,13 @@ def _storage(tensor: Any) -> int:
     return int(tensor.untyped_storage().data_ptr()) if tensor.layout is torch.strided else 0
 
 
-def _rows(data: Tensor, bound: Mapping[str, Any], *, first: bool) -> Tensor:
+def rows_of(data: Tensor, bound: Mapping[str, Any], *, first: bool) -> Tensor:
     """The activations as ``(vectors, positions)``."""
-    dim = 1 if "groups" in bound else _contracted(data, first=first)
+    dim = 1 if "groups" in bound else contracted_in(data, first=first)
     return data.movedim(dim, -1).reshape(-1, data.shape[dim])
 
 
-def _contracted(operand: Tensor, *, first: bool) -> int:
+def contracted_in(operand: Tensor, *, first: bool) -> int:
     """Which dim of a factor of a matrix product is summed over."""
     return operand.dim() - (1 if first or operand.dim() == 1 else 2)
 
@@ -315,10 +318,10 @@ def _add(site: Site, rows: Tensor) -> None:
         site.total += wide.sum(0).cpu().numpy()
         site.square += wide.square().sum(0).cpu().numpy()
     if not np.isfinite(site.square).all():
-        raise _not_finite(site)
+        raise not_finite(site)
 
 
-def _not_finite(site: Site) -> DataError:
+def not_finite(site: Site) -> DataError:
     return DataError(
         "activations are NaN or infinite",
         where=f"the input of {site.tensor or site.module}",
@@ -333,7 +336,7 @@ def _weigh(
     """Σ W² of the weights that read each of ``size`` positions."""
     squares = (weight.cpu() if weight.device.type == "mps" else weight).double().square()
     if "groups" not in bound:
-        dim = _contracted(squares, first=first)
+        dim = contracted_in(squares, first=first)
         sums = squares.movedim(dim, -1).reshape(-1, squares.shape[dim]).sum(0)
     elif bound["transposed"]:
         sums = squares.flatten(1).sum(1)

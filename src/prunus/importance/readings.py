@@ -146,4 +146,24 @@ def contracted_dim(graph: CouplingGraph, tensor: str, label: Label, window: Wind
         for dim in range(len(shape))
         if graph.roles.get(Axis(tensor, dim)) is Role.CONSUMER and shape[dim] == len(label)
     ]
-    return dims[0] if len(dims) == 1 and len(shape) == 2 else None
+    if len(shape) != 2:
+        return None
+    return dims[0] if len(dims) == 1 else _recorded_dim(graph.program, tensor)
+
+
+def _recorded_dim(program: Program, tensor: str) -> int | None:
+    """Which dim of a matrix its only product sums over, for dims on which there are no units."""
+    dims = {n: (0, 1) for n, name in program.state.items() if name == tensor}
+    found: set[int] = set()
+    for node in program.nodes:
+        (*refs,) = refs_in(node.args)
+        if not any(ref.value in dims for ref in refs):
+            continue
+        if str(node.target) in ("aten.t.default", "aten.transpose.int"):
+            dims[node.outputs[0]] = dims[refs[0].value][::-1]
+            continue
+        for (name, *_), dim in node.effect.contracted if node.effect is not None else ():
+            reference = node.args[str(name)]
+            if isinstance(reference, Ref) and reference.value in dims:
+                found.add(dims[reference.value][dim])
+    return next(iter(found)) if len(found) == 1 else None

@@ -201,7 +201,7 @@ def collect(
     """
     wanted = _known(needs)
     tensors, _ = state_of(model)
-    _check_model(graph, tensors)
+    check_traced(graph, tensors)
     kept = None if plan is None else kept_units(graph, plan)
     moments = None
     if "second_moment" in wanted:
@@ -219,7 +219,7 @@ def collect(
         entered_by(model, graph.forward_fn),
         quiet_run(model),
         adapted(model),
-        _traceable(model),
+        traceable(model),
         follow_modules(model, passed.stack),
         _tracked(passed.weights),
     ):
@@ -279,7 +279,8 @@ def _known(needs: str | Iterable[str]) -> frozenset[str]:
     return wanted
 
 
-def _check_model(graph: CouplingGraph, tensors: Mapping[str, Tensor]) -> None:
+def check_traced(graph: CouplingGraph, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of another model than the graph's, or without values, or here and there."""
     for name in graph.shapes:
         if name not in tensors or tuple(tensors[name].shape) != tuple(graph.shapes[name]):
             raise PlanError(
@@ -313,7 +314,7 @@ def _place(model: nn.Module) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def _traceable(model: nn.Module) -> AbstractContextManager[None]:
+def traceable(model: nn.Module) -> AbstractContextManager[None]:
     """Kernels that show what they consist of, where a model has others: they cost time."""
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     return plain_kernels() if recurrent else nullcontext()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, get_args
@@ -16,10 +16,18 @@ from prunus.graph.axis import kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance.statistics import Statistics, collect, kept_units
 from prunus.plans import Plan
-from prunus.recovery.attention_rows import projections_of
-from prunus.recovery.consumers import Consumer, find_consumers
+from prunus.recovery.attention_rows import find_values, projections_of
+from prunus.recovery.consumers import Consumer, find_consumers, new_biases_of
 from prunus.recovery.queries_keys import Mixed, mix_products
-from prunus.recovery.repair import Method, Repair, Repaired, outputs_that_stay, repair
+from prunus.recovery.repair import (
+    Method,
+    Repair,
+    Repaired,
+    outputs_that_stay,
+    repair,
+    shift_constant,
+)
+from prunus.recovery.sequential import Options, repair_in_order
 from prunus.recovery.values import Turned, turn_values
 from prunus.surgeon.apply import cut
 from prunus.surgeon.biases import add_biases
@@ -64,6 +72,7 @@ def compensate(
     statistics: Statistics | None = None,
     method: Method = "least_squares",
     ridge: float = RIDGE,
+    sequential: bool = False,
     new_biases: bool = True,
     positions: int = 64,
     memory_limit: int = 8 << 30,
@@ -95,6 +104,14 @@ def compensate(
         al., 2024).
     ridge
         λ as a share of the mean variance of what stays.
+    sequential
+        Repair in the order in which weights run, each on what it reads behind those that are
+        repaired already, so that it makes up for their error as well
+        (:mod:`prunus.recovery.sequential`).  Every named weight that reads changed values is fitted
+        then, and batch norms behind repaired weights are measured again.  Weights that don't need
+        one another share a pass over the data, so that there are as many passes as such layers lie
+        behind one another; an iterator is kept as a list.  A copy of the smaller model is in memory
+        meanwhile, and ``memory_limit`` holds for each pass.
     new_biases
         Whether layers that have none may get a bias; the plan that comes back has them, and so do
         files of :func:`prunus.save`.  A batch norm behind a layer takes up the constant as well.
@@ -104,12 +121,13 @@ def compensate(
     optimizer, check
         See :func:`prunus.apply`.
     progress
-        Called with the number of batches done.
+        Called with the number of batches done, in all passes together.
 
     Raises
     ------
     DataError
-        If there are neither data nor statistics, or they are empty, not finite, or another plan's.
+        If there are neither data nor statistics, or they are empty, not finite, or another plan's;
+        if there are statistics and it is to be sequential.
     PlanError
         If the plan or the statistics are for another model, or an option is out of range.
     ApplyError
@@ -127,6 +145,8 @@ def compensate(
     (4, True)
     """
     _check_options(method, ridge)
+    if sequential:
+        _check_sequential(method, statistics)
     if statistics is None and data is None:
         raise DataError(
             "compensation needs calibration data",
@@ -136,29 +156,27 @@ def compensate(
     with without_blocks(model, plan.drops):
         if graph is None or plan.drops:
             graph = _trace_again(model, plan)
-        if statistics is None:
-            statistics = collect(
-                *(model, graph, data or (), "second_moment"),
-                plan=plan.widths,
-                also=projections_of(graph),
-                positions=positions,
-                memory_limit=memory_limit,
-                progress=progress,
+        if sequential:
+            options = Options(ridge, new_biases, positions, memory_limit)
+            change = _change_in_order(model, plan.widths, graph, data or (), options, progress)
+        else:
+            if statistics is None:
+                statistics = collect(
+                    *(model, graph, data or (), "second_moment"),
+                    plan=plan.widths,
+                    also=projections_of(graph),
+                    positions=positions,
+                    memory_limit=memory_limit,
+                    progress=progress,
+                )
+            check_moments(graph, statistics)
+            change = _change_at_once(
+                *(model, plan.widths, graph, statistics),
+                method=method,
+                ridge=ridge,
+                new_biases=new_biases,
             )
-        check_moments(graph, statistics)
-        change = _Change()
-        if method == "least_squares":
-            change = _change_bases(model, plan.widths, graph, statistics)
-            statistics = replace(statistics, sites=change.turned.sites)
-        repaired, left = repair_all(
-            *(model, plan.widths, graph, statistics),
-            method=method,
-            ridge=ridge,
-            new_biases=new_biases,
-            instead=change.turned.state,
-        )
-        change = replace(change, repaired=tuple(repaired), left={**left, **change.left})
-    _warn_of_few([new.report for _, new in repaired])
+    _warn_of_few([new.report for _, new in change.repaired])
     return _apply(model, plan, change, optimizer=optimizer, check=check)
 
 
@@ -169,7 +187,74 @@ class _Change:
     turned: Turned = field(default_factory=lambda: Turned({}, ()))
     repaired: tuple[tuple[Consumer, Repaired], ...] = ()
     mixed: tuple[Mixed, ...] = ()
+    norms: Mapping[str, Tensor] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
+
+
+def _change_at_once(
+    model: nn.Module,
+    plan: Plan,
+    graph: CouplingGraph,
+    statistics: Statistics,
+    *,
+    method: Method,
+    ridge: float,
+    new_biases: bool,
+) -> _Change:
+    """Everything fitted to what the dense model reads."""
+    change = _Change()
+    if method == "least_squares":
+        change = _change_bases(model, plan, graph, statistics)
+        statistics = replace(statistics, sites=change.turned.sites)
+    repaired, left = repair_all(
+        *(model, plan, graph, statistics),
+        method=method,
+        ridge=ridge,
+        new_biases=new_biases,
+        instead=change.turned.state,
+    )
+    return replace(change, repaired=tuple(repaired), left={**left, **change.left})
+
+
+def _change_in_order(
+    model: nn.Module,
+    plan: Plan,
+    graph: CouplingGraph,
+    data: Iterable[Any],
+    options: Options,
+    progress: Callable[[int], None] | None,
+) -> _Change:
+    """Other bases from dense inputs; then layer after layer on what the repaired ones give."""
+    data = list(data) if isinstance(data, Iterator) else data  # it is read several times
+    done = 0
+
+    def count(_: int = 0) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done)
+
+    bases = _Change()
+    heads = projections_of(graph) | {path.weight for path in find_values(graph)}
+    if heads:
+        statistics = collect(
+            *(model, graph, data, "second_moment"),
+            plan=plan,
+            also=projections_of(graph),
+            positions=options.positions,
+            memory_limit=options.memory_limit,
+            progress=count,
+        )
+        bases = _change_bases(model, plan, graph, statistics)
+    found = repair_in_order(
+        *(model, plan, graph, data, options),
+        turned=bases.turned.state,
+        mixed=bases.mixed,
+        progress=count,
+    )
+    told = tuple(replace(one, mixings=()) for one in bases.mixed)  # they are in the state
+    turned = Turned(found.state, ())
+    return _Change(turned, found.repaired, told, found.norms, {**found.left, **bases.left})
 
 
 def _change_bases(
@@ -179,7 +264,8 @@ def _change_bases(
     dense, _ = state_of(model)
     kept = kept_units(graph, plan)
     mixed, left = mix_products(graph, plan, kept, dense, statistics.sites)
-    return _Change(turn_values(graph, plan, dense, statistics.sites), (), tuple(mixed), left)
+    turned = turn_values(graph, plan, dense, statistics.sites)
+    return _Change(turned, mixed=tuple(mixed), left=left)
 
 
 def _warn_of_few(repairs: Iterable[Repair]) -> None:
@@ -259,6 +345,21 @@ def _check_options(method: str, ridge: float) -> None:
         )
 
 
+def _check_sequential(method: str, statistics: Statistics | None) -> None:
+    if statistics is not None:
+        raise DataError(
+            "sequential=True can't be done with statistics",
+            why="what a layer reads behind the repaired ones is not known before these are",
+            fix="give data=loader in place of statistics=",
+        )
+    if method != "least_squares":
+        raise PlanError(
+            f"sequential=True can't be done with method={method!r}",
+            why="it fits weights by least squares",
+            fix='method="least_squares", or sequential=False',
+        )
+
+
 def _trace_again(model: nn.Module, plan: Plan) -> CouplingGraph:
     traced = plan.traced
     if traced is None or traced["inputs"] is None:
@@ -280,11 +381,7 @@ def _apply(
     check: bool,
 ) -> Compensation:
     """Write the new weights into the whole model, then cut it; or change nothing."""
-    added = {
-        consumer.constant: 1 if consumer.site.window.transposed else 0
-        for consumer, _ in change.repaired
-        if consumer.place == "new bias"
-    }
+    added = new_biases_of(consumer for consumer, _ in change.repaired)
     saved: dict[str, Tensor] = {}
     with without_blocks(model, plan.drops):
         forget = add_biases(model, added)
@@ -325,16 +422,12 @@ def _write_all(state: Mapping[str, Tensor], saved: dict[str, Tensor], change: _C
     for consumer, new in change.repaired:
         changing(consumer.tensor).copy_(new.weight)
         if consumer.constant:
-            _shift(changing(consumer.constant), consumer, new)
+            shift_constant(changing(consumer.constant), consumer, new.shift)
     added = {c.tensor: c.constant for c, _ in change.repaired if c.place == "new bias"}
     for product in change.mixed:
         for mixing in product.mixings:
             mixing.apply(changing(mixing.tensor))
             if mixing.tensor in added:
                 replace(mixing, dim=0).apply(changing(added[mixing.tensor]))
-
-
-def _shift(constant: Tensor, consumer: Consumer, new: Repaired) -> None:
-    """Add what the outputs lack on the average to their bias, or take it from a norm's mean."""
-    sign = -1 if consumer.place == "running mean" else 1
-    constant.copy_(constant.double() + sign * new.shift.to(constant.device))
+    for name, values in change.norms.items():
+        changing(name).copy_(values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,6 +77,15 @@ def find_consumers(
             place, constant = _find_place(graph, modules, uses, name, new_biases=new_biases)
             found.append(Consumer(site, dim, place, constant))
     return found, left
+
+
+def new_biases_of(consumers: Iterable[Consumer]) -> dict[str, int]:
+    """The biases that have to be made for some weights, and their dims of the weight."""
+    return {
+        consumer.constant: 1 if consumer.site.window.transposed else 0
+        for consumer in consumers
+        if consumer.place == "new bias"
+    }
 
 
 def _contracts(node: Node) -> bool:

@@ -122,6 +122,52 @@ def fold(
     return Folded(change, shift, error.clamp_min(0), ridge)
 
 
+def refold(
+    weight: Tensor,
+    kept: Tensor,
+    moments: tuple[Tensor, Tensor, Tensor],
+    means: tuple[Tensor, Tensor] | None,
+    *,
+    share: float,
+    rows: int,
+) -> Folded:
+    """Fit kept columns to what the dense weight says of dense features, on other features.
+
+    Parameters
+    ----------
+    weight, kept, share, rows
+        As for :func:`fold`.
+    moments
+        Of the dense features h and of those g that there are now: E h hᵀ, E h gᵀ and E g gᵀ, shapes
+        ``(columns, columns)``, ``(columns, kept)`` and ``(kept, kept)``.
+    means
+        E h and E g: moments are then around these, and the bias takes up what is constant.
+
+    Notes
+    -----
+    ``W' = W_S + (W C_hg − W_S C_gg)(C_gg + λI)⁻¹``, so that λ draws to the dense weights and not to
+    zero: where g is h without what went, it is what :func:`fold` gives.  The error is
+    ``E (W' g + shift − W h)²``.
+    """
+    _, cross, inner = moments
+    wanted = weight @ cross
+    ridge = ridge_of(inner.diagonal(), share, rows, len(kept)) if len(kept) else 0.0
+    change, ridge = solve_ridge(inner, wanted - weight[:, kept] @ inner, ridge)
+    new = weight[:, kept] + change
+    shift = torch.zeros_like(weight[:, 0])
+    if means is not None:
+        shift = weight @ means[0] - new @ means[1]
+    return Folded(change, shift, error_between(weight, new, moments), ridge)
+
+
+def error_between(weight: Tensor, new: Tensor, moments: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """E (V g − W h)² of every output, for ``weight`` W and ``new`` V; moments of :func:`refold`."""
+    dense, cross, inner = moments
+    own = ((weight @ dense) * weight).sum(1)
+    error = own - 2 * ((weight @ cross) * new).sum(1) + ((new @ inner) * new).sum(1)
+    return error.clamp_min(0)
+
+
 def shift_only(weight: Tensor, kept: Tensor, covariance: Tensor, mean: Tensor) -> Folded:
     """Let the bias take up the mean of what goes (An et al., 2024); weights stay as they are."""
     gone = removed_of(kept, weight.shape[1])

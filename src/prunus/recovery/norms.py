@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -43,8 +43,20 @@ def recalibrate(
         If the data holds no batch; the model is as it was.
     """
     norms = batch_norms(model)
-    if not norms:
-        return model
+    if norms:
+        measure(model, norms, data, forward_fn=forward_fn, progress=progress)
+    return model
+
+
+def measure(
+    model: nn.Module,
+    norms: Sequence[nn.modules.batchnorm._BatchNorm],
+    data: Iterable[Any],
+    *,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Do what :func:`recalibrate` does for some of a model's batch norms."""
     modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
     put_back = remember(buffer for norm in norms for buffer in norm.buffers())
@@ -80,7 +92,6 @@ def recalibrate(
             norm.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
-    return model
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

@@ -24,7 +24,7 @@ from prunus.surgeon.apply import cut
 from prunus.tracer.program import state_of, tensors_of
 from prunus.tracer.trace import quiet_run
 
-Recover = Literal["auto", "none", "recalibrate", "bias", "least_squares"]
+Recover = Literal["auto", "none", "recalibrate", "bias", "least_squares", "sequential"]
 
 LOOKED_AT = 4
 """Batches on which the outputs are compared with those of the dense model."""
@@ -45,8 +45,8 @@ class Step:
     Attributes
     ----------
     name
-        ``"cut"``, ``"bias"``, ``"least squares"``, ``"norms"``, ``"batch norms"`` or
-        ``"batch norms (no data)"``.
+        ``"cut"``, ``"bias"``, ``"least squares"``, ``"least squares in sequence"``, ``"norms"``,
+        ``"batch norms"`` or ``"batch norms (no data)"``.
     error
         √(Σ (y − y₀)² / Σ y₀²) over the outputs of the first batches (without data, of random
         inputs) after the step, with the dense model's y₀; NaN where the outputs can't be
@@ -96,7 +96,8 @@ def cut_and_recover(
         (:mod:`prunus.recovery.refresh`), where that brings the outputs on these nearer.
     method
         ``"recalibrate"`` measures batch norms again; ``"bias"`` and ``"least_squares"``
-        compensate; ``"auto"`` does least squares, corrects norms over axes that lost positions
+        compensate, and ``"sequential"`` does with ``sequential=True``, which measures batch norms
+        on the way; ``"auto"`` does least squares, corrects norms over axes that lost positions
         (:mod:`prunus.recovery.layer_norms`), then measures batch norms, and keeps of these what
         brings the outputs nearer to those of the dense model; least squares also where they do
         so only once the norms are corrected.
@@ -128,6 +129,8 @@ def cut_and_recover(
             kind: Method = "bias" if method == "bias" else "least_squares"
             limit = steps[0].error if method == "auto" else None
             options: Any = {"method": kind, "new_biases": new_biases}
+            if method == "sequential":
+                options["sequential"] = True
             plan, undo, step = bench.compensate(plan, graph, limit, **options)
             steps.append(step)
         if norms:
@@ -199,6 +202,7 @@ class _Bench:
     ) -> tuple[Plan, Callable[[], None], Step]:
         """Compensate the whole model; with a limit, only cut it where that can't be or is worse."""
         name = "bias" if options["method"] == "bias" else "least squares"
+        name += " in sequence" if options.get("sequential") else ""
         count = _counting(self.progress, name)
         try:
             with warnings.catch_warnings(record=True) as told:

@@ -21,6 +21,9 @@ Method = Literal["least_squares", "bias"]
 class Repair:
     """What compensation did to one weight; errors are sums over the outputs that stay.
 
+    They are errors on dense inputs; where it was sequential, on what the cut and repaired layers
+    before it give, against the dense outputs on dense inputs.
+
     Attributes
     ----------
     tensor
@@ -187,3 +190,9 @@ def outputs_that_stay(
         alive[keep[consumer.dim]] = True
         there &= alive.view(groups, -1).any(1, keepdim=True)
     return there.flatten()
+
+
+def shift_constant(constant: Tensor, consumer: Consumer, shift: Tensor) -> None:
+    """Add what the outputs lack on the average to their bias, or take it from a norm's mean."""
+    sign = -1 if consumer.place == "running mean" else 1
+    constant.copy_(constant.double() + sign * shift.to(constant.device))

@@ -135,7 +135,12 @@ def test_every_time_is_met() -> None:
 
 
 def wrong_on_a_gpu(row: Row) -> list[str]:
-    """What a row of gpu.csv lacks of what is promised on any device."""
+    """What a row of gpu.csv lacks of what is promised on any device.
+
+    What can't be had there is refused, and an operator without a rule pinned and named.
+    """
+    if row["verdict"].startswith(("BudgetError: no plan takes", "nothing to remove: aten.")):
+        return []
     value, other = (number(row[name]) for name in ("value", "other"))
     promised = {
         "exactness": row["verdict"] == "exact" and value <= 1e-4 and other <= 1e-4,
@@ -154,7 +159,8 @@ def test_what_runs_on_a_gpu_is_exact_and_meets_its_time() -> None:
     assert not rows or {row["check"] for row in rows} == {
         "exactness", "recovery", "latency", "two devices",
     }  # fmt: skip
-    assert not rows or sum(row["check"] == "exactness" for row in rows) >= 10
+    assert not rows or sum(row["verdict"] == "exact" for row in rows) >= 10
+    assert not rows or sum(row["verdict"] == "timed" for row in rows) >= 3
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,11 @@ def sensitivity(
     include, exclude
         Globs over group names and tensor names: which rows the table has.
     repaired
-        Measure smaller copies, repaired on the data without labels or training, as
-        :func:`prunus.shrink` repairs: :func:`prunus.compensate`, then :func:`prunus.recalibrate`
-        where that brings the outputs nearer to the model's.  The batches are kept in memory, and a
-        cell takes some passes over them.
+        Measure smaller copies, repaired on the data without labels or training:
+        :func:`prunus.compensate`, then :func:`prunus.recalibrate` where that brings the outputs
+        nearer to the model's.  The batches are kept in memory, a cell takes some passes over them,
+        and copies have to run: leave out groups of which :func:`prunus.verify` says that the
+        model's code does not follow.
     path
         A JSON file that is written after each cell.  If it is there already, what it has is not
         measured again.  A file of repaired cells wants the same batches in the same order.
@@ -86,8 +87,8 @@ def sensitivity(
     Returns
     -------
     Sensitivity
-        The table.  ``prunus.plan(graph, model, ratios=table.tolerated)`` uses it, and so does
-        :func:`prunus.plan_by_sensitivity`, which meets a budget.
+        The table.  :func:`prunus.plan_by_sensitivity` makes a plan of it, within a budget or with
+        what is tolerated.
 
     Raises
     ------

@@ -4,13 +4,15 @@
     python benchmarks/sensitivity.py --table      # print the table that there is
 
 The zoo's ``resnet_fmnist`` keeps at most 70, 50 and 35 % of its MACs, by the importance l2.  Which
-share each group loses is equal for all of them; or read from the table of sensitivities, each group
+share each group loses is equal for all of them; or read from a table of sensitivities, each group
 costing the metric as little as any other; or found by 30 trials of Optuna.  The metric is minus the
-cross entropy on the 512 calibration images, which are of the training set; accuracy is that on the
-2,000 test images that ship with the zoo.  Nothing is trained; with ``recalibrated``, batch norms
-are measured again on the calibration images.  The table of sensitivities is kept in
-``results/sensitivity.json``, and a run that was stopped goes on from there; its heat map is
-``results/sensitivity.png``.
+cross entropy on the 512 calibration images, which are of the training set: of masked models, or,
+where the choice is called ``repaired``, of smaller copies that were repaired on these images.
+Accuracy is that on the 2,000 test images that ship with the zoo.  Nothing is trained; with
+``recalibrated``, batch norms are measured again on the calibration images, and with ``least squares
++ recalibrated`` what stays was fitted on them to what went before.  The tables of sensitivities are
+kept in ``results/sensitivity.json`` and ``results/sensitivity_repaired.json``, and a run that was
+stopped goes on from there; the heat map of the first is ``results/sensitivity.png``.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,8 @@ RESULTS = Path(__file__).with_name("results") / "sensitivity.csv"
 MODEL = "resnet_fmnist"
 LEVELS = (0.7, 0.5, 0.35)
 TRIALS = 30
-CHOICES = ("equal", "sensitivity", "search")
-RECOVERIES = ("cut", "recalibrated")
+CHOICES = ("equal", "sensitivity", "sensitivity repaired", "search", "search repaired")
+RECOVERIES = ("cut", "recalibrated", "least squares + recalibrated")
 FIELDS = (
     "ratios", "recovery", "level", "macs_ratio", "accuracy", "dense_accuracy", "images", "metric",
     "evaluations", "commit",
@@ -52,6 +54,7 @@ class Study:
         self.graph = prunus.trace(self.model, self.inputs)
         self.test = data.test()
         self.seen = list(data.batches(*data.calibration()))
+        self.inputs_seen = [inputs for inputs, _ in self.seen]
         self.dense = data.accuracy(self.model, *self.test)
         self.macs = prunus.measure_costs(self.model, self.inputs)["macs"]
 
@@ -62,31 +65,45 @@ class Study:
         ]
         return -sum(lost) / sum(len(y) for _, y in self.seen)
 
-    def sensitivity(self) -> prunus.Sensitivity:
+    def sensitivity(self, *, repaired: bool) -> prunus.Sensitivity:
         """The table, with what its file has."""
+        name = RESULTS.stem + "_repaired" * repaired + ".json"
+        options = self._options(repaired=repaired)
         return prunus.sensitivity(
-            self.graph, self.model, self.metric, path=RESULTS.with_suffix(".json"), progress=tell
+            self.graph, self.model, self.metric, path=RESULTS.with_name(name), **options
         )
 
-    def plan(self, ratios: str, level: float, table: prunus.Sensitivity) -> tuple[prunus.Plan, int]:
-        """The plan, and how many masked models it took to find it."""
+    def plan(
+        self, ratios: str, level: float, tables: Mapping[bool, prunus.Sensitivity]
+    ) -> tuple[prunus.Plan, int]:
+        """The plan, and how many masked models or repaired copies it took to find it."""
         budget = prunus.Budget(macs=level)
-        if ratios == "equal":
+        how, _, repaired = ratios.partition(" ")
+        if how == "equal":
             return prunus.plan(self.graph, self.model, budget=budget), 0
-        if ratios == "sensitivity":
+        if how == "sensitivity":
+            table = tables[bool(repaired)]
             found = prunus.plan_by_sensitivity(table, self.graph, self.model, budget)
             return found, sum(len(curve) - 1 for curve in table.curves.values())
+        options = self._options(repaired=bool(repaired))
         best = prunus.search_ratios(
-            self.graph, self.model, self.metric, budget=budget, trials=TRIALS, progress=tell
+            self.graph, self.model, self.metric, budget=budget, trials=TRIALS, **options
         )
         return best.plan, best.trials
+
+    def _options(self, *, repaired: bool) -> dict[str, Any]:
+        data = self.inputs_seen if repaired else None
+        return {"repaired": repaired, "data": data, "progress": tell}
 
     def row(self, plan: prunus.Plan, recovery: str, **known: Any) -> dict[str, Any]:
         """A row of the table for a plan."""
         small = copy.deepcopy(self.model)
-        prunus.apply(plan, small)
-        if recovery == "recalibrated":
-            prunus.recalibrate(small, [inputs for inputs, _ in self.seen])
+        if recovery.startswith("least squares"):
+            prunus.compensate(small, plan, self.graph, self.inputs_seen)
+        else:
+            prunus.apply(plan, small)
+        if recovery.endswith("recalibrated"):
+            prunus.recalibrate(small, self.inputs_seen)
         small.eval()
         with torch.no_grad():
             metric = self.metric(small)
@@ -110,9 +127,9 @@ def tell(text: str) -> None:
 def measured(study: Study) -> Iterator[list[dict[str, Any]]]:
     """The rows of every choice of ratios and level that the table lacks."""
     done = {tuple(row[name] for name in KEY) for row in rows.read(RESULTS)}
-    table = study.sensitivity()
+    tables = {repaired: study.sensitivity(repaired=repaired) for repaired in (False, True)}
     prunus.draw_sensitivity(
-        table,
+        tables[False],
         RESULTS.with_suffix(".png"),
         title=f"{MODEL}: one group at a time, nothing trained",
         metric="minus cross entropy",
@@ -121,19 +138,19 @@ def measured(study: Study) -> Iterator[list[dict[str, Any]]]:
         for ratios in CHOICES:
             if all((ratios, recovery, str(level)) in done for recovery in RECOVERIES):
                 continue
-            plan, count = study.plan(ratios, level, table)
+            plan, count = study.plan(ratios, level, tables)
             known = {"ratios": ratios, "level": level, "evaluations": count}
             yield [study.row(plan, recovery, **known) for recovery in RECOVERIES]
 
 
 def table_of(found: Sequence[rows.Row]) -> Iterator[str]:
     """Accuracy by choice of ratios, recovery and level."""
-    yield f"{'accuracy at MACs of':28}" + "".join(f"{level:>9}" for level in LEVELS)
+    yield f"{'accuracy at MACs of':52}" + "".join(f"{level:>9}" for level in LEVELS)
     by_key = {tuple(row[name] for name in KEY): row["accuracy"] for row in found}
     for recovery in RECOVERIES:
         for ratios in CHOICES:
             cells = [by_key.get((ratios, recovery, str(level)), "") for level in LEVELS]
-            yield f"{ratios + ', ' + recovery:28}" + "".join(f"{cell:>9}" for cell in cells)
+            yield f"{ratios + ', ' + recovery:52}" + "".join(f"{cell:>9}" for cell in cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

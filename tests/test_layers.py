@@ -52,6 +52,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
             "api",
             "choices",
             "loose_groups",
+            "judging",
             "sensing",
             "ratio_search",
         ),

@@ -13,13 +13,13 @@ from prunus.errors import BudgetError, PlanError, require
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance import Importance, Statistics
 from prunus.importance.targets import Loss
+from prunus.judging import Metric, batches_to_repair, judge_by
 from prunus.loose_groups import find_loose, score_once
 from prunus.planning import Globs, plan
 from prunus.plans import Plan
-from prunus.sensing import Metric, check_ratios, fingerprint, read_metric
+from prunus.sensing import check_ratios, fingerprint
 from prunus.sensitivity_table import Sensitivity
 from prunus.surgeon.apply import kept_axes
-from prunus.surgeon.mask import mask
 
 _HALVINGS = 14
 """Of the interval in which the least ratios are sought: to 1/16384 of it."""
@@ -36,7 +36,7 @@ class Found:
     ratios
         The share of its units that every group of the search loses in it.
     value
-        The metric of the masked model under this plan.
+        The metric under this plan, of the masked model or of the repaired copy.
     trials
         Trials of the study that have a value, those of other processes included.
     """
@@ -51,7 +51,7 @@ def plan_by_sensitivity(
     table: Sensitivity,
     graph: CouplingGraph,
     model: nn.Module,
-    budget: Budget,
+    budget: Budget | None = None,
     *,
     importance: str | Importance = "l2",
     data: Iterable[Any] | None = None,
@@ -63,7 +63,7 @@ def plan_by_sensitivity(
 
     Each group loses what :meth:`Sensitivity.ratios_at` says of one loss of the metric, the same for
     all groups and the least with which the budget is met.  (That loss is of one group alone; all
-    together cost more.)
+    together cost more.)  Without a budget each loses what the table has as tolerated.
 
     Parameters
     ----------
@@ -77,7 +77,8 @@ def plan_by_sensitivity(
     BudgetError
         If the table's largest ratios don't meet it; the message says what they reach.
     PlanError
-        If the table is of a model with other groups.
+        If the table is of a model with other groups, or there is neither a budget nor anything
+        tolerated.
     """
     names = {group.name: group.size for group in graph.groups}
     strange = [name for name, size in table.sizes.items() if names.get(name) != size]
@@ -90,9 +91,21 @@ def plan_by_sensitivity(
     settled, _ = score_once(
         graph, model, importance, data=data, statistics=statistics, loss=loss, seed=seed
     )
+    if budget is None:
+        return plan(graph, model, importance=settled, ratios=_tolerated(table))
     values = [v for curve in table.curves.values() for v in curve.values() if v is not None]
     most = max(table.dense - min(values, default=table.dense), 0.0)
     return _meet(graph, model, settled, budget, lambda t: table.ratios_at(t * most))
+
+
+def _tolerated(table: Sensitivity) -> Mapping[str, float]:
+    if not table.tolerated:
+        raise PlanError(
+            "nothing says how much to remove",
+            why="there is no budget, and the table has no tolerated shares",
+            fix="give a budget, or measure the table with a tolerance",
+        )
+    return table.tolerated
 
 
 def search_ratios(
@@ -109,6 +122,7 @@ def search_ratios(
     loss: Loss | None = None,
     include: Globs | None = None,
     exclude: Globs = (),
+    repaired: bool = False,
     storage: Any = None,
     study: str = "prunus",
     progress: Callable[[str], None] | None = None,
@@ -117,12 +131,12 @@ def search_ratios(
     """Search the groups' ratios for the best metric within a budget, with Optuna.
 
     Every trial proposes how much the groups lose in proportion to one another, and takes as little
-    as meets the budget; the metric is that of the masked model.  The first trial is of equal
-    ratios.  Needs the extra ``search``.
+    as meets the budget; the metric is that of the masked model, or with ``repaired`` of a smaller
+    copy.  The first trial is of equal ratios.  Needs the extra ``search``.
 
     Parameters
     ----------
-    graph, model, metric, include, exclude
+    graph, model, metric, include, exclude, repaired
         As of :func:`prunus.sensitivity`: of the metric more is better.
     budget, importance, data, statistics, loss
         As of :func:`prunus.plan`.
@@ -143,9 +157,12 @@ def search_ratios(
     ------
     BudgetError
         If ``max_ratio`` of every group does not meet the budget.
+    DataError
+        If the metric returns something else than a finite number, or the importance or the repair
+        lacks data.
     PlanError
         If the number of trials or ``max_ratio`` is none, or the study is that of another model,
-        budget or importance.
+        budget, importance or repair.
     MissingExtraError
         Without Optuna; the message names the extra.
     """
@@ -153,21 +170,24 @@ def search_ratios(
     if trials < 1:
         raise PlanError(f"trials={trials!r} is no number of trials", fix="give one from 1 on")
     (most,) = check_ratios([max_ratio])
+    batches = batches_to_repair(data) if repaired else None
+    read = data if batches is None else batches
     settled, scores = score_once(
-        graph, model, importance, data=data, statistics=statistics, loss=loss, seed=seed
+        graph, model, importance, data=read, statistics=statistics, loss=loss, seed=seed
     )
     shares = [most * part for part in (1.0, 0.75, 0.5, 0.25)]
     tops = find_loose(graph, model, settled, shares, include, exclude)
     key = f"{fingerprint(graph, model, scores)} {budget.requested} {max_ratio} {list(tops)}"
-    traces: dict[Any, CouplingGraph] = {}
+    judge = judge_by(graph, model, metric, batches)
+    if repaired:
+        key += f" repaired on {judge.repaired_on}"
 
     def chosen(weights: Mapping[str, float]) -> Plan:
         return _meet(graph, model, settled, budget, lambda t: _grown(tops, weights, t))
 
     def objective(trial: Any) -> float:
         weights = {name: trial.suggest_float(name, 0.02, 1.0) for name in tops}
-        with mask(chosen(weights), model, forward_fn=graph.forward_fn, traces=traces):
-            value = read_metric(metric, model, f"trial {trial.number}")
+        value = judge.value(chosen(weights), f"trial {trial.number}")
         if progress is not None:
             progress(f"trial {trial.number}: {value:.6g}")
         return value
@@ -199,7 +219,8 @@ def _open_study(optuna: Any, storage: Any, name: str, key: str, seed: int) -> An
     if found.user_attrs.setdefault("asked", key) != key:
         raise PlanError(
             f"the study {name!r} asks something else",
-            why="its weights, importance, budget, max_ratio or groups are not those of this search",
+            why="its weights, importance, budget, max_ratio, groups, or the data of a repair are "
+            "not those of this search",
             fix="give another name: study='…'",
         )
     found.set_user_attr("asked", key)

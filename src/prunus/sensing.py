@@ -1,4 +1,4 @@
-"""How much a metric falls when one group loses units, measured on masked models, resumably."""
+"""How much a metric falls when one group loses units, cell by cell, resumably."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from prunus.errors import DataError, FormatError, PlanError
+from prunus.errors import FormatError, PlanError
 from prunus.files import check_target
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance import Importance, Statistics, name_of
 from prunus.importance.targets import Loss
+from prunus.judging import Judge, Metric, batches_to_repair, judge_by
 from prunus.loose_groups import find_loose, score_once
 from prunus.planning import Globs, plan
 from prunus.sensitivity_table import Sensitivity, check_loss, units_at
-from prunus.surgeon.mask import mask
 from prunus.tracer.program import state_of
 from prunus.width_planning import plan_of_mask
 
-Metric = Callable[[nn.Module], float]
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -43,6 +42,7 @@ def sensitivity(
     loss: Loss | None = None,
     include: Globs | None = None,
     exclude: Globs = (),
+    repaired: bool = False,
     path: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
     seed: int = 0,
@@ -50,16 +50,18 @@ def sensitivity(
     """Measure how a metric falls when one group after the other loses units; nothing is cut.
 
     Every cell is the metric of a masked model (:func:`prunus.mask`), which answers as the cut one
-    would.  A group is all that lives and dies together: a residual stream is one row, and so are
-    groups that lose units together.
+    would; or, with ``repaired``, of a smaller copy of which what stays was fitted to what went.  A
+    group is all that lives and dies together: a residual stream is one row, and so are groups that
+    lose units together.
 
     Parameters
     ----------
     graph, model
         What :func:`prunus.trace` found, and its model.
     metric
-        Called with the model, in eval mode and without gradients; returns a finite number, of
-        which more is better (accuracy, or minus a loss), the same one for the same model.
+        Called with the model, or with ``repaired`` a copy, in eval mode and without gradients;
+        returns a finite number, of which more is better (accuracy, or minus a loss), the same one
+        for the same model.
     ratios
         Shares of its units that each group loses, in (0, 1).
     tolerance
@@ -70,26 +72,33 @@ def sensitivity(
         Which units of a group go first, as of :func:`prunus.plan`.
     include, exclude
         Globs over group names and tensor names: which rows the table has.
+    repaired
+        Measure smaller copies, repaired on the data without labels or training:
+        :func:`prunus.compensate`, then :func:`prunus.recalibrate` where that brings the outputs
+        nearer to the model's.  The batches are kept in memory, a cell takes some passes over them,
+        and copies have to run: leave out groups of which :func:`prunus.verify` says that the
+        model's code does not follow.
     path
         A JSON file that is written after each cell.  If it is there already, what it has is not
-        measured again.
+        measured again.  A file of repaired cells wants the same batches in the same order.
     progress
         Told, in words, what each number was.
 
     Returns
     -------
     Sensitivity
-        The table.  ``prunus.plan(graph, model, ratios=table.tolerated)`` uses it, and so does
-        :func:`prunus.plan_by_sensitivity`, which meets a budget.
+        The table.  :func:`prunus.plan_by_sensitivity` makes a plan of it, within a budget or with
+        what is tolerated.
 
     Raises
     ------
     PlanError
         If a ratio or the tolerance is none, or no group can lose units.
     DataError
-        If the metric returns something else than a finite number, or the importance lacks data.
+        If the metric returns something else than a finite number, or the importance or the repair
+        lacks data.
     FormatError
-        If the file at ``path`` is no such table, or one of other weights, scores or metric.
+        If the file at ``path`` is no such table, or one of other weights, scores, repair or metric.
 
     Examples
     --------
@@ -108,8 +117,10 @@ def sensitivity(
         check_loss(tolerance, "tolerance")
     if path is not None:
         check_target(path)
+    batches = batches_to_repair(data) if repaired else None
+    read = data if batches is None else batches
     settled, scores = score_once(
-        graph, model, importance, data=data, statistics=statistics, loss=loss, seed=seed
+        graph, model, importance, data=read, statistics=statistics, loss=loss, seed=seed
     )
     rows = find_loose(graph, model, settled, ratios, include, exclude)
     origin = {
@@ -117,7 +128,10 @@ def sensitivity(
         "seed": seed,
         "fingerprint": fingerprint(graph, model, scores),
     }
-    bench = _Bench(graph, model, metric, settled, path, progress or (lambda _: None))
+    judge = judge_by(graph, model, metric, batches)
+    if repaired:
+        origin["repaired_on"] = judge.repaired_on
+    bench = _Bench(graph, model, judge, settled, path, progress or (lambda _: None))
     bench.start(ratios, origin, list(rows))
     for name in rows:
         for ratio in ratios:
@@ -135,11 +149,10 @@ class _Bench:
 
     graph: CouplingGraph
     model: nn.Module
-    metric: Metric
+    judge: Judge
     settled: Importance
     path: str | Path | None
     progress: Callable[[str], None]
-    traces: dict[Any, CouplingGraph] = field(default_factory=dict)
     table: Sensitivity = field(init=False)
 
     def start(
@@ -149,8 +162,7 @@ class _Bench:
         whole = plan_of_mask(
             self.graph, self.model, self.graph.all_kept, {"traced": self.graph.traced}
         )
-        with mask(whole, self.model, forward_fn=self.graph.forward_fn):
-            dense = read_metric(self.metric, self.model, "the whole model")
+        dense = self.judge.dense(whole)
         self.progress(f"the whole model: {dense:.6g}")
         sizes = {name: self.graph.group(name).size for name in names}
         known: dict[str, dict[int, float | None]] = {name: {0: dense} for name in names}
@@ -209,8 +221,7 @@ class _Bench:
             return None
         if not any(choice.removed for choice in chosen.groups):
             return self.table.dense
-        with mask(chosen, self.model, forward_fn=self.graph.forward_fn, traces=self.traces):
-            return read_metric(self.metric, self.model, f"{name} without {units} units")
+        return self.judge.value(chosen, f"{name} without {units} units")
 
 
 def check_ratios(ratios: Sequence[float]) -> tuple[float, ...]:
@@ -232,41 +243,6 @@ def check_ratios(ratios: Sequence[float]) -> tuple[float, ...]:
     return tuple(sorted({float(ratio) for ratio in given}))
 
 
-def read_metric(metric: Metric, model: nn.Module, where: str) -> float:
-    """What a metric says of a model, run in eval mode, which is put back.
-
-    Raises
-    ------
-    DataError
-        If that is no finite number.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            found = metric(model)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    try:
-        value = float(found)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"the metric returned a {type(found).__name__}",
-            where=where,
-            why="it has to be a number, of which more is better",
-            fix="return float(…)",
-        ) from error
-    if not math.isfinite(value):
-        raise DataError(
-            f"the metric returned {value}",
-            where=where,
-            why="numbers that are not finite can't be compared",
-            fix="bound it: return -min(loss, 1e6), say",
-        )
-    return value
-
-
 def fingerprint(graph: CouplingGraph, model: nn.Module, scores: NDArray[np.float64]) -> str:
     """A hash of groups, scores and weights: other ones make other numbers."""
     digest = hashlib.sha256(scores.tobytes())
@@ -282,7 +258,10 @@ def _check_same(
 ) -> None:
     """Refuse to go on with numbers that were made in another way."""
     why = ""
-    if dict(old.origin) != dict(origin):
+    ways = ["of repaired copies" if "repaired_on" in o else "masked" for o in (old.origin, origin)]
+    if ways[0] != ways[1]:
+        why = f"its cells are {ways[0]}, and those of this run are {ways[1]}"
+    elif dict(old.origin) != dict(origin):
         why = "its weights, importance, calibration data or seed are not those of this run"
     elif not math.isclose(old.dense, dense, rel_tol=1e-6, abs_tol=1e-9):
         why = f"the metric of the whole model was {old.dense:g} then and is {dense:g} now"

@@ -18,8 +18,9 @@ from torch import nn
 
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance import Statistics
+from prunus.importance.batches import first_batches
 from prunus.plans import Plan
-from prunus.recovery import answers_of, compensate, distance, recalibrate
+from prunus.recovery import LOOKED_AT, answers_of, compensate, distance, recalibrate
 from prunus.recovery.norms import batch_norms
 from prunus.tracer.entry import entered_by
 from prunus.tracer.program import duplicate
@@ -44,7 +45,7 @@ class Stitcher:
     graph, model
         The model is not modified.
     batches
-        On which outputs are compared, and batch norms measured again.
+        On which batch norms are measured again; outputs are compared on the first few.
     statistics
         Second moments of the graph, for least squares.
     """
@@ -58,8 +59,9 @@ class Stitcher:
     ) -> None:
         self._graph, self._model = graph, model
         self._batches, self._statistics = batches, statistics
+        self._looked_at = first_batches(batches, LOOKED_AT)  # answers of all might fill the memory
         with entered_by(model, graph.forward_fn):
-            self._dense = answers_of(model, batches)
+            self._dense = answers_of(model, self._looked_at)
 
     def build(self, plan: Plan) -> tuple[nn.Module, float]:
         """The smaller model, and √(Σ (y − y₀)² / Σ y₀²) over its outputs.
@@ -78,7 +80,7 @@ class Stitcher:
         return (settled, found) if found < error else (smaller, error)
 
     def _error_of(self, smaller: nn.Module) -> float:
-        return distance(self._dense, answers_of(smaller, self._batches))
+        return distance(self._dense, answers_of(smaller, self._looked_at))
 
 
 @dataclass(frozen=True)

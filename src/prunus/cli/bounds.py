@@ -51,7 +51,7 @@ def add_budget_options(group: Any) -> None:
 
 
 def budget_of(options: argparse.Namespace) -> Budget | None:
-    """The budget; None where ratios or blocks to drop alone say how much goes.
+    """The budget; None where ratios, a table or blocks to drop alone say how much goes.
 
     Raises
     ------
@@ -80,7 +80,7 @@ def budget_of(options: argparse.Namespace) -> Budget | None:
         scopes.setdefault(glob, {})[name] = bound
     if bounds or scopes:
         return Budget(**bounds, within={g: Budget(**inner) for g, inner in scopes.items()})
-    if options.ratios is None and not options.drop:
+    if options.ratios is None and options.sensitivity is None and not options.drop:
         names = [f"--{name}" for name in (*COUNTS, *SIZES, "latency")]
         raise PlanError(f"give a budget: {', '.join(names)}", fix="--macs 0.5, say")
     return None

@@ -123,6 +123,14 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
         help="drop residual blocks: how many, those of least influence, or one by its module path, "
         "which may be repeated; then a bound is not needed",
     )
+    group.add_argument(
+        "--sensitivity",
+        metavar="FILE",
+        type=old_file,
+        help="a table of 'prunus sensitivity': what a group loses costs the metric as little as "
+        "what any other loses, just enough for the bounds; without bounds it is what the table's "
+        "--tolerance found",
+    )
     add_importance(group)
     group.add_argument(
         "--exchange",
@@ -270,6 +278,8 @@ def _files_read(options: argparse.Namespace) -> Iterator[tuple[str, str | Path]]
     if data is not None:
         yield from (("--data", path) for path in (data, *_python_file(data)))
         yield from (("--data", path) for path in _inside(Path(data), IMAGES, deep=True))
+    if getattr(options, "sensitivity", None) is not None:
+        yield "--sensitivity", options.sensitivity
     metric: str | None = getattr(options, "metric", None)
     if metric is not None:
         yield from (("--metric", path) for path in _python_file(metric))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunus.cli import options as shared
 from prunus.cli.bounds import budget_of
+from prunus.cli.by_table import check_alone, ratios_by_table
 
 if TYPE_CHECKING:
     from prunus import Budget, CouplingGraph, Plan, Statistics
@@ -43,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     from prunus.report.documents import describe_choices
     from prunus.report.tables import costs_table, widths_table
 
+    check_alone(options)
     budget = budget_of(options)
     if bool(options.out) == options.dry_run:
         raise PlanError(
@@ -157,7 +159,10 @@ def choose(
     read: dict[str, Any] = {"data": data} if options.drop or options.solver == "spdy" else {}
     if not options.drop:
         read["statistics"] = collect(loaded, graph, data, options, step)
-    return graph, prunus.plan(graph, loaded.model, **read, **timed, **choice_of(options))
+    chosen = choice_of(options)
+    if options.sensitivity is not None:
+        chosen["ratios"] = ratios_by_table(options, graph, loaded.model, read["statistics"])
+    return graph, prunus.plan(graph, loaded.model, **read, **timed, **chosen)
 
 
 def needs_table(options: argparse.Namespace) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from prunus.cli import options as shared
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
 
 METRIC_HELP = """\
 The metric is a function in a file of yours, path/to/file.py:F: F(model) returns a number of which
-more is better, for the model as it is and for masked ones, the same each time.
+more is better, for the model as it is and for masked ones (smaller copies with --repaired), the
+same each time.
 """
 
 
@@ -37,6 +39,11 @@ def add_parser(verbs: Any) -> None:
     )
     shared.add_importance(parser)
     shared.add_group_globs(parser)
+    parser.add_argument(
+        "--repaired",
+        action="store_true",
+        help="measure smaller copies that the calibration data repaired, in place of masked models",
+    )
     shared.add_data_options(parser)
     files = [
         ("out", "the table, as JSON, after each cell; what is there already is not done again"),
@@ -58,12 +65,20 @@ def run(options: argparse.Namespace) -> int:
 
     if options.picture:
         require("matplotlib", "plot")
+    if options.repaired and options.data is None:
+        raise DataError(
+            "--repaired needs calibration data",
+            why="what stays is fitted to what went, on what the layers read",
+            fix="give --data; labels are not needed",
+        )
     metric: Any = find_function(options.metric, DataError, "write path/to/file.py:FUNCTION")
     given = {} if options.at is None else {"ratios": options.at}
     with shared.follow(options, 4) as step:
         step("building the model")
         loaded = load_model(options)
         data = load_data(options, loaded)
+        if isinstance(data, Iterator):
+            data = list(data)  # it may be read twice
         step("tracing")
         graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
         step("measuring")
@@ -73,9 +88,11 @@ def run(options: argparse.Namespace) -> int:
             metric,
             tolerance=options.tolerance,
             importance=options.importance,
+            data=data if options.repaired else None,
             statistics=collect(loaded, graph, data, options, step),
             include=options.include,
             exclude=options.exclude,
+            repaired=options.repaired,
             path=options.out,
             progress=lambda told: step(f"measuring: {told}", same=True),
             seed=options.seed,

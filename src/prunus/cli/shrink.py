@@ -9,6 +9,7 @@ from typing import Any
 from prunus.cli import cutting
 from prunus.cli import options as shared
 from prunus.cli.bounds import budget_of
+from prunus.cli.by_table import check_alone, ratios_by_table
 from prunus.cli.plan import choice_of, collect, measure_for, needs_table
 
 
@@ -37,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
     from prunus.cli.models import load_model
     from prunus.width_planning import needs_to_plan
 
+    check_alone(options)
     budget = budget_of(options)
     cutting.check(options)
     with shared.follow(options, 5) as step:
@@ -45,14 +47,18 @@ def run(options: argparse.Namespace) -> int:
         data = load_data(options, loaded)
         step("counting")
         stages = [cutting.measure(loaded, "dense")]
+        chosen = choice_of(options)
         read: dict[str, Any] = {}
         if isinstance(data, Iterator):
             data = list(data)  # it may be read twice
         needs = needs_to_plan(options.importance, options.exchange, options.solver)
-        if not options.drop and (needs or needs_table(options)):
+        by_table = options.sensitivity is not None
+        if not options.drop and (needs or by_table or needs_table(options)):
             graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
             read["statistics"] = collect(loaded, graph, data, options, step)
             read.update(measure_for(loaded, graph, options, step))
+            if by_table:
+                chosen["ratios"] = ratios_by_table(options, graph, loaded.model, read["statistics"])
         step("planning and cutting" if options.no_verify else "planning, proving and cutting")
         small = prunus.shrink(
             loaded.model,
@@ -64,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
             recover=options.recover,
             progress=cutting.telling(step),
             **read,
-            **choice_of(options),
+            **chosen,
         )
         stages.append(cutting.measure(loaded, "pruned"))
         document = cutting.describe(options, small.plan, small.certificate, stages, small.recovery)

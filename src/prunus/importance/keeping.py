@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,22 @@ def own_path(path: str | os.PathLike[str], index: int, count: int) -> Path:
     """
     path = Path(path)
     return path if count == 1 else path.with_stem(f"{path.stem}-{index + 1}-of-{count}")
+
+
+def digest_of(batches: Iterable[Any]) -> str:
+    """A hash of batches: of the tensors and plain values in them, in their order.
+
+    >>> x = torch.ones(4)
+    >>> digest_of([x, x]) == digest_of([x + 0, x + 0]), digest_of([x, x]) == digest_of([x])
+    (True, False)
+    """
+    digest = hashlib.sha256()
+    for batch in batches:
+        leaves = tree_leaves(batch)
+        digest.update(f"{len(leaves)} ".encode())
+        for leaf in leaves:
+            _feed(digest, leaf)
+    return digest.hexdigest()
 
 
 def _named(value: Any) -> Any:

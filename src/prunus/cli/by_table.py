@@ -1,0 +1,111 @@
+"""``--sensitivity FILE``: what every group loses is read from a table of sensitivities."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from prunus.cli.bounds import budget_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from prunus import CouplingGraph, Sensitivity, Statistics
+
+_ALONE: dict[str, Any] = {
+    "ratios": None,
+    "drop": [],
+    "latency": None,
+    "scope": "local",
+    "normalise": None,
+    "solver": None,
+    "round_to": 1,
+    "min_width": 1,
+    "max_ratio": 1.0,
+}
+"""Options that say how much every group loses, as the table does, with what they are by default."""
+
+
+def check_alone(options: argparse.Namespace) -> None:
+    """Refuse what contradicts a table, before minutes go into a model.
+
+    Raises
+    ------
+    PlanError
+        If another option says how much the groups lose.
+    """
+    from prunus.errors import PlanError
+
+    if options.sensitivity is None:
+        return
+    given = [name for name, default in _ALONE.items() if getattr(options, name) != default]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise PlanError(
+            f"{flags} can't be combined with --sensitivity",
+            why="what every group loses is read from the table",
+            fix="leave out one or the other; --include and --exclude choose rows of the table",
+        )
+
+
+def ratios_by_table(
+    options: argparse.Namespace,
+    graph: CouplingGraph,
+    model: nn.Module,
+    statistics: Statistics | None,
+) -> dict[str, float]:
+    """What every group of the table loses: what meets the budget; without one, what is tolerated.
+
+    Raises
+    ------
+    FormatError
+        If the file is no table.
+    PlanError
+        If it is another model's, or of another importance, or says nothing without a budget.
+    BudgetError
+        If its largest ratios don't meet the budget.
+    """
+    import prunus
+
+    table = prunus.Sensitivity.load(options.sensitivity)
+    _check_importance(table, options)
+    chosen = prunus.plan_by_sensitivity(
+        _rows_meant(table, graph, options),
+        graph,
+        model,
+        budget_of(options),
+        importance=options.importance,
+        statistics=statistics,
+        seed=options.seed,
+    )
+    rows = (choice for choice in chosen.groups if choice.name in table.sizes)
+    return {choice.name: len(choice.removed) / choice.size for choice in rows}
+
+
+def _check_importance(table: Sensitivity, options: argparse.Namespace) -> None:
+    """Refuse a table that was measured when other units went first."""
+    from prunus.errors import PlanError
+
+    measured = table.origin.get("importance", options.importance)
+    if measured != options.importance:
+        raise PlanError(
+            f"the table is of the importance {measured}, and this plan of {options.importance}",
+            where=str(options.sensitivity),
+            why="what the loss of units costs hangs on which of them go first",
+            fix=f"--importance {measured}",
+        )
+
+
+def _rows_meant(
+    table: Sensitivity, graph: CouplingGraph, options: argparse.Namespace
+) -> Sensitivity:
+    """The table without the groups that globs leave out."""
+    from prunus.planner.filters import excluded_groups
+
+    left_out = excluded_groups(graph, options.include, options.exclude)
+
+    def meant(values: Any) -> Any:
+        return {name: value for name, value in values.items() if name not in left_out}
+
+    return replace(table, sizes=meant(table.sizes), tolerated=meant(table.tolerated))

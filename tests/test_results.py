@@ -103,6 +103,10 @@ def missed(row: Row) -> list[str]:
     return [what for what, holds in promised.items() if not holds]
 
 
+TIE = 0.0005
+"""Of all importance: what half a per cent of time is worth to MobileNetV2."""
+
+
 def late(row: Row) -> list[str]:
     """What a row of latency.csv lacks of what is promised of a latency budget."""
     ratio = number(row["measured_ratio"])
@@ -110,7 +114,7 @@ def late(row: Row) -> list[str]:
     promised = {
         "lands": abs(ratio / number(row["requested"]) - 1) <= 0.07,
         "same time": abs(number(row["macs_plan_ratio"]) / ratio - 1) <= 0.03,
-        "keeps": kept > beside if row["model"] == "mobilenetv2" else kept >= 0.99 * beside,
+        "keeps": kept > beside - TIE if row["model"] == "mobilenetv2" else kept >= 0.99 * beside,
         "quiet": abs(number(row["dense_vs_dense"]) - 1) <= 0.03,
         "commit": not row["commit"].endswith("+"),
     }
@@ -124,6 +128,62 @@ def test_every_time_is_met() -> None:
              for share in ("0.75", "0.5")]  # fmt: skip
     found = [(row["model"], row["backend"], row["requested"]) for row in rows]
     assert not rows or sorted(found) == sorted(asked)
+    # Where MACs are the poorest guide a latency plan keeps more; where they guide well, as much.
+    own = [(number(row["kept_importance"]), number(row["kept_importance_macs_plan"]))
+           for row in rows if row["model"] == "mobilenetv2"]  # fmt: skip
+    assert not own or sum(kept > beside for kept, beside in own) >= 3
+
+
+def wrong_on_a_gpu(row: Row) -> list[str]:
+    """What a row of gpu.csv lacks of what is promised on any device."""
+    value, other = (number(row[name]) for name in ("value", "other"))
+    promised = {
+        "exactness": row["verdict"] == "exact" and value <= 1e-4 and other <= 1e-4,
+        "recovery": row["verdict"] == "repaired" and abs(value / other - 1) <= 0.02,
+        "latency": abs(value / number(row["setting"].rpartition(" ")[2]) - 1) <= 0.07
+        and value < other,
+        "two devices": "the model lies on 2 devices" in row["verdict"],
+    }
+    return [] if promised[row["check"]] else [row["check"]]
+
+
+def test_what_runs_on_a_gpu_is_exact_and_meets_its_time() -> None:
+    rows = written("gpu.csv")
+    assert {(r["check"], r["model"], r["setting"]): r["verdict"] for r in rows
+            if wrong_on_a_gpu(r)} == {}  # fmt: skip
+    assert not rows or {row["check"] for row in rows} == {
+        "exactness", "recovery", "latency", "two devices",
+    }  # fmt: skip
+    assert not rows or sum(row["check"] == "exactness" for row in rows) >= 10
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"check": "exactness", "verdict": "exact", "value": "2e-4", "other": "1e-7"},
+        {"check": "exactness", "verdict": "inexact", "value": "1e-7", "other": "1e-7"},
+        {"check": "recovery", "verdict": "repaired", "value": "0.2", "other": "0.1"},
+        {"check": "latency", "setting": "batch 1, 0.5", "value": "0.6", "other": "0.7"},
+    ],
+)
+def test_what_fails_on_a_gpu_is_seen(row: Row) -> None:
+    assert wrong_on_a_gpu({"verdict": "", "setting": "a 1", **row}) == [row["check"]]
+
+
+def test_a_search_shares_the_budget_out_better_than_sums_of_scores() -> None:
+    rows = written("solvers.csv")
+    means = {
+        (solver, level): statistics.mean(
+            float(row["accuracy"])
+            for row in rows
+            if (row["solver"], row["level"]) == (solver, level)
+        )
+        for solver, level in {(row["solver"], row["level"]) for row in rows}
+    }
+    for level in ("0.5", "0.35", "0.25") if rows else ():
+        assert means["spdy", level] > means["lagrange", level]
+    assert all(float(row["macs_ratio"]) <= float(row["level"]) for row in rows)
+    assert not [row for row in rows if "+" in row["commit"]]
 
 
 def test_a_speed_up_has_its_neighbours_and_a_quiet_machine() -> None:

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models_zoo
-from prunus import witness  # not ``testify`` itself: pytest takes test* for a test
+from prunus import hearing, precision, witness  # not ``testify``, which pytest takes for a test
 from prunus.graph.axis import Axis
 from prunus.listening import listen
 from prunus.plans import Plan
@@ -322,7 +323,11 @@ def test_changes_nothing() -> None:
 
 
 def test_knows_nothing_of_the_tracer() -> None:
-    tree = ast.parse(Path(witness.__file__).read_text(encoding="utf-8"))
-    imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
-    ours = {name for name in imported if name.startswith("prunus")}
-    assert ours == {"prunus.graph.axis", "prunus.plans"}
+    def imported(module: ModuleType) -> set[str]:
+        tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+        found = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+        return {name for name in found if name.startswith("prunus")}
+
+    own = {"prunus.graph.axis", "prunus.plans", "prunus.precision", "prunus.hearing"}
+    assert imported(witness) == own
+    assert imported(hearing) == imported(precision) == set()

@@ -20,21 +20,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch._ops import OpOverload
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from prunus.graph.axis import Axis
+from prunus.hearing import (
+    LAYERS,
+    Gone,
+    Heard,
+    Noise,
+    UndecidedError,
+    carries_one,
+    differ,
+    fetch,
+    quiet,
+    run_noisily,
+)
 from prunus.plans import Plan
 from prunus.precision import full_precision
 
@@ -50,22 +57,6 @@ large noise passes dead ones."""
 
 ATTEMPTS = 8
 """How often noise is drawn anew before the witness gives up."""
-
-CONTRACTIONS = {
-    *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "convolution"),
-    *(
-        "_grouped_mm",
-        "mkldnn_rnn_layer",
-        "native_layer_norm",
-        "_fused_rms_norm",
-        "native_group_norm",
-    ),
-    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"),
-    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
-}
-"""Operators that read channels into others; outside of a layer they may not meet a removed one."""
-
-_LAYERS = (nn.Linear, _ConvNd, nn.Embedding)
 
 
 @dataclass(frozen=True)
@@ -87,10 +78,6 @@ class Testimony:
     rel_err: float
     consumers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     reason: str = ""
-
-
-class _UndecidedError(Exception):
-    """The witness can't tell, for the reason given."""
 
 
 class _FailedError(Exception):
@@ -145,17 +132,17 @@ def _testify(
 ) -> Testimony:
     try:
         if plan.drops:
-            raise _UndecidedError("the plan drops blocks; give plan.widths and a model without")
-        with _quiet(own := copy.deepcopy(model)):
+            raise UndecidedError("the plan drops blocks; give plan.widths and a model without")
+        with quiet(own := copy.deepcopy(model)):
             dense = _named(own(*args, **kwargs), outputs)
-        with _quiet(own := copy.deepcopy(pruned)):
+        with quiet(own := copy.deepcopy(pruned)):
             answer = _answer_of(own, args, kwargs, dense)
         expected, consumers = _silenced_answer(
             model, pruned, _find_gone(plan, model), args, kwargs, dense
         )
         if _relative_error(dense, expected) <= MOVED:
-            raise _UndecidedError("silencing the consumers moves no output")
-    except _UndecidedError as undecided:
+            raise UndecidedError("silencing the consumers moves no output")
+    except UndecidedError as undecided:
         return Testimony("undecided", float("nan"), {}, str(undecided))
     except _FailedError as failed:
         return Testimony("disagrees", float("inf"), {}, str(failed))
@@ -188,7 +175,7 @@ def _answer_of(
 def _silenced_answer(
     model: nn.Module,
     pruned: nn.Module,
-    gone: _Gone,
+    gone: Gone,
     args: Any,
     kwargs: Any,
     dense: Mapping[str, Tensor],
@@ -199,19 +186,19 @@ def _silenced_answer(
     silences the rows: noise on them then reaches no output any more.
     """
     subject = copy.deepcopy(model)
-    clean = _run(subject, gone, None, None, args, kwargs)
+    clean = run_noisily(subject, gone, None, None, args, kwargs)
     if still := [name for name in gone.rows if name not in clean.ran]:
-        raise _UndecidedError(f"{', '.join(still)} never runs: its weight is read by other code")
-    again = _run(subject, gone, None, clean, args, kwargs)
+        raise UndecidedError(f"{', '.join(still)} never runs: its weight is read by other code")
+    again = run_noisily(subject, gone, None, clean, args, kwargs)
     untouched = _named(clean.answer, dense)
     _compare_runs(untouched, again, "the model does not answer the same twice")
     if _relative_error(dense, untouched) > MOVED or any(at.any() for at in again.moved.values()):
-        raise _UndecidedError("the model does not answer the same twice")
+        raise UndecidedError("the model does not answer the same twice")
     moved: dict[str, Any] = {}
     consumers: dict[str, tuple[int, ...]] = {}
     for attempt in range(ATTEMPTS):
         for scale in SCALES:
-            noisy = _run(subject, gone, _Noise(scale, 2 * attempt), clean, args, kwargs)
+            noisy = run_noisily(subject, gone, Noise(scale, 2 * attempt), clean, args, kwargs)
             _compare_runs(untouched, noisy, "a removed unit reaches an output past all layers")
             for name, channels in noisy.moved.items():
                 moved[name] = moved.get(name, False) | channels
@@ -221,11 +208,11 @@ def _silenced_answer(
             continue
         consumers = found
         silent = _silence(model, consumers)
-        with _quiet(silent):
+        with quiet(silent):
             answer = _named(silent(*args, **kwargs), dense)
         if _is_silent(silent, gone, answer, 2 * attempt + 1, args, kwargs):
             return answer, consumers
-    raise _UndecidedError(
+    raise UndecidedError(
         "noise on the removed units reaches an output although all layers that read it are silent"
     )
 
@@ -242,23 +229,21 @@ def _reads_constants(
     if not lost:
         return ""
     rows = {
-        name: np.arange(
-            _fetch(model, f"{name}.weight").shape[int(isinstance(module, nn.Embedding))]
-        )
+        name: np.arange(fetch(model, f"{name}.weight").shape[int(isinstance(module, nn.Embedding))])
         for name, module in model.named_modules()
-        if isinstance(module, _LAYERS)
+        if isinstance(module, LAYERS)
         and not isinstance(module, _ConvTransposeNd)
         and module._parameters.get("weight") is not None
     }
-    everything = _Gone(rows, {})
+    everything = Gone(rows, {})
     subject = copy.deepcopy(model)
     try:
-        clean = _run(subject, everything, None, None, args, kwargs)
+        clean = run_noisily(subject, everything, None, None, args, kwargs)
         moved = [
-            _run(subject, everything, _Noise(scale, seed), clean, args, kwargs).moved
+            run_noisily(subject, everything, Noise(scale, seed), clean, args, kwargs).moved
             for seed, scale in enumerate(SCALES)
         ]
-    except _UndecidedError:  # an attention, say, that everything moves
+    except UndecidedError:  # an attention, say, that everything moves
         return ""
     still = (n for n, at in lost.items() if not any(run[n][at].any() for run in moved if n in run))
     return next(still, "")
@@ -277,38 +262,26 @@ def _columns(plan: Plan, model: nn.Module) -> Iterator[tuple[str, NDArray[np.int
             yield name, np.setdiff1d(np.arange(size), np.array(stay))
 
 
-def _refuse_passengers(model: nn.Module, pruned: nn.Module, run: _Heard) -> None:
+def _refuse_passengers(model: nn.Module, pruned: nn.Module, run: Heard) -> None:
     """A layer over tokens, say, that channels pass through one by one: it reads none of them.
 
     Then noise moves all that the layer sums over, at some places only, and it stays whole.
     """
     for name in run.patchy:
-        before, after = (_fetch(m, f"{name}.weight").shape for m in (model, pruned))
+        before, after = (fetch(m, f"{name}.weight").shape for m in (model, pruned))
         dim = 0 if isinstance(model.get_submodule(name), _ConvTransposeNd) else 1
         if before[dim] == after[dim]:
-            raise _UndecidedError(f"removed units pass through {name} without being summed over")
+            raise UndecidedError(f"removed units pass through {name} without being summed over")
 
 
-def _compare_runs(dense: Mapping[str, Tensor], run: _Heard, reason: str) -> None:
+def _compare_runs(dense: Mapping[str, Tensor], run: Heard, reason: str) -> None:
     answer = _named(run.answer, dense)
-    if any(_differ(tensor, answer[name]).any() for name, tensor in dense.items()):
-        raise _UndecidedError(reason)
+    if any(differ(tensor, answer[name]).any() for name, tensor in dense.items()):
+        raise UndecidedError(reason)
 
 
-@dataclass(frozen=True)
-class _Gone:
-    """What a plan removes of whatever makes channels.
-
-    ``rows``: module path → output channels of a layer.  ``tables``: tensor → positions of its
-    dims, for tensors that belong to no layer (position tables, query embeddings, gains).
-    """
-
-    rows: Mapping[str, NDArray[np.int64]]
-    tables: Mapping[str, Mapping[int, NDArray[np.int64]]]
-
-
-def _find_gone(plan: Plan, model: nn.Module) -> _Gone:
-    owners = {id(_fetch(model, axis.tensor)): axis.tensor for axis in plan.keep}
+def _find_gone(plan: Plan, model: nn.Module) -> Gone:
+    owners = {id(fetch(model, axis.tensor)): axis.tensor for axis in plan.keep}
 
     def lost(tensor: Tensor, dim: int) -> NDArray[np.int64]:
         stay = plan.keep.get(Axis(owners.get(id(tensor), ""), dim))
@@ -318,12 +291,12 @@ def _find_gone(plan: Plan, model: nn.Module) -> _Gone:
     tables: dict[str, dict[int, NDArray[np.int64]]] = {}
     for axis in plan.keep:
         if _is_table(model, axis):
-            found = lost(_fetch(model, axis.tensor), axis.dim)
+            found = lost(fetch(model, axis.tensor), axis.dim)
             tables.setdefault(axis.tensor, {})[axis.dim] = found
     rows: dict[str, NDArray[np.int64]] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if not isinstance(module, _LAYERS) or weight is None or _carries_one(module):
+        if not isinstance(module, LAYERS) or weight is None or carries_one(module):
             continue
         if isinstance(module, _ConvTransposeNd):
             channels = _transposed_rows(lost(weight, 0), lost(weight, 1), module)
@@ -332,23 +305,23 @@ def _find_gone(plan: Plan, model: nn.Module) -> _Gone:
         if len(channels):
             rows[name] = channels
     if not rows and not tables:
-        raise _UndecidedError("the plan removes no row of a layer")
-    return _Gone(rows, tables)
+        raise UndecidedError("the plan removes no row of a layer")
+    return Gone(rows, tables)
 
 
 def _is_table(model: nn.Module, axis: Axis) -> bool:
     """Whether the tensor belongs to no standard module; refuses what noise can't be added to."""
     module = model.get_submodule(axis.tensor.rpartition(".")[0].partition(".parametrizations")[0])
-    computed = isinstance(module, _LAYERS) and "weight" not in module._parameters
+    computed = isinstance(module, LAYERS) and "weight" not in module._parameters
     if computed or isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)):
-        raise _UndecidedError(f"{axis} is not a plain weight of a layer")
+        raise UndecidedError(f"{axis} is not a plain weight of a layer")
     standard = any(
         kind.__module__.startswith("torch.nn.modules.")
         for kind in type(module).__mro__
         if kind is not nn.Module and "container" not in kind.__module__
     )
-    if not standard and not _fetch(model, axis.tensor).is_floating_point():
-        raise _UndecidedError(f"{axis} holds indices, to which noise can't be added")
+    if not standard and not fetch(model, axis.tensor).is_floating_point():
+        raise UndecidedError(f"{axis} holds indices, to which noise can't be added")
     return not standard
 
 
@@ -364,24 +337,13 @@ def _transposed_rows(
     return np.flatnonzero(lost.ravel())
 
 
-def _carries(module: nn.Module) -> bool:
-    """Whether each output channel reads one input channel: depthwise, both ways."""
-    grouped = isinstance(module, _ConvNd) and module.groups > 1
-    return grouped and module.in_channels == module.groups
-
-
-def _carries_one(module: nn.Module) -> bool:
-    """Whether it has one output channel for every input channel, so that none is its own."""
-    return _carries(module) and bool(module.out_channels == module.in_channels)
-
-
 def _silence(model: nn.Module, consumers: Mapping[str, tuple[int, ...]]) -> nn.Module:
     """A copy whose layers do not read the given input channels; tied weights come apart."""
     silent = copy.deepcopy(model)
     for name, channels in consumers.items():
         layer: Any = silent.get_submodule(name)
         if layer._parameters.get("weight") is None:
-            raise _UndecidedError(f"{name} reads removed units, and its weight is computed")
+            raise UndecidedError(f"{name} reads removed units, and its weight is computed")
         weight = layer.weight.detach().clone()
         if isinstance(layer, _ConvTransposeNd):
             weight[list(channels)] = 0
@@ -396,7 +358,7 @@ def _silence(model: nn.Module, consumers: Mapping[str, tuple[int, ...]]) -> nn.M
 
 def _is_silent(
     silent: nn.Module,
-    gone: _Gone,
+    gone: Gone,
     before: Mapping[str, Tensor],
     seed: int,
     args: Any,
@@ -404,218 +366,17 @@ def _is_silent(
 ) -> bool:
     """Whether noise on the rows reaches no output, when no layer's input is put right."""
     for scale in SCALES:
-        with _Noise(scale, seed).on(silent, gone), _quiet(silent):
+        with Noise(scale, seed).on(silent, gone), quiet(silent):
             after = _named(silent(*args, **kwargs), before)
         if not _relative_error(before, after) <= TOLERANCE[torch.float64]:
             return False
     return True
 
 
-@dataclass
-class _Heard:
-    """One run: what every layer read, and what contractions outside of layers read."""
-
-    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    operands: list[list[Tensor]] = field(default_factory=list)
-    moved: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
-    patchy: set[str] = field(default_factory=set)
-    ran: set[str] = field(default_factory=set)
-    answer: Any = None
-
-
-def _run(
-    model: nn.Module,
-    gone: _Gone,
-    noise: _Noise | None,
-    clean: _Heard | None,
-    args: Any,
-    kwargs: Any,
-) -> _Heard:
-    """Run with noise on the rows; where a clean run is given, every layer reads what it read then.
-
-    So noise never gets past a layer that reads it, and each is judged by itself.
-    """
-    heard = _Heard()
-    guard = _Guard(heard, clean)
-    handles: list[Any] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, _LAYERS):
-            continue
-        if not _carries(module) and not isinstance(module, nn.Embedding):
-            ear = _Ear(name, heard, clean)
-            handles.append(module.register_forward_pre_hook(ear, with_kwargs=True))
-        handles.append(module.register_forward_pre_hook(partial(guard.enter, name)))
-        handles.append(module.register_forward_hook(guard.leave, always_call=True))
-    try:
-        with noise.on(model, gone) if noise else nullcontext(), _quiet(model), guard:
-            heard.answer = model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return heard
-
-
-class _Ear:
-    """Compares what a layer reads with what it read in the clean run, and gives it the latter.
-
-    In the clean run a layer gets a copy as well: a kernel rounds differently on a slice of a
-    larger tensor than on a tensor of its own, and runs are compared bit for bit.
-    """
-
-    def __init__(self, name: str, heard: _Heard, clean: _Heard | None) -> None:
-        self._name, self._heard, self._clean = name, heard, clean
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        values = args[0] if args else kwargs["input"]
-        calls = self._heard.inputs.setdefault(self._name, [])
-        calls.append(values.clone())
-        if self._clean is None:
-            return _given(values.clone(), args, kwargs)
-        known = self._clean.inputs.get(self._name, [])
-        if len(known) < len(calls) or known[len(calls) - 1].shape != values.shape:
-            raise _UndecidedError(f"noise changes how often {self._name} runs")
-        reference = known[len(calls) - 1]
-        weight: Any = module.weight
-        channel = values.dim() + 1 - weight.dim()
-        others = [dim for dim in range(values.dim()) if dim != channel]
-        differs = _differ(values, reference)
-        if any(_is_patchy(differs, dim) for dim in others):
-            self._heard.patchy.add(self._name)
-        differs = differs.any(dim=others) if others else differs
-        before = self._heard.moved.get(self._name, np.False_)
-        self._heard.moved[self._name] = before | differs.cpu().numpy()
-        return _given(reference.clone(), args, kwargs)
-
-
-def _is_patchy(differs: Tensor, dim: int) -> bool:
-    """Whether some positions of a dim differ and others don't."""
-    hit = differs.movedim(dim, 0).flatten(1).any(1)
-    return bool(hit.any()) and not bool(hit.all())
-
-
-def _given(values: Tensor, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    return ((values, *args[1:]), kwargs) if args else (args, {**kwargs, "input": values})
-
-
-class _Guard(TorchDispatchMode):
-    """Watches contractions outside of layers: none may read a removed unit."""
-
-    def __init__(self, heard: _Heard, clean: _Heard | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._heard, self._clean, self._depth = heard, clean, 0
-
-    def enter(self, name: str, module: nn.Module, args: Any) -> None:
-        """A layer begins to run."""
-        self._heard.ran.add(name)
-        self._depth += 1
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A layer has run."""
-        self._depth -= 1
-
-    def __torch_dispatch__(
-        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        name = func._schema.name.partition("::")[2]
-        if not self._depth and name in CONTRACTIONS:
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            if self._clean is None:
-                self._heard.operands.append([tensor.clone() for tensor in tensors])
-            else:
-                self._compare(name, tensors)
-        return func(*args, **(kwargs or {}))
-
-    def _compare(self, name: str, tensors: list[Tensor]) -> None:
-        assert self._clean is not None
-        self._heard.operands.append([])
-        index = len(self._heard.operands) - 1
-        known = self._clean.operands[index] if index < len(self._clean.operands) else []
-        same = [tensor.shape for tensor in known] == [tensor.shape for tensor in tensors]
-        if not same or any(_differ(a, b).any() for a, b in zip(known, tensors, strict=True)):
-            raise _UndecidedError(f"{name}, which is no layer, reads a removed unit")
-
-
-@dataclass(frozen=True)
-class _Noise:
-    """Noise on what is gone, in standard deviations of what it is added to.
-
-    Half of it is the same for a whole channel, which moves windows and means as well.
-    """
-
-    scale: float
-    seed: int
-
-    @contextmanager
-    def on(self, model: nn.Module, gone: _Gone) -> Iterator[None]:
-        """Within the context the model runs with noise."""
-        handles = [
-            model.get_submodule(name).register_forward_hook(self._hook(rows, stream))
-            for stream, (name, rows) in enumerate(gone.rows.items())
-        ]
-        tables = {name: _fetch(model, name) for name in gone.tables}
-        before = {name: tensor.detach().clone() for name, tensor in tables.items()}
-        try:
-            with torch.no_grad():
-                for stream, (name, tensor) in enumerate(tables.items()):
-                    for dim, positions in gone.tables[name].items():
-                        shaken = self._added(tensor, dim, positions, 500 + stream)
-                        tensor.copy_(shaken.abs().copysign(tensor))  # a variance stays one
-            yield
-        finally:
-            with torch.no_grad():
-                for name, tensor in tables.items():
-                    tensor.copy_(before[name])
-            for handle in handles:
-                handle.remove()
-
-    def _hook(self, rows: NDArray[np.int64], stream: int) -> Any:
-        def add(module: Any, args: Any, output: Tensor) -> Tensor:
-            return self._added(output, output.dim() + 1 - module.weight.dim(), rows, stream)
-
-        return add
-
-    def _added(self, tensor: Tensor, dim: int, positions: NDArray[np.int64], stream: int) -> Tensor:
-        generator = torch.Generator().manual_seed(1000 * self.seed + stream)
-        shape = list(tensor.shape)
-        shape[dim] = len(positions)
-        noise = torch.randn(shape, generator=generator)
-        noise = noise + torch.randn(
-            [n if d == dim else 1 for d, n in enumerate(shape)], generator=generator
-        )
-        spread = tensor.std(correction=0).item() or 1.0
-        index = torch.as_tensor(positions, device=tensor.device)
-        shaken = tensor.index_add(dim, index, noise.to(tensor), alpha=self.scale * spread)
-        # Kernels round differently in another memory format, and runs are compared bit for bit.
-        return torch.empty_like(tensor).copy_(shaken)
-
-
-@contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no fused encoder; the models that run here are our own copies."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
-def _fetch(model: nn.Module, name: str) -> Any:
-    prefix, _, own = name.rpartition(".")
-    return getattr(model.get_submodule(prefix), own)
-
-
-def _differ(a: Tensor, b: Tensor) -> Tensor:
-    return (a != b) & ~(a.isnan() & b.isnan())
-
-
 def _named(answer: Any, wanted: Collection[str] | None) -> dict[str, Tensor]:
     found = {n: t for n, t in _tensors(answer) if wanted is None or n in wanted}
     if not found:
-        raise _UndecidedError("there is no output to compare")
+        raise UndecidedError("there is no output to compare")
     return found
 
 

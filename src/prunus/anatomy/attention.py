@@ -21,6 +21,10 @@ Units = NDArray[np.int64]
 
 _PRODUCTS = frozenset({"bmm", "baddbmm", "matmul", "mm"})
 _SOFTMAXES = frozenset({"_softmax", "softmax", "_safe_softmax"})
+_SHIFTING = frozenset({
+    "add", "sub", "masked_fill", "where", "_to_copy", "to", "view", "_unsafe_view", "expand",
+    "clone", "alias", "detach", "unsqueeze", "squeeze",
+})  # fmt: skip
 _FAR = 40
 """Operators between a softmax and its products, at most: scales, masks, biases, casts, views."""
 
@@ -68,12 +72,15 @@ class Scores(NamedTuple):
     ----------
     queries, keys
         What is multiplied; the dims that are summed over are ``dims`` of theirs.
+    shiftless
+        Whether it is the same to the softmax if all scores of a query grow by one number.
     """
 
     node: Node
     queries: Ref
     keys: Ref
     dims: tuple[int, int]
+    shiftless: bool
 
 
 def find_scores(program: Program) -> Iterator[Scores]:
@@ -82,10 +89,11 @@ def find_scores(program: Program) -> Iterator[Scores]:
     for index, node in enumerate(program.nodes):
         name = _name(node)
         if name.startswith("_scaled_dot_product"):
-            yield Scores(node, node.args["query"], node.args["key"], (-1, -1))
+            yield Scores(node, node.args["query"], node.args["key"], (-1, -1), shiftless=True)
         elif name in _SOFTMAXES and node.args["dim"] in (-1, len(_shape(program, node)) - 1):
             for product in flow.products_before(index):
-                yield Scores(product, *_operands(product), (-1, -2))
+                alike = flow.only_shifts_between(product, node)
+                yield Scores(product, *_operands(product), (-1, -2), shiftless=alike)
 
 
 class Weighing(NamedTuple):
@@ -221,6 +229,26 @@ class _Flow:
                         seen.add(reader)
                         queue.append(reader)
         return None
+
+    def only_shifts_between(self, product: Node, softmax: Node) -> bool:
+        """Whether one number more for all scores of a query is one number more at the softmax, or
+        a multiple of it: scales and masks lie between, and nothing that is not linear."""
+        node = product
+        while node is not softmax:
+            (value, *more) = node.outputs
+            readers = self._readers.get(value, [])
+            if more or len(readers) != 1:
+                return False
+            node = self._nodes[readers[0]]
+            if node is not softmax and not self._shifts(node, value):
+                return False
+        return True
+
+    def _shifts(self, node: Node, scores: int) -> bool:
+        if _name(node).rstrip("_") not in ("mul", "div"):
+            return _name(node).rstrip("_") in _SHIFTING
+        others = [shape for n in _read(node) if n != scores for shape in [self.program.shapes[n]]]
+        return all(not shape or shape[-1] == 1 for shape in others)
 
     def units_behind(self, value: Any) -> Units:
         """Units of what a value was made of, before anything repeated it."""

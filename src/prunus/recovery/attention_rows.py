@@ -63,11 +63,14 @@ class ScoreProduct:
         What makes them.
     shared
         For every head of the keys, the heads of the queries that are multiplied with it.
+    shiftless
+        See :class:`~prunus.anatomy.attention.Scores`.
     """
 
     queries: Projection
     keys: Projection
     shared: tuple[tuple[int, ...], ...]
+    shiftless: bool
 
     @property
     def name(self) -> str:
@@ -190,7 +193,10 @@ class _Search:
         for query, key in zip(q_of.tolist(), k_of.tolist(), strict=True):
             shared[key].append(query)
         return ScoreProduct(
-            Projection(*queries, first), Projection(*keys, second), tuple(map(tuple, shared))
+            Projection(*queries, first),
+            Projection(*keys, second),
+            tuple(map(tuple, shared)),
+            scores.shiftless,
         )
 
     def value_path(self, weighing: Weighing) -> ValuePath:

@@ -8,7 +8,8 @@ some go, those that stay become the best subspace for the products, not a select
 
 for r dims (Eckart & Young, 1936), and the products miss ``Σ_{i>r} s_i²`` on the average over all
 pairs of a query and a key.  A softmax over the keys doesn't see what all keys have in common, so
-that ``K`` is their covariance.  Queries that share a head of keys count together.
+that ``K`` is their covariance, unless scores are bent before it.  Queries that share a head of
+keys count together.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def _mix(
         of_queries = torch.stack([
             _second(product.queries, rows, state, moments, centred=False) for rows in queries
         ]).sum(0)  # fmt: skip
-        of_keys = _second(product.keys, keys, state, moments, centred=True)
+        of_keys = _second(product.keys, keys, state, moments, centred=product.shiftless)
         first, second, squares = best_products(of_queries, of_keys, len(stay))
         missing = [n for n in range(len(keys)) if n not in set(stay.tolist())]
         whole += float(squares.sum())

@@ -81,6 +81,8 @@ def test_shrink_and_a_latency_budget(case: Case) -> None:
         prunus.plan(graph, model, data=data, **timed, **options)
     with pytest.raises(PlanError, match="trials=0 is no number of trials"):
         prunus.plan(graph, model, budget=HALF, data=data, **{**options, "trials": 0})
+    with pytest.raises(PlanError, match="solver can't be combined with ratio="):
+        prunus.plan(graph, Net().eval(), ratio=0.5, data=data, **options)
     with pytest.raises(PlanError, match="can't be combined with scope='local'"):
         prunus.plan(graph, model, budget=HALF, data=data, solver="spdy")
 

@@ -70,7 +70,7 @@ def plan_widths(
     options = {**_OPTIONS, **options}
     if ratio is None:
         check_solver(options["scope"], options["solver"], (*get_args(Solver), "spdy"))
-    if options["solver"] == "spdy":
+    if options["solver"] == "spdy" and ratio is None:
         data = _check_search(budget, data, trials)
     needs = needs_to_plan(importance, exchange, options["solver"])
     if statistics is None and data is not None and needs:
@@ -78,8 +78,8 @@ def plan_widths(
     names = ("ratios", "scope", "normalise", "min_width", "max_ratio", "round_to")
     said = {name: options[name] for name in names}
     if options["normalise"] is None and ratio is None:
-        alike = options["scope"] == "global" and is_comparable(importance)
-        options["normalise"] = "none" if alike else "mean"
+        curves = options["scope"] == "global" and is_comparable(importance)
+        options["normalise"] = "none" if curves else "mean"
     options["round_to"] = resolve_rounding(options["round_to"], graph, latency)
     with uncollected():
         tensors, _ = state_of(model)
@@ -94,14 +94,15 @@ def plan_widths(
 
     timed: Timed | None = None
     searched: dict[str, Any] = {}
-    if data is not None and statistics is not None and options["solver"] == "spdy":
+    if options["solver"] == "spdy" and ratio is None:
+        assert data is not None
+        assert statistics is not None
         stitcher = Stitcher(graph, model, first_batches(data, LOOKED_AT), statistics)
-        weights = normalised(graph, scores, options["normalise"])
-        alike = {**options, "normalise": "none", "solver": "dynamic"}
+        each = {**options, "normalise": "none", "solver": "dynamic"}
         found, searched = _search(
             graph,
-            weights,
-            lambda scaled: _choose(graph, scaled, budget, ratio, hold, **alike),
+            normalised(graph, scores, options["normalise"]),
+            lambda scaled: _choose(graph, scaled, budget, None, hold, **each),
             lambda one: stitcher.build(plan_of_mask(graph, model, one.kept, {}))[1],
             *(trials, seed, progress),
         )

@@ -54,15 +54,24 @@ class Core:
 def find_cores(program: Program) -> Iterator[Core]:
     """Every attention of a program, in the order in which they ran."""
     flow = _Flow(program)
-    for index, node in enumerate(program.nodes):
+    for node, scores, values in _attentions(flow):
+        if values is node:
+            yield _fused(flow, node)
+        elif scores and values is not None:
+            yield _written_out(flow, node, scores, values)
+
+
+def _attentions(flow: _Flow) -> Iterator[tuple[Node, Sequence[Node], Node | None]]:
+    """Every softmax with the products that make its scores, and the one that weighs values.
+
+    A fused attention is all of these in one.
+    """
+    for index, node in enumerate(flow.program.nodes):
         name = _name(node)
         if name.startswith("_scaled_dot_product"):
-            yield _fused(flow, index)
+            yield node, [node], node
         elif name in _SOFTMAXES:
-            scores = flow.products_before(index)
-            values = flow.product_after(index)
-            if scores and values is not None:
-                yield _written_out(flow, node, scores, values)
+            yield node, flow.products_before(index), flow.product_after(index)
 
 
 class Scores(NamedTuple):
@@ -86,12 +95,11 @@ class Scores(NamedTuple):
 def find_scores(program: Program) -> Iterator[Scores]:
     """Every product of queries and keys of a program."""
     flow = _Flow(program)
-    for index, node in enumerate(program.nodes):
-        name = _name(node)
-        if name.startswith("_scaled_dot_product"):
+    for node, scores, values in _attentions(flow):
+        if values is node:
             yield Scores(node, node.args["query"], node.args["key"], (-1, -1), shiftless=True)
-        elif name in _SOFTMAXES and node.args["dim"] in (-1, len(_shape(program, node)) - 1):
-            for product in flow.products_before(index):
+        elif node.args["dim"] in (-1, len(program.shapes[node.args["self"].value]) - 1):
+            for product in scores:
                 alike = flow.only_shifts_between(product, node)
                 yield Scores(product, *_operands(product), (-1, -2), shiftless=alike)
 
@@ -105,23 +113,15 @@ class Weighing(NamedTuple):
 
 def find_weighings(program: Program) -> Iterator[Weighing]:
     """Every product of probabilities with values of a program."""
-    flow = _Flow(program)
-    for index, node in enumerate(program.nodes):
-        name = _name(node)
-        if name.startswith("_scaled_dot_product"):
+    for node, _, values in _attentions(_Flow(program)):
+        if values is node:
             yield Weighing(node, node.args["value"])
-        elif name in _SOFTMAXES:
-            product = flow.product_after(index)
-            if product is not None:
-                yield Weighing(product, _operands(product)[1])
+        elif values is not None:
+            yield Weighing(values, _operands(values)[1])
 
 
-def _shape(program: Program, node: Node) -> tuple[int, ...]:
-    return program.shapes[node.args["self"].value]
-
-
-def _fused(flow: _Flow, index: int) -> Core:
-    program, node = flow.program, flow.program.nodes[index]
+def _fused(flow: _Flow, node: Node) -> Core:
+    program = flow.program
     query, key, value = (node.args[name] for name in ("query", "key", "value"))
     queries = _heads(program, query)
     return Core(

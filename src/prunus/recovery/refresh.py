@@ -25,7 +25,7 @@ from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.trace import quiet_run
 
 BATCHES = 8
-"""Random inputs of the traced shapes; ten times as many images gained nothing on a small ResNet."""
+"""Of random inputs, in the traced shapes."""
 
 FEW = 16
 """Of fewer values per channel a batch norm does not take the statistics that it normalises by."""

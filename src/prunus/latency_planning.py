@@ -31,10 +31,16 @@ TOLERANCE = 0.02
 PAIRS = 15
 """Dense and pruned forwards, in turn, of which the measured ratio is the median."""
 
+_VOID = 0.02
+"""How far the dense model may be from itself: else what is measured is void."""
+
+_RACES = 4
+"""How often a plan is timed at most; of races that are all void the least disturbed counts."""
+
 _LAST_RESORT = 0.05
 """What is accepted when no plan came that close."""
 
-_CORRECTIONS = 6
+_CORRECTIONS = 8
 """How often the whole model is measured at most."""
 
 _SOLUTIONS = 4
@@ -152,11 +158,22 @@ class Timekeeper:
         self._dense = self._run_of(model)
 
     def compare(self, plan: Plan) -> tuple[float, float]:
-        """Median nanoseconds of the dense model, and the median ratio of pruned to dense."""
+        """Median nanoseconds of the dense model, and the median ratio of pruned to dense.
+
+        The dense model runs twice a round: where it differs from itself something else has
+        disturbed the clock, and all is timed again.
+        """
         pruned = apply(plan, duplicate(self._model))
         with quiet_run(self._model), quiet_run(pruned):
-            times = race([self._dense, self._run_of(pruned)], PAIRS, self._backend.device)
-        return float(median(times[:, 0])), float(median(times[:, 1] / times[:, 0]))
+            runs = [self._dense, self._run_of(pruned), self._dense]
+            found: list[tuple[float, NDArray[np.float64]]] = []
+            while len(found) < _RACES and (not found or found[-1][0] > _VOID):
+                times = race(runs, PAIRS, self._backend.device)
+                dense, twin = median(times[:, 0]), median(times[:, 2])
+                found.append((abs(twin / dense - 1), times))
+        _, times = min(found, key=lambda pair: pair[0])
+        dense = (times[:, 0] + times[:, 2]) / 2
+        return float(median(dense)), float(median(times[:, 1] / dense))
 
     def _run_of(self, model: nn.Module) -> Callable[[], Any]:
         with quiet_run(model):
@@ -198,17 +215,21 @@ def hasten(
     others = {} if budget.counted is None else budget.counted.limits(graph)
     wanted = _share(budget, table.dense_ns)
     target, widths = wanted, prediction.full.astype(np.float64)
+    met, missed = 1.0, 0.0  # by the table: the least target that was met, the most that was not
     best: Timed | None = None
     floors: BudgetError | None = None
-    for count in range(1, _CORRECTIONS + 1):
+    count = 0
+    for _ in range(_CORRECTIONS):
+        if target <= missed:  # the table may be too high down there
+            if met - missed <= _SETTLED:
+                break
+            target = (met + missed) / 2
         try:
             chosen, widths = _solve(graph, others, prediction, target, widths, choose)
         except BudgetError as error:
-            floors = error
-            if best is not None:
-                break
-            target = (1 + target) / 2  # the table may be too high down there
+            floors, missed = error, max(missed, target)
             continue
+        met, count = min(met, target), count + 1
         dense_ns, ratio = compare(chosen.kept)
         wanted = _share(budget, dense_ns)
         predicted = prediction.time(prediction.widths(chosen.kept)) / table.dense_ns

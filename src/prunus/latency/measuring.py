@@ -18,7 +18,7 @@ from prunus.latency.cache import Cache, Times, default_folder
 from prunus.latency.eager import Compiled, Eager
 from prunus.latency.operators import Operator, find_invocations
 from prunus.latency.race import race
-from prunus.latency.samples import Samples, choose_widths
+from prunus.latency.samples import Samples, choose_widths, relate
 from prunus.latency.table import LatencyTable
 from prunus.tracer.entry import entered_by
 from prunus.tracer.trace import quiet_run, trace
@@ -47,7 +47,7 @@ def measure(
     at several volumes of what it reads and writes.  Operators take turns, each time is the median
     over the rounds after one that warms up, and goes to disk, so that an interrupted measurement
     goes on where it stopped and the next model measures only what is new.  The whole model is
-    timed as well.
+    timed before and after, and the less counts.
 
     Parameters
     ----------
@@ -93,15 +93,18 @@ def measure(
     invocations, _ = find_invocations(found, dtype, runner.absorbs)
     operators = {i.operator.key: i.operator for i in invocations}
     cache = Cache(default_folder() if folder is None else folder, runner)
-    unmeasured = _fill(cache, runner, operators, rounds, progress)
     with entered_by(model, found.forward_fn), quiet_run(model):
-        times = race([runner.prepare(model, args, kwargs)], rounds, runner.device)
+        run = runner.prepare(model, args, kwargs)
+        before = race([run], rounds, runner.device)
+        unmeasured = _fill(cache, runner, operators, rounds, progress)
+        after = race([run], rounds, runner.device)
+    dense_ns = float(min(median(before[:, 0]), median(after[:, 0])))
     samples = {
         key: Samples(operator, cache.times[key])
         for key, operator in operators.items()
         if key not in unmeasured
     }
-    return LatencyTable(runner, dtype, samples, float(median(times[:, 0])), unmeasured)
+    return LatencyTable(runner, dtype, relate(samples), dense_ns, unmeasured)
 
 
 def make_backend(name: str, model: nn.Module) -> Backend:

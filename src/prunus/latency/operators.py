@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -38,7 +38,7 @@ class Operator:
     ----------
     key
         JSON: the overload, its arguments (a tensor as its shape, with letters for widths), the
-        shapes that come out, and the full widths.
+        shapes that come out, the full widths, and what a backend computes along with it.
     factors
         For a contraction, the letters whose widths are multiplied in its MACs, by number, a width
         that enters twice twice; None for any other operator.
@@ -63,6 +63,16 @@ class Operator:
         """Without namespace and overload: ``"convolution"``."""
         return str(self.document["target"]).split(".")[1]
 
+    @property
+    def followers(self) -> list[tuple[str, dict[str, Any]]]:
+        """What is computed along with it on its output, in order: overloads, other arguments."""
+        return [(target, args) for target, args in self.document.get("then", ())]
+
+    def followed_by(self, target: str, args: Mapping[str, Any]) -> Operator:
+        """This operator with one more that is computed along with it."""
+        document = {**self.document, "then": [*self.document.get("then", ()), [target, args]]}
+        return Operator(_key(document), self.factors)
+
     @cached_property
     def shapes(self) -> tuple[tuple[Size, ...], ...]:
         """Of all tensors that are read or written."""
@@ -81,6 +91,14 @@ class Operator:
             else:
                 fixed += constant
         return fixed, terms
+
+    @cached_property
+    def is_heavy(self) -> bool:
+        """Whether most of what it reads and writes is weights: these are read once in a forward."""
+        tensors = list(tensors_in(self.document["args"]))
+        sizes = [prod(at_widths(list(t["shape"]), self.full)) for t in tensors]
+        held = sum(n for n, t in zip(sizes, tensors, strict=True) if t.get("held"))
+        return bool(2 * held > self.count_elements(self.full))
 
     def count_elements(self, widths: Sequence[float]) -> float:
         """Elements read and written at these widths, one for each letter."""
@@ -170,8 +188,7 @@ class _Reader:
         for span in node.effect.spans:
             found = [self.dim_of(label) for _, label in span]
             factors = tuple(sorted(dims.index(d) for d in found if d is not None and d in dims))
-        key = json.dumps(document, sort_keys=True, separators=(",", ":"))
-        return Invocation(Operator(key, factors), tuple(dims), node.module)
+        return Invocation(Operator(_key(document), factors), tuple(dims), node.module)
 
     def _shape(self, value: int, size: Callable[[int, Label | None], Size]) -> list[Size]:
         pairs = zip(self.program.shapes[value], self.program.labels[value], strict=True)
@@ -227,18 +244,36 @@ def find_invocations(
             fix="trace the model again",
         )
     reader = _Reader(program, list(graph.width_labels), dtype)
-    feeds: dict[int, str] = {}
-    found = []
+    feeds: dict[int, tuple[str, int]] = {}
+    found: list[Invocation] = []
     for node in program.nodes:
         name = str(node.target).split(".")[1]
         before = [feeds[ref.value] for ref in refs_in(node.args) if ref.value in feeds]
-        absorbed = bool(before) and absorbs(before[0], name)
-        for number in node.outputs:
-            feeds[number] = before[0] if absorbed else name
+        absorbed = bool(before) and absorbs(before[0][0], name)
         invocation = reader.read(node)
-        if invocation is not None and not absorbed:
+        source = before[0] if absorbed else (name, -1)
+        if absorbed and source[1] >= 0:
+            found[source[1]] = _followed(found[source[1]], node)
+        elif invocation is not None and not absorbed:
+            source = name, len(found)
             found.append(invocation)
+        feeds.update(dict.fromkeys(node.outputs, source))
     return tuple(found), tuple(reader.labels)
+
+
+def _followed(head: Invocation, node: Node) -> Invocation:
+    """The invocation with an operator that is computed along with it.
+
+    One that reads further tensors, as a norm does, is taken to be folded into the weights.
+    """
+    first, *others = node.args.items()
+    if not isinstance(first[1], Ref) or any(isinstance(v, (Ref, list, tuple)) for _, v in others):
+        return head
+    return replace(head, operator=head.operator.followed_by(str(node.target), dict(others)))
+
+
+def _key(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"))
 
 
 def tensors_in(value: Any) -> Iterator[dict[str, Any]]:

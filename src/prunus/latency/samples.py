@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations, product
 from math import ceil, prod
@@ -29,6 +29,9 @@ _FEW_FRACTIONS = (0.25, 0.5, 1.0)
 
 _NEAR = 0.5
 """How far off, in the logarithm of a width, a sample has still much of a say in a slope."""
+
+_CLEAR = 0.05
+"""What a cut should save of the whole, at least, to be told from an error of the clock."""
 
 _PAID = 0.5
 """A step pays if it saves this part at least of what as many channels save on the average."""
@@ -58,22 +61,28 @@ def _grid(operator: Operator) -> list[tuple[int, ...]]:
 
 
 def _axis(full: int, fractions: Sequence[float], *, even: bool) -> list[int]:
-    """Fractions of a width, multiples of 8 where it is wide enough for that to matter."""
-    multiple = 8 if even and full >= 32 else 1
+    """Fractions of a width, multiples of 8 or 4 where it is wide enough: between, time may jump."""
+    multiple = next((m for m in (8, 4) if even and full >= 2 * m), 1)
     return [min(full, ceil(part * full / multiple) * multiple) for part in fractions]
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Nanoseconds of one operator at the widths of :func:`choose_widths`."""
+    """Nanoseconds of one operator at the widths of :func:`choose_widths`.
+
+    ``kin`` is what cuts save on operators of its kind, as :meth:`savings` tells it, as a part of
+    the whole time.
+    """
 
     operator: Operator
     times: Mapping[Widths, float]
+    kin: NDArray[np.float64] = field(default_factory=lambda: np.zeros((2, len(STEPS))), repr=False)
 
     @cached_property
     def steps(self) -> Widths:
         """For each letter the multiple at which time steps; 1 where it grows evenly."""
-        return tuple(self._find_step(letter) for letter in range(len(self.operator.full)))
+        letters = range(len(self.operator.full))
+        return tuple(least_paying(self._evidence(letter)) for letter in letters)
 
     def time(self, widths: Sequence[float]) -> float:
         """Nanoseconds at any widths: between samples, those of a contraction on the next step."""
@@ -133,26 +142,58 @@ class Samples:
         volumes, times = np.array(pairs).T
         return volumes, np.maximum.accumulate(times)
 
-    def _find_step(self, letter: int) -> int:
-        """The least cut below the full width that saves at least half of its share."""
+    def savings(self, letter: int) -> NDArray[np.float64]:
+        """What cuts by each of :data:`STEPS` below a letter's full width save, and should save.
+
+        Shape ``(2, len(STEPS))``, in nanoseconds: what should be saved is the same part of what
+        goes on the way to half of the width; both are zero where nothing was measured.
+        """
+        whole, width = self.times[self.operator.full], self.operator.full[letter]
+        middle = min(self._axes[letter], key=lambda w: abs(2 * w - width))
+        found = np.zeros((2, len(STEPS)))
+        least = self._cut(letter, width - middle)
+        if least is None or least >= whole:
+            return found
+        for n, step in enumerate(STEPS):
+            time = self._cut(letter, step)
+            if time is not None:
+                found[:, n] = whole - time, (whole - least) / (width - middle) * step
+        return found
+
+    def _evidence(self, letter: int) -> NDArray[np.float64]:
+        """Savings of its kind, and beside them its own where they are more than errors."""
+        own = self.savings(letter) / self.times[self.operator.full]
+        told = (own[1] >= _CLEAR) | (self.kin[1] <= 0)
+        evidence: NDArray[np.float64] = self.kin + own * told
+        return evidence
+
+    def _cut(self, letter: int, units: int) -> float | None:
+        """What was measured with fewer of one letter, if anything was."""
         full = self.operator.full
+        return self.times.get((*full[:letter], full[letter] - units, *full[letter + 1 :]))
 
-        def at(width: int) -> float | None:
-            return self.times.get((*full[:letter], width, *full[letter + 1 :]))
 
-        whole, middle = (
-            self.times[full],
-            min(self._axes[letter], key=lambda w: abs(2 * w - full[letter])),
-        )
-        least = at(middle)
-        if least is None or whole <= least:
-            return 1
-        share = (whole - least) / (full[letter] - middle)
-        for step in STEPS:
-            time = at(full[letter] - step)
-            if time is not None and whole - time >= _PAID * share * step:
-                return step
-        return 1
+def least_paying(savings: NDArray[np.float64]) -> int:
+    """The least of :data:`STEPS` that saves at least half of what it should; 1 if none does."""
+    pays = (savings[1] > 0) & (savings[0] >= _PAID * savings[1])
+    return STEPS[int(np.argmax(pays))] if pays.any() else 1
+
+
+def relate(samples: Mapping[str, Samples]) -> dict[str, Samples]:
+    """The same samples, each told what cuts save on the average operator of its kind.
+
+    Kernels of one kind step alike, but a cut of few channels saves less than a clock errs.
+    """
+    kinds: dict[str, list[NDArray[np.float64]]] = {}
+    for one in samples.values():
+        if one.operator.factors is not None:
+            whole, letters = one.times[one.operator.full], range(len(one.operator.full))
+            rows = kinds.setdefault(one.operator.name, [])
+            rows.extend(one.savings(letter) / whole for letter in letters)
+    kin = {name: np.mean(rows, axis=0) for name, rows in kinds.items()}
+    return {
+        key: replace(one, kin=kin.get(one.operator.name, one.kin)) for key, one in samples.items()
+    }
 
 
 def _between(axis: Sequence[int], width: float) -> list[tuple[int, float]]:

@@ -34,7 +34,7 @@ class Supply:
         if isinstance(groups, int) and groups > 1:
             args["groups"] = count_groups(operator, args)
         made = {name: self._make(value, dtype) for name, value in args.items()}
-        schema = overload_of(operator)._schema.arguments
+        schema = _overload(operator.document["target"], True)._schema.arguments
         return [made.pop(a.name) for a in schema if not a.kwarg_only], made
 
     def _make(self, value: Any, dtype: torch.dtype) -> Any:
@@ -78,9 +78,32 @@ def count_groups(operator: Operator, args: Mapping[str, Any]) -> int:
     return int(args["groups"] if args.get("transposed") else channels // args["weight"]["shape"][1])
 
 
-def function_of(operator: Operator) -> Callable[..., Any]:
+def function_of(operator: Operator, *, in_place: bool = True) -> Callable[..., Any]:
+    """What runs the operator, and after it what is computed along with it.
+
+    Parameters
+    ----------
+    in_place
+        Whether an operator that works in place does so here; what is computed along never does.
+    """
+    run = _alone(operator, in_place)
+    after = [(_overload(target, False), options) for target, options in operator.followers]
+    if not after:
+        return run
+
+    def run_all(*args: Any, **kwargs: Any) -> Any:
+        out = run(*args, **kwargs)
+        out = out[0] if isinstance(out, tuple) else out
+        for function, options in after:
+            out = function(out, **options)
+        return out
+
+    return run_all
+
+
+def _alone(operator: Operator, in_place: bool) -> Callable[..., Any]:
     """What runs the operator; attention by its public name, which finds a kernel for any width."""
-    overload = overload_of(operator)
+    overload = _overload(operator.document["target"], in_place)
     if not operator.name.startswith("_scaled_dot_product"):
         return overload
     names = [a.name for a in overload._schema.arguments if not a.kwarg_only]
@@ -97,7 +120,8 @@ def function_of(operator: Operator) -> Callable[..., Any]:
     return attend
 
 
-def overload_of(operator: Operator) -> OpOverload:
-    namespace, name, overload = str(operator.document["target"]).split(".")
+def _overload(target: str, in_place: bool) -> OpOverload:
+    namespace, name, overload = target.split(".")
+    name = name if in_place else name.rstrip("_")
     found: OpOverload = getattr(getattr(getattr(torch.ops, namespace), name), overload)
     return found

@@ -16,7 +16,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.graph.polynomial import Monomial, Polynomial, measure_widths
 from prunus.latency.backends import Backend
 from prunus.latency.operators import Invocation, find_invocations
-from prunus.latency.samples import STEPS, Samples
+from prunus.latency.samples import STEPS, Samples, least_paying
 
 PICOSECONDS = 1000
 """In a nanosecond: the unit of the polynomial's integers."""
@@ -148,19 +148,13 @@ class Prediction:
 
     @cached_property
     def step(self) -> int:
-        """The multiple that widths of contractions should be of: where most of the time steps."""
-        votes = dict.fromkeys(STEPS, 0.0)
+        """The multiple that widths of contractions should be of: the least cut that pays in all."""
+        savings = np.zeros((2, len(STEPS)))
         for invocation in self.invocations:
             samples = self.table.samples[invocation.operator.key]
             if samples.operator.factors:
-                for step in samples.steps:
-                    votes[step] += samples.times[samples.operator.full]
-        total, below = sum(votes.values()), 0.0
-        for step, weight in votes.items():
-            below += weight
-            if 2 * below >= total:
-                return step
-        return 1
+                savings += sum(map(samples.savings, range(len(samples.operator.full))))
+        return least_paying(savings)
 
     def shares(self) -> list[OperatorTime]:
         """What the dense model spends in which operator, the most first."""

@@ -103,10 +103,6 @@ def missed(row: Row) -> list[str]:
     return [what for what, holds in promised.items() if not holds]
 
 
-MISSED = {("mobilenetv2", "onnxruntime", "0.75"): ["keeps"]}
-"""Rows of latency.csv that break what is promised: .9907 of the importance beside .9909."""
-
-
 def late(row: Row) -> list[str]:
     """What a row of latency.csv lacks of what is promised of a latency budget."""
     ratio = number(row["measured_ratio"])
@@ -123,7 +119,7 @@ def late(row: Row) -> list[str]:
 
 def test_every_time_is_met() -> None:
     rows = written("latency.csv")
-    assert {tuple(row.values())[:3]: late(row) for row in rows if late(row)} == MISSED
+    assert not {tuple(row.values())[:3]: late(row) for row in rows if late(row)}
     asked = [(model, backend, share) for model in TIMED for backend in BACKENDS
              for share in ("0.75", "0.5")]  # fmt: skip
     found = [(row["model"], row["backend"], row["requested"]) for row in rows]

@@ -219,6 +219,15 @@ def figures(
     return (mean(values), spread) if values else (0.0, 0.0)
 
 
+def ask(text: str, draws: int) -> tuple[Study, range]:
+    """Read the command line of another benchmark on this network: the study, and the draws."""
+    parser = argparse.ArgumentParser(description=text.partition("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--seeds", type=int, default=draws)
+    options = parser.parse_args()
+    return Study(options.data), range(options.seeds)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is missing, one row after the other, and print the table."""
     parser = argparse.ArgumentParser(

@@ -15,16 +15,17 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import rows
 import torch
-from oneshot_fmnist import Study
+from oneshot_fmnist import Study, ask
+from solvers import off
 from torch import nn
 
 import prunus
@@ -98,11 +99,9 @@ def heads() -> Iterator[dict[str, Any]]:
         started = time.perf_counter()
         make(smaller)
         seconds = time.perf_counter() - started
-        with torch.no_grad():
-            wanted, found = model(others), smaller(others)
         yield {
             "model": "vit_tiny", "importance": "l2", "repair": repair, "level": "half of dims",
-            "seed": 0, "value": f"{float((found - wanted).norm() / wanted.norm()):.4f}",
+            "seed": 0, "value": f"{off(model, smaller, [others]):.4f}",
             "macs_ratio": f"{plan.cost('macs').share:.4f}", "dense_value": 0,
             "seconds": f"{seconds:.1f}", "commit": rows.commit(),
         }  # fmt: skip
@@ -110,18 +109,8 @@ def heads() -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Measure, and replace the rows."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    options = parser.parse_args()
-    study = Study(options.data)
-
-    def every() -> Iterator[dict[str, Any]]:
-        yield from heads()
-        for seed in range(options.seeds):
-            yield from fashion(study, seed)
-
-    for row in every():
+    study, seeds = ask(__doc__, SEEDS)
+    for row in chain(heads(), *(fashion(study, seed) for seed in seeds)):
         kept = {name: row[name] for name in FIELDS}
         rows.replace(RESULTS, FIELDS, KEY, [kept])
         print(" ".join(map(str, kept.values())), flush=True)

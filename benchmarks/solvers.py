@@ -13,7 +13,6 @@ all test images.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from typing import Any
 import oneshot_grid
 import rows
 import torch
-from oneshot_fmnist import Study
+from oneshot_fmnist import Study, ask
 from torch import Tensor, nn
 
 import prunus
@@ -74,12 +73,8 @@ def off(dense: nn.Module, smaller: nn.Module, batches: list[Tensor]) -> float:
 
 def main() -> None:
     """Measure the draws, and replace their rows."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    options = parser.parse_args()
-    study = Study(options.data)
-    for seed in range(options.seeds):
+    study, seeds = ask(__doc__, SEEDS)
+    for seed in seeds:
         for row in measure(study, seed):
             rows.replace(RESULTS, FIELDS, KEY, [row])
             print(" ".join(str(row[key]) for key in FIELDS), flush=True)

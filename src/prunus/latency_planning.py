@@ -29,7 +29,7 @@ TOLERANCE = 0.02
 """How far the measured time may lie from the requested one, as a part of it."""
 
 PAIRS = 15
-"""Dense and pruned forwards, in turn, of which the measured ratio is the median."""
+"""Rounds of dense, pruned and dense forwards in turn, of which the measured ratio is the median."""
 
 _VOID = 0.02
 """How far the dense model may be from itself: else what is measured is void."""
@@ -41,7 +41,7 @@ _LAST_RESORT = 0.05
 """What is accepted when no plan came that close."""
 
 _CORRECTIONS = 8
-"""How often the whole model is measured at most."""
+"""How many targets are tried at most; a plan for a target is measured by the clock."""
 
 _SOLUTIONS = 4
 """How often the linearised problem is solved for one target."""
@@ -165,15 +165,17 @@ class Timekeeper:
         """
         pruned = apply(plan, duplicate(self._model))
         with quiet_run(self._model), quiet_run(pruned):
-            runs = [self._dense, self._run_of(pruned), self._dense]
-            found: list[tuple[float, NDArray[np.float64]]] = []
-            while len(found) < _RACES and (not found or found[-1][0] > _VOID):
-                times = race(runs, PAIRS, self._backend.device)
-                dense, twin = median(times[:, 0]), median(times[:, 2])
-                found.append((abs(twin / dense - 1), times))
-        _, times = min(found, key=lambda pair: pair[0])
-        dense = (times[:, 0] + times[:, 2]) / 2
-        return float(median(dense)), float(median(times[:, 1] / dense))
+            first, smaller, second = self._race(self._run_of(pruned)).T
+        dense = (first + second) / 2
+        return float(median(dense)), float(median(smaller / dense))
+
+    def _race(self, pruned: Callable[[], Any]) -> NDArray[np.float64]:
+        """Nanoseconds of the dense model, the pruned one, and the dense one, in every round."""
+        found: list[tuple[float, NDArray[np.float64]]] = []
+        while len(found) < _RACES and (not found or found[-1][0] > _VOID):
+            times = race([self._dense, pruned, self._dense], PAIRS, self._backend.device)
+            found.append((abs(median(times[:, 2]) / median(times[:, 0]) - 1), times))
+        return min(found, key=lambda pair: pair[0])[1]
 
     def _run_of(self, model: nn.Module) -> Callable[[], Any]:
         with quiet_run(model):

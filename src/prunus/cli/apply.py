@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from prunus.cli import cutting
+from prunus.cli import cutting, values
 from prunus.cli import options as shared
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def add_parser(verbs: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "plan_file", metavar="PLAN", type=shared.old_file, help="what 'prunus plan' wrote"
+        "plan_file", metavar="PLAN", type=values.old_file, help="what 'prunus plan' wrote"
     )
     shared.add_model_options(parser)
     shared.add_files(parser, [file for file in cutting.FILES if file[0] != "plan"])

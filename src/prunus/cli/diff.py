@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from prunus.cli import options as shared
+from prunus.cli import values
 
 
 def add_parser(verbs: Any) -> None:
@@ -17,7 +18,7 @@ def add_parser(verbs: Any) -> None:
     )
     for name in ("a", "b"):
         parser.add_argument(
-            name, metavar=name.upper(), type=shared.old_file, help="what 'prunus plan' wrote"
+            name, metavar=name.upper(), type=values.old_file, help="what 'prunus plan' wrote"
         )
     shared.add_answer_options(parser)
     parser.set_defaults(run=run)

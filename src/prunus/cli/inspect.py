@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from prunus.cli import options as shared
+from prunus.cli import values
 
 if TYPE_CHECKING:
     from prunus.graph.coupling import CouplingGraph
@@ -25,14 +26,14 @@ def add_parser(verbs: Any) -> None:
         "--explain",
         nargs=2,
         metavar="AXIS",
-        type=shared.axis,
+        type=values.axis,
         help="the shortest chain of operators that ties two axes, as conv1.weight[0]",
     )
     parser.add_argument(
-        "--why-pinned", metavar="AXIS", type=shared.axis, help="every pin that reaches an axis"
+        "--why-pinned", metavar="AXIS", type=values.axis, help="every pin that reaches an axis"
     )
     parser.add_argument(
-        "--dot", metavar="FILE", type=shared.new_file, help="write the graph in the DOT language"
+        "--dot", metavar="FILE", type=values.new_file, help="write the graph in the DOT language"
     )
     parser.set_defaults(run=run)
 

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from prunus.cli import options as shared
+from prunus.cli import values
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +24,7 @@ def add_parser(verbs: Any) -> None:
         epilog=shared.MODEL_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", metavar="FILE", type=shared.old_file, help="what to check")
+    parser.add_argument("file", metavar="FILE", type=values.old_file, help="what to check")
     shared.add_model_options(parser, flag=True)
     parser.set_defaults(run=run)
 

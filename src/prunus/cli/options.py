@@ -1,4 +1,4 @@
-"""Options that verbs share, and how their values are read."""
+"""Options that verbs share, and what they have in common beside these."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from prunus import __version__
+from prunus.cli import values
 from prunus.cli.bounds import add_budget_options, by_glob
 from prunus.errors import FileError
-from prunus.files import check_target
 
 MODEL_HELP = """\
 MODEL is one of
@@ -67,7 +67,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, flag: bool = False) ->
     parser.add_argument(
         "--input-shape",
         metavar="N,N,…",
-        type=shape,
+        type=values.shape,
         action="append",
         help="shape of the example input, random numbers; once for each argument of the forward",
     )
@@ -87,7 +87,7 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
     """How a verb answers."""
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     parser.add_argument(
-        "--log", metavar="FILE", type=stream, help="write what happens, as JSON lines"
+        "--log", metavar="FILE", type=values.stream, help="write what happens, as JSON lines"
     )
 
 
@@ -100,12 +100,16 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--samples",
         metavar="N",
-        type=count,
+        type=values.count,
         default=512,
         help="images or lines that are used at most (default: 512)",
     )
-    group.add_argument("--mean", metavar="R,R,…", type=numbers, help="of the images' channels")
-    group.add_argument("--std", metavar="R,R,…", type=numbers, help="of the images' channels")
+    group.add_argument(
+        "--mean", metavar="R,R,…", type=values.numbers, help="of the images' channels"
+    )
+    group.add_argument(
+        "--std", metavar="R,R,…", type=values.numbers, help="of the images' channels"
+    )
     group.add_argument("--tokenizer", metavar="FOLDER", help="for a text file")
 
 
@@ -117,7 +121,7 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--drop",
         metavar="N|NAME",
-        type=block,
+        type=values.block,
         action="append",
         default=[],
         help="drop residual blocks: how many, those of least influence, or one by its module path, "
@@ -126,7 +130,7 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sensitivity",
         metavar="FILE",
-        type=old_file,
+        type=values.old_file,
         help="a table of 'prunus sensitivity': what a group loses costs the metric as little as "
         "what any other loses, just enough for the bounds; without bounds it is what the table's "
         "--tolerance found",
@@ -142,7 +146,7 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
         "--scope",
         default="local",
         metavar="SCOPE|GLOB,…",
-        type=scope,
+        type=values.scope,
         help="which units compete: those of one group (local, the default), of groups of one shape "
         "(isomorphic), all (global), or of the groups that one of your globs fits: "
         "'backbone.*,head.*'",
@@ -163,7 +167,7 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--trials",
         metavar="N",
-        type=count,
+        type=values.count,
         default=60,
         help="smaller models that --solver spdy compares (default: 60)",
     )
@@ -171,7 +175,7 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
         "--round-to",
         default=1,
         metavar="N",
-        type=widths,
+        type=values.widths,
         help="widths are multiples of it; a number, or numbers by kind of layer and by globs: "
         "linear=32,conv=8,head.*=1,*=4; or 'latency': of what the latency table says",
     )
@@ -179,14 +183,14 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
         "--min-width",
         default=1,
         metavar="N",
-        type=by_glob(count),
+        type=by_glob(values.count),
         help=f"units every group keeps; {text}",
     )
     group.add_argument(
         "--max-ratio",
         default=1.0,
         metavar="R",
-        type=by_glob(ratio),
+        type=by_glob(values.ratio),
         help=f"the largest share of its units that a group may lose; {text}",
     )
     add_group_globs(group)
@@ -227,7 +231,7 @@ def add_files(parser: argparse.ArgumentParser, files: Sequence[tuple[str, str]])
     """Files to write, by the option's name and what it says."""
     group = parser.add_argument_group("files to write")
     for name, text in files:
-        kind = new_picture if name == "picture" else new_file
+        kind = values.new_picture if name == "picture" else values.new_file
         group.add_argument(f"--{name}", metavar="FILE", type=kind, help=text)
 
 
@@ -333,116 +337,6 @@ def answer(options: argparse.Namespace, document: dict[str, Any], show: Callable
         show_json(document)
     else:
         show()
-
-
-def shape(text: str) -> tuple[int, ...]:
-    """Read ``"1,3,224,224"``."""
-    try:
-        sizes = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        sizes = (0,)
-    if min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape; write it as 1,3,224,224")
-    return sizes
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """Read ``"0.485,0.456,0.406"``."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        message = f"{text!r} is no list of numbers; write it as 0.485,0.456,0.406"
-        raise argparse.ArgumentTypeError(message) from None
-
-
-def count(text: str) -> int:
-    """Read a whole number from 1 on."""
-    number = int(text) if text.isascii() and text.isdigit() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
-    return number
-
-
-def block(text: str) -> int | str:
-    """Read the number of blocks to drop, or the name of one."""
-    if text.lstrip("+-").isdecimal():
-        return count(text)
-    return text
-
-
-def widths(text: str) -> int | str | dict[str, int]:
-    """Read multiples, or the word that leaves them to the latency table."""
-    return text if text == "latency" else by_glob(count)(text)
-
-
-def scope(text: str) -> str | list[str]:
-    """Read which units compete: a word, or globs.
-
-    >>> scope("global"), scope("backbone.*,head.*")
-    ('global', ['backbone.*', 'head.*'])
-    """
-    if text in ("local", "isomorphic", "global"):
-        return text
-    if not any(sign in text for sign in "*?[,."):
-        raise argparse.ArgumentTypeError(f"{text!r} is not local, isomorphic, global, or a glob")
-    return text.split(",")
-
-
-def ratio(text: str) -> float:
-    """Read a number in (0, 1]."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number in (0, 1]")
-    return number
-
-
-def axis(text: str) -> Any:
-    """Read ``"layer1.0.conv1.weight[0]"``; without brackets it is dim 0."""
-    from prunus.graph.axis import Axis
-
-    tensor, bracket, dim = text.removesuffix("]").partition("[")
-    if bracket and not (dim.isascii() and dim.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no axis; write it as conv1.weight[0]")
-    return Axis(tensor, int(dim or 0))
-
-
-def new_file(text: str) -> Path:
-    """A path that can be written: found out before the work, not after it."""
-    path = stream(text)
-    try:
-        check_target(path)
-    except FileError as error:
-        raise argparse.ArgumentTypeError(error.what) from None
-    return path
-
-
-def new_picture(text: str) -> Path:
-    """A path for a picture; its ending says of what kind."""
-    if not text.lower().endswith((".png", ".svg", ".pdf")):
-        message = f"{text} is no picture: give a name that ends in .png, .svg or .pdf"
-        raise argparse.ArgumentTypeError(message)
-    return new_file(text)
-
-
-def stream(text: str) -> Path:
-    """A path that can be written to, be it a file, a pipe or a device."""
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist")
-    return path
-
-
-def old_file(text: str) -> Path:
-    """A path that can be read."""
-    path = Path(text)
-    if not path.is_file():
-        raise argparse.ArgumentTypeError(f"there is no file {text}")
-    return path
 
 
 def versions() -> dict[str, str]:

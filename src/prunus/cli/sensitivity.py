@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from prunus.cli import options as shared
+from prunus.cli import values
 
 if TYPE_CHECKING:
     from prunus import Sensitivity
@@ -32,7 +33,7 @@ def add_parser(verbs: Any) -> None:
         "--metric", metavar="FILE:FUNCTION", required=True, help="of a model, more is better"
     )
     parser.add_argument(
-        "--at", metavar="R,R,…", type=shared.numbers, help="ratios (default: 0.1,0.2,…,0.9)"
+        "--at", metavar="R,R,…", type=values.numbers, help="ratios (default: 0.1,0.2,…,0.9)"
     )
     parser.add_argument(
         "--tolerance", metavar="R", type=float, help="search what loses at most this of the metric"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from prunus.cli import cutting
+from prunus.cli import cutting, values
 from prunus.cli import options as shared
 
 _FIX = "plan anew, and leave groups out with --exclude"
@@ -21,7 +21,7 @@ def add_parser(verbs: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "plan_file", metavar="PLAN", type=shared.old_file, help="what 'prunus plan' wrote"
+        "plan_file", metavar="PLAN", type=values.old_file, help="what 'prunus plan' wrote"
     )
     shared.add_model_options(parser)
     shared.add_files(parser, [("certificate", "what was compared, and the verdict, as JSON")])

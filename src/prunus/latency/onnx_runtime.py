@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from math import inf
+from math import inf, nan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -86,19 +86,25 @@ class OnnxRuntime:
     def time_points(
         self, points: Sequence[Point], rounds: int
     ) -> tuple[list[float], Mapping[str, str]]:
-        """Median nanoseconds; those of one operator take turns, so that few sessions are alive."""
+        """The least of the passes' median nanoseconds.
+
+        Points of one operator take turns, so that few sessions are alive.  An operator that works
+        on activations finds them warm, as if they had just been computed; one that mostly reads
+        weights finds these cold, since they are read once in a forward.
+        """
         groups = [list(group) for _, group in groupby(points, lambda point: point.operator.key)]
         stale = torch.ones(min(self.weights_mb, _STALE_MB) * 2**18)
-        least = [inf] * len(points)
+        least: dict[Point, float] = {}
         refused: dict[str, str] = {}
         for _ in range(_PASSES):
-            times: list[float] = []
             for own in groups:
+                if own[0].operator.key in refused:
+                    continue
                 found, failed = self._time_sessions(own, -(-rounds // _PASSES), stale)
-                times += found
                 refused.update(failed)
-            least = [min(pair) for pair in zip(least, times, strict=True)]
-        return least, refused
+                for point, time in zip(own, found, strict=True):
+                    least[point] = min(least.get(point, inf), time)
+        return [nan if p.operator.key in refused else least[p] for p in points], refused
 
     def _time_sessions(
         self, points: Sequence[Point], rounds: int, stale: Tensor

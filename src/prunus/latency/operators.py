@@ -264,10 +264,12 @@ def find_invocations(
 def _followed(head: Invocation, node: Node) -> Invocation:
     """The invocation with an operator that is computed along with it.
 
-    One that reads further tensors, as a norm does, is taken to be folded into the weights.
+    One that reads further tensors, as a norm does, is taken to be folded into the weights, and
+    one whose arguments are no plain data can't be run alone: they are left out.
     """
     first, *others = node.args.items()
-    if not isinstance(first[1], Ref) or any(isinstance(v, (Ref, list, tuple)) for _, v in others):
+    plain = all(value is None or isinstance(value, (int, float, str)) for _, value in others)
+    if not isinstance(first[1], Ref) or not plain:
         return head
     return replace(head, operator=head.operator.followed_by(str(node.target), dict(others)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import prunus
+from prunus.latency.backends import PASSES, Point, time_in_passes
 from prunus.latency.onnx_runtime import _Session
 from prunus.latency.operators import Operator, find_invocations
 from prunus.latency.samples import Samples, choose_widths, relate
@@ -112,6 +113,37 @@ def test_an_operator_is_heavy_whose_weights_outweigh_what_it_computes_on() -> No
     wide = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 64))
     heavy = {o.name: o.is_heavy for o in operators_of(wide)}
     assert heavy == {"convolution": False, "addmm": True}
+
+
+# Passes.
+
+
+def test_the_least_of_the_passes_counts_and_what_is_refused_is_not_tried_again() -> None:
+    slow, broken = (Point(o, o.full) for o in convolutions(8, 16))
+    asked: list[tuple[int, int]] = []
+
+    def once(points: Sequence[Point], rounds: int) -> tuple[list[float], dict[str, str]]:
+        asked.append((len(points), rounds))
+        refused = {p.operator.key: "no such kernel" for p in points if p == broken}
+        return [math.nan if p == broken else 100.0 / len(asked) for p in points], refused
+
+    times, refused = time_in_passes([slow, broken], 9, once)
+    assert times[0] == 100.0 / PASSES
+    assert math.isnan(times[1])
+    assert set(refused) == {broken.operator.key}
+    assert asked == [(2, 2)] + [(1, 2)] * (PASSES - 1)
+
+
+def test_a_single_round_is_a_single_pass() -> None:
+    point, _ = (Point(o, o.full) for o in convolutions(8, 16))
+    asked: list[int] = []
+
+    def once(points: Sequence[Point], rounds: int) -> tuple[list[float], dict[str, str]]:
+        asked.append(rounds)
+        return [1.0 for _ in points], {}
+
+    assert time_in_passes([point], 1, once) == ([1.0], {})
+    assert asked == [1]
 
 
 # The profile of ONNX Runtime.

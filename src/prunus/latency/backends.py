@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from math import nan
+from math import inf, nan
 from statistics import median
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +18,12 @@ from prunus.latency.samples import Widths
 
 Run = Callable[[], Any]
 """One forward, with nothing to prepare."""
+
+
+PASSES = 5
+"""Over the operators that are measured together; the least of their medians counts.  For a second
+at a time other machines on the same hardware may slow this one down, and where buffers happen to
+lie they may share the sets of a cache."""
 
 
 class Point(NamedTuple):
@@ -46,7 +52,7 @@ class Backend(Protocol):
     def time_points(
         self, points: Sequence[Point], rounds: int
     ) -> tuple[list[float], Mapping[str, str]]:
-        """Median nanoseconds of every point, the points in turn in each of the rounds.
+        """Nanoseconds of every point: the least of its medians over passes of some rounds.
 
         Returns
         -------
@@ -92,6 +98,30 @@ def time_in_turn(
                 if turn:  # the first warms up
                     times[index].append(taken)
     return [median(found) if found else nan for found in times], refused
+
+
+def time_in_passes(
+    points: Sequence[Point],
+    rounds: int,
+    once: Callable[[Sequence[Point], int], tuple[list[float], Mapping[str, str]]],
+) -> tuple[list[float], dict[str, str]]:
+    """The least of each point's medians over the passes, which share the rounds out.
+
+    Parameters
+    ----------
+    once
+        Times points in so many rounds, as :func:`time_in_turn` does; what it refuses is not
+        tried again.
+    """
+    passes = min(PASSES, rounds)
+    least = dict.fromkeys(points, inf)
+    refused: dict[str, str] = {}
+    for _ in range(passes):
+        left = [point for point in points if point.operator.key not in refused]
+        times, failed = once(left, -(-rounds // passes))
+        refused.update(failed)
+        least.update({p: min(least[p], time) for p, time in zip(left, times, strict=True)})
+    return [nan if p.operator.key in refused else least[p] for p in points], refused
 
 
 def stopwatch(device: torch.device, *, queued: bool = False) -> Callable[[Run], float]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prunus.errors import ModelError
-from prunus.latency.backends import Point, Run, time_in_turn
+from prunus.latency.backends import Point, Run, time_in_passes, time_in_turn
 from prunus.latency.operators import Operator
 from prunus.latency.supply import Supply, function_of
 
@@ -54,7 +54,7 @@ class Eager:
     def time_points(
         self, points: Sequence[Point], rounds: int
     ) -> tuple[list[float], Mapping[str, str]]:
-        """Median nanoseconds; activations have just been written."""
+        """The least of the passes' median nanoseconds; activations have just been written."""
         functions: dict[str, Callable[..., Any]] = {}
         supply = Supply(self.device, self.weights_mb)
 
@@ -65,7 +65,10 @@ class Eager:
             args, kwargs = supply.arguments(*point)
             return partial(functions[key], *args, **kwargs)
 
-        return time_in_turn(points, make, rounds, self.device)
+        def once(left: Sequence[Point], count: int) -> tuple[list[float], dict[str, str]]:
+            return time_in_turn(left, make, count, self.device)
+
+        return time_in_passes(points, rounds, once)
 
     def prepare(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Run:
         """The model's own forward."""

@@ -44,11 +44,10 @@ def measure(
 
     A contraction (convolution, matrix product, attention) is timed on a grid of its widths,
     and just below its full widths, to find the multiples at which time steps; any other operator
-    at several volumes of what it reads and writes.  Operators take turns, each time is the median
-    over the rounds after one that warms up (under ONNX Runtime the least of the medians of five
-    passes, and read off its profile), and goes to disk, so that an interrupted measurement
-    goes on where it stopped and the next model measures only what is new.  The whole model is
-    timed before and after, and the less counts.
+    at several volumes of what it reads and writes.  Operators take turns, each time is the least
+    of the medians of five passes, each after a round that warms up, and goes to disk, so that an
+    interrupted measurement goes on where it stopped and the next model measures only what is new.
+    The whole model is timed before and after, and the less counts.
 
     Parameters
     ----------
@@ -62,7 +61,7 @@ def measure(
     graph
         What :func:`prunus.trace` found, if it was traced already, or with other outputs.
     rounds
-        Times that each median is taken of; under ONNX Runtime they are shared out to the passes.
+        Times that each operator is timed, shared out to the passes.
     folder
         Where the times are kept; by default ``prunus/latency`` in ``$XDG_CACHE_HOME`` or
         ``~/.cache``.

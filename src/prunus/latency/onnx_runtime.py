@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from math import inf, nan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from prunus.errors import ModelError, require
-from prunus.latency.backends import Point, Run, time_in_turn
+from prunus.latency.backends import Point, Run, time_in_passes, time_in_turn
 from prunus.latency.operators import Operator
 from prunus.latency.supply import Supply, function_of
 
@@ -29,11 +28,6 @@ _FUSED = {"native_batch_norm", "relu", "relu_", "hardtanh", "hardtanh_", "leaky_
 
 _REORDERS = {"ReorderInput", "ReorderOutput"}
 """What brings images into the layout of ONNX Runtime's convolutions, and back."""
-
-_PASSES = 5
-"""Over the operators that are measured together, in new sessions; the least counts: for a second
-at a time other machines on the same hardware may slow this one down, and now and then a session's
-buffers lie where they share the sets of a cache."""
 
 _STALE_MB = 32
 """What is touched at most so that weights come from where a model's come from."""
@@ -92,19 +86,18 @@ class OnnxRuntime:
         on activations finds them warm, as if they had just been computed; one that mostly reads
         weights finds these cold, since they are read once in a forward.
         """
-        groups = [list(group) for _, group in groupby(points, lambda point: point.operator.key)]
         stale = torch.ones(min(self.weights_mb, _STALE_MB) * 2**18)
-        least: dict[Point, float] = {}
-        refused: dict[str, str] = {}
-        for _ in range(_PASSES):
-            for own in groups:
-                if own[0].operator.key in refused:
-                    continue
-                found, failed = self._time_sessions(own, -(-rounds // _PASSES), stale)
+
+        def once(left: Sequence[Point], count: int) -> tuple[list[float], dict[str, str]]:
+            times: list[float] = []
+            refused: dict[str, str] = {}
+            for _, own in groupby(left, lambda point: point.operator.key):
+                found, failed = self._time_sessions(list(own), count, stale)
+                times += found
                 refused.update(failed)
-                for point, time in zip(own, found, strict=True):
-                    least[point] = min(least.get(point, inf), time)
-        return [nan if p.operator.key in refused else least[p] for p in points], refused
+            return times, refused
+
+        return time_in_passes(points, rounds, once)
 
     def _time_sessions(
         self, points: Sequence[Point], rounds: int, stale: Tensor

@@ -34,7 +34,7 @@ _CLEAR = 0.05
 """What a cut should save of the whole, at least, to be told from an error of the clock."""
 
 _PAID = 0.5
-"""A step pays if it saves this part at least of what as many channels save on the average."""
+"""A step pays if it saves this part at least of what as many channels save elsewhere."""
 
 
 def choose_widths(operator: Operator) -> tuple[Widths, ...]:
@@ -174,8 +174,14 @@ class Samples:
 
 
 def least_paying(savings: NDArray[np.float64]) -> int:
-    """The least of :data:`STEPS` that saves at least half of what it should; 1 if none does."""
-    pays = (savings[1] > 0) & (savings[0] >= _PAID * savings[1])
+    """The least of :data:`STEPS` that saves at least half of what it should; 1 if none does.
+
+    Where time grows less near the full width than below, no cut saves what it should: then it is
+    half of what the best saves.
+    """
+    saved, due = savings
+    rates = np.divide(saved, due, out=np.zeros(len(STEPS)), where=due > 0)
+    pays = (rates > 0) & (rates >= _PAID * min(1.0, rates.max()))
     return STEPS[int(np.argmax(pays))] if pays.any() else 1
 
 

@@ -81,7 +81,9 @@ def test_an_operator_that_says_clearly_otherwise_keeps_its_own_step() -> None:
 def test_between_the_ends_widths_are_measured_where_no_kernel_pads(width) -> None:
     *_, last = convolutions(width, width)
     multiple = 8 if width >= 16 else 4
-    assert all(w % multiple == 0 for w in Samples(last, {})._axes[0] if w < width)
+    axis = Samples(last, {})._axes[0]
+    assert all(w % multiple == 0 for w in axis if w < width)
+    assert axis[0] == multiple
 
 
 # What is computed along with an operator.

@@ -61,9 +61,13 @@ def _grid(operator: Operator) -> list[tuple[int, ...]]:
 
 
 def _axis(full: int, fractions: Sequence[float], *, even: bool) -> list[int]:
-    """Fractions of a width, multiples of 8 or 4 where it is wide enough: between, time may jump."""
+    """Fractions of a width; ``even`` ones are multiples of 8 or 4, of which the least comes first.
+
+    Between multiples time may jump, and below the least that was measured nothing is known.
+    """
     multiple = next((m for m in (8, 4) if even and full >= 2 * m), 1)
-    return [min(full, ceil(part * full / multiple) * multiple) for part in fractions]
+    least = [min(multiple, full)] if even else []
+    return least + [min(full, ceil(part * full / multiple) * multiple) for part in fractions]
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ import prunus
 from prunus.latency.backends import PASSES, Point, time_in_passes
 from prunus.latency.onnx_runtime import _Session
 from prunus.latency.operators import Operator, find_invocations
-from prunus.latency.samples import Samples, choose_widths, least_paying, relate
+from prunus.latency.samples import Samples, choose_widths, fit_step, relate
 from prunus.latency.supply import Supply, function_of
 
 IMAGES = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -38,9 +38,9 @@ def convolutions(*widths: int) -> list[Operator]:
 # Where time steps.
 
 
-def sample(operator: Operator, step: int, error: float = 0.0) -> Samples:
+def sample(operator: Operator, step: int, error: float = 0.0, draw: int = 0) -> Samples:
     """A staircase in every width on a fixed part, told by a clock that errs."""
-    generator = np.random.default_rng(operator.full)
+    generator = np.random.default_rng((draw, *operator.full))
 
     def time(widths: tuple[int, ...]) -> float:
         up = [math.ceil(w / step) * step / n for w, n in zip(widths, operator.full, strict=True)]
@@ -54,20 +54,25 @@ def right(samples: dict[str, Samples], step: int) -> float:
     return float(np.mean([found == step for one in samples.values() for found in one.steps]))
 
 
-@pytest.mark.parametrize("step", [4, 8])
-def test_steps_are_found_together_where_the_clock_errs_as_much_as_they_save(step) -> None:
-    samples = {o.key: sample(o, step, 0.02) for o in convolutions(*range(128, 328, 8))}
-    assert right(samples, step) < 0.8
-    assert right(relate(samples), step) > 0.95
+@pytest.mark.parametrize(("step", "error"), [(4, 0.01), (8, 0.01), (8, 0.02)])
+def test_steps_are_found_together_where_the_clock_errs_as_much_as_they_save(step, error) -> None:
+    operators = convolutions(*range(128, 328, 8))
+    alone, together = [], []
+    for draw in range(20):
+        samples = {o.key: sample(o, step, error, draw) for o in operators}
+        alone.append(right(samples, step))
+        together.append(right(relate(samples), step))
+    assert np.mean(alone) < 0.8
+    assert np.mean(together) > 0.85
 
 
 def test_a_step_is_found_where_time_hardly_falls_near_the_full_width() -> None:
     due = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
     rates = np.array([-2.4, -1.2, -0.8, 0.42, 0.68, 0.64])
-    assert least_paying(np.stack([rates * due, due])) == 8
-    assert least_paying(np.stack([np.maximum(rates, 0) * 2 * due, due])) == 8
-    assert least_paying(np.stack([0.4 * due, due])) == 1
-    assert least_paying(np.stack([-due, due])) == 1
+    assert fit_step(np.stack([rates * due, due])) == 8
+    assert fit_step(np.stack([np.maximum(rates, 0) * 2 * due, due])) == 8
+    assert fit_step(np.stack([0.4 * due, due])) == 1
+    assert fit_step(np.stack([-due, due])) == 1
 
 
 def test_an_operator_that_says_clearly_otherwise_keeps_its_own_step() -> None:

@@ -33,9 +33,6 @@ _NEAR = 0.5
 _CLEAR = 0.05
 """What a cut should save of the whole, at least, to be told from an error of the clock."""
 
-_PAID = 0.5
-"""A step pays if it saves this part at least of what as many channels save elsewhere."""
-
 
 def choose_widths(operator: Operator) -> tuple[Widths, ...]:
     """Where to measure: a grid for a contraction, with finer steps below the full widths.
@@ -86,7 +83,7 @@ class Samples:
     def steps(self) -> Widths:
         """For each letter the multiple at which time steps; 1 where it grows evenly."""
         letters = range(len(self.operator.full))
-        return tuple(least_paying(self._evidence(letter)) for letter in letters)
+        return tuple(fit_step(self._evidence(letter)) for letter in letters)
 
     def time(self, widths: Sequence[float]) -> float:
         """Nanoseconds at any widths: between samples, those of a contraction on the next step."""
@@ -177,16 +174,25 @@ class Samples:
         return self.times.get((*full[:letter], full[letter] - units, *full[letter + 1 :]))
 
 
-def least_paying(savings: NDArray[np.float64]) -> int:
-    """The least of :data:`STEPS` that saves at least half of what it should; 1 if none does.
+def fit_step(savings: NDArray[np.float64]) -> int:
+    """The one of :data:`STEPS` whose staircase comes nearest to what cuts save; 1 if that is none.
 
-    Where time grows less near the full width than below, no cut saves what it should: then it is
-    half of what the best saves.
+    Cuts save in proportion to the whole steps in them, by least squares; how much is left open,
+    since near the full width time may fall less than on the way to half of it.  A cut after which
+    it takes longer saves nothing: kernels have slow cases between their steps.
     """
-    saved, due = savings
-    rates = np.divide(saved, due, out=np.zeros(len(STEPS)), where=due > 0)
-    pays = (rates > 0) & (rates >= _PAID * min(1.0, rates.max()))
-    return STEPS[int(np.argmax(pays))] if pays.any() else 1
+    known = savings[1] > 0
+    cuts, (saved, due) = np.array(STEPS)[known], savings[:, known]
+    saved = np.maximum(saved, 0.0)
+    if not saved.any():
+        return 1
+
+    def error(step: int) -> float:
+        shape = due * (cuts // step * step) / cuts
+        rate = shape @ saved / (shape @ shape) if shape.any() else 0.0
+        return float(((saved - rate * shape) ** 2).sum())
+
+    return min(STEPS, key=error)
 
 
 def relate(samples: Mapping[str, Samples]) -> dict[str, Samples]:

@@ -16,7 +16,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.graph.polynomial import Monomial, Polynomial, measure_widths
 from prunus.latency.backends import Backend
 from prunus.latency.operators import Invocation, find_invocations
-from prunus.latency.samples import STEPS, Samples, least_paying
+from prunus.latency.samples import STEPS, Samples, fit_step
 
 PICOSECONDS = 1000
 """In a nanosecond: the unit of the polynomial's integers."""
@@ -148,13 +148,13 @@ class Prediction:
 
     @cached_property
     def step(self) -> int:
-        """The multiple that widths of contractions should be of: the least cut that pays in all."""
+        """The multiple that widths of contractions should be of: that at which they step in all."""
         savings = np.zeros((2, len(STEPS)))
         for invocation in self.invocations:
             samples = self.table.samples[invocation.operator.key]
             if samples.operator.factors:
                 savings += sum(map(samples.savings, range(len(samples.operator.full))))
-        return least_paying(savings)
+        return fit_step(savings)
 
     def shares(self) -> list[OperatorTime]:
         """What the dense model spends in which operator, the most first."""

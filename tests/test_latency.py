@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import prunus
+from prunus import latency_planning
 from prunus.budget import picoseconds
 from prunus.cli import main
 from prunus.errors import BudgetError, FormatError, ModelError, PlanError
@@ -469,6 +470,20 @@ def test_a_time_below_what_the_table_thinks_possible_is_met_by_the_clock(
     assert prediction.fixed_ns > 0.6 * table.dense_ns
     plan = prunus.plan(graph, net, budget=prunus.Budget(latency=0.5), latency=table)
     assert ratio_by(machine, net, plan) == pytest.approx(0.5, rel=0.05)
+
+
+def test_solutions_that_miss_their_target_again_and_again_are_aimed_off_it(
+    net, machine, tmp_path, monkeypatch
+) -> None:
+    graph, table = prunus.trace(net, IMAGES), table_of(net, tmp_path)
+    solve = latency_planning._solve
+
+    def below(g: Any, others: Any, prediction: Any, target: float, *rest: Any) -> Any:
+        return solve(g, others, prediction, target - 0.06, *rest)
+
+    monkeypatch.setattr(latency_planning, "_solve", below)
+    plan = prunus.plan(graph, net, budget=prunus.Budget(latency=0.6), latency=table)
+    assert ratio_by(machine, net, plan) == pytest.approx(0.6, rel=0.03)
 
 
 def test_a_race_that_was_disturbed_is_run_again(net, machine, tmp_path, monkeypatch) -> None:

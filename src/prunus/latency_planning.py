@@ -245,7 +245,9 @@ def hasten(
             return found
         # On a line through the dense model, about which table and clock agree.
         slope = (1 - predicted) / (1 - ratio) if ratio < 1 and predicted < 1 else 1.0
-        target = min(1.0, max(1 - (1 - wanted) * slope, target / 2))
+        aim = 1 - (1 - wanted) * slope
+        off = target - predicted  # as the linearised problem will again
+        target = min(1.0, max(aim + off, target / 2))
     if best is not None and abs(best.ratio / wanted - 1) <= _LAST_RESORT:
         return replace(best, measurements=count)
     nearest = f"the nearest of {count} took {best.ratio:.1%} by the clock" if best else ""

@@ -1,6 +1,6 @@
 """A latency budget, and what a MACs plan of the same time keeps; ``results/latency.csv``.
 
-    python benchmarks/latency.py                       # all models, both backends: 25 minutes
+    python benchmarks/latency.py                       # all models, both backends: half an hour
     python benchmarks/latency.py mobilenetv2 --backend eager
     python benchmarks/latency.py --again               # also the rows of this commit
 

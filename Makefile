@@ -20,11 +20,12 @@ help:
 	@echo "make format     let ruff fix and format"
 	@echo "make clean      remove .venv, caches and outputs"
 
+# A process per core, one thread each: more threads wait for one another.
 test: $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/python benchmarks/demo.py --out out/demo

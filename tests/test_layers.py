@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
             "listening",
             "rollback",
             "skipping",
+            "verifier",
             "report",
         ),
     ),
@@ -66,7 +67,7 @@ ROOM_OF = {name: room for rooms in LAYERS for room in rooms for name in room}
 EXCEPTION = ("prunus.plans", {"apply", "mask"}, "surgeon")
 
 NO_FILE_IS_CALLED = {"utils", "util", "common", "helpers", "types", "base", "misc"}
-CORE_PACKAGES = {"torch", "networkx", "numpy", "scipy", "safetensors", "rich"}
+CORE_PACKAGES = {"torch", "networkx", "numpy", "scipy", "safetensors", "rich", "msgspec"}
 GUESTS = ("models_zoo", "benchmarks")  # import only the public API
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -78,6 +78,15 @@ class Certificate:
         of them.
     rel_err32
         The error in float32, where it was above 1e-4 and float64 showed that it is rounding.
+    inputs
+        A line for each input on which the pruned model and the masked original were compared.
+    unread
+        Parameters that no compared forward read: nothing is verified of them.
+    renormalised
+        Groups whose removal changes kept weights (weights computed from weights, as in spectral
+        norm), with the relative distance of the outputs to plain silencing.
+    released
+        Outputs that may shrink: caches and the side outputs of transformers' output classes.
     """
 
     verdict: Verdict
@@ -91,12 +100,17 @@ class Certificate:
     outputs: tuple[str, ...]
     reason: str = ""
     rel_err32: float | None = None
+    inputs: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    renormalised: Mapping[str, float] = field(default_factory=dict)
+    released: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; ``rel_err32`` only where there is one."""
+        """Plain data; what was added after the first format only where there is something."""
         found = asdict(self)
-        if self.rel_err32 is None:
-            del found["rel_err32"]
+        for name in ("rel_err32", "inputs", "unread", "renormalised", "released"):
+            if not found[name] and found[name] != 0:
+                del found[name]
         return found
 
 

@@ -1,0 +1,1 @@
+"""Checks of a pruned model against the masked original."""

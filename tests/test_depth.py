@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 import models_zoo
 import prunus
-from prunus import oracle
 from prunus.drops import Renaming
 from prunus.errors import ApplyError, ModelError, PlanError, VerifyError
 from prunus.plans import Plan
 from prunus.skipping import skip
 from prunus.surgeon import depth, drop_blocks
 from prunus.surgeon.layer_count import find_counts
+from prunus.verifier import case as cases
 
 TOKENS = torch.arange(14).reshape(2, 7) * 3 % 64
 WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 64}
@@ -677,7 +677,7 @@ def test_a_fault_in_the_widths_of_a_dropped_model_is_found(monkeypatch) -> None:
     model = Indexed().eval()
     plan = depth_plan(model, torch.randn(4, 3), ["layers.1"], ratio=0.3)
     assert prunus.verify(plan, model, torch.randn(4, 3)).verdict == "exact"
-    right = oracle.apply
+    right = cases.apply
 
     def wrong(plan: Plan, model: nn.Module, **options: Any) -> nn.Module:
         right(plan, model, **options)
@@ -685,7 +685,7 @@ def test_a_fault_in_the_widths_of_a_dropped_model_is_found(monkeypatch) -> None:
             model.layers[0].up.weight.copy_(model.layers[0].up.weight.flip(0))
         return model
 
-    monkeypatch.setattr(oracle, "apply", wrong)
+    monkeypatch.setattr(cases, "apply", wrong)
     assert prunus.verify(plan, model, torch.randn(4, 3)).verdict == "inexact"
 
 

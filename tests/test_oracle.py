@@ -17,15 +17,17 @@ from torch import Tensor, nn
 
 from prunus.api import shrink
 from prunus.errors import VerifyError
+from prunus.exchange import relative_error
 from prunus.graph.axis import Axis
 from prunus.graph.coupling import CouplingGraph
 from prunus.listening import listen
-from prunus.oracle import DOUBTFUL, relative_error, verify
+from prunus.oracle import verify
 from prunus.plans import Edit, Plan
 from prunus.replay import Replay
 from prunus.surgeon import apply, mask
 from prunus.tracer.program import state_of, tensors_of
 from prunus.tracer.trace import trace
+from prunus.verifier.rounding import DOUBTFUL
 from tests import faults
 from tests.faults import Net, conv, head
 from tests.pipeline import cut, plan_for, thin
@@ -164,7 +166,7 @@ def test_a_model_whose_own_rounding_is_as_large_is_judged_in_float64(
         model.last.bias.data += 1e-3
         return changed
 
-    monkeypatch.setattr("prunus.oracle.apply", misapply)
+    monkeypatch.setattr("prunus.verifier.case.apply", misapply)
     assert verify(plan, model, x).verdict == "inexact"
 
 

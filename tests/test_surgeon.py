@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 import prunus
 from prunus.errors import ApplyError, PlanError
+from prunus.exchange import relative_error
 from prunus.graph.axis import Axis, Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.oracle import Replay, relative_error, verify
+from prunus.oracle import verify
 from prunus.plans import Plan
+from prunus.replay import Replay
 from prunus.surgeon import apply
 from prunus.surgeon.apply import slice_tensor
 from prunus.tracer.program import state_of, tensors_of

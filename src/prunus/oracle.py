@@ -6,40 +6,33 @@ and the labels, and shares no code with the surgeon, which knows index maps only
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from prunus.errors import PrunusError, VerifyError
-from prunus.exchange import exchange_error, relative_error, to_double
-from prunus.graph.axis import Mask
-from prunus.graph.coupling import CouplingGraph
+from prunus.errors import VerifyError
+from prunus.exchange import exchange_error, relative_error
 from prunus.listening import listen
 from prunus.plans import Plan
 from prunus.precision import full_precision
-from prunus.replay import Replay
 from prunus.skipping import prove_depth
-from prunus.surgeon import apply, drop_blocks
+from prunus.surgeon import drop_blocks
 from prunus.surgeon.apply import check_model
 from prunus.surgeon.biases import add_biases
 from prunus.tracer.caches import clear_caches
-from prunus.tracer.capture import find_line
 from prunus.tracer.entry import ForwardFn, entered_as_traced
 from prunus.tracer.inputs import rebuild_inputs
-from prunus.tracer.program import duplicate, state_of, tensors_of
-from prunus.tracer.trace import quiet_run, trace
+from prunus.tracer.program import duplicate, state_of
+from prunus.verifier.case import Case
+from prunus.verifier.comparison import compare, tolerance
+from prunus.verifier.effect import MOVED, each_alone
+from prunus.verifier.rounding import error_in_float64
+from prunus.verifier.structure import other_count, other_positions, stale_attribute
 
 Verdict = Literal["exact", "inexact", "not verified"]
-
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
-"""Largest relative error that still counts as exact."""
 
 INTERCHANGEABLE = 1e-4
 """Largest relative change of the outputs when units of one group take another order."""
@@ -47,15 +40,6 @@ INTERCHANGEABLE = 1e-4
 NOT_INTERCHANGEABLE = "units of one group are not interchangeable: a coupling is missing"
 
 NOT_THE_MODEL = "the traced program does not compute what the model itself does"
-
-DOUBTFUL = 1e-2
-"""A float32 difference below this may be rounding that depth amplified; float64 tells."""
-
-AMPLIFIED = 10.0
-"""So may a greater one, up to this many times what float64 changes in the masked original."""
-
-MOVED = 1e-3
-"""Removing a group has to move the output by this much, or the comparison proves nothing."""
 
 
 @dataclass(frozen=True)
@@ -193,9 +177,8 @@ def _verify_depth(
         each=options["each_group"],
     )
     counts = [sum(p.numel() for p in m.parameters()) for m in (original, without)]
-    tolerance = TOLERANCE.get(depth.dtype, 1e-4)
     reason = depth.reason
-    if not reason and not depth.rel_err <= tolerance:
+    if not reason and not depth.rel_err <= tolerance(depth.dtype):
         reason = "without the blocks the model does not compute what it does when they are skipped"
     verdict: Verdict = "inexact" if reason else "exact" if depth.moved > MOVED else "not verified"
     alone = tuple(name for name, by in depth.moved_alone.items() if not by > MOVED)
@@ -242,53 +225,25 @@ def _verify_widths(
     Biases that the plan adds are zeros.
     """
     add_biases(original, plan.biases)
-    found = trace(original, args, kwargs, outputs=outputs)
-    inputs = [t.detach() for _, t in tensors_of([args, kwargs])]
-    kept = found.mask_from_positions(
-        {axis: np.asarray(stay, dtype=np.int64) for axis, stay in plan.keep.items()}
-    )
-    state, _ = state_of(original)
-    replay = Replay(found, state, inputs)
-    dense = replay.run(found.all_kept)
-    masked = replay.run(kept)
-    pruned = copy.deepcopy(source)
-    reason = _disagreement(plan, found, kept)
-    error = float("inf")
-    try:
-        apply(plan, pruned, check=False)
-        with quiet_run(pruned):
-            answer = dict(tensors_of(pruned(*args, **kwargs)))
-        error = relative_error(masked, answer)
-        reason = reason or _left_behind(original, pruned, found, kept)
-    except PrunusError:
-        raise
-    except Exception as failure:  # the pruned model's own forward may raise anything
-        reason = reason or (
-            f"the pruned model's forward raised {type(failure).__name__} "
-            f"at {find_line(failure)}: {failure}"
-        )
-    alone = _each_alone(found, kept, replay, dense) if each_group else {}
-    touched = [group for group in found.groups if not kept[group.units].all()]
-    swapped = exchange_error(found, original, touched, args, kwargs, seed=seed)
-    tolerance = TOLERANCE.get(next(iter(masked.values())).dtype, 1e-4)
+    case = Case(plan, original, source, args, kwargs, outputs=outputs)
+    compared = compare(case)
+    reason = other_positions(case) or compared.reason
+    reason = reason or stale_attribute(case) or other_count(case)
+    alone = each_alone(case) if each_group else {}
+    swapped = _exchanged(case, seed)
     if not swapped <= INTERCHANGEABLE:
         reason = reason or NOT_INTERCHANGEABLE
-    with quiet_run(original):
-        whole = dict(tensors_of(original(*args, **kwargs)))
-    if not relative_error(dense, whole) <= tolerance:
+    limit = tolerance(case.dtype)
+    if not relative_error(case.dense, case.whole) <= limit:
         reason = reason or NOT_THE_MODEL
-    moved = relative_error(dense, masked)
-    dtype, single = next(iter(masked.values())).dtype, None
-    if not reason and dtype == torch.float32 and error > tolerance:
-        wide = _Wide(original, args, kwargs, found)
-        double = None
-        if error < DOUBTFUL or error < AMPLIFIED * wide.rounding(kept, masked):
-            double = wide.error_of(plan.widths)
-        if double is not None and double <= TOLERANCE[torch.float64]:
-            dtype, tolerance = torch.float64, TOLERANCE[torch.float64]
-            error, single = double, error
+    moved = relative_error(case.dense, case.masked)
+    error, single, dtype = compared.rel_err, None, case.dtype
+    if not reason and dtype == torch.float32 and error > limit:
+        double = error_in_float64(case, error)
+        if double is not None:
+            dtype, error, single = torch.float64, double, error
     verdict: Verdict = "exact"
-    if reason or not error <= tolerance:
+    if reason or not error <= tolerance(dtype):
         verdict = "inexact"
     elif not moved > MOVED:
         verdict = "not verified"
@@ -300,112 +255,17 @@ def _verify_widths(
         moved_alone=alone,
         unverified=tuple(name for name, by in alone.items() if not by > MOVED),
         dtype=str(dtype).removeprefix("torch."),
-        params=(found.cost("params"), sum(p.numel() for p in pruned.parameters())),
-        outputs=found.kept_outputs,
+        params=(case.graph.cost("params"), sum(p.numel() for p in case.pruned.parameters())),
+        outputs=case.graph.kept_outputs,
         reason=reason,
         rel_err32=single,
     )
 
 
-class _Wide:
-    """The same comparison in float64, where the model runs the same operators in it."""
-
-    def __init__(
-        self, original: nn.Module, args: Any, kwargs: Mapping[str, Any], found: CouplingGraph
-    ) -> None:
-        self._outputs: Any = found.kept_outputs
-        self._graph: CouplingGraph | None = None
-        try:
-            self._model = copy.deepcopy(original).double()
-            self._inputs = to_double((args, kwargs))
-            graph = trace(self._model, *self._inputs, outputs=self._outputs)
-        except Exception:  # a forward that insists on its own type may raise anything
-            return
-        if [n.target for n in graph.program.nodes] == [n.target for n in found.program.nodes]:
-            self._graph = graph
-
-    def rounding(self, kept: Mask, masked: Mapping[str, Tensor]) -> float:
-        """How far the masked original's float32 outputs are from those in float64."""
-        if self._graph is None:
-            return 0.0
-        inputs = [t.detach() for _, t in tensors_of(list(self._inputs))]
-        replay = Replay(self._graph, state_of(self._model)[0], inputs)
-        return relative_error(replay.run(kept), masked)
-
-    def error_of(self, plan: Plan) -> float | None:
-        """The error of the cut model in float64; None where that can't be told."""
-        if self._graph is None:
-            return None
-        options: Any = {"randomise": False, "each_group": False, "outputs": self._outputs}
-        try:
-            again = verify(plan, self._model, *self._inputs, **options)
-        except Exception:  # the cut model's forward may insist on its type where this one did not
-            return None
-        return None if again.reason or again.dtype != "float64" else again.rel_err
-
-
-def _disagreement(plan: Plan, found: CouplingGraph, kept: Mask) -> str:
-    """Why the plan's index maps are no consistent choice of units; empty if they are."""
-    implied = dict(found.positions(kept))
-    for axis in (*plan.keep, *implied):
-        asked = plan.keep.get(axis)
-        want = implied.get(axis)
-        if asked is None or want is None or list(asked) != list(want):
-            return f"the plan keeps other positions on {axis} than its couplings demand"
-    return ""
-
-
-_STATED: tuple[tuple[Any, Callable[[Any], tuple[int, ...]]], ...] = (
-    (nn.Linear, lambda m: (m.out_features, m.in_features)),
-    (_ConvTransposeNd, lambda m: (m.in_channels, m.out_channels // m.groups)),
-    (_ConvNd, lambda m: (m.out_channels, m.in_channels // m.groups)),
-    (_NormBase, lambda m: (m.num_features,)),
-    (nn.GroupNorm, lambda m: (m.num_channels,)),
-    ((nn.LayerNorm, nn.RMSNorm), lambda m: tuple(m.normalized_shape)),
-    (nn.Embedding, lambda m: (m.num_embeddings, m.embedding_dim)),
-    (nn.PReLU, lambda m: (m.num_parameters,)),
-)
-"""What standard modules say of the first dims of their weight, or of their running mean."""
-
-
-def _left_behind(original: nn.Module, pruned: nn.Module, found: CouplingGraph, kept: Mask) -> str:
-    """What a forward does not notice: attributes that it doesn't read, tied weights come apart."""
-    modules = dict(pruned.named_modules())
-    with quiet_run(original), quiet_run(pruned):  # reading a computed weight may change state
-        for name, before in original.named_modules():
-            said, shape = _stated(modules.get(name))
-            said_before, shape_before = _stated(before)
-            if said_before == shape_before and said != shape:
-                return f"{name} says {said} of a tensor of shape {shape}: an attribute is stale"
-    counts = [sum(p.numel() for p in model.parameters()) for model in (original, pruned)]
-    removed = found.cost("params") - found.cost("params", kept)
-    if counts[0] - counts[1] != removed:
-        return f"the cut removed {counts[0] - counts[1]} parameters, its couplings say {removed}"
-    return ""
-
-
-def _stated(module: nn.Module | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    stated = next((stated for kind, stated in _STATED if isinstance(module, kind)), None)
-    named = (getattr(module, name, None) for name in ("weight", "running_mean"))
-    tensor = next((value for value in named if isinstance(value, Tensor)), None)
-    if stated is None or tensor is None:
-        return (), ()
-    said = stated(module)
-    return said, tuple(tensor.shape[: len(said)])
+def _exchanged(case: Case, seed: int) -> float:
+    touched = [group for group in case.graph.groups if not case.kept[group.units].all()]
+    return exchange_error(case.graph, case.original, touched, case.args, case.kwargs, seed=seed)
 
 
 def _kept_outputs(plan: Plan) -> list[str] | None:
     return None if plan.traced is None else list(plan.traced["outputs"])
-
-
-def _each_alone(
-    found: CouplingGraph, kept: Mask, replay: Replay, dense: Mapping[str, Tensor]
-) -> dict[str, float]:
-    moved: dict[str, float] = {}
-    for group in found.groups:
-        if kept[group.units].all():
-            continue
-        alone = found.all_kept
-        alone[group.units] = kept[group.units]
-        moved[group.name] = relative_error(dense, replay.run(alone))
-    return moved

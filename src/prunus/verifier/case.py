@@ -1,0 +1,110 @@
+"""A model, whole and cut by a plan, on inputs: what every check of the verifier reads.
+
+Everything is made when it is first asked for, and once: a forward or a replay that two checks
+read is run a single time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prunus.graph.axis import Mask
+from prunus.graph.coupling import CouplingGraph
+from prunus.plans import Plan
+from prunus.replay import Replay
+from prunus.surgeon import apply
+from prunus.tracer.program import state_of, tensors_of
+from prunus.tracer.trace import quiet_run, trace
+
+
+class Case:
+    """A plan for a model, and inputs on which the two are compared.
+
+    Parameters
+    ----------
+    plan
+        The plan.
+    original
+        The model at full size; it lacks the blocks that the plan drops, and has the biases that
+        it adds.  It is run, and not modified.
+    source
+        The model that the plan is for, blocks included; a copy of it is cut.
+    args, kwargs
+        What both are called with.
+    outputs
+        Names or globs of the outputs that are compared, as in :func:`prunus.trace`.
+    graph
+        A trace of ``original`` on these inputs, where there is one.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        original: nn.Module,
+        source: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        outputs: Any = None,
+        graph: CouplingGraph | None = None,
+    ) -> None:
+        self.plan, self.original, self.source = plan, original, source
+        self.args, self.kwargs, self.outputs = args, kwargs, outputs
+        if graph is not None:
+            self.graph = graph
+
+    @cached_property
+    def graph(self) -> CouplingGraph:
+        """The trace of the model at full size."""
+        return trace(self.original, self.args, self.kwargs, outputs=self.outputs)
+
+    @cached_property
+    def kept(self) -> Mask:
+        """The units that the plan keeps."""
+        keep = self.plan.keep.items()
+        return self.graph.mask_from_positions(
+            {axis: np.asarray(stay, dtype=np.int64) for axis, stay in keep}
+        )
+
+    @cached_property
+    def replay(self) -> Replay:
+        """The traced program on these inputs."""
+        inputs = [tensor.detach() for _, tensor in tensors_of([self.args, self.kwargs])]
+        return Replay(self.graph, state_of(self.original)[0], inputs)
+
+    @cached_property
+    def dense(self) -> dict[str, Tensor]:
+        """Outputs of the traced program with every unit kept."""
+        return self.replay.run(self.graph.all_kept)
+
+    @cached_property
+    def masked(self) -> dict[str, Tensor]:
+        """Outputs of the masked original."""
+        return self.replay.run(self.kept)
+
+    @cached_property
+    def whole(self) -> dict[str, Tensor]:
+        """Outputs of the model's own forward at full size."""
+        return self.run(self.original)
+
+    @cached_property
+    def pruned(self) -> nn.Module:
+        """A copy that the surgeon has cut; its forward was not tried."""
+        return apply(self.plan, copy.deepcopy(self.source), check=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which the outputs are compared."""
+        return next(iter(self.masked.values())).dtype
+
+    def run(self, model: nn.Module) -> dict[str, Tensor]:
+        """What a model answers to the inputs."""
+        with quiet_run(model):
+            return dict(tensors_of(model(*self.args, **self.kwargs)))

@@ -1,0 +1,50 @@
+"""The comparison that everything rests on: the pruned model against the masked original."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from prunus.errors import PrunusError
+from prunus.exchange import relative_error
+from prunus.tracer.capture import find_line
+from prunus.verifier.case import Case
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
+"""Largest relative error that still counts as exact."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The largest relative error of the outputs; ``reason`` where there was nothing to compare."""
+
+    rel_err: float
+    reason: str = ""
+
+
+def compare(case: Case) -> Comparison:
+    """The pruned model's own forward on the case's inputs, against the replay with units silenced.
+
+    Raises
+    ------
+    PrunusError
+        If the masked original can't be computed, or the plan can't be applied.
+    """
+    masked = case.masked
+    try:
+        answer = case.run(case.pruned)
+    except PrunusError:
+        raise
+    except Exception as failure:  # the pruned model's own forward may raise anything
+        return Comparison(
+            float("inf"),
+            f"the pruned model's forward raised {type(failure).__name__} "
+            f"at {find_line(failure)}: {failure}",
+        )
+    return Comparison(relative_error(masked, answer))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """What counts as exact in a type; as in float32 where none is given for it."""
+    return TOLERANCE.get(dtype, TOLERANCE[torch.float32])

@@ -1,0 +1,68 @@
+"""What a forward does not notice: index maps that disagree, stale attributes, lost ties."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from prunus.tracer.trace import quiet_run
+from prunus.verifier.case import Case
+
+_STATED: tuple[tuple[Any, Callable[[Any], tuple[int, ...]]], ...] = (
+    (nn.Linear, lambda m: (m.out_features, m.in_features)),
+    (_ConvTransposeNd, lambda m: (m.in_channels, m.out_channels // m.groups)),
+    (_ConvNd, lambda m: (m.out_channels, m.in_channels // m.groups)),
+    (_NormBase, lambda m: (m.num_features,)),
+    (nn.GroupNorm, lambda m: (m.num_channels,)),
+    ((nn.LayerNorm, nn.RMSNorm), lambda m: tuple(m.normalized_shape)),
+    (nn.Embedding, lambda m: (m.num_embeddings, m.embedding_dim)),
+    (nn.PReLU, lambda m: (m.num_parameters,)),
+)
+"""What standard modules say of the first dims of their weight, or of their running mean."""
+
+
+def other_positions(case: Case) -> str:
+    """Why the plan's index maps are no consistent choice of units; empty if they are."""
+    keep, implied = case.plan.keep, dict(case.graph.positions(case.kept))
+    for axis in (*keep, *implied):
+        asked, want = keep.get(axis), implied.get(axis)
+        if asked is None or want is None or list(asked) != list(want):
+            return f"the plan keeps other positions on {axis} than its couplings demand"
+    return ""
+
+
+def stale_attribute(case: Case) -> str:
+    """A standard module of the pruned model that says another size than its tensors have."""
+    modules = dict(case.pruned.named_modules())
+    # Reading a computed weight may change state.
+    with quiet_run(case.original), quiet_run(case.pruned):
+        for name, before in case.original.named_modules():
+            said, shape = _stated(modules.get(name))
+            said_before, shape_before = _stated(before)
+            if said_before == shape_before and said != shape:
+                return f"{name} says {said} of a tensor of shape {shape}: an attribute is stale"
+    return ""
+
+
+def other_count(case: Case) -> str:
+    """Whether the cut removed as many parameters as the couplings say; tied ones come apart."""
+    models = (case.original, case.pruned)
+    counts = [sum(p.numel() for p in model.parameters()) for model in models]
+    removed = case.graph.cost("params") - case.graph.cost("params", case.kept)
+    if counts[0] - counts[1] != removed:
+        return f"the cut removed {counts[0] - counts[1]} parameters, its couplings say {removed}"
+    return ""
+
+
+def _stated(module: nn.Module | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    stated = next((stated for kind, stated in _STATED if isinstance(module, kind)), None)
+    named = (getattr(module, name, None) for name in ("weight", "running_mean"))
+    tensor = next((value for value in named if isinstance(value, Tensor)), None)
+    if stated is None or tensor is None:
+        return (), ()
+    said = stated(module)
+    return said, tuple(tensor.shape[: len(said)])

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, Literal
+from functools import cached_property, partial
+from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from prunus.budget import Budget
 from prunus.depth_planning import measure_influence, plan_depth, plan_left, refuse_statistics
-from prunus.errors import PlanError, VerifyError
+from prunus.errors import PlanError, VerifyError, checks_options
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance import Statistics, collect
@@ -21,7 +22,7 @@ from prunus.integrations.hf import example_inputs
 from prunus.integrations.hf_config import uniform
 from prunus.oracle import Certificate, verify
 from prunus.planner.layers import Drop, find_drops, name_layers
-from prunus.planning import Globs
+from prunus.planning import Globs, check_request, plan
 from prunus.plans import Plan
 from prunus.recovery import (
     LOOKED_AT,
@@ -38,7 +39,10 @@ from prunus.tracer.entry import ForwardFn, entered_by
 from prunus.tracer.trace import trace
 from prunus.width_planning import needs_to_plan, plan_of_mask
 
+Mode = Literal["free", "uniform"]
 
+
+@checks_options
 @dataclass(frozen=True)
 class Shrunk:
     """What :func:`shrink` did: the smaller model, the plan, and the proof.
@@ -56,6 +60,7 @@ class Shrunk:
     recovery: tuple[Step, ...] = ()
 
 
+@partial(checks_options, options_of=plan)
 def shrink(
     model: nn.Module,
     args: Any = (),
@@ -66,11 +71,12 @@ def shrink(
     outputs: Globs | None = None,
     verified: bool = True,
     each_group: bool = True,
-    mode: Literal["free", "uniform"] = "free",
+    mode: Mode = "free",
     drop: Drop = (),
     protect_ends: bool = True,
     forward_fn: ForwardFn | None = None,
     recover: Recover = "auto",
+    optimizer: torch.optim.Optimizer | None = None,
     progress: Progress | None = None,
     seed: int = 0,
     **options: Any,
@@ -114,6 +120,8 @@ def shrink(
         thing alone, with data; ``"sequential"`` repairs layer after layer, each on what the
         repaired ones before it give (``compensate(sequential=True)``): better, and slower;
         ``"none"`` leaves what the cut left.  ``Shrunk.recovery`` says what each step brought.
+    optimizer
+        Its state is cut along, as by :func:`prunus.apply`.
     progress
         Called with the name of a step of the recovery, and the number of batches done.
 
@@ -127,7 +135,10 @@ def shrink(
     DataError
         If the importance needs calibration data and there is none.
     """
-    check_recovery(recover)  # before minutes go into a proof
+    asked = {"budget": budget, "data": data, "drop": drop, "protect_ends": protect_ends}
+    check_request({**options, **asked, "seed": seed})
+    _check_mode(mode)
+    check_recovery(recover, data)
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     if isinstance(drop, int) or drop:
         refuse_quantized(model)
@@ -143,19 +154,21 @@ def shrink(
         task = _Task(
             graph, model, args, dict(kwargs or {}), drop, protect_ends, data, each_group, seed, mode
         )
-        asked = tuple(options.pop("hold", ()))
-        chosen, certificate, held = task.solve(asked, verified, {"budget": budget, **options})
+        hold = tuple(options.pop("hold", ()))
+        chosen, certificate, held = task.solve(hold, verified, {"budget": budget, **options})
         recovered = cut_and_recover(
             *(model, chosen, None if chosen.drops else graph, recovered_with),
             method=recover,
             looked_at=looked_at,
             new_biases=mode == "free",  # a plain config can't say them
+            optimizer=optimizer,
             progress=progress,
             seed=seed,
         )
     return Shrunk(model, graph, recovered.plan, certificate, held, recovered.steps)
 
 
+@checks_options
 def drop_layers(
     model: nn.Module,
     layers: Sequence[int],
@@ -165,6 +178,7 @@ def drop_layers(
     stack: str | None = None,
     outputs: Globs | None = None,
     verified: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
     seed: int = 0,
 ) -> Shrunk:
     """Drop whole layers, any residual blocks, in place: the skip connection is what is left.
@@ -183,6 +197,8 @@ def drop_layers(
         may be left out where a model has a single one.
     verified
         Prove it first, on a copy.
+    optimizer
+        The parameters of dropped layers leave it, as by :func:`prunus.apply`.
 
     Raises
     ------
@@ -209,7 +225,7 @@ def drop_layers(
     names = name_layers(graph, model, layers, stack)
     task = _Task(graph, model, args, kwargs, names, True, None, True, seed)
     chosen, certificate, held = task.solve((), verified, {})
-    cut(chosen, model)
+    cut(chosen, model, optimizer=optimizer)
     return Shrunk(model, graph, chosen, certificate, held)
 
 
@@ -235,7 +251,7 @@ class _Task:
     data: Iterable[Any] | None
     each_group: bool
     seed: int
-    mode: Literal["free", "uniform"] = "free"
+    mode: Mode = "free"
     known: dict[tuple[str, ...], _Left] = field(default_factory=dict)
 
     def solve(
@@ -350,6 +366,12 @@ def unproven(proof: Certificate) -> VerifyError:
         why=_why_inexact(proof),
         fix="the model was not touched; please report the case",
     )
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in get_args(Mode):
+        known = ", ".join(map(repr, get_args(Mode)))
+        raise PlanError(f"mode={mode!r} is none of {known}", fix="leave it out for 'free'")
 
 
 def inputs_of(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> tuple[Any, Any]:

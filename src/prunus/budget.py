@@ -10,7 +10,7 @@ from fractions import Fraction
 from numbers import Integral, Rational, Real
 from typing import TYPE_CHECKING, Any
 
-from prunus.errors import BudgetError
+from prunus.errors import BudgetError, checks_options
 from prunus.graph.scope import IN
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ _WHOLE = {
 _TIME_FIX = 'give a float in (0, 1] for a fraction of the dense time, or a time: latency="12ms"'
 
 
+@checks_options
 @dataclass(frozen=True, repr=False)
 class Budget:
     """What the pruned model may cost at most; several bounds may be given and all will hold.

@@ -6,13 +6,14 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from prunus.anatomy import Anatomy, structures
 from prunus.anatomy.names import Attention
 from prunus.api import Shrunk, inputs_of, unproven
-from prunus.errors import PlanError
+from prunus.errors import PlanError, checks_options
 from prunus.graph.axis import Mask
 from prunus.graph.constraints import find_violation
 from prunus.graph.coupling import CouplingGraph
@@ -25,6 +26,7 @@ from prunus.width_planning import plan_of_mask
 Where = int | str
 
 
+@checks_options
 def prune_heads(
     model: nn.Module,
     heads: Mapping[Where, Collection[int]],
@@ -32,6 +34,7 @@ def prune_heads(
     kwargs: Mapping[str, Any] | None = None,
     *,
     verified: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
     seed: int = 0,
 ) -> Shrunk:
     """Remove attention heads by their numbers; the model changes in place.
@@ -47,6 +50,8 @@ def prune_heads(
         Example inputs for the forward; a model of transformers needs none.
     verified
         Prove first, on a copy, that the cut model computes the masked original.
+    optimizer
+        Its state is cut along, as by :func:`prunus.apply`.
 
     Raises
     ------
@@ -71,9 +76,10 @@ def prune_heads(
     args, kwargs = inputs_of(model, args, kwargs)
     graph = trace(model, args, kwargs)
     kept = _without_heads(graph, structures(graph), heads)
-    return _cut(model, graph, kept, args, kwargs, verified=verified, seed=seed)
+    return _cut(model, graph, kept, args, kwargs, verified, optimizer, seed)
 
 
+@checks_options
 def keep(
     model: nn.Module,
     group: str,
@@ -82,6 +88,7 @@ def keep(
     kwargs: Mapping[str, Any] | None = None,
     *,
     verified: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
     seed: int = 0,
 ) -> Shrunk:
     """Keep only the given units of a group; the model changes in place.
@@ -92,7 +99,7 @@ def keep(
         Its name, as ``prunus inspect`` lists it.
     units
         Numbers of the units that stay, from 0.
-    args, kwargs, verified
+    args, kwargs, verified, optimizer
         As for :func:`prune_heads`.
 
     Raises
@@ -112,7 +119,7 @@ def keep(
     kept = graph.all_kept
     kept[found.units] = False
     kept[found.units[chosen]] = True
-    return _cut(model, graph, kept, args, kwargs, verified=verified, seed=seed)
+    return _cut(model, graph, kept, args, kwargs, verified, optimizer, seed)
 
 
 def _numbers(numbers: Iterable[int], size: int, where: str, what: str) -> list[int]:
@@ -198,8 +205,8 @@ def _cut(
     kept: Mask,
     args: Any,
     kwargs: Any,
-    *,
     verified: bool,
+    optimizer: torch.optim.Optimizer | None,
     seed: int,
 ) -> Shrunk:
     broken = find_violation(graph.constraints, kept)
@@ -211,5 +218,5 @@ def _cut(
         certificate = verify(plan, model, args, kwargs, seed=seed)
         if certificate.verdict == "inexact":
             raise unproven(certificate)
-    apply(plan, model)
+    apply(plan, model, optimizer=optimizer)
     return Shrunk(model, graph, plan, certificate)

@@ -1,11 +1,111 @@
-"""The exception tree: every error says what went wrong, where, why, and what to do."""
+"""The exception tree: every error says what went wrong, where, why, and what to do.
+
+:func:`checks_options` is how every public call refuses an option that it does not have.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
-from types import ModuleType
+import inspect
+from collections.abc import Callable
+from types import FunctionType, ModuleType
+from typing import Any, TypeVar
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+_SIMILAR = 0.6
+"""From which similarity on (of :mod:`difflib`) a name is taken for a misspelt one."""
 
 
+def checks_options(
+    call: Call, *, options_of: Callable[..., Any] | None = None, name: str = ""
+) -> Call:
+    """Let a public function refuse an unknown option before it does anything else.
+
+    Parameters
+    ----------
+    call
+        A function; or a class, of which the constructor and every public method are meant.
+    options_of
+        For a function that hands its ``**options`` on: the one whose keyword-only options they are.
+    name
+        What errors call the function, its own name by default.
+
+    Raises
+    ------
+    TypeError
+        By the function that comes back, if it is called with an option that it does not have; the
+        message has the nearest one.
+
+    Examples
+    --------
+    >>> @checks_options
+    ... def grow(model, *, exclude=()): ...
+    >>> grow(None, exlude="0.*")
+    Traceback (most recent call last):
+        ...
+    TypeError: grow() got an unexpected option 'exlude'; did you mean 'exclude'?
+    """
+    if isinstance(call, type):
+        _check_methods(call)
+        return call
+    signature = inspect.signature(call)
+    parameters = dict(signature.parameters)
+    if options_of is not None:
+        (rest,) = (p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD)
+        del parameters[rest]
+        taken = inspect.signature(options_of).parameters.values()
+        more = {p.name: p for p in taken if p.kind is p.KEYWORD_ONLY}
+        parameters = {**parameters, **{n: p for n, p in more.items() if n not in parameters}}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    fixed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+    known = {p.name for p in parameters.values() if p.kind not in fixed}
+    called = name or call.__name__
+
+    @functools.wraps(call)
+    def checked(*args: Any, **options: Any) -> Any:
+        if options and not open_ended:
+            for option in options:
+                if option not in known:
+                    raise _unexpected(called, option, known)
+        return call(*args, **options)
+
+    checked.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=list(parameters.values())
+    )
+    return checked  # type: ignore[return-value]
+
+
+def _check_methods(kind: type) -> None:
+    """Let the constructor and the public methods of a class check their options."""
+    for name, method in list(vars(kind).items()):
+        if name.startswith("_") and name != "__init__":
+            continue
+        called = kind.__name__ if name == "__init__" else f"{kind.__name__}.{name}"
+        if isinstance(method, classmethod):
+            setattr(kind, name, classmethod(checks_options(method.__func__, name=called)))
+        elif isinstance(method, FunctionType):
+            setattr(kind, name, checks_options(method, name=called))
+
+
+def _unexpected(called: str, option: str, known: set[str]) -> TypeError:
+    """The error for an option that a call does not have."""
+    import difflib
+
+    said = f"{called}() got an unexpected option {option!r}"
+    near = difflib.get_close_matches(option, sorted(known - {"self", "cls"}), n=1, cutoff=0.0)
+    if not near:
+        return TypeError(f"{said}; it takes none")
+    similar = difflib.SequenceMatcher(None, near[0], option).ratio() >= _SIMILAR
+    return TypeError(
+        f"{said}; did you mean {near[0]!r}?"
+        if similar
+        else f"{said}; of those that it has {near[0]!r} is nearest: {', '.join(sorted(known))}"
+    )
+
+
+@checks_options
 class PrunusError(Exception):
     """Base of every error that Prunus raises on purpose.
 

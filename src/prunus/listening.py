@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prunus.errors import checks_options
 from prunus.tracer.adapters import adapted
 from prunus.tracer.caches import clear_caches
 from prunus.tracer.capture import PASSIVE
@@ -32,6 +33,7 @@ SMALL = 0.1
 """A constant parameter below this is a switched-off branch, not a scale."""
 
 
+@checks_options
 def listen(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *, seed: int = 0) -> None:
     """Fill what initialisation left constant and randomise batch statistics, in place.
 

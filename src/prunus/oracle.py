@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prunus.errors import VerifyError
+from prunus.errors import VerifyError, checks_options
 from prunus.exchange import exchange_error, relative_error
 from prunus.listening import listen
 from prunus.plans import Plan
@@ -42,6 +42,7 @@ NOT_INTERCHANGEABLE = "units of one group are not interchangeable: a coupling is
 NOT_THE_MODEL = "the traced program does not compute what the model itself does"
 
 
+@checks_options
 @dataclass(frozen=True)
 class Certificate:
     """What was compared, and the verdict.
@@ -98,6 +99,7 @@ class Certificate:
         return found
 
 
+@checks_options
 def verify(
     plan: Plan,
     model: nn.Module,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,13 +15,15 @@ from prunus.depth_planning import (
     refuse_statistics,
     traced_inputs,
 )
+from prunus.errors import checks_options
 from prunus.graph.coupling import CouplingGraph
-from prunus.importance import Importance, Statistics
+from prunus.importance import Importance, Statistics, needs_of
 from prunus.importance.targets import Loss
 from prunus.latency import LatencyTable
 from prunus.planner.alignment import RoundTo
 from prunus.planner.allocate import Normalise, Scope
 from prunus.planner.layers import Drop, find_drops
+from prunus.planner.options import check_options
 from prunus.planner.solvers import Solver
 from prunus.plans import Plan
 from prunus.surgeon.depth import refuse_quantized
@@ -30,6 +33,7 @@ from prunus.width_planning import TRIALS, plan_widths
 Globs = str | Sequence[str]
 
 
+@checks_options
 def plan(
     graph: CouplingGraph,
     model: nn.Module,
@@ -171,6 +175,8 @@ def plan(
         "latency": latency,
         "progress": progress,
     }
+    others = {"data": data, "statistics": statistics, "drop": drop, "protect_ends": protect_ends}
+    check_request({**options, **others})
     if not isinstance(drop, int) and not drop:
         return plan_widths(graph, model, data=data, statistics=statistics, **options)
     refuse_quantized(model)
@@ -183,3 +189,24 @@ def plan(
             graph, drop, lambda: measure_influence(model, graph, data, args, kwargs), protect_ends
         )
         return plan_depth(graph, model, names, args, kwargs, data=data, **options)[0]
+
+
+DEFAULTS = {
+    parameter.name: parameter.default
+    for parameter in inspect.signature(plan).parameters.values()
+    if parameter.kind is parameter.KEYWORD_ONLY
+}
+"""What the options of :func:`plan` are where nothing is said."""
+
+
+def check_request(options: Mapping[str, Any]) -> None:
+    """Refuse options of :func:`plan` that make no sense; those that are left out are the defaults.
+
+    Raises
+    ------
+    PlanError
+        The message names the option, and says why it is refused.
+    """
+    check_options({**DEFAULTS, **options}, DEFAULTS)
+    if isinstance(options.get("importance"), str):
+        needs_of(options["importance"])

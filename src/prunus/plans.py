@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from prunus.drops import Renaming
-from prunus.errors import PlanError
+from prunus.errors import PlanError, checks_options
 from prunus.files import replace_file
 from prunus.graph.axis import Axis, Mask
 from prunus.plan_diff import Cost, GroupDiff, PlanDiff
@@ -66,6 +66,7 @@ class GroupChoice:
     removed: tuple[int, ...]
 
 
+@checks_options
 @dataclass(frozen=True)
 class Plan:
     """What stays of a model, for another copy of it, a checkpoint, or a mask.
@@ -453,11 +454,13 @@ class Plan:
                 error.what, where=f"{path} {error.where}".rstrip(), why=error.why, fix=error.fix
             ) from error
 
-    def apply(self, model: Any, **options: Any) -> Any:
+    def apply(
+        self, model: Any, *, optimizer: Any = None, check: bool = True, forward_fn: Any = None
+    ) -> Any:
         """Cut the model in place; see :func:`prunus.surgeon.apply`."""
         from prunus.surgeon import apply
 
-        return apply(self, model, **options)
+        return apply(self, model, optimizer=optimizer, check=check, forward_fn=forward_fn)
 
     def mask(self, model: Any) -> Any:
         """Run the model as if it were cut; see :func:`prunus.surgeon.mask`."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from prunus.budget import Budget
-from prunus.errors import BudgetError, PlanError, require
+from prunus.errors import BudgetError, PlanError, checks_options, require
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance import Importance, Statistics
 from prunus.importance.targets import Loss
@@ -25,6 +25,7 @@ _HALVINGS = 14
 """Of the interval in which the least ratios are sought: to 1/16384 of it."""
 
 
+@checks_options
 @dataclass(frozen=True)
 class Found:
     """What a search found.
@@ -47,6 +48,7 @@ class Found:
     trials: int
 
 
+@checks_options
 def plan_by_sensitivity(
     table: Sensitivity,
     graph: CouplingGraph,
@@ -108,6 +110,7 @@ def _tolerated(table: Sensitivity) -> Mapping[str, float]:
     return table.tolerated
 
 
+@checks_options
 def search_ratios(
     graph: CouplingGraph,
     model: nn.Module,

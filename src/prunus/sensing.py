@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from prunus.errors import FormatError, PlanError
+from prunus.errors import FormatError, PlanError, checks_options
 from prunus.files import check_target
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance import Importance, Statistics, name_of
@@ -29,6 +29,7 @@ from prunus.width_planning import plan_of_mask
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
+@checks_options
 def sensitivity(
     graph: CouplingGraph,
     model: nn.Module,

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunus.errors import FormatError, PlanError
+from prunus.errors import FormatError, PlanError, checks_options
 from prunus.files import replace_file
 
 FORMAT, VERSION = "prunus sensitivity", 1
 
 
+@checks_options
 @dataclass(frozen=True)
 class Sensitivity:
     """A metric by group and by the units that the group has lost, everything else whole.

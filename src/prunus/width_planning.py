@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,10 +30,9 @@ from prunus.latency_planning import (
     resolve_rounding,
 )
 from prunus.planner import Selection, select, thin
-from prunus.planner.allocate import check_share, check_solver, normalised
+from prunus.planner.allocate import check_share, normalised
 from prunus.planner.filters import spread
 from prunus.planner.peak import hold_peak
-from prunus.planner.solvers import Solver
 from prunus.plans import Plan
 from prunus.recovery import LOOKED_AT
 from prunus.stitching import Stitcher, search_coefficients
@@ -68,10 +67,8 @@ def plan_widths(
     importance = adapt(importance, model)
     check_table(budget, latency)
     options = {**_OPTIONS, **options}
-    if ratio is None:
-        check_solver(options["scope"], options["solver"], (*get_args(Solver), "spdy"))
     if options["solver"] == "spdy" and ratio is None:
-        data = _check_search(budget, data, trials)
+        data = _check_search(budget, data)
     needs = needs_to_plan(importance, exchange, options["solver"])
     if statistics is None and data is not None and needs:
         statistics = collect(model, graph, data, needs, loss=loss, seed=seed)
@@ -165,11 +162,9 @@ def needs_to_plan(
 
 
 def _check_search(
-    budget: Budget | Mapping[str, int] | None, data: Iterable[Any] | None, trials: int
+    budget: Budget | Mapping[str, int] | None, data: Iterable[Any] | None
 ) -> list[Any]:
     """The batches of a search, which are read twice; refused where there can be none."""
-    if trials < 1:
-        raise PlanError(f"trials={trials!r} is no number of trials", fix="give one from 1 on")
     if isinstance(budget, Budget) and budget.latency:
         raise PlanError(
             "solver='spdy' can't be combined with a latency budget",
@@ -251,26 +246,5 @@ def _choose(
             return hold_peak(
                 graph, limits, lambda g, most: select(g, scores, most, ratios=ratios, **options)
             )
-    if ratio is not None and budget is None and ratios is None:
-        _refuse_options(options)
-        return Selection(thin(graph, scores, ratio))
-    several = [n for n, v in {"a budget": budget, "ratios": ratios}.items() if v is not None]
-    raise PlanError(
-        f"{' and '.join(several)} and a ratio were given"
-        if several
-        else "nothing says how much to remove",
-        why="a ratio is taken from every group, whatever it costs",
-        fix="give budget=Budget(macs=0.5), say, or ratio=0.3, or ratios={'layer3.*': 0.3}",
-    )
-
-
-def _refuse_options(options: Mapping[str, Any]) -> None:
-    """A ratio is a ratio of every group: what shapes a budget's choice has no say in it."""
-    shaping = ("solver", "normalise", "min_width", "max_ratio", "round_to", "include", "exclude")
-    given = [name for name in shaping if options[name] != _OPTIONS[name]]
-    if given:
-        raise PlanError(
-            f"{', '.join(given)} can't be combined with ratio=",
-            why="a ratio is taken from every group alike",
-            fix="give a budget instead",
-        )
+    assert ratio is not None
+    return Selection(thin(graph, scores, ratio))

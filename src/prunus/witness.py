@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from prunus.errors import checks_options
 from prunus.graph.axis import Axis
 from prunus.hearing import (
     LAYERS,
@@ -84,6 +85,7 @@ class _FailedError(Exception):
     """The pruned model gives nothing to compare."""
 
 
+@checks_options
 def testify(
     plan: Plan,
     model: nn.Module,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from prunus.anatomy.attention import Core, Units, find_cores
 from prunus.anatomy.stream import find_stream
-from prunus.errors import PlanError
+from prunus.errors import PlanError, checks_options
 from prunus.graph.axis import Role
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
@@ -148,6 +148,7 @@ class Anatomy:
         return index == str(where) and stack in self.stacks
 
 
+@checks_options
 def structures(graph: CouplingGraph) -> Anatomy:
     """Heads, KV groups, head dims, FFN widths, experts and hidden widths of a traced model.
 

@@ -8,6 +8,8 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from prunus.errors import checks_options
+
 Label = NDArray[np.int64]
 """Array of shape ``(n, k)``: position ``i`` of a dim of size ``n`` is kept if and only if
 all its ``k`` units are kept.  Unit 0 is always kept, so a column of zeros is no condition."""
@@ -16,6 +18,7 @@ Mask = NDArray[np.bool_]
 """Array of shape ``(units + 1,)``: which units stay.  Entry 0 is always true."""
 
 
+@checks_options
 @dataclass(frozen=True, slots=True, order=True)
 class Axis:
     """One dimension of one parameter or buffer.

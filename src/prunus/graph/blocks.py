@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prunus.errors import checks_options
 
+
+@checks_options
 @dataclass(frozen=True, slots=True)
 class Block:
     """A child of a list or sequence of modules that adds something to what it is given.

@@ -12,7 +12,7 @@ import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
-from prunus.errors import BudgetError, PlanError
+from prunus.errors import BudgetError, PlanError, checks_options
 from prunus.graph.axis import Axis, Label, Mask, Role, kept_positions
 from prunus.graph.blocks import Block
 from prunus.graph.constraints import Constraint, Pin, Rescale
@@ -39,6 +39,7 @@ class Coupling:
         return f"{self.a} — {self.b} by {self.operator}{place}"
 
 
+@checks_options
 @dataclass(frozen=True)
 class CouplingGraph:
     """Axes, couplings, groups, units and constraints of one traced model.

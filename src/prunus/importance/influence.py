@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.errors import DataError, PlanError
+from prunus.errors import DataError, PlanError, checks_options
 from prunus.graph.blocks import Block
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance.batches import run_batch
@@ -21,6 +21,7 @@ _TINY = 1e-30
 """So that a vector of zeros has a cosine."""
 
 
+@checks_options
 def block_influence(
     model: nn.Module,
     graph: CouplingGraph,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from prunus.errors import DataError, ModelError
+from prunus.errors import DataError, ModelError, checks_options
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
 from prunus.importance.gradients import Contributions
@@ -13,6 +13,7 @@ from prunus.importance.registry import Context, Scores
 from prunus.tracer.program import state_of
 
 
+@checks_options
 class Movement:
     """Collects movement scores during the user's own fine-tuning, and is an importance then.
 

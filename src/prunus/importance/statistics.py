@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prunus.errors import DataError, ModelError, PlanError
+from prunus.errors import DataError, ModelError, PlanError, checks_options
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance.activations import Site, Watch
@@ -44,6 +44,7 @@ NEEDS = {
 _GRADIENTS = {"gradient", "head_gradient"}
 
 
+@checks_options
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """Sums over calibration data, in float64.
@@ -115,6 +116,7 @@ class Statistics:
         )
 
 
+@checks_options
 def collect(
     model: nn.Module,
     graph: CouplingGraph,

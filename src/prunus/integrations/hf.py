@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from prunus.errors import FormatError, ModelError, require
+from prunus.errors import FormatError, ModelError, checks_options, require
 from prunus.files import replace_file
 from prunus.integrations.hf_config import fitting_config
 from prunus.integrations.torchvision_ops import declare_missing_ops
@@ -28,6 +28,7 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
 
+@checks_options
 def example_inputs(
     model: nn.Module, *, tokens: tuple[int, ...] = (1, TOKENS), seed: int = 0
 ) -> dict[str, Any]:
@@ -83,6 +84,7 @@ def _image(config: Any, batch: int, random: torch.Generator) -> torch.Tensor:
     return torch.randn(shape, generator=random)
 
 
+@checks_options
 def save(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -122,6 +124,7 @@ def save(
     replace_file(place / CONFIG, lambda draft: draft.write_text(text + "\n", encoding="utf-8"))
 
 
+@checks_options
 def load(folder: str | os.PathLike[str]) -> nn.Module:
     """The model that :func:`save` wrote, to the bit; nothing is downloaded, no code is run.
 
@@ -141,6 +144,7 @@ def load(folder: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
+@checks_options
 def read_config(folder: Path, where: str = "") -> tuple[dict[str, Any], Any]:
     """config.json of a folder, and the model class of transformers that it names.
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from prunus.anatomy import Structure, structures
-from prunus.errors import ModelError, PlanError
+from prunus.errors import ModelError, PlanError, checks_options
 from prunus.graph.constraints import Lockstep
 from prunus.graph.coupling import CouplingGraph
 from prunus.planner import thin
@@ -44,6 +44,7 @@ CLOSE = 1e-5
 _NAMED = 3
 
 
+@checks_options
 def uniform(
     graph: CouplingGraph, model: nn.Module, kwargs: Mapping[str, Any]
 ) -> tuple[CouplingGraph, dict[str, str]]:
@@ -93,6 +94,7 @@ def _try(
     return ""
 
 
+@checks_options
 def fitting_config(model: nn.Module, kwargs: Mapping[str, Any]) -> Any:
     """The config from which the library builds the cut model, with the same answers.
 
@@ -236,6 +238,7 @@ def _pairs(plan: Plan) -> Pairs:
     return frozenset((a, b) for a, b in dims | groups if 0 < b < a)
 
 
+@checks_options
 def compare_answers(model: nn.Module, config: Any, kwargs: Mapping[str, Any]) -> float:
     """How far the answers are off of what the library builds from a config, with these weights."""
     kind: Any = type(model)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from prunus.errors import PlanError, require
+from prunus.errors import PlanError, checks_options, require
 from prunus.graph.axis import Axis
 from prunus.graph.groups import Group
 from prunus.importance import Context, Importance, name_of
@@ -30,6 +30,7 @@ Index = NDArray[np.int64]
 MODULE = "torch_pruning.pruner.importance"
 
 
+@checks_options
 def adapt(criterion: Any, model: nn.Module) -> str | Importance:
     """What may be passed as ``importance=``, made an importance: only Torch-Pruning's change."""
     engine = sys.modules.get(MODULE)  # who has an importance of it has imported it
@@ -52,6 +53,7 @@ class _Layer:
     units: Index
 
 
+@checks_options
 class TorchPruning:
     """A criterion of Torch-Pruning that scores the groups of a coupling graph.
 

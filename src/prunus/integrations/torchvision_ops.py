@@ -7,12 +7,15 @@ import sys
 
 import torch
 
+from prunus.errors import checks_options
+
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 
 
+@checks_options
 def declare_missing_ops() -> None:
     """Declare the operators without which ``import torchvision`` fails on a CPU torch.
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from prunus.errors import ModelError, PrunusError
+from prunus.errors import ModelError, PrunusError, checks_options
 from prunus.io.container import open_container
 from prunus.io.document import check_schema, read_document
 from prunus.plans import Plan
@@ -24,6 +24,7 @@ from prunus.surgeon.restore import Kind, Tensors
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@checks_options
 def load(path: str | os.PathLike[str], build: Callable[[], Model]) -> Model:
     """Read a file of :func:`prunus.save`; nothing in it is run or unpickled.
 

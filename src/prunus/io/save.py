@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor, nn
 
-from prunus.errors import FormatError, PlanError
+from prunus.errors import FormatError, PlanError, checks_options
 from prunus.files import replace_file
 from prunus.io.container import write_container
 from prunus.io.document import Document
@@ -17,6 +17,7 @@ from prunus.surgeon.attributes import read_attribute
 from prunus.surgeon.restore import Tensors, check_cut, collect
 
 
+@checks_options
 def save(model: nn.Module, path: str | os.PathLike[str], plan: Plan | None = None) -> None:
     """Write parameters, buffers, tensor attributes and the plan into one safetensors file.
 

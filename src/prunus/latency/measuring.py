@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from prunus.errors import ModelError, PlanError
+from prunus.errors import ModelError, PlanError, checks_options
 from prunus.graph.coupling import CouplingGraph
 from prunus.latency.backends import Backend, Point
 from prunus.latency.cache import Cache, Times, default_folder
@@ -29,6 +29,7 @@ _TOGETHER = 8
 """Operators that are measured in turn; then the file is written."""
 
 
+@checks_options
 def measure(
     model: nn.Module,
     args: Any = (),

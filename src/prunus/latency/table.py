@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prunus.errors import PlanError
+from prunus.errors import PlanError, checks_options
 from prunus.graph.axis import Label, Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.polynomial import Monomial, Polynomial, measure_widths
@@ -22,6 +22,7 @@ PICOSECONDS = 1000
 """In a nanosecond: the unit of the polynomial's integers."""
 
 
+@checks_options
 @dataclass(frozen=True)
 class LatencyTable:
     """Nanoseconds of the operators of a model at some widths, on one machine.

@@ -145,7 +145,7 @@ def select(
     Takes O(units · log groups) steps.  A step costs a look-up, and the evaluation of the
     monomials of one group when a width has changed on which that group's savings depend.
     """
-    _check_options(scope, normalise)
+    check_scope(scope, normalise)
     check_solver(scope, solver)
     limits = budget.limits(graph) if isinstance(budget, Budget) else dict(budget)
     graph = replace(graph, costs={name: graph.polynomial(name) for name in limits})
@@ -195,8 +195,9 @@ def check_solver(scope: Scope, solver: str | None, known: Sequence[str] = get_ar
         )
 
 
-def _check_options(scope: Scope, normalise: str) -> None:
-    if normalise not in get_args(Normalise):
+def check_scope(scope: Any, normalise: str | None) -> None:
+    """Refuse a scope or a way to normalise that there is not; None is the default way."""
+    if normalise is not None and normalise not in get_args(Normalise):
         known = ", ".join(map(repr, get_args(Normalise)))
         raise PlanError(f"normalise={normalise!r} is none of {known}", fix="normalise='mean', say")
     if isinstance(scope, str) and scope not in get_args(ScopeName):
@@ -204,7 +205,8 @@ def _check_options(scope: Scope, normalise: str) -> None:
             f"scope={scope!r} is none of {', '.join(map(repr, get_args(ScopeName)))}",
             fix=f"for classes of your own give a list of globs: scope=[{scope!r}], say",
         )
-    if not scope or not all(isinstance(glob, str) for glob in scope):
+    globs = isinstance(scope, Sequence) and all(isinstance(glob, str) for glob in scope)
+    if not scope or not globs:
         raise PlanError(f"scope={scope!r} are no globs", fix="scope=['layer1.*', 'layer4.*'], say")
 
 
@@ -216,7 +218,7 @@ def _floors(
 ) -> Floors:
     """How many units every group keeps at least; ``said`` is what stops the descent, for people."""
     widths = spread(graph, min_width, "min_width", check_count)
-    most = spread(graph, max_ratio, "max_ratio", _check_ratio)
+    most = spread(graph, max_ratio, "max_ratio", check_ratio)
     units = []
     for group in graph.groups:
         lost = math.floor(most.get(group.name, 1.0) * group.size + _ROUNDING_ERROR)
@@ -232,14 +234,15 @@ def _tell(option: str, value: Any) -> str:
     return f"{option}={value:g}" if isinstance(value, Real) else f"{option}={value}"
 
 
-def _check_ratio(option: str, value: Any) -> None:
+def check_ratio(option: str, value: Any) -> None:
+    """Refuse what is no part of a whole."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
         raise PlanError(f"{option}={value!r} is no ratio", fix="give a number in [0, 1]")
 
 
 def check_share(option: str, value: Any) -> None:
     """Refuse what is no share of a group's units that can go."""
-    _check_ratio(option, value)
+    check_ratio(option, value)
     if value == 1:
         raise PlanError(f"{option}={value!r} removes everything", fix="give a number in [0, 1)")
 

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from prunus.errors import DataError, PlanError
+from prunus.errors import DataError, PlanError, checks_options
 from prunus.graph.axis import kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance.statistics import Statistics, collect, kept_units
@@ -40,6 +40,7 @@ RIDGE = 1e-3
 """Share of the mean variance of the features that is added to each."""
 
 
+@checks_options
 @dataclass(frozen=True)
 class Compensation:
     """What :func:`compensate` did.
@@ -63,6 +64,7 @@ class Compensation:
     undo: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
 
+@checks_options
 def compensate(
     model: nn.Module,
     plan: Plan,
@@ -279,7 +281,7 @@ def _warn_of_few(repairs: Iterable[Repair]) -> None:
         f"{worst.tensor} has {worst.kept} columns that stay, and is fitted to {worst.samples} "
         f"samples{others}. The ridge was raised to what so few allow; more calibration data "
         "repair more",
-        stacklevel=3,
+        stacklevel=4,  # the caller's line: compensate() checks its options in between
     )
 
 

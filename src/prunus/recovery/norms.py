@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from prunus.errors import DataError
+from prunus.errors import DataError, checks_options
 from prunus.importance.batches import run_batch
 from prunus.recovery.put_back import remember
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@checks_options
 def recalibrate(
     model: Model,
     data: Iterable[Any],

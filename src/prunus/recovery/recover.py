@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
-from prunus.errors import ModelError, PlanError
+from prunus.errors import DataError, ModelError, PlanError
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance.batches import run_batch
 from prunus.plans import Plan
@@ -81,6 +82,7 @@ def cut_and_recover(
     method: Recover = "auto",
     looked_at: Sequence[Any] = (),
     new_biases: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
     progress: Progress | None = None,
     seed: int = 0,
 ) -> Recovery:
@@ -88,7 +90,7 @@ def cut_and_recover(
 
     Parameters
     ----------
-    model, plan, graph, new_biases
+    model, plan, graph, new_biases, optimizer
         See :func:`~prunus.recovery.compensate.compensate`.
     data
         Calibration batches, which are read several times.  Without them the model is only cut,
@@ -111,15 +113,16 @@ def cut_and_recover(
     DataError, ModelError, PlanError, ApplyError
         As from what it calls; the model is then whole.
     """
-    check_recovery(method)
+    check_recovery(method, data)
     if data is None and method == "auto":
-        return _cut_and_refresh(model, plan, seed)
+        return _cut_and_refresh(model, plan, optimizer, seed)
     if data is None or method == "none":
-        return Recovery(plan, (), cut(plan, model))
+        return Recovery(plan, (), cut(plan, model, optimizer=optimizer))
     tell = _counting(progress, "norms")
     norms = measure_norms(model, plan, data, progress=tell) if method == "auto" else ()
-    bench = _Bench(model, data, looked_at, answers_of(model, looked_at), norms, progress)
-    undo = cut(plan, model)
+    dense = answers_of(model, looked_at)
+    bench = _Bench(model, data, looked_at, dense, norms, progress, optimizer=optimizer)
+    undo = bench.cut(plan)
     undone: Undone = []
     try:
         steps = [Step("cut", bench.distance())]
@@ -143,7 +146,9 @@ def cut_and_recover(
     return Recovery(plan, tuple(steps), lambda: _undo_all(undo, undone))
 
 
-def _cut_and_refresh(model: nn.Module, plan: Plan, seed: int) -> Recovery:
+def _cut_and_refresh(
+    model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None, seed: int
+) -> Recovery:
     """Cut the model, and let its batch norms follow without data."""
     calls = random_calls(plan, model, seed=seed) if batch_norms(model) else []
     dense: Moments = {}
@@ -154,7 +159,7 @@ def _cut_and_refresh(model: nn.Module, plan: Plan, seed: int) -> Recovery:
             answers = answers_of(model, calls[:LOOKED_AT], _run_call)
     except Exception:  # a model's code may refuse random values with any error
         calls = []
-    undo = cut(plan, model)
+    undo = cut(plan, model, optimizer=optimizer)
     if not calls:
         return Recovery(plan, (), undo)
     bench = _Bench(model, calls, calls[:LOOKED_AT], answers, (), None, _run_call)
@@ -174,13 +179,19 @@ def _run_call(model: nn.Module, call: Call) -> Any:
     return model(*args, **kwargs)
 
 
-def check_recovery(method: str) -> None:
-    """Refuse a recovery that there is not."""
+def check_recovery(method: str, data: Iterable[Any] | None) -> None:
+    """Refuse a recovery that there is not, or that has nothing to read."""
     if method not in get_args(Recover):
         raise PlanError(
             f"no recovery is called {method!r}",
             why=f"known are {', '.join(get_args(Recover))}",
             fix='recover="auto"',
+        )
+    if data is None and method not in ("auto", "none"):
+        raise DataError(
+            f"recover={method!r} needs calibration data",
+            why="it repairs the smaller model by what its layers read",
+            fix='give data=loader, or leave it out: recover="auto" does what needs none',
         )
 
 
@@ -196,6 +207,11 @@ class _Bench:
     norms: Sequence[Correction]
     progress: Progress | None
     run: Callable[[nn.Module, Any], Any] = run_batch
+    optimizer: torch.optim.Optimizer | None = None
+
+    def cut(self, plan: Plan) -> Callable[[], None]:
+        """Cut the model without any repair; what undoes that."""
+        return cut(plan, self.model, optimizer=self.optimizer)
 
     def compensate(
         self, plan: Plan, graph: CouplingGraph | None, limit: float | None, **options: Any
@@ -207,11 +223,16 @@ class _Bench:
         try:
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
-                done = compensate(self.model, plan, graph, self.data, progress=count, **options)
+                done = compensate(
+                    *(self.model, plan, graph, self.data),
+                    optimizer=self.optimizer,
+                    progress=count,
+                    **options,
+                )
         except ModelError as error:
             if limit is None:
                 raise
-            return plan, cut(plan, self.model), Step(name, math.nan, False, error.what)
+            return plan, self.cut(plan), Step(name, math.nan, False, error.what)
         try:
             found = self.distance()
             nearer = _nearer(found, limit) or _nearer(self._corrected(), limit)
@@ -222,7 +243,7 @@ class _Bench:
             minded = "; ".join(str(one.message) for one in told)
             return done.plan, done.undo, Step(name, found, why=minded)
         done.undo()
-        return plan, cut(plan, self.model), Step(name, found, False, WORSE)
+        return plan, self.cut(plan), Step(name, found, False, WORSE)
 
     def correct(self, limit: float, undone: Undone) -> Step:
         """Correct norms over shortened axes; as they were where that is worse than the limit."""

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from prunus.errors import checks_options
 from prunus.files import printing
 from prunus.report.documents import to_json
 
@@ -46,6 +47,7 @@ def show_json(document: Any) -> None:
         print(to_json(document))
 
 
+@checks_options
 def show_stages(stages: Sequence[Mapping[str, Any]]) -> None:
     """Print one table: accuracy, params, MACs, bytes and latency of a model's states.
 

@@ -21,9 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunus.errors import checks_options
 from prunus.tracer.trace import plain_kernels, quiet_run
 
 
+@checks_options
 def measure_costs(
     model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None
 ) -> dict[str, int]:
@@ -57,6 +59,7 @@ def measure_costs(
     }
 
 
+@checks_options
 def measure_activation(
     model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None
 ) -> int:
@@ -148,6 +151,7 @@ def _memory(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+@checks_options
 def measure_latency(
     model: nn.Module,
     args: Any = (),

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from prunus.errors import require
+from prunus.errors import checks_options, require
 from prunus.report.pictures import TEXT, save_figure, short_name
 from prunus.sensitivity_table import Sensitivity
 
 
+@checks_options
 def draw_sensitivity(
     table: Sensitivity, path: str | os.PathLike[str], *, title: str = "", metric: str = "metric"
 ) -> None:

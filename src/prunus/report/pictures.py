@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prunus.errors import require
+from prunus.errors import checks_options, require
 from prunus.files import replace_file
 from prunus.plans import GroupChoice, Plan
 
@@ -25,6 +25,7 @@ _ROWS = 60
 """Groups in one picture; of a deeper model those with the most units are drawn."""
 
 
+@checks_options
 def draw_channels(plan: Plan, path: str | os.PathLike[str], *, title: str = "") -> None:
     """Draw the units of every group, those that stay and those that go.
 

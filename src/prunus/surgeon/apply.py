@@ -14,7 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from prunus.drops import Renaming
-from prunus.errors import ApplyError
+from prunus.errors import ApplyError, checks_options
 from prunus.graph.axis import Axis
 from prunus.plans import Plan
 from prunus.surgeon.applied import copy_config, plans_of, remember, remember_only
@@ -31,6 +31,7 @@ from prunus.tracer.trace import quiet_run, uncollected
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@checks_options
 @uncollected()
 def apply(
     plan: Plan,

@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from prunus.errors import ApplyError
+from prunus.errors import ApplyError, checks_options
 from prunus.graph.axis import Axis, Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.plans import Plan
@@ -35,6 +35,7 @@ from prunus.tracer.registry import bind, call_bound
 from prunus.tracer.trace import plain_kernels, quiet_run, trace
 
 
+@checks_options
 @contextmanager
 def mask(
     plan: Plan,

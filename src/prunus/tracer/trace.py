@@ -20,7 +20,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._pytree import tree_map
 
-from prunus.errors import TraceError
+from prunus.errors import TraceError, checks_options
 from prunus.graph.coupling import CouplingGraph
 from prunus.tracer.adapters import adapted
 from prunus.tracer.blocks import find_blocks, follow_blocks
@@ -38,6 +38,7 @@ SIDE_OUTPUTS = ("hidden_states", "attentions", "past_key_values", "mems", "cache
 """Mapping entries that are no outputs unless they are named: internals that one may ask to see."""
 
 
+@checks_options
 def trace(
     model: nn.Module,
     args: Any = (),

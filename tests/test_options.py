@@ -1,0 +1,232 @@
+"""Options: unknown ones, nonsensical values, and such as contradict one another, are refused."""
+
+import importlib
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+import prunus
+from prunus.errors import PlanError, checks_options
+from prunus.integrations import hf, hf_config, torch_pruning
+
+
+class TouchedError(Exception):
+    """Something was looked at before the options were checked."""
+
+
+class Untouchable:
+    """A model, graph or plan that nobody may look at."""
+
+    def __getattribute__(self, name: str):
+        raise TouchedError(name)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)
+    )
+
+
+X = torch.ones(4, 6)
+
+CALLS = [
+    *(getattr(prunus, name) for name in prunus.__all__),
+    *(prunus.Plan.apply, prunus.Plan.mask, prunus.Plan.save, prunus.Plan.load),
+    *(hf.example_inputs, hf.save, hf.load, hf_config.uniform, torch_pruning.TorchPruning),
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: getattr(call, "__qualname__", str(call)))
+def test_every_public_call_refuses_an_unknown_option_first(call) -> None:
+    with pytest.raises(TypeError, match="got an unexpected option 'no_such_option'"):
+        call(*[Untouchable()] * 4, no_such_option=1)
+
+
+def test_a_call_without_the_check_is_seen() -> None:
+    def unchecked(model, *, exclude=()) -> None: ...
+
+    with pytest.raises(TypeError) as caught:
+        unchecked(Untouchable(), exlude=1)
+    assert "unexpected option" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"exlude": "0.*"}, r"shrink\(\) got an unexpected option 'exlude'; did you mean 'exclude"),
+        ({"round": 8}, "did you mean 'round_to'"),
+        ({"importnce": "l1"}, "did you mean 'importance'"),
+        ({"optimiser": None}, "did you mean 'optimizer'"),
+        ({"recovery": "none"}, "did you mean 'recover'"),
+        ({"macs": 0.9}, "of those that it has .* is nearest: .*budget"),
+    ],
+)
+@pytest.mark.parametrize("amount", [{"ratio": 0.5}, {"budget": prunus.Budget(macs=0.5)}, {}])
+def test_shrink_names_the_nearest_option(options, said, amount) -> None:
+    with pytest.raises(TypeError, match=said):
+        prunus.shrink(Untouchable(), Untouchable(), **amount, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: prunus.Budget(mac=0.5), r"Budget\(\) .* did you mean 'macs'"),
+        (lambda: prunus.plan(None, None, ratios_={}), "did you mean 'ratios'"),
+        (lambda: prunus.verify(None, None, sed=1), "did you mean 'seed'"),
+        (lambda: prunus.prune_heads(None, {}, verify=False), "did you mean 'verified'"),
+        (lambda: prunus.Plan.from_json("", limits=3), r"Plan.from_json\(\) .* mean 'limit'"),
+        (lambda: prunus.declare_missing_ops(now=True), "it takes none"),
+    ],
+)
+def test_others_name_it_too(call, said) -> None:
+    with pytest.raises(TypeError, match=said):
+        call()
+
+
+def test_options_can_be_looked_up() -> None:
+    known = inspect.signature(prunus.shrink).parameters
+    assert {"exclude", "ratio", "optimizer", "scope"} <= known.keys()
+    assert "options" not in known
+
+
+def test_what_a_decorator_around_returns_is_checked_as_well() -> None:
+    @checks_options
+    def grow(*layers, width=1, **more):
+        return layers, width, more
+
+    assert grow(1, 2, width=3, other=4) == ((1, 2), 3, {"other": 4})
+
+
+NONSENSE = {
+    "scope": "nonsense",
+    "normalise": "nonsense",
+    "solver": "nonsense",
+    "importance": "nonsense",
+    "round_to": "nonsense",
+    "min_width": -1,
+    "max_ratio": 2.0,
+    "trials": 0,
+    "include": 5,
+    "exclude": 5,
+    "hold": "0.weight[0]",
+    "drop": True,
+    "exchange": "yes",
+    "protect_ends": "no",
+    "seed": 0.5,
+    "data": 3,
+    "statistics": {},
+    "loss": "cross_entropy",
+    "latency": {"a": 1},
+    "progress": "bar",
+    "ratios": 0.5,
+    "budget": 0.5,
+    "ratio": "half",
+}
+AMOUNTS = {
+    "ratio": {"ratio": 0.5},
+    "budget": {"budget": prunus.Budget(macs=0.5)},
+    "ratios": {"ratios": {"0.*": 0.5}},
+    "drop": {"drop": ["0"]},
+}
+
+
+def test_every_option_of_a_plan_has_a_value_that_is_refused() -> None:
+    assert NONSENSE.keys() == importlib.import_module("prunus.planning").DEFAULTS.keys()
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+@pytest.mark.parametrize("name", NONSENSE)
+def test_nonsense_is_refused_in_any_combination(name, amount) -> None:
+    options = {**AMOUNTS[amount], name: NONSENSE[name]}
+    with pytest.raises(PlanError, match=name):
+        prunus.plan(Untouchable(), Untouchable(), **options)
+    if name != "progress":  # shrink has one of its own
+        with pytest.raises(PlanError, match=name):
+            prunus.shrink(Untouchable(), Untouchable(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"mode": "nonsense"}, PlanError, "mode='nonsense' is none of 'free', 'uniform'"),
+        ({"recover": "nonsense"}, PlanError, "no recovery is called 'nonsense'"),
+        ({"recover": "least_squares"}, prunus.errors.DataError, "needs calibration data"),
+        ({"recover": "recalibrate"}, prunus.errors.DataError, "needs calibration data"),
+    ],
+)
+def test_shrink_refuses_nonsense_of_its_own(options, error, said) -> None:
+    with pytest.raises(error, match=said):
+        prunus.shrink(Untouchable(), Untouchable(), ratio=0.5, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scope": "global"},
+        {"scope": ["0.*"]},
+        {"normalise": "max"},
+        {"scope": "global", "solver": "milp"},
+        {"min_width": 4},
+        {"max_ratio": 0.5},
+        {"round_to": 8},
+        {"include": "0.*"},
+        {"exclude": "0.*"},
+        {"trials": 5},
+    ],
+)
+def test_what_has_no_effect_beside_a_ratio_is_refused(options) -> None:
+    with pytest.raises(PlanError, match="can't be combined with ratio=") as caught:
+        prunus.shrink(Untouchable(), Untouchable(), ratio=0.5, **options)
+    assert "a ratio is taken from every group alike" in str(caught.value)
+
+
+def test_defaults_may_be_written_out_beside_a_ratio(model) -> None:
+    graph = prunus.trace(model, X)
+    plain = prunus.plan(graph, model, ratio=0.5)
+    said = prunus.plan(
+        graph, model, ratio=0.5, scope="local", round_to=1, exclude=[], min_width=1, max_ratio=1.0
+    )
+    assert said.keep == plain.keep
+
+
+@pytest.mark.parametrize("recover", ["auto", "none", "bias", "least_squares", "recalibrate"])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, lambda p: torch.optim.SGD(p, 0.1, 0.9)])
+def test_shrink_carries_an_optimizer_along(model, kind, recover) -> None:
+    optimizer = kind(model.parameters())
+    model(X).square().sum().backward()
+    optimizer.step()
+    data = None if recover in ("auto", "none") else [X, -X]
+    small = prunus.shrink(model, X, ratio=0.5, optimizer=optimizer, data=data, recover=recover)
+    assert small.certificate.verdict == "exact"
+    for parameter in optimizer.state:
+        for value in optimizer.state[parameter].values():
+            assert not isinstance(value, torch.Tensor) or value.shape in ((), parameter.shape)
+    optimizer.zero_grad()
+    model(X).square().sum().backward()
+    optimizer.step()
+
+
+def test_heads_and_layers_carry_an_optimizer_along() -> None:
+    layer = nn.TransformerEncoderLayer(8, 4, 16, dropout=0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    x = torch.randn(2, 5, 8)
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model.train()(x).square().sum().backward()
+        optimizer.step()
+        model.eval()
+
+    step()
+    prunus.prune_heads(model, {0: [1]}, x, optimizer=optimizer)
+    step()
+    prunus.drop_layers(model, [1], x, optimizer=optimizer)
+    group = next(g.name for g in prunus.trace(model, x).groups if "linear1" in g.name)
+    prunus.keep(model, group, range(5), x, optimizer=optimizer)
+    step()
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == set(map(id, model.parameters()))

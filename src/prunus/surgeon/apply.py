@@ -310,7 +310,7 @@ def _check_outputs(plan: Plan, model: nn.Module) -> None:
     if traced is None or traced["inputs"] is None:
         return
     spec, expected = traced["inputs"], traced["outputs"]
-    args, kwargs = rebuild_inputs(spec, model)
+    args, kwargs = rebuild_inputs(spec, model, varied=False)
     shapes: dict[str, list[int]] = {}
     meta = any(parameter.device.type == "meta" for parameter in model.parameters())
     for fake in (True, False):

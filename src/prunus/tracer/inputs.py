@@ -1,69 +1,166 @@
-"""Example inputs as plain data: shapes and types in nested containers, rebuilt on demand."""
+"""Example inputs as plain data: shapes, types and ranges in nested containers, rebuilt on demand.
+
+A float tensor is its shape and type.  Integers and booleans mean something (a length, an index, a
+mask), so that not any will do: what is read as the rows of a table may be any row, few values are
+kept as they are, and many become random ones between the least and the greatest of them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunus.errors import TraceError
+from prunus.tracer.program import Node, Ref
+
+FEW = 256
+"""Integers and booleans of a tensor that are kept as they are, unless they are rows of a table."""
+
+_TABLES = {
+    "embedding": ("weight", "indices"),
+    "_embedding_bag": ("weight", "indices"),
+    "_embedding_bag_forward_only": ("weight", "indices"),
+    "index_select": ("self", "index"),
+    "index": ("self", "indices"),
+}
+"""Operators that read rows of a table, with the names of the table and of the row numbers."""
+
+_CARRIED = {
+    "_to_copy", "alias", "clone", "detach", "expand", "permute", "select", "slice", "squeeze",
+    "t", "transpose", "unsqueeze", "view", "_unsafe_view", "reshape", "lift_fresh_copy",
+}  # fmt: skip
+"""Operators whose results are elements of what they are given."""
 
 
-def describe_inputs(args: Any, kwargs: Any) -> Any:
+def describe_inputs(args: Any, kwargs: Any, rows: Sequence[int | None] = ()) -> Any:
     """A JSON-able description of a call's arguments; None where one can't be described.
+
+    Parameters
+    ----------
+    rows
+        For each tensor, in order: of how many rows it chooses some (:func:`find_rows`).
 
     >>> describe_inputs((torch.zeros(1, 3),), {"flag": True})
     {'args': [{'tensor': [1, 3], 'dtype': 'float32'}], 'kwargs': {'flag': True}}
+    >>> describe_inputs((torch.tensor([4, 7]),), {})["args"]
+    [{'tensor': [2], 'dtype': 'int64', 'values': [4, 7]}]
+    >>> describe_inputs((torch.tensor([4, 7]),), {}, [30])["args"]
+    [{'tensor': [2], 'dtype': 'int64', 'low': 0, 'high': 29}]
     """
+    counts = iter(rows)
     try:
         return {
-            "args": [_describe(value) for value in args],
-            "kwargs": {name: _describe(value) for name, value in kwargs.items()},
+            "args": [_describe(value, counts) for value in args],
+            "kwargs": {name: _describe(value, counts) for name, value in kwargs.items()},
         }
     except TypeError:
         return None
 
 
-def rebuild_inputs(
-    spec: Any, model: nn.Module, *, seed: int = 0
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of the described shapes: seeded normal numbers, zeros for integers.
+def find_rows(
+    nodes: Sequence[Node],
+    inputs: Sequence[int],
+    shapes: Sequence[tuple[int, ...]],
+    from_state: Sequence[bool],
+) -> list[int | None]:
+    """For each input, by its value number: of how many rows of a table it chooses some.
 
-    They lie on the device of the model's first parameter.
+    None for one that is no row number, or that something else is computed from as well.
+    """
+    source = {number: number for number in inputs}
+    found: dict[int, int] = {}
+    for node in nodes:
+        name = node.target._schema.name.partition("::")[2]
+        if name in _CARRIED and isinstance(node.args.get("self"), Ref):
+            origin = source.get(node.args["self"].value)
+            if origin is not None:
+                source.update((number, origin) for number in node.outputs)
+        elif name in _TABLES:
+            table, index = (node.args[one] for one in _TABLES[name])
+            if not from_state[table.value]:
+                continue
+            indices = index if isinstance(index, list) else [index]
+            for dim, reference in enumerate(indices, start=int(node.args.get("dim", 0))):
+                origin = source.get(reference.value) if isinstance(reference, Ref) else None
+                if origin is not None:
+                    count = shapes[table.value][dim]
+                    found[origin] = min(count, found.get(origin, count))
+    return [found.get(number) for number in inputs]
+
+
+def rebuild_inputs(
+    spec: Any, model: nn.Module, *, seed: int = 0, varied: bool = True
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments that fit the description: seeded normal numbers, integers within their bounds.
+
+    They lie on the device of the model's first parameter.  Unless they are to be ``varied``,
+    integers of which only bounds are known are all the lower one.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
+    build = _Builder(generator, device, varied)
     try:
-        args = tuple(_rebuild(value, generator, device) for value in spec["args"])
-        named = spec["kwargs"].items()
-        kwargs = {name: _rebuild(value, generator, device) for name, value in named}
-    except (KeyError, TypeError, AttributeError) as error:
+        args = tuple(build(value) for value in spec["args"])
+        kwargs = {name: build(value) for name, value in spec["kwargs"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise TraceError("the description of the inputs is damaged", why=str(error)) from error
     return args, kwargs
 
 
-def _describe(value: Any) -> Any:
+def _describe(value: Any, rows: Iterator[int | None]) -> Any:
     if isinstance(value, Tensor):
-        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        return _describe_tensor(value, next(rows, None))
     if isinstance(value, (list, tuple)):
-        return [_describe(item) for item in value]
+        return [_describe(item, rows) for item in value]
     if isinstance(value, dict):
-        return {"dict": {str(name): _describe(item) for name, item in value.items()}}
+        return {"dict": {str(name): _describe(item, rows) for name, item in value.items()}}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"{type(value).__name__} is no plain data")
 
 
-def _rebuild(value: Any, generator: torch.Generator, device: torch.device) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_rebuild(item, generator, device) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "dict" in value:
-        named = value["dict"].items()
-        return {name: _rebuild(item, generator, device) for name, item in named}
-    dtype = getattr(torch, value["dtype"])
-    if dtype.is_floating_point:
-        return torch.randn(value["tensor"], generator=generator).to(device, dtype)
-    return torch.zeros(value["tensor"], dtype=dtype, device=device)
+def _describe_tensor(tensor: Tensor, rows: int | None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "tensor": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+    }
+    if tensor.is_floating_point() or tensor.is_complex():
+        return found
+    if rows is not None and tensor.dtype != torch.bool:
+        return {**found, "low": 0, "high": max(rows - 1, 0)}
+    if not tensor.numel() or tensor.is_meta:
+        return found
+    if tensor.numel() <= FEW:
+        return {**found, "values": [int(value) for value in tensor.flatten().tolist()]}
+    numbers = tensor.to(torch.int64)
+    return {**found, "low": int(numbers.min()), "high": int(numbers.max())}
+
+
+class _Builder:
+    """Makes values from their descriptions."""
+
+    def __init__(self, generator: torch.Generator, device: torch.device, varied: bool) -> None:
+        self._generator, self._device, self._varied = generator, device, varied
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [self(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if "dict" in value:
+            return {name: self(item) for name, item in value["dict"].items()}
+        dtype, shape = getattr(torch, value["dtype"]), list(value["tensor"])
+        if "values" in value:
+            return torch.tensor(value["values"]).reshape(shape).to(self._device, dtype)
+        if dtype.is_floating_point or dtype.is_complex:
+            made = torch.randn(shape, generator=self._generator)
+            return made.to(self._device, dtype)
+        low, high = value.get("low", 0), value.get("high", 0)
+        if self._varied:
+            made = torch.randint(low, high + 1, shape, generator=self._generator)
+        else:
+            made = torch.full(shape, low)
+        return made.to(self._device, dtype)

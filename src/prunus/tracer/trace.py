@@ -29,7 +29,7 @@ from prunus.tracer.caches import clear_caches, find_caches, remember_attributes
 from prunus.tracer.capture import Recorder
 from prunus.tracer.entry import ForwardFn, describe_entry, entered_by, entry_of
 from prunus.tracer.fakes import unlogged
-from prunus.tracer.inputs import describe_inputs
+from prunus.tracer.inputs import describe_inputs, find_rows
 from prunus.tracer.moments import find_moments
 from prunus.tracer.program import Program, duplicate, state_of, tensors_of
 from prunus.tracer.provenance import mark_attributes, marked_objects
@@ -145,7 +145,11 @@ def _capture(
         tuple(recorder.lifetimes.found),
     )
     described = {
-        "inputs": describe_inputs(args, kwargs),
+        "inputs": describe_inputs(
+            args,
+            kwargs,
+            find_rows(recorder.nodes, numbers, recorder.shapes, recorder.from_state),
+        ),
         "outputs": {name: list(tensor.shape) for name, tensor in chosen},
         "caches": caches,
     }

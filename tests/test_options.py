@@ -193,6 +193,11 @@ def test_defaults_may_be_written_out_beside_a_ratio(model) -> None:
     assert said.keep == plain.keep
 
 
+def test_lines_of_pins_are_not_those_of_the_check(model) -> None:
+    sources = {pin.source for _, pin in prunus.trace(model, X).pins if pin.operator}
+    assert {source.rpartition(":")[0] for source in sources} == {"tests/test_options.py"}
+
+
 @pytest.mark.parametrize("recover", ["auto", "none", "bias", "least_squares", "recalibrate"])
 @pytest.mark.parametrize("kind", [torch.optim.Adam, lambda p: torch.optim.SGD(p, 0.1, 0.9)])
 def test_shrink_carries_an_optimizer_along(model, kind, recover) -> None:

@@ -12,6 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -385,7 +386,8 @@ def _refer(value: Any, number: Callable[[Tensor], int]) -> Any:
     return value
 
 
-_OURS = ("/torch/", "/prunus/tracer/", "/contextlib.py", "/prunus/oracle.py", "/prunus/verifier/")
+_PACKAGE = str(Path(__file__).parents[1]).replace("\\", "/") + "/"
+_OURS = ("/torch/", "/contextlib.py", _PACKAGE)
 _foreign: dict[str, bool] = {}
 
 

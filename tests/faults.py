@@ -997,7 +997,9 @@ def network_does_not_listen(inject: Injector) -> None:
 
 @fault(TwoHeads, by="witness")
 def an_output_is_overlooked(inject: Injector) -> None:
-    inject.function(tracer, "select_outputs", lambda right, found, wanted: right(found, wanted)[:1])
+    inject.function(
+        tracer, "select_outputs", lambda right, found, wanted: (right(found, wanted)[0][:1], [])
+    )
 
 
 # --- surgeon and attributes -----------------------------------------------------------------

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map
 from prunus.graph.axis import Label
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
-from prunus.tracer.program import state_of, tensors_of
+from prunus.tracer.outputs import answer_of
+from prunus.tracer.program import state_of
 from prunus.tracer.trace import quiet_run
 
 Places = NDArray[np.int64]
@@ -60,7 +61,7 @@ def exchange_error(
 
 def _run(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     with quiet_run(model):
-        return dict(tensors_of(model(*args, **kwargs)))
+        return answer_of(model(*args, **kwargs))
 
 
 def to_double(values: Any) -> Any:

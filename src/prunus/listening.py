@@ -18,7 +18,8 @@ from prunus.errors import checks_options
 from prunus.tracer.adapters import adapted
 from prunus.tracer.caches import clear_caches
 from prunus.tracer.capture import PASSIVE
-from prunus.tracer.program import Program, state_of, tensors_of
+from prunus.tracer.outputs import answer_of
+from prunus.tracer.program import Program, state_of
 from prunus.tracer.registry import bind
 from prunus.tracer.scale import find_attentions
 from prunus.tracer.trace import plain_kernels, quiet_run, trace
@@ -92,7 +93,8 @@ def _wake(model: nn.Module, args: Any, kwargs: Any) -> None:
     handles = [module.register_forward_hook(ran) for module in model.modules()]
     try:
         with quiet_run(model):
-            outputs = [t for _, t in tensors_of(model(*args, **kwargs)) if t.is_floating_point()]
+            answer = answer_of(model(*args, **kwargs)).values()
+            outputs = [tensor for tensor in answer if tensor.is_floating_point()]
     finally:
         for handle in handles:
             handle.remove()

@@ -259,6 +259,7 @@ def _verify_widths(
         dtype=str(dtype).removeprefix("torch."),
         params=(case.graph.cost("params"), sum(p.numel() for p in case.pruned.parameters())),
         outputs=case.graph.kept_outputs,
+        released=_released(plan, case),
         reason=reason,
         rel_err32=single,
     )
@@ -271,3 +272,8 @@ def _exchanged(case: Case, seed: int) -> float:
 
 def _kept_outputs(plan: Plan) -> list[str] | None:
     return None if plan.traced is None else list(plan.traced["outputs"])
+
+
+def _released(plan: Plan, case: Case) -> tuple[str, ...]:
+    """Outputs that may shrink, as the plan says, or the trace where it does not."""
+    return tuple((plan.traced or {}).get("released", case.graph.traced["released"]))

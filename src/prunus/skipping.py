@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from prunus.exchange import relative_error
 from prunus.tracer.blocks import main_input, main_tensor
 from prunus.tracer.capture import find_line
-from prunus.tracer.program import tensors_of
-from prunus.tracer.trace import quiet_run, select_outputs
+from prunus.tracer.outputs import answer_of, find_outputs, select_outputs
+from prunus.tracer.trace import quiet_run
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def prove_depth(
     comes next: a block that goes on writing where another one was shows there.
     """
     with quiet_run(original):
-        dense = dict(select_outputs(tensors_of(original(*args, **kwargs)), outputs))
+        dense = dict(select_outputs(find_outputs(original(*args, **kwargs)), outputs)[0])
         with skip(original, names):
             wanted, memory = _first_round(original, args, kwargs)
             wanted = {name: wanted[name].clone() for name in dense}
@@ -130,7 +130,7 @@ def prove_depth(
         alone = {}
         for name in names if each else ():
             with skip(original, [name]):
-                alone[name] = relative_error(dense, dict(tensors_of(original(*args, **kwargs))))
+                alone[name] = relative_error(dense, answer_of(original(*args, **kwargs)))
     error, reason = float("inf"), ""
     try:
         with quiet_run(without):
@@ -167,18 +167,18 @@ def _first_round(
         for name in taken
         if name not in kwargs and _is_memory(value := _entry(answer, name))
     }
-    return dict(tensors_of(answer)), {**asked, **memory} if memory else {}
+    return answer_of(answer), {**asked, **memory} if memory else {}
 
 
 def _second_round(
     model: nn.Module, args: Any, kwargs: Mapping[str, Any], memory: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    return dict(tensors_of(model(*args, **{**kwargs, **memory}))) if memory else {}
+    return answer_of(model(*args, **{**kwargs, **memory})) if memory else {}
 
 
 def _is_memory(value: Any) -> bool:
-    plain = value is None or isinstance(value, (Tensor, bool, int, float, str))
-    return not plain and not tensors_of(value)
+    plain = (Tensor, bool, int, float, str, list, tuple, Mapping)
+    return value is not None and not isinstance(value, plain)
 
 
 def _entry(answer: Any, name: str) -> Any:

@@ -70,7 +70,7 @@ def _run_once(
 
     from prunus.cli.models import example_inputs
     from prunus.tracer.inputs import rebuild_inputs
-    from prunus.tracer.program import tensors_of
+    from prunus.tracer.outputs import answer_of
 
     recorded = None if plan is None or plan.traced is None else plan.traced["inputs"]
     if recorded is None or options.input_shape:
@@ -78,8 +78,8 @@ def _run_once(
     else:
         args, kwargs = rebuild_inputs(recorded, model, seed=options.seed)
     with torch.no_grad():
-        result = model(*args, **kwargs)
-    return {name: list(tensor.shape) for name, tensor in tensors_of(result)}
+        answer = answer_of(model(*args, **kwargs))
+    return {name: list(tensor.shape) for name, tensor in answer.items()}
 
 
 def _compare(outputs: dict[str, list[int]], plan: Plan | None, options: argparse.Namespace) -> None:

@@ -22,7 +22,8 @@ from prunus.recovery.put_back import remember
 from prunus.recovery.refresh import Call, Moments, moments_of, move_statistics, random_calls
 from prunus.recovery.repair import Method
 from prunus.surgeon.apply import cut
-from prunus.tracer.program import state_of, tensors_of
+from prunus.tracer.outputs import answer_of
+from prunus.tracer.program import state_of
 from prunus.tracer.trace import quiet_run
 
 Recover = Literal["auto", "none", "recalibrate", "bias", "least_squares", "sequential"]
@@ -347,7 +348,7 @@ def answers_of(
     found = []
     with quiet_run(model):
         for batch in batches:
-            answer = tensors_of(run(model, batch))
+            answer = answer_of(run(model, batch)).items()
             found.append({name: t.detach().clone() for name, t in answer if t.is_floating_point()})
     return found
 

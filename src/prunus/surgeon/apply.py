@@ -25,7 +25,8 @@ from prunus.tracer.caches import drop_caches
 from prunus.tracer.entry import ForwardFn, entered_as_traced
 from prunus.tracer.fakes import FakeRun, unlogged
 from prunus.tracer.inputs import rebuild_inputs
-from prunus.tracer.program import state_of, tensors_of
+from prunus.tracer.outputs import answer_of
+from prunus.tracer.program import state_of
 from prunus.tracer.trace import quiet_run, uncollected
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -335,8 +336,8 @@ def _check_outputs(plan: Plan, model: nn.Module) -> None:
 
 def _output_shapes(model: nn.Module, args: Any, kwargs: Any, *, fake: bool) -> dict[str, list[int]]:
     with quiet_run(model), unlogged(), FakeRun() if fake else nullcontext():
-        result = model(*args, **kwargs)
-    return {name: list(tensor.shape) for name, tensor in tensors_of(result)}
+        answer = answer_of(model(*args, **kwargs))
+    return {name: list(tensor.shape) for name, tensor in answer.items()}
 
 
 def _slice_optimizer(

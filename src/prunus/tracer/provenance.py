@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -229,6 +230,15 @@ ARITHMETIC = frozenset(
 FILLED = {"full": 1, "new_full": 2}
 """Functions of a size and a number, with the position of the number."""
 
+LEAVES = {
+    "numpy": "a NumPy array",
+    "__array__": "a NumPy array",
+    "tolist": "a list",
+    "data_ptr": "a pointer",
+    "__dlpack__": "a DLPack capsule",
+}
+"""Functions that hand a tensor's content to Python, where nobody can follow it: they pin it."""
+
 SEALED = {
     F.multi_head_attention_forward: "computes its sizes by itself; no class with a forward of its "
     "own is replaced, only nn.MultiheadAttention as it is"
@@ -257,6 +267,8 @@ class Follow(TorchFunctionMode):
         self._sealed = sealed
         self._compared = compared
         self.given: Given | None = None
+        self.arrays: list[tuple[np.ndarray[Any, Any], Tensor]] = []
+        """NumPy arrays that tensors were made into, with the tensors."""
 
     def __enter__(self) -> Any:
         _listeners.append(self._listener)
@@ -275,6 +287,9 @@ class Follow(TorchFunctionMode):
         for value in _numbers(getattr(func, "__name__", ""), args, kwargs):
             if isinstance(value, Provenance):
                 self._listener(value.expression)
+        leaves = LEAVES.get(getattr(func, "__name__", "")) if args else None
+        if leaves is not None:
+            self._sealed(args[0], f"it leaves PyTorch as {leaves}")
         if func in SEALED:
             self._sealed((args, kwargs), f"{func.__name__} {SEALED[func]}")
         outer, self.given = self.given, Given(func, args, kwargs)
@@ -282,6 +297,8 @@ class Follow(TorchFunctionMode):
             result = func(*args, **kwargs)
         finally:
             self.given = outer
+        if leaves is not None and isinstance(result, np.ndarray):
+            self.arrays.append((result, args[0]))
         if func == _SHAPE or (func is torch.Tensor.size and isinstance(result, tuple)):
             return torch.Size([self._mark(args[0], d, n) for d, n in enumerate(result)])
         if func is torch.Tensor.size and isinstance(result, int):

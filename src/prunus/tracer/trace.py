@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from fnmatch import fnmatch
 from functools import partial
 from typing import Any
 
@@ -31,11 +30,9 @@ from prunus.tracer.entry import ForwardFn, describe_entry, entered_by, entry_of
 from prunus.tracer.fakes import unlogged
 from prunus.tracer.inputs import describe_inputs, find_rows
 from prunus.tracer.moments import find_moments
-from prunus.tracer.program import Program, duplicate, state_of, tensors_of
+from prunus.tracer.outputs import find_outputs, select_outputs
+from prunus.tracer.program import Program, duplicate, state_of
 from prunus.tracer.provenance import mark_attributes, marked_objects
-
-SIDE_OUTPUTS = ("hidden_states", "attentions", "past_key_values", "mems", "cache_params", "states")
-"""Mapping entries that are no outputs unless they are named: internals that one may ask to see."""
 
 
 @checks_options
@@ -59,7 +56,8 @@ def trace(
         MACs are for these inputs.
     outputs
         Names or globs of the outputs that keep their shape, as ``"logits"``, ``"0"``, ``"p*"``;
-        by default all of them except caches, hidden states and attentions.
+        by default all of them except caches, and the hidden states, attentions and caches that
+        transformers' output classes declare.
     forward_fn
         What is run in place of the forward: the name of a method of the model, or a function
         called as ``forward_fn(model, *args, **kwargs)``.  What is made of the graph runs it too.
@@ -122,10 +120,10 @@ def _capture(
         recorder.attributes = mark_attributes(model)
         before = remember_attributes(model)
         with follow_blocks(model, recorder) as children, recorder, recorder.follow:
-            result = model(*fake_args, **fake_kwargs)
+            found = find_outputs(model(*fake_args, **fake_kwargs))
         caches = find_caches(model, before)
     traced = time.perf_counter()
-    chosen = select_outputs(tensors_of(result), outputs)
+    chosen, released = select_outputs(found.with_arrays(recorder.follow.arrays), outputs)
     kept: dict[str, int] = {}
     for name, tensor in chosen:
         kept[name] = recorder.value_of(tensor)
@@ -152,6 +150,7 @@ def _capture(
         ),
         "outputs": {name: list(tensor.shape) for name, tensor in chosen},
         "caches": caches,
+        "released": released,
     }
     entry = entry_of(model)
     if entry is not None:
@@ -167,29 +166,6 @@ def _capture(
         blocks=blocks,
         obstacles=obstacles,
     )
-
-
-def select_outputs(
-    found: Sequence[tuple[str, Tensor]], wanted: str | Sequence[str] | None
-) -> list[tuple[str, Tensor]]:
-    """The outputs whose shape is kept."""
-    names = [name for name, _ in found]
-    if not found:
-        raise TraceError(
-            "the forward returned no tensor",
-            why="tensors are looked for in lists, tuples, mappings and dataclasses",
-            fix="wrap the model so that its forward returns the tensors",
-        )
-    if wanted is None:
-        main = [(n, t) for n, t in found if not n.partition(".")[0].endswith(SIDE_OUTPUTS)]
-        return main or list(found)
-    globs = [wanted] if isinstance(wanted, str) else list(wanted)
-    for glob in globs:
-        if not any(fnmatch(name, glob) for name in names):
-            raise TraceError(
-                f"no output is called {glob!r}", why=f"the outputs are: {', '.join(names)}"
-            )
-    return [(n, t) for n, t in found if any(fnmatch(n, glob) for glob in globs)]
 
 
 @contextmanager

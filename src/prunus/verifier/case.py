@@ -20,6 +20,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.plans import Plan
 from prunus.replay import Replay
 from prunus.surgeon import apply
+from prunus.tracer.outputs import answer_of
 from prunus.tracer.program import state_of, tensors_of
 from prunus.tracer.trace import quiet_run, trace
 
@@ -107,4 +108,4 @@ class Case:
     def run(self, model: nn.Module) -> dict[str, Tensor]:
         """What a model answers to the inputs."""
         with quiet_run(model):
-            return dict(tensors_of(model(*self.args, **self.kwargs)))
+            return answer_of(model(*self.args, **self.kwargs))

@@ -12,7 +12,7 @@ import io
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -214,7 +214,7 @@ class _Search:
             return ""
         if len(self._seen) >= MOST_OBJECTS:
             return f"part of more than {MOST_OBJECTS:,} objects"
-        if isinstance(value, AbstractSet) and not isinstance(value, _VIEWS):
+        if isinstance(value, AbstractSet) and not isinstance(value, (KeysView, ItemsView)):
             several = len(value) > 1 and any(isinstance(item, Tensor) for item in value)
             return "a set of tensors, which has no order" if several else ""
         compiled = any(
@@ -226,7 +226,6 @@ class _Search:
 
 
 _PLAIN = (list, tuple, dict)
-_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.items()), type({}.values()))
 
 
 def _items(value: Any) -> list[tuple[str, Any]]:
@@ -242,7 +241,7 @@ def _items(value: Any) -> list[tuple[str, Any]]:
     elif isinstance(value, tuple):
         names = getattr(type(value), "_fields", range(len(value)))
         found = {str(name): item for name, item in zip(names, value, strict=True)}
-    elif isinstance(value, (list, deque, AbstractSet, *_VIEWS)):
+    elif isinstance(value, (list, deque, AbstractSet, ValuesView)):
         found = {str(index): item for index, item in enumerate(value)}
     elif isinstance(value, Iterator):
         found = {str(index): item for index, item in enumerate(_taken(value))}

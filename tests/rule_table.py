@@ -15,6 +15,7 @@ Outputs alike are written once.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -181,7 +182,55 @@ rows(
     "baddbmm baddbmm_",
     case("a b c, a b d, a d c -> a b c", X(2, 4, 5), X(2, 4, 6), X(2, 6, 5), beta=2),
 )
-rows("addbmm", case(". ., . . ., . . . -> . .", X(4, 5), X(2, 4, 6), X(2, 6, 5)))
+rows(
+    "addbmm addbmm_",
+    case("a b, c a d, c d b -> a b", X(4, 5), X(2, 4, 6), X(2, 6, 5), beta=2, alpha=3),
+)
+rows("addbmm", case("a, b c d, b d a -> c a", X(5), X(2, 4, 6), X(2, 6, 5)))
+rows("addr addr_", case("a b, a, b -> a b", X(4, 5), X(4), X(5), beta=2, alpha=3))
+rows("addr", case("a, b, a -> b a", X(5), X(4), X(5)))
+ADJACENCY = torch.eye(4, 6, dtype=torch.float64) + torch.eye(4, 6, dtype=torch.float64).roll(2, 1)
+rows(
+    "_sparse_addmm",
+    case(". a, . ., . a -> . a", X(4, 5), ADJACENCY.to_sparse(), X(6, 5), beta=2, alpha=3),
+)
+rows("_sparse_mm", case(". ., . a -> . a", ADJACENCY.to_sparse(), X(6, 5)))
+with warnings.catch_warnings(action="ignore"):  # of a beta state
+    ROWS_OF_EACH = ADJACENCY.to_sparse_csr()
+rows("_sparse_mm.reduce", case(". ., . a -> . a", ROWS_OF_EACH, X(6, 5), "mean"))
+rows(
+    "_sparse_mm_reduce_impl",
+    case(". ., . a -> . a, .", ROWS_OF_EACH, X(6, 5), "mean"),
+)
+rows(
+    "_trilinear",
+    case(
+        "a b, c b d, a d -> a c",
+        X(4, 5),
+        X(3, 5, 6),
+        X(4, 6),
+        [1, 3],
+        [0],
+        [1, 2],
+        [2, 3],
+    ),
+    case("a b, b c, a c -> a", X(4, 5), X(5, 6), X(4, 6), [2], [0], [1], [1, 2]),
+)
+rows(
+    "_cdist_forward",
+    case("a b, c b -> a c", X(4, 6), X(5, 6), 2.0, None),
+    case("a b c, a d c -> a b d", X(2, 4, 6), X(2, 5, 6), 1.0, None),
+    case("a b c, . d c -> a b d", X(2, 4, 6), X(1, 5, 6), 3.0, 2),
+    case("a b, c b -> a c", X(4, 6), X(5, 6), float("inf"), None),
+)
+rows("_euclidean_dist", case("a b, c b -> a c", X(4, 6), X(5, 6)))
+rows("_pdist_forward", case(". a -> .", X(4, 6)), case(". a -> .", X(4, 6), 1.0))
+rows(
+    "dist",
+    case("a b, a b ->", X(4, 6), X(4, 6)),
+    case("a, a ->", X(4), X(4), 1),
+    case(". ., . ->", X(4, 6), X(6)),
+)
 rows(
     "_grouped_mm",
     case(
@@ -468,6 +517,21 @@ rows(
     case("a b -> . a b", X(4, 6), [1, 1, 1]),
     case(". a -> . a", X(1, 6), [5, 1]),
 )
+rows("rot90", case(". . a -> . . a", X(4, 6, 3)), case("a . . -> a . .", X(2, 4, 6), 2, [-1, 1]))
+rows(
+    "diagonal",
+    case("a a -> a", X(4, 4)),
+    case("a b a -> b a", X(4, 6, 4), 0, 0, 2),
+    case(". . -> .", X(4, 6)),
+    case("a . . -> a .", X(2, 4, 4), 1, -1, -2),
+)
+rows("trace", case("a a ->", X(4, 4)), case(". . ->", X(4, 6)))
+rows(
+    "diag_embed",
+    case("a b -> a b b", X(3, 4)),
+    case("a b -> b a b", X(3, 4), 0, 0, 2),
+    case("a . -> a . .", X(3, 4), 1),
+)
 rows(
     "slice.Tensor",
     case("a b -> a b", X(6, 4)),
@@ -500,6 +564,27 @@ def with_bounds(cut: Cut) -> Mapping[str, Any]:
 
 
 HALF, THIRD = attribute("half", 3), attribute("third", 2)
+
+
+def with_repeats(cut: Cut) -> Mapping[str, Any]:
+    """Where nothing is stated, as often as before."""
+    return {} if cut.stated else {"repeats": cut.before["repeats"]}
+
+
+def repeated(*times: int) -> Given:
+    """``x.repeat(*times)``."""
+    return Given(Tensor.repeat, (X(1), *times), {})
+
+
+rows(
+    "repeat",
+    case(". . -> a .", X(1, 1), [3, 1], given=repeated(HALF, 1)),
+    case(". a -> b a", X(1, 4), [3, 1], given=repeated(HALF, 1)),
+    case("a b -> ac bd", X(4, 5), [3, 2], given=repeated(HALF, THIRD)),
+    case("a -> b a", X(4), [3, 1], given=repeated(HALF, 1)),
+    case("a b -> a b", X(4, 6), [2, 3], given=repeated(2, 3)),
+    resize=with_repeats,
+)
 rows(
     "slice.Tensor",
     case("a . -> a .", X(6, 1), 0, 0, 3, given=Given(Tensor.__getitem__, (slice(0, HALF),), {})),
@@ -672,6 +757,42 @@ rows(
     case(". a, b c -> b c a", X(5, 6), I(5, 2, 3)),
     case(". a, b -> b a", X(5, 6), I(5, 4), 2),
     case(". .,  -> .", X(5, 1), I(5)),
+)
+BAG = (I(5, 7), torch.tensor([0, 2, 5]))
+rows(
+    "_embedding_bag _embedding_bag_forward_only",
+    *(case(". a, ., . -> . a, .", X(5, 6), *BAG, False, mode) for mode in (0, 1)),
+    case(". a, ., . -> . a, ., . a", X(5, 6), *BAG, False, 2),
+    case(". a, ., ., . -> . a, .", X(5, 6), *BAG, False, 0, False, X(7)),
+)
+rows(
+    "index_fill.int_Scalar index_fill_.int_Scalar",
+    case("a ., . -> a .", X(3, 4), 1, torch.tensor([2, 0]), 0.5),
+    case(". a, . -> . a", X(4, 3), -2, torch.tensor([2, 0]), 0.5),
+)
+rows(
+    "index_fill.int_Tensor index_fill_.int_Tensor",
+    case("a ., .,  -> a .", X(3, 4), 1, torch.tensor([2, 0]), X()),
+)
+ROWWISE = torch.tensor([[True], [False], [True]]).expand(3, 4)
+rows(
+    "masked_scatter masked_scatter_",
+    case(". a, . a, . a -> . a", X(3, 4), ROWWISE, X(2, 4)),
+    case(". ., . ., . . -> . .", X(3, 4), ROWWISE.clone(), X(2, 4)),
+    case(". ., . ., . -> . .", X(3, 4), ROWWISE, X(8)),
+)
+rows(
+    "segment_reduce",
+    case(". a, . -> . a", X(4, 6), "mean", lengths=torch.tensor([1, 3])),
+    case(". a, . -> . a", X(4, 6), "max", lengths=torch.tensor([2, 2])),
+)
+EDGES = torch.tensor([-0.5, 0.0, 0.5], dtype=torch.float64)
+rows("bucketize.Tensor", case("a b, . -> a b", X(4, 6), EDGES))
+rows("searchsorted.Tensor", case("., a b -> a b", EDGES, X(4, 6)))
+rows("searchsorted.Tensor", case(". ., . . -> . .", EDGES.expand(4, 3).contiguous(), X(4, 6)))
+rows(
+    "index_reduce index_reduce_",
+    case("a ., ., a . -> a .", X(3, 4), 1, torch.tensor([2, 0]), X(3, 2), "amax"),
 )
 rows(
     "index_select",
@@ -901,10 +1022,27 @@ rows("bernoulli", case("a b -> a b", B(4, 6).double()))
 rows("bernoulli_.float", case("a b -> a b", X(4, 6), 1.0))
 rows("uniform_", case("a b -> a b", X(4, 6), 0.5, 0.5))
 rows("normal_", case("a b -> a b", X(4, 6), 0.5, 0.0))
+rows("normal.Tensor_float", case("a b -> a b", X(4, 6), 0.0))
+rows("normal.float_Tensor", case("a b -> a b", 0.5, P(4, 6)), values=False)
+rows("normal.Tensor_Tensor", case("a b, b -> a b", X(4, 6), P(6)), values=False)
+rows("bernoulli_.Tensor", case("a b, b -> a b", X(4, 6), P(6)), values=False)
+rows("poisson _standard_gamma", case("a b -> a b", P(4, 6)), values=False)
+rows("binomial", case("a b, b -> a b", 3 + P(4, 6).round(), P(6)), values=False)
+rows("log_normal_ cauchy_ random_", case("a b -> a b", X(4, 6)), values=False)
+rows("geometric_", case("a b -> a b", X(4, 6), 0.5), values=False)
+rows("random_.to", case("a b -> a b", X(4, 6), 5), values=False)
+rows("random_.from", case("a b -> a b", X(4, 6), 2, 5), values=False)
 rows("exponential_", case("a b -> a b", X(4, 6)), values=False)
 
 rows("zeros ones", case("-> a b", [4, 6]), case("-> . a", [1, 3]), case("->", []), resize=with_size)
 rows("full", case("-> a b", [4, 6], 0.5), resize=with_size)
+rows("normal.float_float", case("-> a b", 0.5, 2.0, [4, 6]), resize=with_size, values=False)
+rows(
+    "rand.generator randn.generator",
+    case("-> a b", [4, 6], generator=None),
+    resize=with_size,
+    values=False,
+)
 rows("empty.memory_format rand randn", case("-> a b", [4, 6]), resize=with_size, values=False)
 rows("empty_strided", case("-> a b", [4, 6], [6, 1]), resize=with_size, values=False)
 rows("new_zeros new_ones", case("a -> b c", X(3), [4, 6]), case("a ->", X(3), []), resize=with_size)
@@ -981,8 +1119,8 @@ rows(
 )
 rows(
     "max.dim min.dim median.dim nanmedian.dim mode",
-    case("a . b -> a b", X(2, 4, 6), 1),
-    case("a b . -> a b .", X(2, 4, 6), -1, True),
+    case("a b c -> a c", X(2, 4, 6), 1),
+    case("a b c -> a b .", X(2, 4, 6), -1, True),
 )
 rows(
     "argmax argmin",
@@ -993,8 +1131,70 @@ rows(
 )
 rows("cummax cummin", case("a . -> a .", X(4, 6), 1), case(". a -> . a", X(4, 6), -2))
 rows("nansum", *LISTS, case("a b ->", X(4, 6)))
-rows("topk", case("a . -> a .", X(4, 6), 2), case(". a -> . a", X(4, 6), 2, 0))
-rows("kthvalue", case("a . -> a", X(4, 6), 2), case(". a -> a", X(4, 6), 2, 0))
+rows("median nanmedian", case("a b ->", X(4, 6)))
+rows("count_nonzero", case("a b ->", B(4, 6)), case("a b -> a", B(4, 6), 1))
+rows("count_nonzero.dim_IntList", *(case(s.outcome, *s.args) for s in LISTS if len(s.args) == 2))
+rows(
+    "topk",
+    case("a b~ -> a .", X(4, 6), 2),
+    case("a~ b -> . b", X(4, 6), 2, 0),
+    case("a b~ -> a .", X(4, 6), 1, 1, False),
+    case("a . -> a .", X(4, 6), 6),
+    case("->", X(), 1),
+)
+rows("kthvalue", case("a b~ -> a", X(4, 6), 2), case("a~ b -> . b", X(4, 6), 2, 0, True))
+TARGETS = (X(4, 6), P(4, 6))
+rows(
+    "mse_loss smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy_with_logits",
+    case("a b, a b -> a b", *TARGETS, reduction=0),
+    case("a b, a b ->", *TARGETS, reduction=1),
+    case("a b, a b ->", *TARGETS, reduction=2),
+)
+rows(
+    "binary_cross_entropy",
+    case("a b, a b, b -> a b", P(4, 6), P(4, 6), P(6), 0),
+    case("a b, a b, b ->", P(4, 6), P(4, 6), P(6), 1),
+)
+rows("mse_loss", case("a b, . b ->", X(4, 6), X(1, 6)))
+rows("renorm renorm_", case("a b c -> a b c", X(2, 4, 6), 2, 1, 0.5))
+
+
+def observed(outcome: str, channels: int, axis: int, *shape: int) -> Sample:
+    """A fused observer: for all entries, or (``channels`` > 0) for each channel."""
+    each = (channels,) if channels else ()
+    switch, grid = torch.tensor([1]), each or (1,)
+    statistics = (-2 * torch.ones(each), 2 * torch.ones(each))
+    scale, zero = torch.full(grid, 0.1), torch.zeros(grid, dtype=torch.int32)
+    options = (0.01, 0, 255, axis, bool(channels))
+    return case(outcome, X(*shape).float(), switch, switch, *statistics, scale, zero, *options)
+
+
+rows(
+    "_fused_moving_avg_obs_fq_helper",
+    observed("a b, ., ., , , ., . -> a b", 0, 0, 4, 6),
+    observed("a b, ., ., a, a, a, a -> a b", 4, 0, 4, 6),
+)
+GRID = (X(6).float().abs() + 0.1, torch.zeros(6, dtype=torch.int32))
+rows(
+    "fake_quantize_per_channel_affine_cachemask",
+    case("a b, b, b -> a b", X(4, 6).float(), *GRID, 1, 0, 255),
+)
+rows(
+    "fake_quantize_per_tensor_affine_cachemask",
+    case("a b -> a b", X(4, 6).float(), 0.1, 2, 0, 255),
+)
+rows(
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+    case(
+        "a b, ., ., . -> a b",
+        X(4, 6).float(),
+        torch.tensor([0.1]),
+        torch.tensor([2], dtype=torch.int32),
+        torch.tensor([1]),
+        0,
+        255,
+    ),
+)
 rows("sort argsort", case("a . -> a .", X(4, 6)), case(". a -> . a", X(4, 6), 0, True))
 rows(
     "sort.stable",
@@ -1013,6 +1213,23 @@ rows(
     case("a b . . -> a b . .", PLANE, [2, 2]),
     case("a b . . -> a b . .", PLANE, [3, 3], [1, 1], [1, 1]),
     case("a . . -> a . .", PLANE[0], [2, 2]),
+)
+PLACES = torch.tensor([0, 7, 18, 35]).reshape(2, 2).expand(2, 3, 2, 2).contiguous()
+rows(
+    "max_unpool2d",
+    case("a b . ., a b . . -> a b . .", X(2, 3, 2, 2), PLACES, [6, 6]),
+    case("a . ., a . . -> a . .", X(3, 2, 2), PLACES[0], [6, 6]),
+)
+rows(
+    "max_unpool3d",
+    case(
+        "a b . . ., a b . . . -> a b . . .",
+        X(2, 3, 1, 2, 2),
+        PLACES[:, :, None],
+        [1, 6, 6],
+        [1, 3, 3],
+        [0, 0, 0],
+    ),
 )
 rows("max_pool3d_with_indices avg_pool3d", case("a b . . . -> a b . . .", VOLUME, [2, 2, 2]))
 rows("adaptive_avg_pool1d", case("a b . -> a b .", LINE, [2]), case("a b . -> a b .", LINE, [1]))

@@ -26,6 +26,7 @@ RIGHT = ("OK", "PINNED")
 TAGGED = pointwise_rows()
 
 
+@pytest.mark.filterwarnings("ignore:index_reduce.* is in beta")
 @pytest.mark.parametrize("row", [*ROWS, *TAGGED], ids=lambda row: row.overload)
 def test_rule(row: Row) -> None:
     finding = validate(row)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -158,6 +159,9 @@ def _renew(modules: Iterable[nn.Module]) -> None:
                     weight = hook.compute_weight(module, **iterate)
                 if weight.shape != getattr(module, hook.name).shape:
                     setattr(module, hook.name, weight)
+            elif isinstance(hook, BasePruningMethod):  # torch.nn.utils.prune: original × mask
+                with torch.no_grad():
+                    setattr(module, hook._tensor_name, hook.apply_mask(module))
 
 
 def slice_tensor(tensor: Tensor, keep: Mapping[int, Tensor]) -> Tensor:

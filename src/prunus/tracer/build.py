@@ -17,6 +17,7 @@ from prunus.graph.polynomial import Monomial, Polynomial, add_up
 from prunus.tracer.capture import Recorder
 from prunus.tracer.equations import in_units, pin_unsolvable
 from prunus.tracer.labels import Algebra
+from prunus.tracer.origins import Origins
 from prunus.tracer.program import Node, Ref
 from prunus.tracer.registry import Place, Span
 from prunus.tracer.resolver import Resolve, Resolver
@@ -35,7 +36,7 @@ def build_graph(
     rescales = _keep_scales(recorder)
     pin_unsolvable(recorder, list(state))
     parameters = frozenset(name for name, t in state.items() if isinstance(t, nn.Parameter))
-    roles = _roles(recorder)
+    roles = _roles(recorder, parameters)
     resolver = _pin_data(recorder, list(state), roles, parameters)
     labels = resolver.axes
     mixing = np.zeros(resolver.count + 1, dtype=np.bool_)
@@ -162,9 +163,14 @@ def _label_at(recorder: Recorder, node: Node, place: Place) -> Label | None:
     return recorder.labels[reference.value][dim]
 
 
-def _roles(recorder: Recorder) -> dict[Axis, Role]:
-    """Roles of the axes of weights, read off the atoms that they were born with."""
+def _roles(recorder: Recorder, parameters: frozenset[str]) -> dict[Axis, Role]:
+    """Roles of the axes of weights, read off the atoms that they were born with.
+
+    Where those are of other data (``mask * weight`` has the mask's), the parameters that the
+    weight was computed from have the role.
+    """
     roles: dict[Axis, Role] = {}
+    origins = Origins(recorder)
     starts = np.array(recorder.algebra.starts)
     owners = recorder.algebra.owners
     for node in recorder.nodes:
@@ -184,7 +190,10 @@ def _roles(recorder: Recorder) -> dict[Axis, Role]:
                 if label is None:
                     continue
                 for owner in np.unique(np.searchsorted(starts, label[:, 0], side="right") - 1):
-                    roles.setdefault(owners[owner], role)
+                    made = owners[owner].tensor in parameters
+                    behind = () if made else origins.axes(reference.value, label, parameters)
+                    for axis in behind or (owners[owner],):
+                        roles.setdefault(axis, role)
     return roles
 
 

@@ -73,6 +73,7 @@ class Recorder(TorchDispatchMode):
         self.attributes: dict[Attribute, int] = {}
         self.attended: list[Attention] = []
         self.lifetimes = Lifetimes(lambda: len(self.nodes))
+        self._counted: dict[int, list[tuple[Label, Pin]]] = {}
         self._begun: weakref.ref[Given] | None = None  # it holds tensors, which are to die
         self.follow = Follow(self._label_of, self._escaped, self._seal, self._compared)
         self._governed: dict[str, Label | None] = {}
@@ -115,8 +116,9 @@ class Recorder(TorchDispatchMode):
             number = self._by_name[name]
             self._values[tensor] = number
         else:
+            dense = tensor.layout == torch.strided  # nothing slices another one
             labels: Labels = tuple(
-                self.algebra.fresh(size, Axis(name, dim))[:, None] if size > 1 else None
+                self.algebra.fresh(size, Axis(name, dim))[:, None] if dense and size > 1 else None
                 for dim, size in enumerate(tensor.shape)
             )
             number = self._new_value(tensor, labels, from_state=True)
@@ -139,7 +141,7 @@ class Recorder(TorchDispatchMode):
         if func._schema.name in PASSIVE:
             return self._passive(func, args, kwargs)
         known = self._run_shadow(func, args, kwargs)
-        strides = args[0].stride() if args and isinstance(args[0], Tensor) else ()
+        strides = _strides(args[0]) if args else ()
         out = self._run(func, args, kwargs)
         self._record(func, bind(func, args, kwargs), out, strides)
         if known is None and func._schema.is_mutable:
@@ -152,6 +154,7 @@ class Recorder(TorchDispatchMode):
     def _passive(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """What leaves no trace: questions about a tensor, and values that are known."""
         if func._schema.name == "aten::_local_scalar_dense":
+            self.read(args[0])
             shadow = self._shadow(args[0])
             if shadow is not None:
                 with unset_fake_temporarily():
@@ -182,6 +185,8 @@ class Recorder(TorchDispatchMode):
             given,
             lambda tensor: self.from_state[self.value_of(tensor)],
         )
+        for _, tensor in call.tensors():
+            self.read(tensor)
         args = {name: _refer(value, self.value_of) for name, value in bound.items()}
         from_state = all(self.from_state[self.value_of(tensor)] for _, tensor in call.tensors())
         rule = find_rule(func)
@@ -206,7 +211,15 @@ class Recorder(TorchDispatchMode):
         if not any(one.alias_info for one in func._schema.returns):  # which is no new memory
             for tensor, number in zip(outputs, numbers, strict=True):
                 self.lifetimes.begin(tensor, number)
+        for output, label in () if effect is None else effect.counted:
+            why = call.why("positions along this dim are counted")
+            self._counted.setdefault(numbers[output], []).append((label, why))
         self.nodes.append(Node(func, args, numbers, effect, module, source))
+
+    def read(self, tensor: Tensor) -> None:
+        """Something reads a tensor: if it holds positions along a dim, that dim stays whole."""
+        for label, why in self._counted.pop(self.value_of(tensor), ()):
+            self.algebra.pin(label, why)
 
     def _enter_function(self, given: Given, why: Pin) -> None:
         """Take down what a torch function is told, whatever operators it consists of."""
@@ -286,6 +299,7 @@ class Recorder(TorchDispatchMode):
         why = Pin(reason, "", self.stack[-1], find_source(sys._getframe(2)))
         for tensor in tree_leaves(arguments):
             if isinstance(tensor, Tensor):
+                self.read(tensor)
                 for label in self.labels[self.value_of(tensor)]:
                     self.algebra.pin(label, why)
 
@@ -348,6 +362,11 @@ class Recorder(TorchDispatchMode):
                 return func(*tree_map(real, args), **tree_map(real, kwargs))
         except (RuntimeError, NotImplementedError, IndexError, ValueError):
             return None
+
+
+def _strides(value: Any) -> tuple[int, ...]:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return value.stride() if dense else ()
 
 
 def _is_fake(value: Any) -> bool:

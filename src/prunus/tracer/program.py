@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
@@ -132,17 +133,29 @@ def tensors_of(structure: Any, path: str = "") -> list[tuple[str, Tensor]]:
 
 
 def duplicate(model: nn.Module) -> nn.Module:
-    """A deep copy; tensors that the model computed from its weights are copied as data.
+    """A deep copy; tensors that PyTorch refuses to copy are copied as data.
 
-    The older ``weight_norm`` keeps one as an attribute, and PyTorch refuses to copy that.
+    Those are what the model computed from its weights (the older ``weight_norm`` keeps it as an
+    attribute), and sparse ones in compressed form (CSR).
     """
-    attributes = [value for module in model.modules() for value in vars(module).values()]
-    made = [v for v in attributes if isinstance(v, Tensor) and not v.is_leaf]
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in made})
+    held = [
+        value
+        for module in model.modules()
+        for value in (*vars(module).values(), *module._buffers.values())
+        if isinstance(value, Tensor)
+    ]
+    refused = [t for t in held if not t.is_leaf or t.layout in COMPRESSED]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in refused})
+
+
+COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Parameters, buffers and tensor attributes by first name, and the other names of tied ones.
+
+    A sparse tensor that a module keeps as a plain attribute (the adjacency of a graph) is data,
+    not state: nothing slices it, and no file holds it.
 
     Returns
     -------
@@ -155,7 +168,8 @@ def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        attributes = {n: v for n, v in vars(module).items() if isinstance(v, Tensor)}
+        kept = {n: v for n, v in vars(module).items() if isinstance(v, Tensor)}
+        attributes = {n: v for n, v in kept.items() if v.layout == torch.strided}
         for own in (module._parameters, module._buffers, attributes):
             for name, tensor in own.items():
                 if tensor is None:

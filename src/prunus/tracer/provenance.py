@@ -239,11 +239,15 @@ LEAVES = {
 }
 """Functions that hand a tensor's content to Python, where nobody can follow it: they pin it."""
 
-SEALED = {
+SEALED: dict[Any, str] = {
     F.multi_head_attention_forward: "computes its sizes by itself; no class with a forward of its "
-    "own is replaced, only nn.MultiheadAttention as it is"
+    "own is replaced, only nn.MultiheadAttention as it is",
+    **dict.fromkeys(
+        (torch.cov, torch.corrcoef, Tensor.cov, Tensor.corrcoef),
+        "divides by the number of its columns",
+    ),
 }
-"""Functions that PyTorch writes in Python, whose integers nobody sees: they pin all they get."""
+"""Functions whose integers nobody sees, since PyTorch computes them: they pin all they get."""
 
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 

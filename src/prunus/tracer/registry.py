@@ -66,6 +66,9 @@ class Effect:
         Sizes that the forward's code states; a plain int pins its dim.
     aligned
         Dims of which the kernel takes multiples only, as (label, multiple).
+    counted
+        Outputs that hold positions along a mixing dim, as (output, label of the dim): once
+        anything reads such an output, the dim stays whole.
     """
 
     outputs: tuple[Labels, ...]
@@ -77,6 +80,7 @@ class Effect:
     nonempty: tuple[Label, ...] = ()
     equations: Equations = ()
     aligned: tuple[tuple[Label | None, int], ...] = ()
+    counted: tuple[tuple[int, Label], ...] = ()
 
 
 class Call:

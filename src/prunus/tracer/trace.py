@@ -123,7 +123,10 @@ def _capture(
             found = find_outputs(model(*fake_args, **fake_kwargs))
         caches = find_caches(model, before)
     traced = time.perf_counter()
-    chosen, released = select_outputs(found.with_arrays(recorder.follow.arrays), outputs)
+    found = found.with_arrays(recorder.follow.arrays)
+    for _, tensor in found.tensors:
+        recorder.read(tensor)
+    chosen, released = select_outputs(found, outputs)
     kept: dict[str, int] = {}
     for name, tensor in chosen:
         kept[name] = recorder.value_of(tensor)

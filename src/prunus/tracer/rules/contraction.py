@@ -57,14 +57,37 @@ def product(call: Call) -> Effect:
     return matrix_product(call, first, second)
 
 
-@rule("addmm", "addmv", "baddbmm", "baddbmm_", "addbmm")
+@rule("addmm", "addmv", "baddbmm", "baddbmm_")
 def product_and_sum(call: Call) -> Effect:
     """Matrix products added to another tensor."""
     addend, first, second = (argument.name for argument in call.target._schema.arguments[:3])
-    if call.name == "addbmm":
-        call.pin_all("addbmm sums over its batch")
-        return Effect(call.unlabelled())
     return matrix_product(call, first, second, addend)
+
+
+@rule("addbmm", "addbmm_")
+def products_summed(call: Call) -> Effect:
+    """(b, i, k) times (b, k, j), summed over b as well, and added to another tensor."""
+    left, right = call.labels("batch1"), call.labels("batch2")
+    batch = call.unify(left[0], right[0], CONTRACTED)
+    inner = call.unify(left[2], right[1], CONTRACTED)
+    labels = add_bias(call, (left[1], right[2]), call.outputs[0], "self")
+    sizes = call.args["batch1"].shape
+    return Effect(
+        (labels,),
+        contracted=tuple(((name,), dim) for name, dims in (("batch1", (0, 2)), ("batch2", (0, 1)))
+                         for dim in dims),
+        produced=((("batch1",), 1), (("batch2",), 2)),
+        spans=((*zip(call.outputs[0].shape, labels, strict=True), (sizes[0], batch),
+                (sizes[2], inner)),),
+    )  # fmt: skip
+
+
+@rule("addr", "addr_")
+def outer_product_and_sum(call: Call) -> Effect:
+    """Every entry of one vector times every entry of another, added to a matrix."""
+    labels: Labels = (call.labels("vec1")[0], call.labels("vec2")[0])
+    labels = add_bias(call, labels, call.outputs[0], "self")
+    return Effect((labels,), spans=(tuple(zip(call.outputs[0].shape, labels, strict=True)),))
 
 
 @rule("_grouped_mm")
@@ -93,6 +116,101 @@ def product_by_expert(call: Call) -> Effect:
         produced=((("mat2",), 2),),
         spans=(((first.shape[0], None), (first.shape[1], inner), (second.shape[2], labels[1])),),
         aligned=((inner, multiple), (labels[1], multiple)),
+    )
+
+
+@rule("_sparse_addmm", "_sparse_mm", "_sparse_mm.reduce", "_sparse_mm_reduce_impl")
+def sparse_product(call: Call) -> Effect:
+    """A sparse matrix by a dense one, whose columns pass: nothing slices the sparse one."""
+    first, second = [a.name for a in call.target._schema.arguments if str(a.type) == "Tensor"][-2:]
+    columns = call.labels(second)[-1]
+    for label in (*call.labels(first), *call.labels(second)[:-1]):
+        call.pin(label, CONTRACTED)
+    labels: Labels = (None, columns)
+    if call.name == "_sparse_addmm":
+        labels = add_bias(call, labels, call.outputs[0], "self")
+    outer = zip(call.outputs[0].shape, labels, strict=True)
+    stored = call.args[first]._nnz() / max(call.args[first].shape[0], 1)
+    return Effect(
+        (labels, *((None,) * out.dim() for out in call.outputs[1:])),
+        produced=(((second,), 1),),
+        spans=((*outer, (round(stored), None)),),
+    )
+
+
+@rule("_trilinear")
+def trilinear(call: Call) -> Effect:
+    """Three tensors, each stretched along dims of its own, multiplied and summed over some."""
+    names = ("i1", "i2", "i3")
+    count = call.args["i1"].dim() + len(call.args["expand1"])
+    joined: list[Label | None] = [None] * count
+    sizes = [1] * count
+    places: list[list[Place]] = [[] for _ in range(count)]
+    for number, name in enumerate(names, 1):
+        absent = call.args[f"expand{number}"]
+        own = [dim for dim in range(count) if dim not in absent]
+        for at, (dim, label) in enumerate(zip(own, call.labels(name), strict=True)):
+            size = call.args[name].shape[at]
+            joined[dim] = call.unify(joined[dim], label, CONTRACTED) if places[dim] else label
+            sizes[dim] = size
+            places[dim].append(((name,), at))
+    summed = call.args["sumdim"]
+    return Effect(
+        (tuple(label for dim, label in enumerate(joined) if dim not in summed),),
+        contracted=tuple(place for dim in summed for place in places[dim]),
+        produced=tuple(p for dim in range(count) if dim not in summed for p in places[dim]),
+        spans=(tuple(zip(sizes, joined, strict=True)),),
+    )
+
+
+@rule("_cdist_forward", "_euclidean_dist")
+def distances(call: Call) -> Effect:
+    """Every row (…, P, M) against every row (…, R, M): removed features add nothing to a norm."""
+    first, second = call.labels("x1"), call.labels("x2")
+    inner = call.unify(first[-1], second[-1], CONTRACTED)
+    shapes = call.args["x1"].shape, call.args["x2"].shape
+    lead: list[Label | None] = []
+    for dim in range(len(call.outputs[0].shape) - 2):
+        at = dim - len(call.outputs[0].shape)
+        pairs = [(own[at], shape[at]) for own, shape in zip((first, second), shapes, strict=True)
+                 if -at <= len(shape) and shape[at] > 1]  # fmt: skip
+        label = pairs[0][0] if pairs else None
+        for other, _ in pairs[1:]:
+            label = call.unify(label, other)
+        lead.append(label)
+    labels: Labels = (*lead, first[-2], second[-2])
+    dims = tuple(len(shape) - 1 for shape in shapes)
+    return Effect(
+        (labels,),
+        contracted=((("x1",), dims[0]), (("x2",), dims[1])),
+        produced=((("x1",), dims[0] - 1), (("x2",), dims[1] - 1)),
+        spans=((*zip(call.outputs[0].shape, labels, strict=True), (shapes[0][-1], inner)),),
+    )
+
+
+@rule("dist")
+def distance(call: Call) -> Effect:
+    """The norm of a difference: removed positions of both add nothing."""
+    first, second = call.labels("self"), call.labels("other")
+    if call.args["self"].shape != call.args["other"].shape:
+        call.pin_all("positions of one tensor meet a stretched one")
+        return Effect(call.unlabelled())
+    for one, other in zip(first, second, strict=True):
+        call.unify(one, other)
+    places = tuple(((name,), dim) for name in ("self", "other") for dim in range(len(first)))
+    return Effect(((),), contracted=places)
+
+
+@rule("_pdist_forward")
+def distances_within(call: Call) -> Effect:
+    """Every row (P, M) against every later one, in their order: removed features add nothing."""
+    rows, inner = call.labels("self")
+    call.pin(rows, "pairs of positions are counted")
+    count, width = call.args["self"].shape
+    return Effect(
+        ((None,),),
+        contracted=((("self",), 1),),
+        spans=(((count * (count - 1) // 2, None), (width, inner)),),
     )
 
 

@@ -20,6 +20,18 @@ def embedding(call: Call) -> Effect:
     return Effect(((*call.labels("indices"), columns),), produced=((("weight",), 1),))
 
 
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(call: Call) -> Effect:
+    """Rows of a table, summed up bag by bag (or their mean, or the maximum of each column)."""
+    rows, columns = call.labels("weight")
+    call.pin(rows, ADDRESSED)
+    for name in ("indices", "offsets", "per_sample_weights"):
+        for label in call.labels(name):
+            call.pin(label, "indices are counted off by bag")
+    outputs = tuple((None, columns) if out.dim() == 2 else (None,) for out in call.outputs)
+    return Effect(outputs, produced=((("weight",), 1),))
+
+
 @rule("index_select")
 def index_select(call: Call) -> Effect:
     """Chosen positions of one dim."""
@@ -132,7 +144,74 @@ def scatter(call: Call) -> Effect:
     return Effect((tuple(labels),))
 
 
-@rule("index_add", "index_add_", "index_copy", "index_copy_")
+@rule("index_fill.int_Scalar", "index_fill_.int_Scalar", "index_fill.int_Tensor",
+      "index_fill_.int_Tensor")  # fmt: skip
+def index_fill(call: Call) -> Effect:
+    """Chosen positions of one dim get one number."""
+    labels = list(call.labels("self"))
+    for label in call.labels("index"):
+        call.pin(label, ADDRESSED)
+    if labels:
+        dim = wrap(call.args["dim"], len(labels))
+        call.pin(labels[dim], ADDRESSED)
+        labels[dim] = None
+    return Effect((tuple(labels),))
+
+
+@rule("masked_scatter", "masked_scatter_")
+def masked_scatter(call: Call) -> Effect:
+    """Entries of the source go, in order, where the mask is true.
+
+    A mask that is stretched along the last dim takes whole rows of the source, so that the last
+    dims of all three go together; all that is counted through stays.
+    """
+    mask, source = call.args["mask"], call.args["source"]
+    shape = call.outputs[0].shape
+    labels = list(call.labels("self"))
+    rows = (
+        len(labels) > 0
+        and source.dim() > 0
+        and tuple(mask.shape) == tuple(shape)
+        and mask.stride(-1) == 0
+        and source.shape[-1] == shape[-1]
+        and tuple(call.args["self"].shape) == tuple(shape)
+    )
+    if not rows:
+        call.pin_all("entries are counted through a mask")
+        return Effect(call.unlabelled())
+    for label in (*labels[:-1], *call.labels("mask")[:-1], *call.labels("source")[:-1]):
+        call.pin(label, "entries are counted through a mask")
+    column = call.unify(labels[-1], call.labels("source")[-1])
+    column = call.unify(column, call.labels("mask")[-1])
+    return Effect(((*(None,) * (len(labels) - 1), column),))
+
+
+@rule("segment_reduce")
+def segments(call: Call) -> Effect:
+    """Segments of one dim, each reduced; the others pass."""
+    labels = list(call.labels("data"))
+    axis = wrap(call.args["axis"], len(labels))
+    for name in ("lengths", "indices", "offsets"):
+        for label in call.labels(name):
+            call.pin(label, "a dim is cut into segments")
+    for label in labels[: axis + 1]:
+        call.pin(label, "a dim is cut into segments")
+    return Effect(((*(None,) * (axis + 1), *labels[axis + 1 :]),))
+
+
+@rule("bucketize.Tensor", "searchsorted.Tensor")
+def bucket(call: Call) -> Effect:
+    """Every number by itself, against boundaries that stay."""
+    boundaries = "boundaries" if call.name == "bucketize" else "sorted_sequence"
+    for label in call.labels(boundaries):
+        call.pin(label, "boundaries are searched in order")
+    if call.args[boundaries].dim() == 1:
+        return Effect((call.labels("self"),))
+    call.pin_all("boundaries are searched in order")
+    return Effect(call.unlabelled())
+
+
+@rule("index_add", "index_add_", "index_copy", "index_copy_", "index_reduce", "index_reduce_")
 def index_write(call: Call) -> Effect:
     """Slices written to chosen positions of one dim, and tied along the others."""
     labels, source = list(call.labels("self")), call.labels("source")

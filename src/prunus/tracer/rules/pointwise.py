@@ -65,6 +65,19 @@ def broadcast(call: Call, ndim: int, shape: torch.Size) -> Labels:
     "normal_",
     "exponential_",
     "bernoulli.p",
+    "bernoulli_.Tensor",
+    "normal.Tensor_float",
+    "normal.float_Tensor",
+    "normal.Tensor_Tensor",
+    "poisson",
+    "binomial",
+    "_standard_gamma",
+    "log_normal_",
+    "geometric_",
+    "cauchy_",
+    "random_",
+    "random_.to",
+    "random_.from",
 )
 def pointwise(call: Call) -> Effect:
     """Each output position depends on the same position of the inputs."""
@@ -99,6 +112,7 @@ FACTORIES = frozenset(
         "empty",
         "rand",
         "randn",
+        "normal",
         "new_zeros",
         "new_ones",
         "new_full",
@@ -119,7 +133,10 @@ FACTORIES = frozenset(
     "new_empty",
     "new_empty_strided",
     "rand",
+    "rand.generator",
     "randn",
+    "randn.generator",
+    "normal.float_float",
     "scalar_tensor",
 )
 def elastic(call: Call) -> Effect:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from prunus.graph.axis import Label
-from prunus.tracer.registry import Call, Effect, Place, rule
+from prunus.tracer.provenance import expression_of
+from prunus.tracer.registry import Call, Effect, Equations, Place, rule
+from prunus.tracer.rules.pointwise import broadcast
 from prunus.tracer.rules.view import wrap
 
 
@@ -43,9 +47,17 @@ from prunus.tracer.rules.view import wrap
     "any.dim",
     "any.dims",
     "nansum",
+    "count_nonzero",
+    "count_nonzero.dim_IntList",
+    "kthvalue",
+    "median",
+    "median.dim",
+    "nanmedian",
+    "nanmedian.dim",
+    "mode",
 )
 def reduce(call: Call) -> Effect:
-    """Reduced dims mix, the others pass."""
+    """Reduced dims mix, the others pass; indices into a reduced dim keep it once they are read."""
     name = call.target._schema.arguments[0].name
     labels = call.labels(name)
     dim = call.args.get("dim")
@@ -54,13 +66,16 @@ def reduce(call: Call) -> Effect:
     )
     chosen: Any = range(len(labels)) if every else [dim] if isinstance(dim, int) else dim
     dims = {wrap(d, len(labels)) for d in chosen}
-    indexed = call.name in ("max", "min") and "dim" in call.args
     mixing: list[Place] = []
+    counted: list[tuple[int, Label]] = []
     for d in sorted(dims):
-        if indexed:
-            call.pin(labels[d], "positions along this dim are counted")
-        elif labels[d] is not None:
-            mixing.append(((name,), d))
+        label = labels[d]
+        if label is None:
+            continue
+        if "k" in call.args:
+            call.pin(label[: call.args["k"]], ENOUGH)
+        mixing.append(((name,), d))
+        counted += [(n, label) for n in indices_among(call)]
     keep = bool(call.args.get("keepdim", False))
     out: list[Label | None] = []
     for d, label in enumerate(labels):
@@ -68,27 +83,64 @@ def reduce(call: Call) -> Effect:
             out.append(label)
         elif keep:
             out.append(None)
-    return Effect((tuple(out),) * len(call.outputs), mixing=tuple(mixing))
+    return Effect(
+        (tuple(out),) * len(call.outputs),
+        mixing=tuple(mixing),
+        counted=tuple(counted),
+        equations=stated_count(call, "kthvalue"),
+    )
+
+
+ENOUGH = "there have to be as many positions as are asked for"
+
+
+def indices_among(call: Call) -> list[int]:
+    """Which outputs hold positions along the dim that an operator reduces."""
+    returns = call.target._schema.returns
+    return [n for n, value in enumerate(returns) if value.name == "indices"]
+
+
+def stated_count(call: Call, *names: str) -> Equations:
+    """``k`` as the forward wrote it: as many positions come out whatever is removed."""
+    if call.given is None or call.given.name not in names:
+        return ()
+    written = expression_of(call.given.argument(1, "k"))
+    return () if written is None or isinstance(written, int) else ((written, call.args["k"], None),)
+
+
+@rule("topk")
+def largest(call: Call) -> Effect:
+    """The ``k`` largest positions that are kept; their order along the dim is that of values."""
+    labels = list(call.labels("self"))
+    if not labels:
+        return Effect(call.unlabelled())
+    dim = wrap(call.args["dim"], len(labels))
+    label = labels[dim]
+    labels[dim] = None
+    if label is None:
+        return Effect((tuple(labels),) * 2)
+    call.pin(label[: call.args["k"]], ENOUGH)
+    return Effect(
+        (tuple(labels),) * 2,
+        mixing=((("self",), dim),),
+        counted=((1, label),),
+        equations=stated_count(call, "topk"),
+    )
 
 
 @rule(
     "argmax",
     "argmin",
-    "topk",
     "sort",
     "sort.stable",
     "argsort",
     "nonzero",
     "triu",
     "tril",
-    "kthvalue",
     "triu_",
     "tril_",
     "cummax",
     "cummin",
-    "mode",
-    "median.dim",
-    "nanmedian.dim",
 )
 def counted(call: Call) -> Effect:
     """Positions along a dim are counted or compared: they must stay; other dims pass."""
@@ -151,6 +203,8 @@ def counted(call: Call) -> Effect:
     "replication_pad3d",
     "grid_sampler_2d",
     "grid_sampler_3d",
+    "max_unpool2d",
+    "max_unpool3d",
 )
 def spatial(call: Call) -> Effect:
     """Works on the trailing one, two or three dims; leading ones pass."""
@@ -165,7 +219,44 @@ def spatial(call: Call) -> Effect:
         for label in rest:
             call.pin(label, "positions to sample at")
         lead = (call.unify(lead[0], batch), *lead[1:])
+    if "indices" in call.args:  # positions within the plane of each channel
+        own = call.labels("indices")
+        for label in own[len(lead) :]:
+            call.pin(label, "space is read in windows")
+        lead = tuple(call.unify(one, other) for one, other in zip(lead, own, strict=False))
     return Effect(tuple((*lead, *(None,) * rank) for _ in call.outputs))
+
+
+@rule(
+    "mse_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "soft_margin_loss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+)
+def loss(call: Call) -> Effect:
+    """Tensors compared entry by entry, and the sum or mean of that over the kept entries."""
+    shape = torch.broadcast_shapes(*(tensor.shape for _, tensor in call.tensors()))
+    labels = broadcast(call, len(shape), shape)
+    if call.args["reduction"] == 0:
+        return Effect((labels,))
+    mixing = tuple(
+        (path, dim)
+        for path, tensor in call.tensors()
+        for dim in range(tensor.dim())
+        if tensor.shape[dim] == shape[dim - tensor.dim()] and labels[dim - tensor.dim()] is not None
+    )
+    return Effect(((),), mixing=mixing)
+
+
+@rule("renorm", "renorm_")
+def renorm(call: Call) -> Effect:
+    """Slices along a dim, each scaled by its own norm, which is that of the kept positions."""
+    labels = call.labels("self")
+    own = wrap(call.args["dim"], len(labels))
+    mixing: tuple[Place, ...] = tuple((("self",), d) for d in range(len(labels)) if d != own)
+    return Effect((labels,), mixing=mixing)
 
 
 @rule("_fft_r2c", "_fft_c2r", "_fft_c2c")

@@ -176,17 +176,32 @@ def interleaved(call: Call, copies: Sequence[Label | None]) -> Equations:
 
 @rule("repeat")
 def repeat(call: Call) -> Effect:
-    """Copies laid end to end: every copy keeps the same positions."""
+    """Copies laid end to end: every copy keeps the same positions.
+
+    There are as many copies as the forward writes; where it writes a width, they follow it.
+    """
     source, out = call.args["self"], call.outputs[0]
     own = (None,) * (out.dim() - source.dim()) + call.labels("self")
     shape = (1,) * (out.dim() - source.dim()) + tuple(source.shape)
+    repeats = call.args["repeats"]
+    given = call.given if call.given is not None and call.given.name in ("repeat", "tile") else None
+    written = None if given is None else given.sizes(out.dim())
+    name = f"repeat in {call.context.module or 'model'} #{call.algebra.count}"
+    copies: list[Label | None] = [None] * out.dim()
+    equations: list[tuple[Expression, int, Label | None]] = []
+    for dim, times in enumerate(repeats):
+        expression = None if written is None else expression_of(written[dim])
+        if times > 1 and expression is not None and not isinstance(expression, int):
+            copies[dim] = call.algebra.fresh(times, Axis(name, dim))[:, None]
+            equations.append((expression, times, copies[dim]))
+    labels = tuple(
+        call.algebra.merge(parts, (times, size))
+        for parts, size, times in zip(zip(copies, own, strict=True), shape, repeats, strict=True)
+    )
     return Effect(
-        (
-            tuple(
-                call.algebra.merge((None, label), (times, size))
-                for label, size, times in zip(own, shape, call.args["repeats"], strict=True)
-            ),
-        )
+        (labels,),
+        sizes={"repeats": list(zip(repeats, copies, strict=True))},
+        equations=tuple(equations),
     )
 
 
@@ -199,7 +214,7 @@ def slice_(call: Call) -> Effect:
     if label is None or call.outputs[0].shape[dim] == size:
         return Effect((tuple(labels),))
     start, stop = (call.args[name] for name in ("start", "end"))
-    if call.args["step"] != 1 or _is_table(call, start, stop):
+    if call.args["step"] != 1 or _is_table(call, size, start, stop):
         call.pin(label, "sliced in steps, or a part of a table that this run needs")
         labels[dim] = None
         return Effect((tuple(labels),))
@@ -211,10 +226,11 @@ def slice_(call: Call) -> Effect:
     return Effect((tuple(labels),), nonempty=(part,), equations=tuple(bounds))
 
 
-def _is_table(call: Call, *bounds: int | None) -> bool:
+def _is_table(call: Call, size: int, *bounds: int | None) -> bool:
     """State of which a fixed number of positions is read: another input may need the others."""
     given = call.given
-    fixed = given is None or any(isinstance(given.expression(b), int) for b in bounds if b)
+    stated = [bound for bound in bounds if bound and bound < size]  # an open end states nothing
+    fixed = given is None or any(isinstance(given.expression(b), int) for b in stated)
     return fixed and call.is_state(call.args["self"])
 
 
@@ -357,6 +373,50 @@ def roll(call: Call) -> Effect:
     for dim in dims:
         call.pin(labels[wrap(dim, len(labels))], "rolled by a fixed number of positions")
         labels[wrap(dim, len(labels))] = None
+    return Effect((tuple(labels),))
+
+
+@rule("rot90")
+def rotate(call: Call) -> Effect:
+    """A plane turned by quarters, which stays whole."""
+    labels = list(call.labels("self"))
+    one, other = (wrap(dim, len(labels)) for dim in call.args["dims"])
+    for dim in (one, other):
+        call.pin(labels[dim], "turned in space")
+        labels[dim] = None
+    return Effect((tuple(labels),))
+
+
+@rule("diagonal", "trace")
+def diagonal(call: Call) -> Effect:
+    """Positions that two dims share, so the two go together; the new dim comes last."""
+    labels, shape = list(call.labels("self")), call.args["self"].shape
+    one, other = (
+        wrap(call.args.get(name, dim), len(labels)) for dim, name in enumerate(("dim1", "dim2"))
+    )
+    if shape[one] == shape[other] and not call.args.get("offset"):
+        joined = call.unify(labels[one], labels[other], "a diagonal of the two dims")
+    else:
+        joined = None
+        for dim in (one, other):
+            call.pin(labels[dim], "a diagonal that is not the main one of a square")
+    if call.name == "trace":
+        return Effect(((),), mixing=((("self",), 0), (("self",), 1)))
+    rest = [label for dim, label in enumerate(labels) if dim not in (one, other)]
+    whole = call.outputs[0].shape[-1]
+    return Effect(((*rest, None if joined is None or len(joined) != whole else joined),))
+
+
+@rule("diag_embed")
+def diagonal_matrix(call: Call) -> Effect:
+    """The last dim becomes the main diagonal of two."""
+    *labels, last = call.labels("self")
+    if call.args["offset"]:
+        call.pin(last, "a diagonal that is not the main one of a square")
+        last = None
+    count = len(labels) + 2
+    for dim in sorted(wrap(call.args[name], count) for name in ("dim1", "dim2")):
+        labels.insert(dim, last)
     return Effect((tuple(labels),))
 
 

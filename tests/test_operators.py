@@ -250,6 +250,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "radial basis": (Radial, (VECTORS,)),
     "sparse product": (lambda: Graph(torch.sparse.mm, compressed=False), (NODES,)),
     "sparse operand of mm": (lambda: Graph(torch.mm, compressed=False), (NODES,)),
+    "compressed sparse product": (lambda: Graph(torch.sparse.mm, compressed=True), (NODES,)),
     "slices of a weight": (Sliced, (VECTORS,)),
 }
 

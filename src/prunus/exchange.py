@@ -7,7 +7,6 @@ under norms, softmax and means over channels, of which the second witness can sa
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ from prunus.graph.axis import Label
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
 from prunus.tracer.outputs import answer_of
-from prunus.tracer.program import state_of
+from prunus.tracer.program import duplicate, state_of
 from prunus.tracer.trace import quiet_run
 
 Places = NDArray[np.int64]
@@ -43,18 +42,18 @@ def exchange_error(
     does not allow it (a group whose blocks differ), the group stays as it is.  Both runs are in
     float64 where the model can, since another order rounds differently and depth amplifies it.
     """
-    moved = copy.deepcopy(model)
+    moved = duplicate(model)
     _exchange(graph, moved, _permute(graph, groups, seed))
     try:
         exact = [
-            _run(copy.deepcopy(m).double(), *to_double((tuple(args), dict(kwargs))))
+            _run(duplicate(m).double(), *to_double((tuple(args), dict(kwargs))))
             for m in (model, moved)
         ]
         known = all(bool(exact[0][name].isfinite().all()) for name in graph.kept_outputs)
     except (RuntimeError, TypeError):
         known = False
     if not known:  # a forward that insists on its own type, or overflows in another
-        exact = [_run(m, args, kwargs) for m in (copy.deepcopy(model), moved)]
+        exact = [_run(m, args, kwargs) for m in (duplicate(model), moved)]
     before, after = ({name: run[name] for name in graph.kept_outputs} for run in exact)
     return relative_error(before, after)
 

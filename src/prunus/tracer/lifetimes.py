@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from prunus.tracer.program import Lifetime
@@ -28,6 +29,8 @@ class Lifetimes:
 
     def begin(self, tensor: Tensor, value: int) -> None:
         """A tensor has come; nothing happens where its memory is known already."""
+        if tensor.layout != torch.strided:
+            return  # sparse: its memory is that of several tensors
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._alive:

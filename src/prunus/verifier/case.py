@@ -6,7 +6,6 @@ read is run a single time.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -21,7 +20,7 @@ from prunus.plans import Plan
 from prunus.replay import Replay
 from prunus.surgeon import apply
 from prunus.tracer.outputs import answer_of
-from prunus.tracer.program import state_of, tensors_of
+from prunus.tracer.program import duplicate, state_of, tensors_of
 from prunus.tracer.trace import quiet_run, trace
 
 
@@ -98,7 +97,7 @@ class Case:
     @cached_property
     def pruned(self) -> nn.Module:
         """A copy that the surgeon has cut; its forward was not tried."""
-        return apply(self.plan, copy.deepcopy(self.source), check=False)
+        return apply(self.plan, duplicate(self.source), check=False)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 
 from prunus.exchange import relative_error, to_double
+from prunus.tracer.program import duplicate
 from prunus.verifier.case import Case
 from prunus.verifier.comparison import TOLERANCE, compare
 from prunus.verifier.structure import other_count, other_positions, stale_attribute
@@ -40,8 +39,8 @@ def error_in_float64(case: Case, error: float) -> float | None:
 def _in_double(case: Case) -> Case | None:
     """The same case with weights and inputs in float64; None where it runs other operators."""
     try:
-        original = copy.deepcopy(case.original).double()
-        source = original if case.source is case.original else copy.deepcopy(case.source).double()
+        original = duplicate(case.original).double()
+        source = original if case.source is case.original else duplicate(case.source).double()
         args, kwargs = to_double((case.args, case.kwargs))
         outputs = case.graph.kept_outputs
         wide = Case(case.plan, original, source, args, kwargs, outputs=outputs)

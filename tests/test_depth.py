@@ -21,6 +21,7 @@ from prunus.errors import ApplyError, ModelError, PlanError, VerifyError
 from prunus.plans import Plan
 from prunus.skipping import skip
 from prunus.surgeon import depth, drop_blocks
+from prunus.surgeon.depth import without_blocks
 from prunus.surgeon.layer_count import find_counts
 from prunus.verifier import case as cases
 
@@ -225,9 +226,8 @@ def test_undoing_leaves_no_trace(case) -> None:
     model, _, _, layers = case
     before = state(model)
     names = [f"{stack}.{place}" for stack, places in layers.items() for place in places]
-    undo = drop_blocks(model, names)
-    assert state(model)[1] != before[1]
-    undo()
+    with without_blocks(model, names):
+        assert state(model)[1] != before[1]
     assert_same(before, state(model))
 
 
@@ -533,10 +533,13 @@ def test_a_failure_puts_everything_back(monkeypatch) -> None:
         prunus.apply(wrong, model)
     assert_same(before, state(model))
 
-    def fail(change: Any) -> Any:
+    right = depth._close_up
+
+    def fail(*args: Any) -> None:
+        right(*args)
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(depth, "_write", fail)
+    monkeypatch.setattr(depth, "_close_up", fail)
     with pytest.raises(RuntimeError, match="planted"):
         prunus.apply(plan, model)
     assert_same(before, state(model))

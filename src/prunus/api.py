@@ -35,6 +35,7 @@ from prunus.recovery import (
 from prunus.rollback import find_culprits
 from prunus.surgeon.apply import cut
 from prunus.surgeon.depth import refuse_quantized, without_blocks
+from prunus.surgeon.snapshot import all_or_nothing
 from prunus.tracer.entry import ForwardFn, entered_by
 from prunus.tracer.trace import trace
 from prunus.width_planning import needs_to_plan, plan_of_mask
@@ -61,6 +62,7 @@ class Shrunk:
 
 
 @partial(checks_options, options_of=plan)
+@all_or_nothing
 def shrink(
     model: nn.Module,
     args: Any = (),
@@ -169,6 +171,7 @@ def shrink(
 
 
 @checks_options
+@all_or_nothing
 def drop_layers(
     model: nn.Module,
     layers: Sequence[int],

@@ -20,6 +20,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.oracle import verify
 from prunus.surgeon import apply
 from prunus.surgeon.depth import refuse_quantized
+from prunus.surgeon.snapshot import all_or_nothing
 from prunus.tracer.trace import trace
 from prunus.width_planning import plan_of_mask
 
@@ -27,6 +28,7 @@ Where = int | str
 
 
 @checks_options
+@all_or_nothing
 def prune_heads(
     model: nn.Module,
     heads: Mapping[Where, Collection[int]],
@@ -80,6 +82,7 @@ def prune_heads(
 
 
 @checks_options
+@all_or_nothing
 def keep(
     model: nn.Module,
     group: str,

@@ -20,6 +20,7 @@ from prunus.integrations.torchvision_ops import declare_missing_ops
 from prunus.io import load as load_file
 from prunus.io import save as save_file
 from prunus.surgeon.applied import config_before
+from prunus.surgeon.snapshot import all_or_nothing
 
 TOKENS = 16
 """Length of an example text."""
@@ -85,6 +86,7 @@ def _image(config: Any, batch: int, random: torch.Generator) -> torch.Tensor:
 
 
 @checks_options
+@all_or_nothing
 def save(
     model: nn.Module,
     folder: str | os.PathLike[str],

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from prunus.drops import Renaming
 from prunus.errors import DataError, PlanError, checks_options
 from prunus.graph.axis import kept_positions
 from prunus.graph.coupling import CouplingGraph
@@ -32,6 +33,7 @@ from prunus.recovery.values import Turned, turn_values
 from prunus.surgeon.apply import cut
 from prunus.surgeon.biases import add_biases
 from prunus.surgeon.depth import without_blocks
+from prunus.surgeon.snapshot import Snapshot, all_or_nothing, own_data
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.program import state_of
 from prunus.tracer.trace import trace
@@ -65,6 +67,7 @@ class Compensation:
 
 
 @checks_options
+@all_or_nothing
 def compensate(
     model: nn.Module,
     plan: Plan,
@@ -155,6 +158,7 @@ def compensate(
             why="what stays is fitted to what went, on what the layers read",
             fix="give data=loader, or statistics=prunus.collect(…, 'second_moment')",
         )
+    before = Snapshot(model, optimizer)
     with without_blocks(model, plan.drops):
         if graph is None or plan.drops:
             graph = _trace_again(model, plan)
@@ -179,7 +183,10 @@ def compensate(
                 new_biases=new_biases,
             )
     _warn_of_few([new.report for _, new in change.repaired])
-    return _apply(model, plan, change, optimizer=optimizer, check=check)
+    grown = _write(model, plan, change)
+    cut(grown, model, optimizer=optimizer, check=check)
+    reports = [new.report for _, new in change.repaired] + [one.report for one in change.mixed]
+    return Compensation(grown, tuple(reports), dict(change.left), before.restore)
 
 
 @dataclass(frozen=True, eq=False)
@@ -374,50 +381,26 @@ def _trace_again(model: nn.Module, plan: Plan) -> CouplingGraph:
     return trace(model, args, kwargs, outputs=list(traced["outputs"]))
 
 
-def _apply(
-    model: nn.Module,
-    plan: Plan,
-    change: _Change,
-    *,
-    optimizer: torch.optim.Optimizer | None,
-    check: bool,
-) -> Compensation:
-    """Write the new weights into the whole model, then cut it; or change nothing."""
+def _write(model: nn.Module, plan: Plan, change: _Change) -> Plan:
+    """Write the new weights into the whole model; the plan with the biases that layers got."""
     added = new_biases_of(consumer for consumer, _ in change.repaired)
-    saved: dict[str, Tensor] = {}
+    names = Renaming(plan.drops)
+    add_biases(model, {names.before(name): dim for name, dim in added.items()})
     with without_blocks(model, plan.drops):
-        forget = add_biases(model, added)
         state, _ = state_of(model)
-    grown = plan.with_biases(added, {name: state[name].element_size() for name in added})
-
-    def put_back() -> None:
-        with torch.no_grad():
-            for name, values in saved.items():
-                state[name].copy_(values)
-        forget()
-
-    try:
-        with torch.no_grad():
-            _write_all(state, saved, change)
-        undo = cut(grown, model, optimizer=optimizer, check=check)
-    except BaseException:
-        put_back()
-        raise
-
-    def undo_all() -> None:
-        undo()
-        put_back()
-
-    reports = [new.report for _, new in change.repaired] + [one.report for one in change.mixed]
-    return Compensation(grown, tuple(reports), dict(change.left), undo_all)
+    with torch.no_grad():
+        _write_all(state, change)
+    return plan.with_biases(added, {name: state[name].element_size() for name in added})
 
 
-def _write_all(state: Mapping[str, Tensor], saved: dict[str, Tensor], change: _Change) -> None:
-    """Write what changes, in its order; ``saved`` gets what was there."""
+def _write_all(state: Mapping[str, Tensor], change: _Change) -> None:
+    """Write what changes, in its order, into memory of its own: what was there is left alone."""
+    owned: dict[str, Tensor] = {}
 
     def changing(name: str) -> Tensor:
-        saved.setdefault(name, state[name].detach().clone())
-        return state[name]
+        if name not in owned:
+            owned[name] = own_data(state[name])
+        return owned[name]
 
     for name, values in change.turned.state.items():
         changing(name).copy_(values)

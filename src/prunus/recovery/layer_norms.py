@@ -22,6 +22,7 @@ from prunus.graph.axis import Axis
 from prunus.importance.batches import run_batch
 from prunus.plans import Plan
 from prunus.surgeon.depth import without_blocks
+from prunus.surgeon.snapshot import own_data
 from prunus.tracer.program import state_of
 from prunus.tracer.trace import quiet_run
 
@@ -97,8 +98,8 @@ def correct_norms(model: nn.Module, corrections: Iterable[Correction]) -> None:
         factor = weight.double() + one.offset
         if one.bias:
             bias = state[one.bias]
-            bias.copy_(bias.double() + factor * one.shift)
-        weight.copy_(factor * one.scale - one.offset)
+            own_data(bias).copy_(bias.double() + factor * one.shift)
+        own_data(weight).copy_(factor * one.scale - one.offset)
 
 
 class _Form(NamedTuple):

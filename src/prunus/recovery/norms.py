@@ -10,12 +10,13 @@ from torch import nn
 
 from prunus.errors import DataError, checks_options
 from prunus.importance.batches import run_batch
-from prunus.recovery.put_back import remember
+from prunus.surgeon.snapshot import all_or_nothing
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 @checks_options
+@all_or_nothing
 def recalibrate(
     model: Model,
     data: Iterable[Any],
@@ -49,6 +50,7 @@ def recalibrate(
     return model
 
 
+@all_or_nothing
 def measure(
     model: nn.Module,
     norms: Sequence[nn.modules.batchnorm._BatchNorm],
@@ -60,7 +62,6 @@ def measure(
     """Do what :func:`recalibrate` does for some of a model's batch norms."""
     modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
-    put_back = remember(buffer for norm in norms for buffer in norm.buffers())
     done = 0
     try:
         model.eval()
@@ -85,9 +86,6 @@ def measure(
                 why="it holds NaN or infinite values, or the model makes them",
                 fix="clean the data; the model was put back",
             )
-    except BaseException:
-        put_back()
-        raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

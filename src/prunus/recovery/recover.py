@@ -18,12 +18,11 @@ from prunus.plans import Plan
 from prunus.recovery.compensate import compensate
 from prunus.recovery.layer_norms import Correction, correct_norms, measure_norms
 from prunus.recovery.norms import batch_norms, recalibrate
-from prunus.recovery.put_back import remember
 from prunus.recovery.refresh import Call, Moments, moments_of, move_statistics, random_calls
 from prunus.recovery.repair import Method
 from prunus.surgeon.apply import cut
+from prunus.surgeon.snapshot import Snapshot, all_or_nothing
 from prunus.tracer.outputs import answer_of
-from prunus.tracer.program import state_of
 from prunus.tracer.trace import quiet_run
 
 Recover = Literal["auto", "none", "recalibrate", "bias", "least_squares", "sequential"]
@@ -32,9 +31,6 @@ LOOKED_AT = 4
 """Batches on which the outputs are compared with those of the dense model."""
 
 WORSE = "it made the outputs worse"
-
-Undone = list[Callable[[], None]]
-"""What puts back values that steps changed in place, in the order of the steps."""
 
 Progress = Callable[[str, int], None]
 """Called with the name of a step, and the number of batches done."""
@@ -74,6 +70,7 @@ class Recovery:
     undo: Callable[[], None] = field(repr=False, compare=False)
 
 
+@all_or_nothing
 def cut_and_recover(
     model: nn.Module,
     plan: Plan,
@@ -115,41 +112,37 @@ def cut_and_recover(
         As from what it calls; the model is then whole.
     """
     check_recovery(method, data)
+    dense = Snapshot(model, optimizer)
     if data is None and method == "auto":
-        return _cut_and_refresh(model, plan, optimizer, seed)
+        return Recovery(plan, _cut_and_refresh(model, plan, optimizer, seed), dense.restore)
     if data is None or method == "none":
-        return Recovery(plan, (), cut(plan, model, optimizer=optimizer))
+        cut(plan, model, optimizer=optimizer)
+        return Recovery(plan, (), dense.restore)
     tell = _counting(progress, "norms")
     norms = measure_norms(model, plan, data, progress=tell) if method == "auto" else ()
-    dense = answers_of(model, looked_at)
-    bench = _Bench(model, data, looked_at, dense, norms, progress, optimizer=optimizer)
-    undo = bench.cut(plan)
-    undone: Undone = []
-    try:
-        steps = [Step("cut", bench.distance())]
-        if method != "recalibrate":
-            undo()
-            undo = _nothing
-            kind: Method = "bias" if method == "bias" else "least_squares"
-            limit = steps[0].error if method == "auto" else None
-            options: Any = {"method": kind, "new_biases": new_biases}
-            if method == "sequential":
-                options["sequential"] = True
-            plan, undo, step = bench.compensate(plan, graph, limit, **options)
-            steps.append(step)
-        if norms:
-            steps.append(bench.correct(_left(steps), undone))
-        if method in ("auto", "recalibrate") and batch_norms(model):
-            steps.append(bench.settle(_left(steps) if method == "auto" else None, undone))
-    except BaseException:
-        _undo_all(undo, undone)
-        raise
-    return Recovery(plan, tuple(steps), lambda: _undo_all(undo, undone))
+    answers = answers_of(model, looked_at)
+    bench = _Bench(model, data, looked_at, answers, norms, progress, optimizer=optimizer)
+    bench.cut(plan)
+    steps = [Step("cut", bench.distance())]
+    if method != "recalibrate":
+        dense.restore()
+        kind: Method = "bias" if method == "bias" else "least_squares"
+        limit = steps[0].error if method == "auto" else None
+        options: Any = {"method": kind, "new_biases": new_biases}
+        if method == "sequential":
+            options["sequential"] = True
+        plan, step = bench.compensate(plan, graph, limit, dense, **options)
+        steps.append(step)
+    if norms:
+        steps.append(bench.correct(_left(steps)))
+    if method in ("auto", "recalibrate") and batch_norms(model):
+        steps.append(bench.settle(_left(steps) if method == "auto" else None))
+    return Recovery(plan, tuple(steps), dense.restore)
 
 
 def _cut_and_refresh(
     model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None, seed: int
-) -> Recovery:
+) -> tuple[Step, ...]:
     """Cut the model, and let its batch norms follow without data."""
     calls = random_calls(plan, model, seed=seed) if batch_norms(model) else []
     dense: Moments = {}
@@ -160,19 +153,14 @@ def _cut_and_refresh(
             answers = answers_of(model, calls[:LOOKED_AT], _run_call)
     except Exception:  # a model's code may refuse random values with any error
         calls = []
-    undo = cut(plan, model, optimizer=optimizer)
+    cut(plan, model, optimizer=optimizer)
     if not calls:
-        return Recovery(plan, (), undo)
+        return ()
     bench = _Bench(model, calls, calls[:LOOKED_AT], answers, (), None, _run_call)
-    undone: Undone = []
-    try:
-        steps = [Step("cut", bench.distance())]
-        if not math.isnan(steps[0].error):
-            steps.append(bench.refresh(plan, dense, steps[0].error, undone))
-    except BaseException:
-        _undo_all(undo, undone)
-        raise
-    return Recovery(plan, tuple(steps), lambda: _undo_all(undo, undone))
+    step = Step("cut", bench.distance())
+    if math.isnan(step.error):
+        return (step,)
+    return step, bench.refresh(plan, dense, step.error)
 
 
 def _run_call(model: nn.Module, call: Call) -> Any:
@@ -210,14 +198,19 @@ class _Bench:
     run: Callable[[nn.Module, Any], Any] = run_batch
     optimizer: torch.optim.Optimizer | None = None
 
-    def cut(self, plan: Plan) -> Callable[[], None]:
-        """Cut the model without any repair; what undoes that."""
-        return cut(plan, self.model, optimizer=self.optimizer)
+    def cut(self, plan: Plan) -> None:
+        """Cut the model without any repair."""
+        cut(plan, self.model, optimizer=self.optimizer)
 
     def compensate(
-        self, plan: Plan, graph: CouplingGraph | None, limit: float | None, **options: Any
-    ) -> tuple[Plan, Callable[[], None], Step]:
-        """Compensate the whole model; with a limit, only cut it where that can't be or is worse."""
+        self,
+        plan: Plan,
+        graph: CouplingGraph | None,
+        limit: float | None,
+        dense: Snapshot,
+        **options: Any,
+    ) -> tuple[Plan, Step]:
+        """Compensate the dense model; with a limit, only cut it where that can't be or is worse."""
         name = "bias" if options["method"] == "bias" else "least squares"
         name += " in sequence" if options.get("sequential") else ""
         count = _counting(self.progress, name)
@@ -233,22 +226,19 @@ class _Bench:
         except ModelError as error:
             if limit is None:
                 raise
-            return plan, self.cut(plan), Step(name, math.nan, False, error.what)
-        try:
-            found = self.distance()
-            nearer = _nearer(found, limit) or _nearer(self._corrected(), limit)
-        except BaseException:
-            done.undo()
-            raise
-        if nearer:
+            self.cut(plan)
+            return plan, Step(name, math.nan, False, error.what)
+        found = self.distance()
+        if _nearer(found, limit) or _nearer(self._corrected(), limit):
             minded = "; ".join(str(one.message) for one in told)
-            return done.plan, done.undo, Step(name, found, why=minded)
-        done.undo()
-        return plan, self.cut(plan), Step(name, found, False, WORSE)
+            return done.plan, Step(name, found, why=minded)
+        dense.restore()
+        self.cut(plan)
+        return plan, Step(name, found, False, WORSE)
 
-    def correct(self, limit: float, undone: Undone) -> Step:
+    def correct(self, limit: float) -> Step:
         """Correct norms over shortened axes; as they were where that is worse than the limit."""
-        return self._try("norms", self._of_norms(), self._correct, limit, undone)
+        return self._try("norms", self._correct, limit)
 
     def _corrected(self) -> float:
         """How far off the outputs would be with the norms corrected.
@@ -258,54 +248,41 @@ class _Bench:
         """
         if not self.norms:
             return math.inf
-        put_back = remember(self._of_norms())
+        before = Snapshot(self.model)
         self._correct()
         found = self.distance()
-        put_back()
+        before.restore()
         return found
-
-    def _of_norms(self) -> list[Tensor]:
-        state, _ = state_of(self.model)
-        return [state[name] for one in self.norms for name in (one.weight, one.bias) if name]
 
     def _correct(self) -> None:
         correct_norms(self.model, self.norms)
 
-    def settle(self, limit: float | None, undone: Undone) -> Step:
+    def settle(self, limit: float | None) -> Step:
         """Measure batch norms again; as they were where that is worse than the limit."""
         name = "batch norms"
-        touched = [buffer for norm in batch_norms(self.model) for buffer in norm.buffers()]
 
         def measure() -> None:
             recalibrate(self.model, self.data, progress=_counting(self.progress, name))
 
-        return self._try(name, touched, measure, limit, undone)
+        return self._try(name, measure, limit)
 
-    def refresh(self, plan: Plan, dense: Moments, limit: float, undone: Undone) -> Step:
+    def refresh(self, plan: Plan, dense: Moments, limit: float) -> Step:
         """Let batch norms follow without data; as they were where that is worse than the limit."""
-        touched = [buffer for norm in batch_norms(self.model) for buffer in norm.buffers()]
 
         def move() -> None:
             found = moments_of(self.model, list(self.data))
             move_statistics(self.model, plan, dense, found)
 
-        return self._try("batch norms (no data)", touched, move, limit, undone)
+        return self._try("batch norms (no data)", move, limit)
 
-    def _try(
-        self,
-        name: str,
-        touched: Sequence[Tensor],
-        change: Callable[[], None],
-        limit: float | None,
-        undone: Undone,
-    ) -> Step:
-        """Change tensors in place; with a limit, not where the outputs are farther off then."""
-        undone.append(remember(touched))
+    def _try(self, name: str, change: Callable[[], None], limit: float | None) -> Step:
+        """Change the model in place; with a limit, not where the outputs are farther off then."""
+        before = Snapshot(self.model)
         change()
         found = self.distance()
         if _nearer(found, limit):
             return Step(name, found)
-        undone.pop()()
+        before.restore()
         return Step(name, found, False, WORSE)
 
     def distance(self) -> float:
@@ -326,13 +303,6 @@ def _nearer(found: float, limit: float | None) -> bool:
 def _left(steps: Sequence[Step]) -> float:
     """The error after the last step that was kept."""
     return next(step.error for step in reversed(steps) if step.kept)
-
-
-def _undo_all(undo: Callable[[], None], undone: Undone) -> None:
-    """Put values back, last first, and then the model that was cut."""
-    while undone:
-        undone.pop()()
-    undo()
 
 
 Answers = Sequence[Mapping[str, Tensor]]
@@ -363,7 +333,3 @@ def distance(wanted: Answers, found: Answers) -> float:
                 missed += float((smaller.double() - dense.double()).square().sum())
                 whole += float(dense.double().square().sum())
     return math.sqrt(missed / whole) if whole > 0 else math.nan
-
-
-def _nothing() -> None:
-    """What is undone where nothing was done."""

@@ -20,7 +20,7 @@ from prunus.drops import Renaming
 from prunus.graph.axis import Axis
 from prunus.plans import Plan
 from prunus.recovery.norms import batch_norms
-from prunus.recovery.put_back import remember
+from prunus.surgeon.snapshot import Snapshot
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.trace import quiet_run
 
@@ -61,19 +61,15 @@ def moments_of(model: nn.Module, calls: Sequence[Call]) -> Moments:
     """
     norms = {id(norm) for norm in batch_norms(model)}
     sums = {name: _Sums() for name, m in model.named_modules() if id(m) in norms}
-    put_back = remember(buffer for norm in batch_norms(model) for buffer in norm.buffers())
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(one, with_kwargs=True)
-        for name, one in sums.items()
-    ]
+    before = Snapshot(model)
     try:
+        for name, one in sums.items():
+            model.get_submodule(name).register_forward_pre_hook(one, with_kwargs=True)
         with quiet_run(model):
             for args, kwargs in calls:
                 model(*args, **kwargs)
     finally:
-        for hook in hooks:
-            hook.remove()
-        put_back()
+        before.restore()
     return {name: one.moments() for name, one in sums.items() if one.count}
 
 

@@ -33,7 +33,9 @@ from prunus.recovery.norms import batch_norms, measure
 from prunus.recovery.order import Order, find_order
 from prunus.recovery.queries_keys import Mixed
 from prunus.recovery.repair import Repair, Repaired, outputs_that_stay, shift_constant
-from prunus.surgeon.apply import cut, slice_tensor
+from prunus.surgeon.apply import cut
+from prunus.surgeon.slicing import slice_tensor
+from prunus.surgeon.snapshot import Snapshot, own_data
 from prunus.tracer.entry import ForwardFn, entered_by
 from prunus.tracer.program import duplicate, state_of
 
@@ -285,13 +287,11 @@ def _mixtures(state: Mapping[str, Tensor], mixed: Sequence[Mixed]) -> dict[str, 
 def _holding(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the context the model has these tensors."""
     state, _ = state_of(model)
-    saved = {name: state[name].detach().clone() for name in values}
+    before = Snapshot(model)
     try:
         with torch.no_grad():
             for name, new in values.items():
-                state[name].copy_(new)
+                own_data(state[name]).copy_(new)
         yield
     finally:
-        with torch.no_grad():
-            for name, old in saved.items():
-                state[name].copy_(old)
+        before.restore()

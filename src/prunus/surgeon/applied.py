@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,12 +14,33 @@ from prunus.errors import PlanError
 from prunus.plans import Plan
 from prunus.tracer.provenance import is_config
 
-_APPLIED: WeakKeyDictionary[nn.Module, tuple[Plan, ...]] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class Applied:
+    """The plans that were applied to a model, the first one first.
+
+    ``config`` is a copy of what its config said before the first of them.
+    """
+
+    plans: tuple[Plan, ...]
+    config: Any
+
+
+_APPLIED: WeakKeyDictionary[nn.Module, Applied] = WeakKeyDictionary()
 """A copy of a model is another model, of which nothing is known."""
 
 
-_CONFIGS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-"""What the config of a model said before the first cut."""
+def applied_to(model: nn.Module) -> Applied | None:
+    """What was applied to a model; None if nothing was."""
+    return _APPLIED.get(model)
+
+
+def set_applied(model: nn.Module, applied: Applied | None) -> None:
+    """What is to be known of a model, instead of what was."""
+    if applied is None:
+        _APPLIED.pop(model, None)
+    elif _APPLIED.get(model) is not applied:
+        _APPLIED[model] = applied
 
 
 def copy_config(model: nn.Module) -> Any:
@@ -29,26 +51,14 @@ def copy_config(model: nn.Module) -> Any:
 
 def config_before(model: nn.Module) -> Any:
     """What the config said before the first cut: the present one, if nothing was cut."""
-    return _CONFIGS[model] if model in _CONFIGS else copy_config(model)
+    applied = _APPLIED.get(model)
+    return copy_config(model) if applied is None else applied.config
 
 
 def remember(model: nn.Module, plan: Plan, config: Any) -> None:
     """Note that a plan has been applied, after those before it; ``config`` is from before it."""
-    if not _APPLIED.get(model):
-        _CONFIGS[model] = config
-    _APPLIED[model] = (*_APPLIED.get(model, ()), plan)
-
-
-def plans_of(model: nn.Module) -> tuple[Plan, ...]:
-    """All that have been applied, the first one first."""
-    return _APPLIED.get(model, ())
-
-
-def remember_only(model: nn.Module, plans: tuple[Plan, ...]) -> None:
-    """Forget all others: when a cut is undone."""
-    _APPLIED[model] = plans
-    if not plans:
-        _CONFIGS.pop(model, None)
+    known = _APPLIED.get(model) or Applied((), config)
+    _APPLIED[model] = Applied((*known.plans, plan), known.config)
 
 
 def applied_plan(model: nn.Module) -> Plan | None:
@@ -59,14 +69,14 @@ def applied_plan(model: nn.Module) -> Plan | None:
     PlanError
         If the plans don't follow one another, or only a part of the model was cut.
     """
-    plans = _APPLIED.get(model, ())
-    if not plans:
+    applied = _APPLIED.get(model)
+    if applied is None:
         for name, part in model.named_modules():
-            if _APPLIED.get(part):
+            if part in _APPLIED:
                 raise PlanError(
                     "a plan for a part of this model has been applied, none for all of it",
                     where=name,
                     fix="save that part, or trace, plan and cut the model as a whole",
                 )
         return None
-    return reduce(Plan.then, plans)
+    return reduce(Plan.then, applied.plans)

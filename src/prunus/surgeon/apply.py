@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -18,10 +18,14 @@ from prunus.drops import Renaming
 from prunus.errors import ApplyError, checks_options
 from prunus.graph.axis import Axis
 from prunus.plans import Plan
-from prunus.surgeon.applied import copy_config, plans_of, remember, remember_only
+from prunus.surgeon.applied import copy_config, remember
 from prunus.surgeon.attributes import read_attribute, write_attribute
 from prunus.surgeon.biases import add_biases
-from prunus.surgeon.depth import drop_blocks, find_places, forget_dropped
+from prunus.surgeon.depth import drop_blocks, find_places
+from prunus.surgeon.optimizer_state import forget_dropped, slice_state, write_state
+from prunus.surgeon.own_copies import own_copies
+from prunus.surgeon.slicing import slice_tensor
+from prunus.surgeon.snapshot import Snapshot, all_or_nothing, replace_data
 from prunus.tracer.caches import drop_caches
 from prunus.tracer.entry import ForwardFn, entered_as_traced
 from prunus.tracer.fakes import FakeRun, unlogged
@@ -35,6 +39,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @checks_options
 @uncollected()
+@all_or_nothing
 def apply(
     plan: Plan,
     model: Model,
@@ -69,56 +74,55 @@ def apply(
         If the smaller model does not run or answers in other shapes; it was put back.
     """
     traced = plan.traced if check else None
-    with entered_as_traced(model, traced, forward_fn):
+    with uncollected(), entered_as_traced(model, traced, forward_fn):
         cut(plan, model, optimizer=optimizer, check=check)
-    return model
+        return model
 
 
+@all_or_nothing
 def cut(
     plan: Plan,
     model: nn.Module,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     check: bool = True,
-) -> Callable[[], None]:
-    """What :func:`apply` does; returns a function that puts the model back as it was."""
-    before = list(model.parameters())
-    plans, config = plans_of(model), copy_config(model)
-    put_back = drop_blocks(model, plan.drops) if plan.drops else _nothing
-    forget = _nothing
-    try:
-        check_model(plan.widths, model, state_of(model)[0])
-        forget = add_biases(model, plan.biases)
-        undo = _slice(plan, model, optimizer, check=check)
-    except BaseException:
-        forget()
-        put_back()
-        raise
-    if optimizer is not None and plan.drops:
+) -> None:
+    """What :func:`apply` does, for a model that is called as it was traced."""
+    before, config = list(model.parameters()), copy_config(model)
+    if plan.drops:
+        drop_blocks(model, plan.drops)
+    check_model(plan.widths, model, state_of(model)[0])
+    if plan.biases:
+        add_biases(model, plan.biases)
+    state, aliases = state_of(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    check_edits(plan, modules)
+    moments = []
+    if optimizer is not None:
+        kept = {id(state[name]): (name, axes) for name, axes in _by_tensor(plan).items()}
+        moments = slice_state(optimizer, before, model, kept)
+    _slice(plan, modules, state, aliases)
+    own_copies(model, plan.edits)
+    for edit in plan.edits:
+        write_attribute(modules[edit.module], edit.attribute, edit.after)
+    if plan.traced is not None:
+        drop_caches(model, plan.traced.get("caches", ()))
+    if check:
+        _check_outputs(plan, model)
+    if optimizer is not None:
+        write_state(moments)
         forget_dropped(optimizer, before, model)
     _renew(model.modules())
     remember(model, plan, config)
 
-    def undo_all() -> None:
-        undo()
-        forget()
-        put_back()
-        remember_only(model, plans)
-
-    return undo_all
-
-
-def _nothing() -> None:
-    """Undoes nothing."""
-
 
 def _slice(
-    plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, check: bool
-) -> _Undo:
-    """Everything but the blocks, which are gone already, and the biases, which are there."""
-    state, aliases = state_of(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    check_edits(plan, modules)
+    plan: Plan,
+    modules: Mapping[str, nn.Module],
+    state: Mapping[str, Tensor],
+    aliases: Mapping[str, str],
+) -> None:
+    """Every tensor of the plan, and its gradient, without the positions that go."""
     kept = _by_tensor(plan)
     new = {
         name: slice_tensor(_scaled(plan, name, state[name]), axes) for name, axes in kept.items()
@@ -126,25 +130,11 @@ def _slice(
     grads = {
         name: slice_tensor(grad, axes)
         for name, axes in kept.items()
-        if (grad := state[name].grad) is not None
+        if state[name].is_leaf and (grad := state[name].grad) is not None
     }
-    undo = _Undo(plan, model)
-    try:
-        _swap(modules, state, new, aliases)
-        for name, grad in grads.items():
-            state[name].grad = grad
-        for edit in plan.edits:
-            write_attribute(modules[edit.module], edit.attribute, edit.after)
-        if plan.traced is not None:
-            drop_caches(model, plan.traced.get("caches", ()))
-        if check:
-            _check_outputs(plan, model)
-        if optimizer is not None:
-            _slice_optimizer(optimizer, state, plan)
-    except BaseException:
-        undo()
-        raise
-    return undo
+    _swap(modules, state, new, aliases)
+    for name, grad in grads.items():
+        state[name].grad = grad
 
 
 def _renew(modules: Iterable[nn.Module]) -> None:
@@ -162,21 +152,6 @@ def _renew(modules: Iterable[nn.Module]) -> None:
             elif isinstance(hook, BasePruningMethod):  # torch.nn.utils.prune: original × mask
                 with torch.no_grad():
                     setattr(module, hook._tensor_name, hook.apply_mask(module))
-
-
-def slice_tensor(tensor: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
-    """The positions that stay, dim by dim; contiguous in the tensor's own memory format."""
-    sliced = tensor.detach()
-    for dim, stay in keep.items():
-        sliced = sliced.index_select(dim, stay.to(sliced.device))
-    last = torch.channels_last
-    if (
-        tensor.dim() == 4
-        and tensor.is_contiguous(memory_format=last)
-        and not tensor.is_contiguous()
-    ):
-        return sliced.contiguous(memory_format=last)
-    return sliced.contiguous()
 
 
 def _scaled(plan: Plan, name: str, tensor: Tensor) -> Tensor:
@@ -260,7 +235,8 @@ def _swap(
     """Put the sliced tensors in place: parameters keep their identity, buffers are replaced."""
     for name, tensor in new.items():
         if isinstance(state[name], nn.Parameter):
-            _put(state[name], tensor)
+            state[name].grad = None  # of the old shape, which torch refuses beside the new data
+            replace_data(state[name], tensor)
     for name, first in [*((n, n) for n in new), *aliases.items()]:
         if first in new and not isinstance(state[first], nn.Parameter):
             prefix, _, own = name.rpartition(".")
@@ -269,56 +245,16 @@ def _swap(
             store[own] = new[first]
 
 
-def _put(parameter: Tensor, data: Tensor) -> None:
-    """Other data for the same object.
-
-    Autograd remembers a parameter's shape as long as anything of an old graph is alive (a loss
-    that is still in scope, say), and forgets it when the type changes in between.
-    """
-    parameter.grad = None  # of the old shape, which torch refuses beside the new data
-    if data.is_floating_point():
-        other = torch.float32 if data.dtype == torch.float16 else torch.float16
-        parameter.data = data.new_empty(0, dtype=other)
-    parameter.data = data
-
-
-class _Undo:
-    """Remembers what :func:`_slice` is about to touch, and puts it back."""
-
-    def __init__(self, plan: Plan, model: nn.Module) -> None:
-        state, aliases = state_of(model)
-        modules = dict(model.named_modules(remove_duplicate=False))
-        touched = {axis.tensor for axis in plan.keep}
-        self._state = {name: state[name] for name in touched}
-        self._data = {name: (state[name].data, state[name].grad) for name in touched}
-        self._aliases = {name: first for name, first in aliases.items() if first in touched}
-        self._modules = modules
-        self._attributes = [
-            (modules[edit.module], edit.attribute, edit.before) for edit in plan.edits
-        ]
-
-    def __call__(self) -> None:
-        for name, (data, grad) in self._data.items():
-            if isinstance(self._state[name], nn.Parameter):
-                _put(self._state[name], data)
-                self._state[name].grad = grad
-        buffers = {n: t for n, t in self._state.items() if not isinstance(t, nn.Parameter)}
-        _swap(self._modules, self._state, buffers, self._aliases)
-        for module, attribute, value in self._attributes:
-            write_attribute(module, attribute, value)
-        _renew(self._modules.values())
-
-
 def _check_outputs(plan: Plan, model: nn.Module) -> None:
     """Run the smaller model on fake tensors, real ones where it reads values."""
     traced = plan.traced
     if traced is None or traced["inputs"] is None:
         return
     spec, expected = traced["inputs"], traced["outputs"]
-    args, kwargs = rebuild_inputs(spec, model, varied=False)
     shapes: dict[str, list[int]] = {}
     meta = any(parameter.device.type == "meta" for parameter in model.parameters())
     for fake in (True, False):
+        args, kwargs = rebuild_inputs(spec, model, varied=False)  # a run may change them
         try:
             shapes = _output_shapes(model, args, kwargs, fake=fake)
             break
@@ -339,19 +275,14 @@ def _check_outputs(plan: Plan, model: nn.Module) -> None:
 
 
 def _output_shapes(model: nn.Module, args: Any, kwargs: Any, *, fake: bool) -> dict[str, list[int]]:
-    with quiet_run(model), unlogged(), FakeRun() if fake else nullcontext():
-        answer = answer_of(model(*args, **kwargs))
+    """Shapes by name; what the forward writes on the model is undone."""
+    before = Snapshot(model)
+    try:
+        with quiet_run(model), unlogged(), FakeRun() if fake else nullcontext():
+            answer = answer_of(model(*args, **kwargs))
+    finally:
+        before.restore()
     return {name: list(tensor.shape) for name, tensor in answer.items()}
-
-
-def _slice_optimizer(
-    optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor], plan: Plan
-) -> None:
-    for name, axes in _by_tensor(plan).items():
-        moments = optimizer.state.get(state[name], {})
-        for key, value in moments.items():
-            if isinstance(value, Tensor) and tuple(value.shape) == plan.shapes[name]:
-                moments[key] = slice_tensor(value, axes)
 
 
 def kept_axes(plan: Plan) -> dict[Axis, Any]:

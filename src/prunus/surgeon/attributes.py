@@ -205,15 +205,21 @@ def read_attribute(module: nn.Module, path: str) -> Any:
     return value
 
 
+def holders_of(module: nn.Module, path: str) -> list[Any]:
+    """The module, and the objects on the way to what :func:`read_attribute` reads."""
+    holders: list[Any] = [module]
+    for key in _keys(path)[:-1] if path != CLASS else ():
+        holders.append(_get(holders[-1], key))
+    return holders
+
+
 def write_attribute(module: nn.Module, path: str, value: Any) -> None:
     """Set what :func:`read_attribute` reads; tuples on the way are rebuilt."""
     if path == CLASS:
         become(module, value)
         return
     keys = _keys(path)
-    holders: list[Any] = [module]
-    for key in keys[:-1]:
-        holders.append(_get(holders[-1], key))
+    holders = holders_of(module, path)
     old = _get(holders[-1], keys[-1])
     value = type(old)(value) if isinstance(old, (list, tuple)) else value
     for holder, key in zip(reversed(holders), reversed(keys), strict=True):

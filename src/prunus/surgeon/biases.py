@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from prunus.errors import ApplyError
+from prunus.surgeon.snapshot import Snapshot, all_or_nothing
 
-Undo = Callable[[], None]
 
-
-def add_biases(model: nn.Module, biases: Mapping[str, int]) -> Undo:
-    """Make the biases that are not there yet, in place; returns what takes them out again.
+@all_or_nothing
+def add_biases(model: nn.Module, biases: Mapping[str, int]) -> None:
+    """Make the biases that are not there yet, in place.
 
     Parameters
     ----------
@@ -45,18 +45,13 @@ def add_biases(model: nn.Module, biases: Mapping[str, int]) -> Undo:
     for module, bias in made:
         module.bias = bias
 
-    def undo() -> None:
-        for module, _ in made:
-            module.bias = None  # type: ignore[assignment]
-
-    return undo
-
 
 @contextmanager
 def with_biases(model: nn.Module, biases: Mapping[str, int]) -> Iterator[None]:
     """Within the context the model has the biases."""
-    undo = add_biases(model, biases)
+    before = Snapshot(model)
     try:
+        add_biases(model, biases)
         yield
     finally:
-        undo()
+        before.restore()

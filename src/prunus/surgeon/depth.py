@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from prunus.errors import ApplyError, ModelError, PlanError
 from prunus.surgeon.layer_count import Change, find_counts
-
-Undo = Callable[[], None]
+from prunus.surgeon.own_copies import own_copies_of_configs
+from prunus.surgeon.snapshot import Snapshot, all_or_nothing
 
 _ORDINAL = re.compile(r"layer|block|depth|number|ind?e?x|id$", re.IGNORECASE)
 """What an attribute has to be called in a list of two: 0 and 1 may mean anything."""
 
 
-def drop_blocks(model: nn.Module, names: Sequence[str]) -> Undo:
-    """Remove children of lists and sequences of modules, in place; returns what puts them back.
+@all_or_nothing
+def drop_blocks(model: nn.Module, names: Sequence[str]) -> None:
+    """Remove children of lists and sequences of modules, in place.
 
     The children that stay close up.  What follows: integers that number them (``layer_idx``, by
     which a cache is indexed), and in configs the number of layers and the lists that have an entry
@@ -39,45 +39,26 @@ def drop_blocks(model: nn.Module, names: Sequence[str]) -> Undo:
         If its children are named in a way that can't close up.
     """
     stacks = find_places(model, names)
-    undoes: list[Undo] = []
-
-    def undo() -> None:
-        while undoes:
-            undoes.pop()()
-
-    try:
-        for path, gone in stacks.items():
-            changes = [*_numbering(_child(model, path), gone), *find_counts(model, path, gone)]
-            undoes.append(_close_up(_child(model, path), gone, path))
-            for change in changes:
-                undoes.append(_write(change))
-    except BaseException:
-        undo()
-        raise
-    return undo
+    own_copies_of_configs(model)
+    for path, gone in stacks.items():
+        changes = [*_numbering(_child(model, path), gone), *find_counts(model, path, gone)]
+        _close_up(_child(model, path), gone, path)
+        for change in changes:
+            change.holder[change.key] = change.value
 
 
 @contextmanager
 def without_blocks(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
     """Within the context the model lacks the blocks; nothing is copied."""
-    undo = drop_blocks(model, names) if names else None
+    if not names:
+        yield model
+        return
+    before = Snapshot(model)
     try:
+        drop_blocks(model, names)
         yield model
     finally:
-        if undo is not None:
-            undo()
-
-
-def forget_dropped(
-    optimizer: torch.optim.Optimizer, before: Sequence[nn.Parameter], model: nn.Module
-) -> None:
-    """Take parameters that the model no longer has out of an optimizer, with their state."""
-    left = {id(parameter) for parameter in model.parameters()}
-    gone = {id(parameter) for parameter in before} - left
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in gone]
-    for parameter in [p for p in optimizer.state if id(p) in gone]:
-        del optimizer.state[parameter]
+        before.restore()
 
 
 def find_places(model: nn.Module, names: Sequence[str]) -> dict[str, list[int]]:
@@ -124,7 +105,7 @@ def _child(model: nn.Module, path: str) -> nn.Module:
     return model.get_submodule(path)
 
 
-def _close_up(container: nn.Module, gone: Sequence[int], path: str) -> Undo:
+def _close_up(container: nn.Module, gone: Sequence[int], path: str) -> None:
     """Take children out; those that are called by their place move up."""
     children = container._modules
     saved = dict(children)
@@ -139,12 +120,8 @@ def _close_up(container: nn.Module, gone: Sequence[int], path: str) -> Undo:
             )
         kept = [(str(place), child) for place, (_, child) in enumerate(kept)]
 
-    def put(entries: Mapping[str, nn.Module | None]) -> None:
-        children.clear()
-        children.update(entries)
-
-    put(dict(kept))
-    return lambda: put(saved)
+    children.clear()
+    children.update(kept)
 
 
 def _numbering(container: nn.Module, gone: Sequence[int]) -> Iterator[Change]:
@@ -174,12 +151,6 @@ def _numbering(container: nn.Module, gone: Sequence[int]) -> Iterator[Change]:
             for holder in own[name]:
                 yield Change(holder, name, later)
         later += 1
-
-
-def _write(change: Change) -> Undo:
-    before = change.holder[change.key]
-    change.holder[change.key] = change.value
-    return lambda: change.holder.__setitem__(change.key, before)
 
 
 def refuse_quantized(model: nn.Module) -> None:

@@ -1,0 +1,336 @@
+"""What an optimizer keeps for a parameter is cut along, axis by axis, or refused by name.
+
+State is judged by its shape, not by its name.  Scalars stay.  Each dim of any other tensor is a dim
+of the parameter, or 1 where the optimizer has reduced it (Adafactor), or it is left out; where
+several dims could be meant and they lose different positions, nobody can tell.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prunus.errors import ApplyError
+from prunus.surgeon.slicing import slice_tensor
+
+Axes = Mapping[int, Tensor]
+"""Dim → positions that stay."""
+
+_INNER = ("optimizer", "base_optimizer", "optim")
+"""Attributes under which wrappers (SAM, Lookahead, accelerate) keep the optimizer inside."""
+
+_OF_EVERY_OPTIMIZER = frozenset(vars(torch.optim.SGD([nn.Parameter(torch.zeros(1))])))
+
+_FIX = "make a new optimizer after the cut; nothing was changed"
+
+_SQUARE = 16
+"""Smaller square states may be symmetric by chance."""
+
+_CODES = (torch.uint8, torch.int8)
+"""Of states that are stored in 8 bits, block by block."""
+
+
+class Change(NamedTuple):
+    """An entry of a state, and its later value; without one, all entries go."""
+
+    holder: Any
+    key: Any
+    value: Any
+
+
+class _Place(NamedTuple):
+    """What speaks of a parameter, for messages."""
+
+    optimizer: str
+    parameter: str
+    key: str
+
+
+def slice_state(
+    optimizer: Any,
+    before: Sequence[nn.Parameter],
+    model: nn.Module,
+    kept: Mapping[int, tuple[str, Axes]],
+) -> list[Change]:
+    """What an optimizer's state becomes; nothing is changed yet.
+
+    Parameters
+    ----------
+    optimizer
+        Any optimizer, or a wrapper around one.
+    before
+        All parameters that the model had before blocks were dropped.
+    model
+        Without these blocks, and not cut yet.
+    kept
+        By the id of each tensor that loses positions: its name, and what stays of its dims.
+
+    Raises
+    ------
+    ApplyError
+        If the optimizer has none of the parameters, or a state that can't be cut along.
+    """
+    found = list(_optimizers(optimizer))
+    held = {id(p) for one in found for group in one.param_groups for p in group["params"]}
+    kind = type(optimizer).__name__
+    if before and not held & {id(p) for p in before}:
+        raise ApplyError(
+            f"the optimizer ({kind}) holds none of the model's parameters",
+            why="it was made for another model, or for copies of the parameters",
+            fix="give the optimizer that trains this model, or none",
+        )
+    gone = {id(p) for p in before} - {id(p) for p in model.parameters()}
+    changes: list[Change] = []
+    for one in found:
+        changes += _Slicer(one, kept, gone).changes()
+    return changes
+
+
+def write_state(changes: Sequence[Change]) -> None:
+    """Make the changes, in place."""
+    for holder, key, value in changes:
+        if key is None:
+            holder.clear()
+        elif isinstance(holder, (dict, list)):
+            holder[key] = value
+        else:
+            setattr(holder, key, value)
+
+
+def forget_dropped(optimizer: Any, before: Sequence[nn.Parameter], model: nn.Module) -> None:
+    """Take parameters that the model no longer has out of an optimizer, with their state."""
+    left = {id(parameter) for parameter in model.parameters()}
+    gone = {id(parameter) for parameter in before} - left
+    for one in _optimizers(optimizer) if gone else ():
+        for group in one.param_groups:  # in place: an optimizer may keep the list elsewhere as well
+            group["params"][:] = [p for p in group["params"] if id(p) not in gone]
+        for parameter in [p for p in one.state if id(p) in gone]:
+            del one.state[parameter]
+
+
+def _optimizers(optimizer: Any) -> Iterator[Any]:
+    """An optimizer, and those inside, each state once."""
+    seen: set[int] = set()
+    waiting = [optimizer]
+    while waiting:
+        one = waiting.pop(0)
+        if id(one) in seen or not hasattr(one, "param_groups") or not hasattr(one, "state"):
+            continue
+        seen.add(id(one))
+        yield one
+        waiting += [inner for name in _INNER if (inner := vars(one).get(name)) is not None]
+
+
+class _Slicer:
+    """Finds what becomes of one optimizer."""
+
+    def __init__(
+        self, optimizer: Any, kept: Mapping[int, tuple[str, Axes]], gone: Collection[int]
+    ) -> None:
+        self._optimizer, self._kept, self._gone = optimizer, kept, gone
+        self._kind = type(optimizer).__name__
+        self._groups = [group["params"] for group in optimizer.param_groups]
+        self._parameters = [parameter for group in self._groups for parameter in group]
+
+    def changes(self) -> list[Change]:
+        touched = {*self._kept, *self._gone}
+        if not any(id(parameter) in touched for parameter in self._parameters):
+            return []
+        if isinstance(self._optimizer, torch.optim.LBFGS):
+            return _without_history(self._optimizer)
+        state = self._optimizer.state
+        found: list[Change] = []
+        for parameter, entries in list(state.items()):
+            if isinstance(parameter, Tensor):
+                found += self._of_parameter(state, parameter, entries)
+            else:
+                self._refuse_tensors(entries, repr(parameter))
+        for group in self._optimizer.param_groups:
+            for key, value in group.items():
+                if key != "params":
+                    self._refuse_tensors(value, key)
+        return [*found, *self._own_attributes()]
+
+    def _of_parameter(self, holder: Any, parameter: Tensor, entries: Any) -> list[Change]:
+        """What is kept for a parameter; entry by entry, where it is a dict that others may hold."""
+        if id(parameter) not in self._kept:
+            return []
+        name, axes = self._kept[id(parameter)]
+        shape = tuple(parameter.shape)
+        if not isinstance(entries, dict):
+            place = _Place(self._kind, name, "")
+            return [Change(holder, parameter, _cut(entries, shape, axes, place))]
+        found = []
+        for key, value in entries.items():
+            later = _cut(value, shape, axes, _Place(self._kind, name, str(key)))
+            if later is not value:
+                found.append(Change(entries, key, later))
+        return found
+
+    def _own_attributes(self) -> list[Change]:
+        """Tensors that a class keeps beside its state: by parameter, or in the order of groups."""
+        found: list[Change] = []
+        for name, value in vars(self._optimizer).items():
+            if name in _OF_EVERY_OPTIMIZER or name in _INNER or not self._has_tensors(value):
+                continue
+            if isinstance(value, dict) and all(isinstance(key, Tensor) for key in value):
+                for parameter, entries in value.items():
+                    found += self._of_parameter(value, parameter, entries)
+            elif _is_parallel(value, self._parameters) and not self._gone:
+                found += self._of_list(value, self._parameters, name)
+            elif _are_parallel(value, self._groups) and not self._gone:
+                for entries, group in zip(value, self._groups, strict=True):
+                    found += self._of_list(entries, group, name)
+            else:
+                self._refuse_tensors(value, name)
+        return found
+
+    def _of_list(self, entries: list[Any], parameters: Sequence[Tensor], name: str) -> list[Change]:
+        found = []
+        for number, (entry, parameter) in enumerate(zip(entries, parameters, strict=True)):
+            if id(parameter) in self._kept and entry is not parameter:
+                path, axes = self._kept[id(parameter)]
+                place = _Place(self._kind, path, name)
+                found.append(
+                    Change(entries, number, _cut(entry, tuple(parameter.shape), axes, place))
+                )
+        return found
+
+    def _has_tensors(self, value: Any) -> bool:
+        """Whether there are tensors in it that are none of the optimizer's own parameters."""
+        return _has_tensors(value, frozenset(map(id, self._parameters)))
+
+    def _refuse_tensors(self, value: Any, key: str) -> None:
+        """Refuse tensors that are kept for no single parameter."""
+        if self._has_tensors(value):
+            what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "in it"
+            raise ApplyError(
+                f"the state of {self._kind} can't be cut along: {key!r}",
+                where=key,
+                why=f"it is kept for no single parameter, and has a tensor {what}",
+                fix=_FIX,
+            )
+
+
+def _is_parallel(values: Any, parameters: Sequence[Tensor]) -> bool:
+    """Whether a list has, in their order, a tensor for every parameter, of its shape."""
+    return (
+        isinstance(values, list)
+        and len(values) == len(parameters)
+        and all(
+            isinstance(value, Tensor) and value.shape == parameter.shape
+            for value, parameter in zip(values, parameters, strict=True)
+        )
+    )
+
+
+def _are_parallel(values: Any, groups: Sequence[Sequence[Tensor]]) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == len(groups)
+        and all(map(_is_parallel, values, groups))
+    )
+
+
+def _without_history(optimizer: torch.optim.LBFGS) -> list[Change]:
+    """Differences of earlier steps say nothing of a smaller model: LBFGS begins anew."""
+    if any(optimizer.state.values()):
+        warnings.warn(
+            "LBFGS: the history of earlier steps was dropped, since the curvature that it holds is "
+            "that of the larger model; the next step starts without any",
+            stacklevel=2,
+        )
+    return [Change(optimizer.state, None, None), Change(optimizer, "_numel_cache", None)]
+
+
+def _cut(value: Any, shape: tuple[int, ...], axes: Axes, place: _Place) -> Any:
+    """A state without the positions that go; containers are made anew where anything changes."""
+    if isinstance(value, Tensor):
+        return _cut_tensor(value, shape, axes, place)
+    if isinstance(value, dict):
+        later = {k: _cut(v, shape, axes, _inside(place, k)) for k, v in value.items()}
+        return later if any(later[key] is not value[key] for key in value) else value
+    if isinstance(value, (list, tuple)):
+        items = [_cut(v, shape, axes, _inside(place, n)) for n, v in enumerate(value)]
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if _has_tensors(value):
+        raise _refusal(place, f"a {type(value).__name__} that holds tensors", shape)
+    return value
+
+
+def _cut_tensor(value: Tensor, shape: tuple[int, ...], axes: Axes, place: _Place) -> Tensor:
+    if value.dim() == 0 or value.numel() <= 1:
+        return value
+    size = tuple(value.shape)
+    if type(value) not in (Tensor, nn.Parameter):
+        raise _refusal(place, f"a {type(value).__name__} of shape {size}", shape)
+    if value.dtype in _CODES:
+        raise _refusal(place, f"a tensor of {value.dtype} and shape {size}: codes in blocks", shape)
+    if _is_product(value):
+        raise _refusal(place, f"a symmetric matrix of shape {size}: of products of one dim", shape)
+    found = list(_meanings(size, shape, axes))
+    if not found:
+        raise _refusal(place, f"a tensor of shape {size}", shape)
+    if any(_kept_of(one, axes) != _kept_of(found[0], axes) for one in found):
+        raise _refusal(place, f"a tensor of shape {size}, whose dims may be several", shape)
+    wanted = {dim: axes[own] for dim, own in found[0].items()}
+    return slice_tensor(value, wanted) if wanted else value
+
+
+def _meanings(
+    size: tuple[int, ...], shape: tuple[int, ...], axes: Axes
+) -> Iterator[dict[int, int]]:
+    """Which dims of a state are dims of the parameter that lose positions, in every way."""
+    for dims in combinations(range(len(shape)), len(size)):
+        if all(n in (shape[own], 1) for n, own in zip(size, dims, strict=True)):
+            yield {
+                dim: own for dim, own in enumerate(dims) if own in axes and size[dim] == shape[own]
+            }
+
+
+def _kept_of(meaning: Mapping[int, int], axes: Axes) -> dict[int, list[int]]:
+    return {dim: axes[own].tolist() for dim, own in meaning.items()}
+
+
+def _is_product(value: Tensor) -> bool:
+    """Whether it looks like a matrix of products of one dim with itself (Shampoo, SOAP, K-FAC)."""
+    if value.dim() != 2 or value.shape[0] != value.shape[1] or value.shape[0] < _SQUARE:
+        return False
+    if value.is_meta or not value.is_floating_point() or bool((value == value[0, 0]).all()):
+        return False
+    return torch.allclose(value, value.T, rtol=1e-4, atol=1e-6 * float(value.abs().max()))
+
+
+def _inside(place: _Place, key: Any) -> _Place:
+    return place._replace(key=f"{place.key}[{key!r}]")
+
+
+def _has_tensors(value: Any, known: Collection[int] = (), depth: int = 0) -> bool:
+    """Whether a tensor of more than one element is in a value, or in what it holds."""
+    if isinstance(value, Tensor):
+        return value.numel() > 1 and id(value) not in known
+    if depth > 4 or isinstance(value, (torch.optim.Optimizer, nn.Module, type)) or callable(value):
+        return False
+    items = value if isinstance(value, (list, tuple, set)) else ()
+    if isinstance(value, dict):
+        items = list(value.values())
+    elif hasattr(value, "__dict__"):
+        items = list(vars(value).values())
+    return any(_has_tensors(item, known, depth + 1) for item in items)
+
+
+def _refusal(place: _Place, what: str, shape: tuple[int, ...]) -> ApplyError:
+    return ApplyError(
+        f"the state of {place.optimizer} can't be cut along: {place.key!r} of {place.parameter}",
+        where=place.parameter,
+        why=f"it is {what}, and the parameter has shape {shape}: shapes don't tell which of its "
+        "entries stay",
+        fix=_FIX,
+    )

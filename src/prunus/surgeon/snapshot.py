@@ -1,0 +1,226 @@
+"""A model as it is at one moment, and the rule that a call changes all of it or nothing."""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from prunus.surgeon.applied import Applied, applied_to, set_applied
+from prunus.surgeon.switches import Switches, signals_deferred
+from prunus.tracer.provenance import is_config
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+_DEEPEST = 8
+"""How many containers within containers are looked into."""
+
+_PLAIN = (int, float, str, bool, bytes, type(None))
+
+
+def all_or_nothing(verb: Callable[P, Result]) -> Callable[P, Result]:
+    """Make a function that changes its argument ``model`` all or nothing.
+
+    Whatever is raised within, ``KeyboardInterrupt`` and ``MemoryError`` included, the model is then
+    as it was before the call, and so is the ``optimizer`` if the function is given one.  The call
+    has succeeded once the function returns.
+    """
+    names = list(inspect.signature(verb).parameters)
+    place = names.index("model")
+
+    @wraps(verb)
+    def whole(*args: P.args, **kwargs: P.kwargs) -> Result:
+        model = args[place] if len(args) > place else kwargs.get("model")
+        if not isinstance(model, nn.Module):
+            return verb(*args, **kwargs)  # which says itself what is wrong
+        switches, before = Switches(), Snapshot(model, kwargs.get("optimizer"))
+        try:
+            try:
+                return verb(*args, **kwargs)
+            except BaseException:
+                before.restore()
+                switches.restore()
+                raise
+        except BaseException:
+            # A second interrupt may have come before or during the above: restoring is idempotent.
+            before.restore()
+            switches.restore()
+            raise
+
+    return whole
+
+
+class Snapshot:
+    """Everything of a model, and of its optimizer, that Prunus may change, as it is now.
+
+    Kept are classes, attributes and hooks of modules, the contents of their dicts, lists, sets and
+    config objects, the memory, gradient and ``requires_grad`` of every tensor, param groups and
+    states of the optimizer, and the plans that were applied.  The values of buffers and tensor
+    attributes are copied, since a forward may write them in place; of parameters only those that
+    PyTorch itself writes (embeddings with ``max_norm``).  For all others the memory is kept as it
+    is, so new values have to go into new memory (``parameter.data = …``).
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any = None) -> None:
+        self._model = model
+        self._applied: Applied | None = applied_to(model)
+        self._modules = [(module, type(module)) for module in model.modules()]
+        walk = _Walk()
+        for module, _ in self._modules:
+            walk.into(vars(module), 0)
+        self._tensors = [_Memory(tensor) for tensor in walk.tensors.values()]
+        written = [t for t in walk.tensors.values() if not isinstance(t, nn.Parameter)]
+        written += (
+            weight
+            for module, _ in self._modules
+            if getattr(module, "max_norm", None) is not None
+            and isinstance(weight := module._parameters.get("weight"), Tensor)
+        )
+        self._contents = list(_contents(written))
+        if optimizer is not None:
+            walk.into(optimizer, 0)
+        self._containers = walk.containers
+
+    def restore(self) -> None:
+        """Put everything back; may be called again, and later than signals want it to end."""
+        with signals_deferred():
+            for module, kind in self._modules:
+                if type(module) is not kind:
+                    object.__setattr__(module, "__class__", kind)
+            for container, content in self._containers:
+                _refill(container, content)
+            for memory in self._tensors:
+                memory.restore()
+            for storage, values in self._contents:
+                storage.copy_(values)
+            set_applied(self._model, self._applied)
+
+
+class _Walk:
+    """Collects the containers that can be reached, with their contents, and the tensors in them."""
+
+    def __init__(self) -> None:
+        self.containers: list[tuple[Any, Any]] = []
+        self.tensors: dict[int, Tensor] = {}
+        self._seen: set[int] = set()
+
+    def into(self, value: Any, depth: int) -> None:
+        if isinstance(value, _PLAIN) or id(value) in self._seen or depth > _DEEPEST:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, Tensor):
+            self.tensors[id(value)] = value
+        elif isinstance(value, dict):
+            self.containers.append((value, dict(value)))
+            self._all(list(value.values()), depth)
+        elif isinstance(value, (list, set, deque)):
+            self.containers.append((value, set(value) if isinstance(value, set) else list(value)))
+            self._all(list(value), depth)
+        elif isinstance(value, tuple):
+            self._all(value, depth)
+        elif isinstance(value, torch.optim.Optimizer) or is_config(value):
+            self.into(vars(value), depth)
+
+    def _all(self, values: Iterable[Any], depth: int) -> None:
+        for value in values:
+            if not isinstance(value, _PLAIN):
+                self.into(value, depth + 1)
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Give a container the entries that it had, in their order; it stays the same object."""
+    if isinstance(container, set):
+        same = container == content
+    else:
+        entries, others = (
+            [*one.items()] if isinstance(one, dict) else [(None, item) for item in one]
+            for one in (container, content)
+        )
+        same = len(entries) == len(others) and all(
+            a is c and b is d for (a, b), (c, d) in zip(entries, others, strict=True)
+        )
+    if same:
+        return
+    if isinstance(container, list):
+        container[:] = content
+        return
+    container.clear()
+    if isinstance(container, deque):
+        container.extend(content)
+    else:
+        container.update(content)
+
+
+class _Memory:
+    """What a tensor object points at, and its gradient."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._data = tensor.data
+        self._leaf = tensor.is_leaf
+        self._grad = tensor.grad if self._leaf else None
+        self._trained = tensor.requires_grad
+
+    def restore(self) -> None:
+        tensor = self._tensor
+        if not _same_memory(tensor.data, self._data):
+            if self._leaf:
+                tensor.grad = None  # of another shape, which torch refuses beside the new data
+            replace_data(tensor, self._data)
+        if self._leaf and tensor.grad is not self._grad:
+            tensor.grad = self._grad
+        if self._leaf and tensor.requires_grad != self._trained:
+            tensor.requires_grad_(self._trained)
+
+
+def replace_data(tensor: Tensor, data: Tensor) -> None:
+    """Other data for the same tensor object.
+
+    Autograd remembers a parameter's shape as long as anything of an old graph is alive (a loss
+    that is still in scope, say), and forgets it when the type changes in between.
+    """
+    if data.is_floating_point() and tensor.shape != data.shape:
+        other = torch.float32 if data.dtype == torch.float16 else torch.float16
+        tensor.data = data.new_empty(0, dtype=other)
+    tensor.data = data
+
+
+def own_data(tensor: Tensor) -> Tensor:
+    """The tensor, with its values in new memory, in which they may be changed in place."""
+    tensor.data = tensor.detach().clone()
+    return tensor
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    if (a.dtype, a.shape, a.layout, a.device) != (b.dtype, b.shape, b.layout, b.device):
+        return False
+    if _is_odd(a):
+        return False
+    return (a.stride(), a.storage_offset(), a.untyped_storage()._cdata) == (
+        b.stride(),
+        b.storage_offset(),
+        b.untyped_storage()._cdata,
+    )
+
+
+def _is_odd(tensor: Tensor) -> bool:
+    """Whether it is not one strided array in one storage."""
+    return tensor.layout != torch.strided or tensor.is_nested
+
+
+def _contents(tensors: Iterable[Tensor]) -> Iterable[tuple[Any, Any]]:
+    """The memory of tensors, byte for byte, each once."""
+    seen: set[int] = set()
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or _is_odd(tensor):
+            continue
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            yield storage, storage.clone()

@@ -1,0 +1,105 @@
+"""What belongs to the whole process: PyTorch's switches, and signals."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.nn.modules import module as modules
+
+
+class Switches:
+    """Settings of the process and the thread that Prunus changes for a while, as they are now.
+
+    An interrupt may come between a switch and the ``try`` that would switch it back.
+    """
+
+    def __init__(self) -> None:
+        self._collecting = gc.isenabled()
+        self._fast = torch.backends.mha.get_fastpath_enabled()
+        self._onednn = torch._C._get_mkldnn_enabled()
+        self._cudnn = torch._C._get_cudnn_enabled()
+        self._gradients = torch.is_grad_enabled()
+        self._random = torch.get_rng_state()
+        self._modes = torch._C._len_torch_dispatch_stack()
+        self._function_modes = torch._C._len_torch_function_stack()
+        self._filters = list(warnings.filters)
+        self._loggers = [
+            (logger, logger.disabled)
+            for logger in (logging.getLogger("torch._subclasses.fake_tensor"),)
+        ]
+        self._logging = logging.root.manager.disable
+        self._hooks = [(hooks, dict(hooks)) for hooks in _hooks_of_all_modules()]
+
+    def restore(self) -> None:
+        """Set what has changed back; may be called again."""
+        with signals_deferred():
+            while torch._C._len_torch_dispatch_stack() > self._modes:
+                torch._C._pop_torch_dispatch_stack()
+            while torch._C._len_torch_function_stack() > self._function_modes:
+                torch._C._pop_torch_function_stack()
+            if self._collecting != gc.isenabled():
+                (gc.enable if self._collecting else gc.disable)()
+            torch.backends.mha.set_fastpath_enabled(self._fast)
+            torch._C._set_mkldnn_enabled(self._onednn)
+            torch._C._set_cudnn_enabled(self._cudnn)
+            torch.set_grad_enabled(self._gradients)
+            torch.set_rng_state(self._random)
+            if warnings.filters != self._filters:
+                warnings.filters[:] = self._filters  # type: ignore[index]
+                warnings._filters_mutated()  # type: ignore[attr-defined]
+            for logger, disabled in self._loggers:
+                logger.disabled = disabled
+            logging.disable(self._logging)
+            for hooks, before in self._hooks:
+                if list(hooks) != list(before):
+                    hooks.clear()
+                    hooks.update(before)
+
+
+def _hooks_of_all_modules() -> list[dict[int, Any]]:
+    """PyTorch's hooks on every module there is."""
+    found = (getattr(modules, name) for name in dir(modules) if name.startswith("_global_"))
+    return [one for one in found if isinstance(one, dict)]
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Within the context no signal's handler runs; those that came run afterwards.
+
+    Python runs handlers in the main thread alone, so that others need no protection.
+    """
+    came: list[int] = []
+    before: dict[signal.Signals | int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in signal.valid_signals():
+                handler = signal.getsignal(number)
+                if callable(handler) and not isinstance(handler, signal.Handlers):
+                    before[number] = handler
+                    signal.signal(number, note)
+        yield
+    finally:
+        try:
+            _set(before)
+        finally:
+            _set(before)  # the first handler that is back may have raised
+        for late in came:
+            signal.raise_signal(late)
+
+
+def _set(handlers: dict[signal.Signals | int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -36,8 +36,8 @@ def all_or_nothing(verb: Callable[P, Result]) -> Callable[P, Result]:
 
     @wraps(verb)
     def whole(*args: P.args, **kwargs: P.kwargs) -> Result:
-        model = args[place] if len(args) > place else kwargs.get("model")
-        if not isinstance(model, nn.Module):
+        model: Any = args[place] if len(args) > place else kwargs.get("model")
+        if not issubclass(type(model), nn.Module):
             return verb(*args, **kwargs)  # which says itself what is wrong
         switches, before = Switches(), Snapshot(model, kwargs.get("optimizer"))
         try:

@@ -22,6 +22,7 @@ from prunus.surgeon import apply
 from prunus.surgeon.depth import refuse_quantized
 from prunus.surgeon.snapshot import all_or_nothing
 from prunus.tracer.trace import trace
+from prunus.verifier.other_ways import follow_other_ways
 from prunus.width_planning import plan_of_mask
 
 Where = int | str
@@ -216,6 +217,7 @@ def _cut(
     if broken:
         raise PlanError("these units can't be removed by themselves", why=broken)
     plan = plan_of_mask(graph, model, kept, {"chosen": "by hand", "traced": graph.traced})
+    plan = follow_other_ways(plan, graph, model, kept)
     certificate = None
     if verified and plan.keep:
         certificate = verify(plan, model, args, kwargs, seed=seed)

@@ -29,6 +29,7 @@ from prunus.tracer.program import duplicate, state_of
 from prunus.verifier.case import Case
 from prunus.verifier.comparison import compare, tolerance
 from prunus.verifier.effect import MOVED, each_alone
+from prunus.verifier.other_ways import stale_integers
 from prunus.verifier.rounding import error_in_float64
 from prunus.verifier.structure import other_count, other_positions, stale_attribute
 
@@ -72,6 +73,9 @@ class Certificate:
         norm), with the relative distance of the outputs to plain silencing.
     released
         Outputs that may shrink: caches and the side outputs of transformers' output classes.
+    stale
+        Integers of modules that equal a removed width and that no run forward reads, and other
+        forwards of a module that no longer compute what the traced one does.
     """
 
     verdict: Verdict
@@ -89,11 +93,12 @@ class Certificate:
     unread: tuple[str, ...] = ()
     renormalised: Mapping[str, float] = field(default_factory=dict)
     released: tuple[str, ...] = ()
+    stale: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; what was added after the first format only where there is something."""
         found = asdict(self)
-        for name in ("rel_err32", "inputs", "unread", "renormalised", "released"):
+        for name in ("rel_err32", "inputs", "unread", "renormalised", "released", "stale"):
             if not found[name] and found[name] != 0:
                 del found[name]
         return found
@@ -260,6 +265,7 @@ def _verify_widths(
         params=(case.graph.cost("params"), sum(p.numel() for p in case.pruned.parameters())),
         outputs=case.graph.kept_outputs,
         released=_released(plan, case),
+        stale=stale_integers(case),
         reason=reason,
         rel_err32=single,
     )

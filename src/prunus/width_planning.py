@@ -40,6 +40,7 @@ from prunus.surgeon.attributes import find_edits
 from prunus.tracer.entry import entered_by
 from prunus.tracer.program import state_of
 from prunus.tracer.trace import uncollected
+from prunus.verifier.other_ways import follow_other_ways
 
 TRIALS = 60
 """Smaller models that ``solver="spdy"`` looks at."""
@@ -132,6 +133,7 @@ def plan_widths(
     asked = counted.limits(graph) if isinstance(counted, Budget) else counted or {}
     parts = {n: (graph.cost(n), graph.cost(n, found.kept)) for n in asked if n not in chosen.costs}
     chosen = replace(chosen, costs={**chosen.costs, **parts})
+    chosen = follow_other_ways(chosen, graph, model, found.kept)
     return chosen if latency is None or timed is None else timed.told_in(chosen, latency)
 
 

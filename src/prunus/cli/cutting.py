@@ -165,6 +165,8 @@ def show_certificate(certificate: Certificate, fix: str) -> None:
         f"Proof: {certificate.verdict}. Pruned and masked outputs differ by "
         f"{certificate.rel_err:.1e}; the removal moved them by {certificate.moved:.1e}."
     )
+    if certificate.stale:
+        show("Not changed, and read by no forward that ran: " + "; ".join(certificate.stale))
     if certificate.unverified:
         show(f"Nothing is proven of: {spell_places(certificate.unverified)}")
 

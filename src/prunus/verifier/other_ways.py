@@ -1,0 +1,268 @@
+"""Other ways through a module than the forward that was traced: they have to agree with it too.
+
+Exporters call another forward of a class (``forward_split``), and deployment folds a block into
+fewer layers (``reparameterize``, ``fuse``, ``switch_to_deploy``).  Such a method may read integers
+that the traced forward does not.  On copies of single modules, with the inputs that they get in
+the model, both ways are run: what agrees in the whole model has to agree in the smaller one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, product
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from prunus.exchange import relative_error
+from prunus.graph.axis import Mask
+from prunus.graph.coupling import CouplingGraph
+from prunus.plans import Edit, Plan
+from prunus.surgeon import apply
+from prunus.surgeon.attributes import read_attribute, write_attribute
+from prunus.surgeon.unread import Unread, find_unread, head_counts, unexplained
+from prunus.tracer.entry import entered_by
+from prunus.tracer.inputs import rebuild_inputs
+from prunus.tracer.outputs import answer_of
+from prunus.tracer.program import duplicate
+from prunus.tracer.trace import quiet_run
+from prunus.verifier.case import Case
+
+AGREES = 1e-4
+"""Largest relative difference between two ways through a module that compute the same."""
+
+MOST_TRIALS = 64
+"""Values that are tried for the integers of one module."""
+
+_FOLDS = ("reparam", "deploy", "fuse")
+"""Parts of the names of methods that make a module into an equal one of fewer layers."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a module was called with, and what it returned."""
+
+    args: Any
+    kwargs: Any
+    answer: Mapping[str, Tensor]
+
+
+def follow_other_ways(plan: Plan, graph: CouplingGraph, model: nn.Module, kept: Mask) -> Plan:
+    """The plan with the integers that only other ways read, as far as a trial shows their value.
+
+    ``origin["stale"]`` lists integers that equal a removed width and that nothing was found for.
+
+    Parameters
+    ----------
+    plan
+        A plan for the model, blocks apart; its positions and edits are complete but for these.
+    graph, model, kept
+        What it was made of.
+    """
+    found = find_unread(model, graph, kept, plan.edits)
+    edits = {(edit.module, edit.attribute): edit for edit in head_counts(found)}
+    asked = _by_module(model, found)
+    if asked and all(tensor.device.type != "meta" for tensor in model.parameters()):
+        tried = _try_edits(replace(plan, edits=(*plan.edits, *edits.values())), graph, model, asked)
+        edits |= {(edit.module, edit.attribute): edit for edit in tried}
+    stale = unexplained(found, edits)
+    if not edits and not stale:
+        return plan
+    origin = {**plan.origin, "stale": list(stale)} if stale else plan.origin
+    return replace(plan, edits=(*plan.edits, *edits.values()), origin=origin)
+
+
+def stale_integers(case: Case) -> tuple[str, ...]:
+    """Integers that the cut may have left stale, and other ways that no longer agree, in words."""
+    found = find_unread(case.original, case.graph, case.kept, case.plan.edits)
+    asked = _by_module(case.original, find_unread(case.original, case.graph, case.kept, ()))
+    pairs = _pairs(case.original, case.pruned, asked, case.args, case.kwargs) if asked else ()
+    wrong = tuple(
+        f"{path}.{way} does not compute what the forward does".lstrip(".")
+        for path, _, ways in pairs
+        for way in ways
+    )
+    return (*unexplained(found, {}), *wrong)
+
+
+def _by_module(model: nn.Module, found: Iterable[Unread]) -> dict[str, list[Unread]]:
+    """Those that another way of their module mentions, by module, children before parents."""
+    modules = dict(model.named_modules())
+    asked: dict[str, list[Unread]] = {}
+    for one in found:
+        module = modules[one.module]
+        name = one.attribute.partition("[")[0]
+        if any(name in _mentioned(type(module), way) for way in ways_of(module)):
+            asked.setdefault(one.module, []).append(one)
+    return dict(reversed(asked.items()))
+
+
+def ways_of(module: nn.Module) -> list[str]:
+    """Methods of a module's class that may compute what its forward does.
+
+    Other forwards of the same signature, and methods without arguments that fold the module.
+    """
+    kind, found = type(module), []
+    taken = _signature(kind.forward)
+    for name in dir(kind):
+        function = inspect.getattr_static(kind, name)
+        if not isinstance(function, FunctionType) or name.startswith("__") or name == "forward":
+            continue
+        if getattr(nn.Module, name, None) is function:
+            continue
+        signature = _signature(function)
+        folds = any(part in name.lower() for part in _FOLDS)
+        if signature == taken if "forward" in name else folds and not any(signature or ()):
+            found.append(name)
+    return found
+
+
+def _signature(function: Any) -> list[bool] | None:
+    """Of every parameter but the first, whether it has to be given; None where nobody can say."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return None
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.default is p.empty and p.kind not in variable for p in parameters]
+
+
+def _mentioned(kind: type, way: str) -> set[str]:
+    """Attributes that a method names, and the methods of its class that it calls."""
+    names: set[str] = set()
+    pending = [way]
+    while pending:
+        function = inspect.getattr_static(kind, pending.pop(), None)
+        function = getattr(function, "__func__", getattr(function, "fget", function))
+        if isinstance(function, FunctionType):
+            fresh = set(_names_in(inspect.unwrap(function).__code__)) - names
+            names |= fresh
+            pending += [name for name in fresh if hasattr(kind, name)]
+    return names
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
+
+
+def _try_edits(
+    plan: Plan, graph: CouplingGraph, model: nn.Module, asked: Mapping[str, Sequence[Unread]]
+) -> list[Edit]:
+    """The values with which the other ways through the cut modules agree with the forward."""
+    spec = graph.traced.get("inputs")
+    if spec is None:
+        return []
+    args, kwargs = rebuild_inputs(spec, model)
+    with entered_by(model, graph.forward_fn):
+        original = duplicate(model)
+        pruned = apply(plan, duplicate(model), check=False)
+    edits = []
+    for path, (module, call), ways in _pairs(original, pruned, asked, args, kwargs):
+        for way in ways:
+            for one, value in _values(module, call, way, asked[path]):
+                write_attribute(module, one.attribute, value)
+                edits.append(Edit(one.module, one.attribute, one.before, value))
+    return edits
+
+
+def _pairs(
+    original: nn.Module,
+    pruned: nn.Module,
+    asked: Mapping[str, Sequence[Unread]],
+    args: Any,
+    kwargs: Mapping[str, Any],
+) -> Iterator[tuple[str, tuple[nn.Module, _Call], list[str]]]:
+    """Of each module that is asked for: the cut one with its call, and the ways that went wrong."""
+    calls = [_listen(model, asked, args, kwargs) for model in (original, pruned)]
+    for path in asked:
+        if any(path not in one for one in calls):
+            continue  # it did not run
+        whole, cut = (model.get_submodule(path) for model in (original, pruned))
+        ways = [way for way in ways_of(whole) if _agrees(whole, calls[0][path], way)]
+        wrong = [way for way in ways if not _agrees(cut, calls[1][path], way)]
+        yield path, (cut, calls[1][path]), wrong
+
+
+def _listen(
+    model: nn.Module, paths: Iterable[str], args: Any, kwargs: Mapping[str, Any]
+) -> dict[str, _Call]:
+    """The first call of each module in one forward of the model; empty where that fails."""
+    calls: dict[str, _Call] = {}
+    handles: list[Any] = []
+    given: dict[str, Any] = {}
+
+    def attach(path: str, module: nn.Module) -> None:
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            given.setdefault(path, _copied((args, kwargs)))
+
+        def leave(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+            if path not in calls:
+                answer = {name: t.clone() for name, t in answer_of(result).items()}
+                calls[path] = _Call(given[path][0], given[path][1], answer)
+
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave, with_kwargs=True))
+
+    try:
+        for path in paths:
+            attach(path, model.get_submodule(path))
+        with quiet_run(model):
+            model(*_copied(args), **_copied(dict(kwargs)))
+    except Exception:  # the user's forward may raise anything; the verifier will say so
+        return {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _copied(values: Any) -> Any:
+    return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, values)
+
+
+def _agrees(
+    module: nn.Module, call: _Call, way: str, values: Mapping[str, int] | None = None
+) -> bool:
+    """Whether a copy of the module, with other integers in it, answers the same that way."""
+    try:
+        trial = duplicate(module)
+        for attribute, value in (values or {}).items():
+            write_attribute(trial, attribute, value)
+        with quiet_run(trial):
+            run = getattr(trial, way)
+            if "forward" not in way:  # it folds the module, or returns a folded one
+                made = run()
+                run = made if isinstance(made, nn.Module) else trial
+            answer = answer_of(run(*_copied(call.args), **_copied(call.kwargs)))
+    except Exception:  # it may raise anything with a wrong integer
+        return False
+    return answer.keys() == call.answer.keys() and relative_error(call.answer, answer) <= AGREES
+
+
+def _values(
+    module: nn.Module, call: _Call, way: str, asked: Sequence[Unread]
+) -> list[tuple[Unread, int]]:
+    """The values of the integers that a way reads with which it agrees; none if there are none.
+
+    An integer with which the way agrees as it is keeps its value.
+    """
+    names = _mentioned(type(module), way)
+    read = [one for one in asked if one.attribute.partition("[")[0] in names]
+    choices = [(*one.after, one.before) for one in read]
+    for chosen in islice(product(*choices), MOST_TRIALS):
+        values = {one.attribute: value for one, value in zip(read, chosen, strict=True)}
+        if not (_agrees(module, call, way, values) and _agrees(module, call, "forward", values)):
+            continue
+        for one in read:
+            trial = {**values, one.attribute: read_attribute(module, one.attribute)}
+            if _agrees(module, call, way, trial):
+                values = trial
+        return [(one, values[one.attribute]) for one in read if values[one.attribute] != one.before]
+    return []

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from prunus.exchange import relative_error
 from prunus.tracer.blocks import main_input, main_tensor
-from prunus.tracer.capture import find_line
 from prunus.tracer.outputs import answer_of, find_outputs, select_outputs
+from prunus.tracer.sources import find_line
 from prunus.tracer.trace import quiet_run
 
 

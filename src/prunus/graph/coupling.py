@@ -16,7 +16,7 @@ from prunus.errors import BudgetError, PlanError, checks_options
 from prunus.graph.axis import Axis, Label, Mask, Role, kept_positions
 from prunus.graph.blocks import Block
 from prunus.graph.constraints import Constraint, Pin, Rescale
-from prunus.graph.expressions import Attribute, Equation
+from prunus.graph.expressions import Attribute, Condition, Equation
 from prunus.graph.groups import Group
 from prunus.graph.moments import PEAK, FindMoments, Moments
 from prunus.graph.polynomial import Polynomial, add_up, measure_widths
@@ -65,6 +65,8 @@ class CouplingGraph:
         Outputs whose shape is held; operators without a rule, with how often they ran.
     equations, attributes
         What the forward's code demands of module attributes, and their present values.
+    conditions
+        Comparisons of sizes by which the forward's code takes one path or another.
     rescales
         Weights that make up for a softmax scale that would move with its head dim.
     blocks
@@ -100,6 +102,7 @@ class CouplingGraph:
     kept_outputs: tuple[str, ...]
     unknown: Mapping[str, int]
     equations: tuple[Equation, ...] = ()
+    conditions: tuple[Condition, ...] = ()
     rescales: tuple[Rescale, ...] = ()
     attributes: Mapping[Attribute, int] = field(default_factory=dict)
     blocks: tuple[Block, ...] = ()

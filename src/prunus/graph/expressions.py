@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,15 @@ _COMPUTE: dict[str, Callable[[int, int], int]] = {
 }
 
 
+_ASK: dict[str, Callable[[int, int], bool]] = {
+    "==": operator.eq,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Equation:
     """The forward demands that the expression is the width of a dim; ``source`` is the line."""
@@ -64,13 +74,42 @@ class Equation:
     source: str
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Condition:
+    """The forward asks for ``left op right``, op one of ``== < <= > >=``; it has to come out so."""
+
+    op: str
+    left: Expression
+    right: Expression
+    outcome: bool
+    module: str
+    source: str
+
+
+def holds(
+    condition: Condition, attribute: Callable[[Attribute], int], width: Callable[[Width], int]
+) -> bool:
+    """Whether a comparison comes out as it did when it was traced."""
+    try:
+        left = evaluate(condition.left, attribute, width)
+        right = evaluate(condition.right, attribute, width)
+    except ZeroDivisionError:
+        return False
+    return _ASK[condition.op](left, right) is condition.outcome
+
+
+def leaves_of(expression: Expression) -> Iterator[Expression]:
+    """The integers, attributes and widths that an expression is computed from."""
+    if isinstance(expression, Operation):
+        yield from leaves_of(expression.left)
+        yield from leaves_of(expression.right)
+    else:
+        yield expression
+
+
 def attributes_in(expression: Expression) -> Iterator[Attribute]:
     """Every attribute of an expression, with repetition."""
-    if isinstance(expression, Attribute):
-        yield expression
-    elif isinstance(expression, Operation):
-        yield from attributes_in(expression.left)
-        yield from attributes_in(expression.right)
+    return (leaf for leaf in leaves_of(expression) if isinstance(leaf, Attribute))
 
 
 def evaluate(

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from prunus.graph.axis import Mask
 from prunus.graph.expressions import (
     Attribute,
+    Condition,
     Equation,
     Width,
     attributes_in,
     evaluate,
+    holds,
     invert,
 )
 
@@ -30,15 +32,7 @@ def solve(equations: Sequence[Equation], current: Mapping[Attribute, int], kept:
     An attribute that stands alone in an equation takes the width; one that only stands in
     expressions keeps its value where that will do, and else the value that an equation demands.
     """
-    counts: dict[int, int] = {}
-
-    def width(of: Width) -> int:
-        if of.label is None:
-            return of.size
-        if id(of.label) not in counts:
-            counts[id(of.label)] = int(kept[of.label].all(axis=1).sum())
-        return counts[id(of.label)]
-
+    width = _measure(kept)
     values = dict(current)
     settled: set[Attribute] = set()
     for equation in equations:
@@ -59,6 +53,26 @@ def solve(equations: Sequence[Equation], current: Mapping[Attribute, int], kept:
                 settled.add(free[0])
     broken = tuple(e for e in equations if not _holds(e, values, width))
     return Solution(values, broken)
+
+
+def other_paths(conditions: Sequence[Condition], solution: Solution, kept: Mask) -> list[int]:
+    """Which comparisons would come out otherwise than they did at full size."""
+    width = _measure(kept)
+    found = solution.values.__getitem__
+    return [i for i, one in enumerate(conditions) if not holds(one, found, width)]
+
+
+def _measure(kept: Mask) -> Callable[[Width], int]:
+    counts: dict[int, int] = {}
+
+    def width(of: Width) -> int:
+        if of.label is None:
+            return of.size
+        if id(of.label) not in counts:
+            counts[id(of.label)] = int(kept[of.label].all(axis=1).sum())
+        return counts[id(of.label)]
+
+    return width
 
 
 def _holds(

@@ -15,7 +15,7 @@ from prunus.graph.coupling import Coupling, CouplingGraph
 from prunus.graph.groups import form_groups
 from prunus.graph.polynomial import Monomial, Polynomial, add_up
 from prunus.tracer.capture import Recorder
-from prunus.tracer.equations import in_units, pin_unsolvable
+from prunus.tracer.equations import condition_in_units, in_units, pin_unsolvable
 from prunus.tracer.labels import Algebra
 from prunus.tracer.origins import Origins
 from prunus.tracer.program import Node, Ref
@@ -33,6 +33,7 @@ def build_graph(
     outputs: tuple[str, ...],
 ) -> tuple[CouplingGraph, Resolve]:
     """The coupling graph, and the function that turns a label of atoms into one of units."""
+    recorder.sizes.finish()
     rescales = _keep_scales(recorder)
     pin_unsolvable(recorder, list(state))
     parameters = frozenset(name for name, t in state.items() if isinstance(t, nn.Parameter))
@@ -67,8 +68,9 @@ def build_graph(
         pins=pins,
         kept_outputs=outputs,
         unknown=dict(recorder.unknown),
-        equations=tuple(in_units(equation, resolver) for equation in recorder.equations),
-        attributes=recorder.attributes,
+        equations=tuple(in_units(equation, resolver) for equation in recorder.sizes.equations),
+        attributes=recorder.sizes.attributes,
+        conditions=tuple(condition_in_units(one, resolver) for one in recorder.sizes.conditions),
         rescales=tuple(
             Rescale(units, targets)
             for label, targets in rescales

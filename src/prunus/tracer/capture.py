@@ -11,8 +11,6 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +23,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from prunus.graph.axis import Axis, Label
 from prunus.graph.constraints import Pin
-from prunus.graph.expressions import Attribute, Equation, Expression, Operation, Width
 from prunus.tracer.fakes import Fakes
 from prunus.tracer.labels import Algebra
 from prunus.tracer.lifetimes import Lifetimes
@@ -33,6 +30,8 @@ from prunus.tracer.program import Node, Ref
 from prunus.tracer.provenance import Follow, Given, expression_of
 from prunus.tracer.registry import Call, Effect, Labels, bind, find_rule
 from prunus.tracer.scale import Attention
+from prunus.tracer.sizes import Sizes
+from prunus.tracer.sources import find_source
 
 SHADOW_LIMIT = 1 << 16
 """Tensors of at most this many elements are also computed for real when their content is known."""
@@ -69,14 +68,12 @@ class Recorder(TorchDispatchMode):
         self.shapes: list[tuple[int, ...]] = []
         self.from_state: list[bool] = []
         self.stack: list[str] = [""]
-        self.equations: list[Equation] = []
-        self.attributes: dict[Attribute, int] = {}
         self.attended: list[Attention] = []
         self.lifetimes = Lifetimes(lambda: len(self.nodes))
         self._counted: dict[int, list[tuple[Label, Pin]]] = {}
         self._begun: weakref.ref[Given] | None = None  # it holds tensors, which are to die
-        self.follow = Follow(self._label_of, self._escaped, self._seal, self._compared)
-        self._governed: dict[str, Label | None] = {}
+        self.sizes = Sizes(self.algebra, self.stack)
+        self.follow = Follow(self.sizes, self.label_of, self.seal)
         self._fakes = None if real else Fakes()
         self._values = WeakIdKeyDictionary()
         self._shadows = WeakIdKeyDictionary()
@@ -198,7 +195,7 @@ class Recorder(TorchDispatchMode):
             effect = rule(call)
             labels = effect.outputs
             for expression, size, label in effect.equations:
-                self.equate(expression, size, label, call.context)
+                self.sizes.equate(expression, size, label, call.context)
         for tensor, own in zip(outputs, labels, strict=True):
             if len(own) != tensor.dim():
                 raise AssertionError(
@@ -231,7 +228,7 @@ class Recorder(TorchDispatchMode):
             for dim in range(-len(written), 0):
                 expression = expression_of(written[dim])
                 if expression is not None:
-                    self.equate(expression, shape[dim], labels[dim], why)
+                    self.sizes.equate(expression, shape[dim], labels[dim], why)
         elif given.name == "scaled_dot_product_attention" and given.argument(6, "scale") is None:
             index = len(self.nodes)
             if not first:
@@ -242,68 +239,8 @@ class Recorder(TorchDispatchMode):
             nodes = range(index, len(self.nodes) + 1)
             self.attended.append(Attention(query, query not in others, nodes, why))
 
-    def equate(self, expression: Expression, size: int, label: Label | None, why: Pin) -> None:
-        """What the forward's code says a size is: tie, pin, or remember to check."""
-        if isinstance(expression, int):
-            self.algebra.pin(label, replace(why, reason="the code fixes this size"))
-            return
-        if isinstance(expression, Width):
-            self._count_as(expression.label, label, why)
-        else:
-            key = _key(expression)
-            if key in self._governed:
-                self._count_as(self._governed[key], label, why)
-            else:
-                self._governed[key] = label
-        self.equations.append(Equation(expression, Width(size, label), why.module, why.source))
-
-    def _compared(self, a: Expression, b: Expression) -> None:
-        """The forward checks that an attribute says what a width is: so it has to follow.
-
-        A shape that a module remembers of its last input is compared item by item; such a memory
-        is made anew where it does not fit.
-        """
-        for one, width in ((a, b), (b, a)):
-            remembered = isinstance(one, Attribute) and any(isinstance(k, int) for k in one.keys)
-            if isinstance(one, Attribute) and isinstance(width, Width) and not remembered:
-                source = find_source(sys._getframe(2))
-                self.equate(one, width.size, width.label, Pin("", "", self.stack[-1], source))
-
-    def governed(self, expression: Expression) -> Label | None:
-        """The dim whose width an expression was found to state, if any was."""
-        return self._governed.get(_key(expression))
-
-    def _count_as(self, a: Label | None, b: Label | None, why: Pin) -> None:
-        """Two dims have one size: tie them, unless they keep equally many by construction."""
-        if not self.algebra.count_alike(a, b):
-            reason = "the code takes one size for the other"
-            self.algebra.unify(a, b, replace(why, reason=reason))
-
-    def _escaped(self, expression: Expression) -> None:
-        self.escape(expression, find_source(sys._getframe(2)))
-
-    def escape(self, expression: Expression, source: str) -> None:
-        """The forward computes with a size: neither it nor what governs it may change."""
-        why = Pin("the code computes with this size", "", self.stack[-1], source)
-        if isinstance(expression, Attribute):
-            self.algebra.pin(self._governed.get(_key(expression)), why)
-            self._governed[_key(expression)] = None
-        elif isinstance(expression, Width):
-            self.algebra.pin(expression.label, why)
-        elif isinstance(expression, Operation):
-            self.escape(expression.left, source)
-            self.escape(expression.right, source)
-
-    def _seal(self, arguments: Any, reason: str) -> None:
-        """Pin whatever goes into a function that can't be seen into."""
-        why = Pin(reason, "", self.stack[-1], find_source(sys._getframe(2)))
-        for tensor in tree_leaves(arguments):
-            if isinstance(tensor, Tensor):
-                self.read(tensor)
-                for label in self.labels[self.value_of(tensor)]:
-                    self.algebra.pin(label, why)
-
-    def _label_of(self, tensor: Tensor, dim: int) -> Label | None:
+    def label_of(self, tensor: Tensor, dim: int) -> Label | None:
+        """The label of a dim of a tensor that is known; None without one."""
         number = self._values.get(tensor)
         if number is None:
             if id(tensor) not in self._names:
@@ -311,6 +248,15 @@ class Recorder(TorchDispatchMode):
             number = self.value_of(tensor)
         label: Label | None = self.labels[number][dim]
         return label
+
+    def seal(self, arguments: Any, reason: str) -> None:
+        """Pin whatever goes into a function that can't be seen into."""
+        why = Pin(reason, "", self.stack[-1], find_source(sys._getframe(2)))
+        for tensor in tree_leaves(arguments):
+            if isinstance(tensor, Tensor):
+                self.read(tensor)
+                for label in self.labels[self.value_of(tensor)]:
+                    self.algebra.pin(label, why)
 
     def _pin_unknown(self, call: Call) -> None:
         labels = [
@@ -390,53 +336,9 @@ def _small_factory(func: OpOverload, leaves: list[Any]) -> bool:
     return product <= SHADOW_LIMIT
 
 
-def _key(expression: Expression) -> str:
-    """Equal for expressions that are computed alike from the same integers."""
-    if isinstance(expression, Operation):
-        return f"({_key(expression.left)}{expression.op}{_key(expression.right)})"
-    return f"width {id(expression.label)}" if isinstance(expression, Width) else str(expression)
-
-
 def _refer(value: Any, number: Callable[[Tensor], int]) -> Any:
     if isinstance(value, Tensor):
         return Ref(number(value))
     if isinstance(value, (list, tuple)):
         return [_refer(item, number) for item in value]
     return value
-
-
-_PACKAGE = str(Path(__file__).parents[1]).replace("\\", "/") + "/"
-_OURS = ("/torch/", "/contextlib.py", _PACKAGE)
-_foreign: dict[str, bool] = {}
-
-
-def find_line(error: BaseException) -> str:
-    """``file.py:line`` of the innermost frame of an error that is neither PyTorch's nor ours."""
-    place, traceback = "", error.__traceback__
-    while traceback is not None:
-        if traceback.tb_frame.f_back is None or _is_foreign(traceback.tb_frame):
-            place = _spoken(traceback.tb_frame, traceback.tb_lineno)
-        traceback = traceback.tb_next
-    return place
-
-
-def _is_foreign(frame: Any) -> bool:
-    name = frame.f_code.co_filename
-    foreign = _foreign.get(name)
-    if foreign is None:
-        plain = name.replace("\\", "/")
-        foreign = _foreign[name] = not any(part in plain for part in _OURS)
-    return foreign
-
-
-def _spoken(frame: Any, line: int) -> str:
-    return "/".join(frame.f_code.co_filename.replace("\\", "/").rsplit("/", 2)[-2:]) + f":{line}"
-
-
-def find_source(frame: Any) -> str:
-    """``file.py:line`` of the innermost frame that is neither PyTorch's nor ours."""
-    while frame is not None:
-        if _is_foreign(frame):
-            return _spoken(frame, frame.f_lineno)
-        frame = frame.f_back
-    return ""

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from prunus.graph.axis import Label, Mask
 from prunus.graph.constraints import Pin
 from prunus.graph.expressions import (
+    Condition,
     Equation,
     Expression,
     Operation,
     Width,
     attributes_in,
 )
-from prunus.graph.solve import solve
+from prunus.graph.solve import other_paths, solve
 from prunus.tracer.capture import Recorder
 from prunus.tracer.labels import Algebra
 from prunus.tracer.resolver import Resolve, Resolver
@@ -37,12 +39,16 @@ def pin_unsolvable(recorder: Recorder, names: list[str]) -> None:
     while pending:
         pending = False
         resolver = Resolver(recorder, names)
-        equations = [in_units(equation, resolver) for equation in recorder.equations]
+        sizes = recorder.sizes
+        equations = [in_units(equation, resolver) for equation in sizes.equations]
+        conditions = [condition_in_units(condition, resolver) for condition in sizes.conditions]
         for seed in range(TRIALS):
             kept = _draw(resolver, seed)
-            broken = solve(equations, recorder.attributes, kept).broken
-            for index in [i for i, equation in enumerate(equations) if equation in broken]:
-                pending |= _make_solvable(recorder, recorder.equations[index])
+            solution = solve(equations, sizes.attributes, kept)
+            for index in [i for i, one in enumerate(equations) if one in solution.broken]:
+                pending |= _make_solvable(recorder, sizes.equations[index])
+            for index in other_paths(conditions, solution, kept):
+                pending |= _keep_path(recorder, sizes.conditions[index])
             if pending:
                 break
 
@@ -72,7 +78,7 @@ def _make_solvable(recorder: Recorder, equation: Equation) -> bool:
     named = set(attributes_in(expression))
     elsewhere = [
         other.width.label
-        for other in recorder.equations
+        for other in recorder.sizes.equations
         if not named.isdisjoint(attributes_in(other.expression))
     ]
     for labels in (own, elsewhere):
@@ -82,6 +88,23 @@ def _make_solvable(recorder: Recorder, equation: Equation) -> bool:
         if free:
             return True
     return False
+
+
+def _keep_path(recorder: Recorder, condition: Condition) -> bool:
+    """Pin what makes a comparison come out otherwise; False where nothing is left to do."""
+    why = Pin("the code compares this size", "", condition.module, condition.source)
+    sides = (condition.left, condition.right)
+    named = {attribute for side in sides for attribute in attributes_in(side)}
+    own = [label for side in sides for label in _labels_in(side)]
+    elsewhere = [
+        other.width.label
+        for other in recorder.sizes.equations
+        if not named.isdisjoint(attributes_in(other.expression))
+    ]
+    free = [label for label in (*own, *elsewhere) if recorder.algebra.canonical(label) is not None]
+    for label in free:
+        recorder.algebra.pin(label, why)
+    return bool(free)
 
 
 def _factors(product: Operation) -> tuple[tuple[Expression, Expression], ...]:
@@ -98,10 +121,10 @@ def _tie_multiple(recorder: Recorder, equation: Equation) -> bool:
     if label is None or not isinstance(expression, Operation) or expression.op != "*":
         return False
     for factor, times_of in _factors(expression):
-        other = recorder.governed(factor)
+        other = recorder.sizes.governed(factor)
         if other is None or algebra.canonical(other) is None or len(label) % len(other):
             continue
-        if algebra.canonical(recorder.governed(times_of)) is not None:
+        if algebra.canonical(recorder.sizes.governed(times_of)) is not None:
             continue  # the number of times may change as well
         why = Pin("a multiple of another size", "", equation.module, equation.source)
         times, column = algebra.split(label, (len(label) // len(other), len(other)), why)
@@ -129,12 +152,20 @@ def _labels_in(expression: Expression) -> Iterator[Label | None]:
 def in_units(equation: Equation, resolve: Resolve) -> Equation:
     """The equation with its labels in terms of units."""
 
-    def convert(expression: Expression) -> Expression:
-        if isinstance(expression, Width):
-            return Width(expression.size, resolve(expression.label))
-        if isinstance(expression, Operation):
-            return Operation(expression.op, convert(expression.left), convert(expression.right))
-        return expression
-
     width = Width(equation.width.size, resolve(equation.width.label))
-    return Equation(convert(equation.expression), width, equation.module, equation.source)
+    return replace(equation, expression=_convert(equation.expression, resolve), width=width)
+
+
+def condition_in_units(condition: Condition, resolve: Resolve) -> Condition:
+    """The comparison with its labels in terms of units."""
+    left, right = (_convert(side, resolve) for side in (condition.left, condition.right))
+    return replace(condition, left=left, right=right)
+
+
+def _convert(expression: Expression, resolve: Resolve) -> Expression:
+    if isinstance(expression, Width):
+        return Width(expression.size, resolve(expression.label))
+    if isinstance(expression, Operation):
+        left, right = _convert(expression.left, resolve), _convert(expression.right, resolve)
+        return Operation(expression.op, left, right)
+    return expression

@@ -7,9 +7,11 @@ arguments as the forward wrote them, so a rule can read off which attribute gove
 
 from __future__ import annotations
 
+import dis
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from prunus.graph.axis import Label
 from prunus.graph.expressions import Attribute, Expression, Operation, Width
 
 
@@ -63,72 +66,241 @@ class Provenance(int):
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
 
+    def __rshift__(self, other: Any) -> Any:
+        return self // (1 << int(other)) if _is_plain(other) else _escaped(self) >> other
+
+    def __lshift__(self, other: Any) -> Any:
+        return self * (1 << int(other)) if _is_plain(other) else _escaped(self) << other
+
+    def __and__(self, other: Any) -> Any:
+        return _escaped(self) & other
+
+    def __or__(self, other: Any) -> Any:
+        return _escaped(self) | other
+
+    def __xor__(self, other: Any) -> Any:
+        return _escaped(self) ^ other
+
+    def __rrshift__(self, other: Any) -> Any:
+        return other >> _escaped(self)
+
+    def __rlshift__(self, other: Any) -> Any:
+        return other << _escaped(self)
+
+    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
+
+    def __invert__(self) -> Any:
+        return -1 - self
+
     def __eq__(self, other: Any) -> Any:
-        return _tell_compared(self, other, int.__eq__(self, other))
+        return _compare("==", self, other, int.__eq__(self, other))
 
     def __ne__(self, other: Any) -> Any:
-        equal = _tell_compared(self, other, int.__eq__(self, other))
+        equal = _compare("==", self, other, int.__eq__(self, other))
         return equal if equal is NotImplemented else not equal
+
+    def __lt__(self, other: Any) -> Any:
+        return _compare("<", self, other, int.__lt__(self, other))
+
+    def __le__(self, other: Any) -> Any:
+        return _compare("<=", self, other, int.__le__(self, other))
+
+    def __gt__(self, other: Any) -> Any:
+        return _compare(">", self, other, int.__gt__(self, other))
+
+    def __ge__(self, other: Any) -> Any:
+        return _compare(">=", self, other, int.__ge__(self, other))
 
     __hash__ = int.__hash__
 
+    def __bool__(self) -> bool:
+        return not _compare("==", self, 0, int.__eq__(self, 0))
+
     def __neg__(self) -> Any:
-        return Provenance(-int(self), Operation("-", 0, self.expression))
+        return Provenance(-int.__pos__(self), Operation("-", 0, self.expression))
+
+    def __pos__(self) -> Any:
+        return self
+
+    __trunc__ = __floor__ = __ceil__ = __pos__
+
+    def __abs__(self) -> Any:
+        return self if int.__ge__(self, 0) else -self
+
+    def __round__(self, digits: Any = None) -> Any:
+        return self if digits is None or digits >= 0 else round(_escaped(self), digits)
+
+    def __int__(self) -> int:
+        return _cast(self)
 
     def __float__(self) -> float:
-        return float(int(_escape(self)))
+        return float(_escaped(self))
 
     def __truediv__(self, other: Any) -> Any:
-        return int.__truediv__(_escape(self), other)
+        return _ratio(self, other) if isinstance(other, int) else _escaped(self) / other
 
     def __rtruediv__(self, other: Any) -> Any:
-        return int.__rtruediv__(_escape(self), other)
+        return _ratio(other, self) if isinstance(other, int) else other / _escaped(self)
 
     def __pow__(self, other: Any, modulus: Any = None) -> Any:
-        return pow(int(_escape(self)), other, modulus)
+        return pow(_escaped(self), other, modulus)
 
     def __rpow__(self, other: Any, modulus: Any = None) -> Any:
-        return pow(other, int(_escape(self)), modulus)
+        return pow(other, _escaped(self), modulus)
 
     def __copy__(self) -> int:
-        return int(self)
+        return plain(self)
 
     def __deepcopy__(self, memo: Any) -> int:
-        return int(self)
+        return plain(self)
 
     def __reduce__(self) -> Any:
-        return int, (int(self),)
+        return int, (plain(self),)
 
 
-_listeners: list[Callable[[Expression], None]] = []
-_comparisons: list[Callable[[Expression, Expression], None]] = []
+class Ratio(float):
+    """The quotient of two such integers, where it is whole: ``int()`` of it is followed.
+
+    Whatever else is done with it is arithmetic that is not.
+    """
+
+    expression: Expression
+
+    def __int__(self) -> int:
+        for listener in _listeners:
+            listener.cast(self.expression, int(float.__trunc__(self)), self)
+        return int(float.__trunc__(self))
+
+    def __trunc__(self) -> int:
+        return self.__int__()
+
+    def __floor__(self) -> int:
+        return self.__int__()
+
+    def __ceil__(self) -> int:
+        return self.__int__()
+
+    def __round__(self, digits: Any = None) -> Any:
+        return self.__int__() if digits is None else self
 
 
-def _tell_compared(a: Provenance, b: Any, equal: Any) -> Any:
-    """Tell whoever traces that the code has found two integers equal, as a check of sizes does."""
-    if equal is True and isinstance(b, Provenance):
-        for listener in _comparisons:
-            listener(a.expression, b.expression)
-    return equal
+class Listener(Protocol):
+    """Who traces, and wants to know what the code does with the integers."""
+
+    def escaped(self, expression: Expression) -> None:
+        """The code computes with a number, beyond what can be followed."""
+
+    def compared(self, op: str, a: Expression, b: Expression, outcome: bool) -> None:
+        """The code asks for ``a op b``, op one of ``== < <= > >=``."""
+
+    def cast(self, expression: Expression, value: int, ratio: Ratio | None) -> None:
+        """The code takes the plain int, of a quotient where there was one."""
+
+    def divided(self, ratio: Ratio) -> None:
+        """The code divides; an escape, unless all that it does with the quotient is a cast."""
+
+    def whole(self, label: Label, stated: int) -> None:
+        """The code takes so many positions of a dim, which are all of them in this run."""
 
 
-def _escape(number: Provenance) -> Provenance:
-    """Tell whoever traces that the code computes with a number, beyond integer arithmetic."""
+_listeners: list[Listener] = []
+
+
+def plain(number: int) -> int:
+    """The same number without its expression; nobody is told."""
+    return int.__add__(number, 0)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, Provenance)
+
+
+def _compare(op: str, a: Provenance, b: Any, outcome: Any) -> Any:
+    """Tell whoever traces that the code asks how two integers compare."""
+    if outcome is not NotImplemented and _listeners:
+        other = expression_of(b)
+        if other is not None:
+            for listener in _listeners:
+                listener.compared(op, a.expression, other, outcome)
+    elif isinstance(b, float):
+        _escaped(a)
+    return outcome
+
+
+def _escaped(number: Provenance) -> int:
+    """The plain number, of which whoever traces is told that the code computes with it."""
     for listener in _listeners:
-        listener(number.expression)
-    return number
+        listener.escaped(number.expression)
+    return plain(number)
+
+
+def _cast(number: Provenance) -> int:
+    """``int(number)``; numpy asks for it as well, where a product of sizes can be followed."""
+    value, expression = plain(number), number.expression
+    if _listeners:
+        product = _product_in_numpy(sys._getframe(2))
+        if product is not None:
+            value, expression = plain(product), product.expression
+        for listener in _listeners:
+            listener.cast(expression, value, None)
+    return plain(number)
+
+
+def _product_in_numpy(frame: Any) -> Provenance | None:
+    """What ``numpy.prod`` is about to return, if that is what runs."""
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("numpy"):
+        if frame.f_code.co_name == "prod":
+            factors, product = frame.f_locals.get("a"), 1
+            if not isinstance(factors, (tuple, list)):
+                return None
+            for factor in factors:
+                product = product * factor
+            return product if isinstance(product, Provenance) else None
+        frame = frame.f_back
+    return None
+
+
+def _ratio(a: int, b: int) -> Any:
+    """``a / b`` of integers, at least one of which has an expression."""
+    value = plain(a) / plain(b)
+    expressions = expression_of(a), expression_of(b)
+    if None in expressions or not value.is_integer() or not _is_argument(sys._getframe(2)):
+        for number in (a, b):
+            if isinstance(number, Provenance):
+                _escaped(number)
+        return value
+    found = Ratio(value)
+    found.expression = Operation("//", *expressions)  # type: ignore[arg-type]
+    for listener in _listeners:
+        listener.divided(found)
+    return found
+
+
+def _is_argument(frame: Any) -> bool:
+    """Whether what the frame computes at present goes into a call of one argument, as ``int``."""
+    following = (
+        one
+        for one in dis.get_instructions(frame.f_code)
+        if one.offset > frame.f_lasti and one.opname not in ("CACHE", "PRECALL")
+    )
+    then = next(following, None)
+    return then is not None and then.opname in ("CALL", "CALL_FUNCTION") and then.arg == 1
 
 
 def expression_of(value: Any) -> Expression | None:
     """The expression of an int: itself for a plain one, None for anything else."""
     if isinstance(value, Provenance):
         return value.expression
-    return int(value) if isinstance(value, int) and not isinstance(value, bool) else None
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return int(value) if whole else None
 
 
 def _combine(op: str, a: Provenance, b: Any, compute: Callable[[int, int], Any]) -> Any:
     value = compute(a, b) if isinstance(b, int) else NotImplemented
-    if value is NotImplemented or isinstance(b, bool):
+    if value is NotImplemented:
+        _leave(a, b)
+        return value
+    if isinstance(b, bool):
         return value
     right = b.expression if isinstance(b, Provenance) else int(b)
     return Provenance(value, Operation(op, a.expression, right))
@@ -136,9 +308,18 @@ def _combine(op: str, a: Provenance, b: Any, compute: Callable[[int, int], Any])
 
 def _combine_reversed(op: str, a: Provenance, b: Any, compute: Callable[[int, int], Any]) -> Any:
     value = compute(a, b) if isinstance(b, int) else NotImplemented
-    if value is NotImplemented or isinstance(b, bool):
+    if value is NotImplemented:
+        _leave(a, b)
+        return value
+    if isinstance(b, bool):
         return value
     return Provenance(value, Operation(op, int(b), a.expression))
+
+
+def _leave(a: Provenance, b: Any) -> None:
+    """Arithmetic with something that is no integer: with floats, and how often a list repeats."""
+    if isinstance(b, (float, complex, list, tuple, str)):
+        _escaped(a)
 
 
 SKIPPED = {"training", "_version", "call_super_init", "dump_patches"}
@@ -249,7 +430,12 @@ SEALED: dict[Any, str] = {
 }
 """Functions whose integers nobody sees, since PyTorch computes them: they pin all they get."""
 
+COUNTS = {"repeat", "tile", "topk", "kthvalue", "roll", "pad", "eye", "one_hot", "tril_indices",
+          "triu_indices", "randperm", "randint", "bincount"}  # fmt: skip
+"""Functions in which an int says how often or how far: no equation is read off it."""
+
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+_NBYTES = torch.Tensor.nbytes.__get__  # type: ignore[attr-defined]
 
 
 class Follow(TorchFunctionMode):
@@ -260,42 +446,42 @@ class Follow(TorchFunctionMode):
 
     def __init__(
         self,
+        sizes: Listener,
         label_of: Callable[[Tensor, int], Any],
-        escaped: Callable[[Expression], None],
-        sealed: Callable[[Any, str], None],
-        compared: Callable[[Expression, Expression], None],
+        seal: Callable[[Any, str], None],
     ) -> None:
         super().__init__()
-        self._label_of = label_of
-        self._listener = escaped
-        self._sealed = sealed
-        self._compared = compared
+        self._sizes, self._label_of, self._seal = sizes, label_of, seal
         self.given: Given | None = None
         self.arrays: list[tuple[np.ndarray[Any, Any], Tensor]] = []
         """NumPy arrays that tensors were made into, with the tensors."""
 
     def __enter__(self) -> Any:
-        _listeners.append(self._listener)
-        _comparisons.append(self._compared)
+        _listeners.append(self._sizes)
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
-        _listeners.remove(self._listener)
-        _comparisons.remove(self._compared)
+        _listeners.remove(self._sizes)
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for value in _numbers(getattr(func, "__name__", ""), args, kwargs):
+        name = getattr(func, "__name__", "")
+        for value in _numbers(name, args, kwargs):
             if isinstance(value, Provenance):
-                self._listener(value.expression)
-        leaves = LEAVES.get(getattr(func, "__name__", "")) if args else None
+                self._sizes.escaped(value.expression)
+        leaves = LEAVES.get(name) if args else None
         if leaves is not None:
-            self._sealed(args[0], f"it leaves PyTorch as {leaves}")
+            self._seal(args[0], f"it leaves PyTorch as {leaves}")
         if func in SEALED:
-            self._sealed((args, kwargs), f"{func.__name__} {SEALED[func]}")
+            self._seal((args, kwargs), f"{func.__name__} {SEALED[func]}")
+        if name in ("__getitem__", "narrow", "split"):
+            for dim, stated in _all_of_a_dim(name, args, kwargs):
+                label = self._label_of(args[0], dim)
+                if label is not None:
+                    self._sizes.whole(label, stated)
         outer, self.given = self.given, Given(func, args, kwargs)
         try:
             result = func(*args, **kwargs)
@@ -303,21 +489,80 @@ class Follow(TorchFunctionMode):
             self.given = outer
         if leaves is not None and isinstance(result, np.ndarray):
             self.arrays.append((result, args[0]))
+        return self._marked(func, name, args, kwargs, result)
+
+    def _marked(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> Any:
+        """A result that says sizes, with where they come from."""
         if func == _SHAPE or (func is torch.Tensor.size and isinstance(result, tuple)):
             return torch.Size([self._mark(args[0], d, n) for d, n in enumerate(result)])
         if func is torch.Tensor.size and isinstance(result, int):
             dim = args[1] if len(args) > 1 else kwargs["dim"]
             return self._mark(args[0], dim, result)
+        if name in ("numel", "nelement") and isinstance(result, int):
+            return self._count(kwargs.get("input", args[0] if args else None), result)
+        if func == _NBYTES:
+            return self._count(args[0], args[0].numel()) * args[0].element_size()
+        if func is torch.Tensor.__len__ and self.given is None:
+            first = self._mark(args[0], 0, result)
+            if isinstance(first, Provenance):  # len() gives no chance to follow
+                self._sizes.escaped(first.expression)
         return result
+
+    def _count(self, tensor: Tensor, count: int) -> int:
+        """The number of elements, as the product of the sizes."""
+        product: int = 1
+        for dim, size in enumerate(tensor.shape):
+            product = product * self._mark(tensor, dim, size)
+        return product if isinstance(product, Provenance) else count
 
     def _mark(self, tensor: Tensor, dim: int, size: int) -> int:
         label = self._label_of(tensor, dim)
         return size if label is None else Provenance(size, Width(size, label))
 
 
+def _all_of_a_dim(name: str, args: Any, kwargs: Any) -> Iterator[tuple[int, Any]]:
+    """Dims of which a stated number of positions is taken that happens to be all or more.
+
+    PyTorch leaves out a slice of all positions, so that no operator shows it.
+    """
+    if not args or not isinstance(args[0], Tensor):
+        return
+    shape, rest = args[0].shape, args[1:]
+    if name == "__getitem__":
+        index = rest[0] if isinstance(rest[0], tuple) else (rest[0],)
+        for dim, item in _by_dim(index, len(shape)):
+            if isinstance(item, slice) and len(range(*item.indices(shape[dim]))) == shape[dim]:
+                yield from ((dim, b) for b in (item.start, item.stop) if b is not None and b != 0)
+        return
+    names = ("dim", "start", "length") if name == "narrow" else ("split_size", "dim")
+    values = dict(zip(names, rest, strict=False)) | dict(kwargs)
+    stated, dim = values.get("length" if name == "narrow" else "split_size"), values.get("dim", 0)
+    if isinstance(stated, int) and isinstance(dim, int) and shape and stated >= shape[dim]:
+        yield dim, stated
+
+
+def _by_dim(index: Sequence[Any], dims: int) -> Iterator[tuple[int, Any]]:
+    """The items of an index with the dims that they speak of."""
+
+    def width(item: Any) -> int:
+        if item is None or item is Ellipsis or isinstance(item, bool):
+            return 0
+        mask = isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8)
+        return item.dim() if mask else 1
+
+    dim, rest = 0, sum(map(width, index))
+    for item in index:
+        if item is Ellipsis:
+            dim += dims - rest
+            continue
+        if width(item) and dim < dims:
+            yield dim, item
+        dim += width(item)
+
+
 def _numbers(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[int]:
     """The ints among the arguments of a function that are numbers."""
-    if name in ARITHMETIC:
+    if name in ARITHMETIC or name in COUNTS:
         yield from _integers((args, tuple(kwargs.values())))
     elif name in FILLED:
         yield from _integers((args[FILLED[name] :], kwargs.get("fill_value")))
@@ -337,12 +582,12 @@ class Given:
         if self.name == "unflatten" and len(args) == 2:
             at = args[0] + (count - len(args[1]) + 1 if args[0] < 0 else 0)
             return [-1] * at + list(args[1]) + [-1] * (count - at - len(args[1]))
-        flat = [value for value in args if isinstance(value, int)]
+        flat = [value for value in args if isinstance(value, (int, np.integer))]
         if len(flat) == count and len(flat) == len(args):
             return flat
         for value in (*args, *self._kwargs.values()):
             sized = isinstance(value, (tuple, list)) and len(value) == count
-            if sized and all(isinstance(item, int) for item in value):
+            if sized and all(isinstance(item, (int, np.integer)) for item in value):
                 return list(value)
         return None
 
@@ -358,7 +603,7 @@ class Given:
     def expression(self, value: int) -> Expression:
         """The expression of an argument of that value; the value itself if none has one."""
         for found in _integers((self._args, tuple(self._kwargs.values()))):
-            if isinstance(found, Provenance) and int(found) == value:
+            if isinstance(found, Provenance) and plain(found) == value:
                 return found.expression
         return value
 

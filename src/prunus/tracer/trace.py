@@ -117,7 +117,7 @@ def _capture(
     with quiet_run(model), plain_kernels(), adapted(model), follow_modules(model, recorder.stack):
         fake_args, fake_kwargs = tree_map(admit, (args, kwargs))
         clear_caches(model)
-        recorder.attributes = mark_attributes(model)
+        recorder.sizes.attributes = mark_attributes(model)
         before = remember_attributes(model)
         with follow_blocks(model, recorder) as children, recorder, recorder.follow:
             found = find_outputs(model(*fake_args, **fake_kwargs))

@@ -8,7 +8,7 @@ import torch
 
 from prunus.errors import PrunusError
 from prunus.exchange import relative_error
-from prunus.tracer.capture import find_line
+from prunus.tracer.sources import find_line
 from prunus.verifier.case import Case
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}

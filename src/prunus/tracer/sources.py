@@ -1,0 +1,49 @@
+"""Which line of the user's code is running, or raised an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_OURS = ("/torch/", "/prunus/tracer/", "/contextlib.py", "/prunus/oracle.py", "/prunus/verifier/")
+_PACKAGE = str(Path(__file__).parents[1]).replace("\\", "/") + "/"
+_OURS = ("/torch/", "/contextlib.py", _PACKAGE)
+
+
+def find_line(error: BaseException) -> str:
+    """``file.py:line`` of the innermost frame of an error that is neither PyTorch's nor ours."""
+    place, traceback = "", error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_back is None or _is_foreign(traceback.tb_frame):
+            place = _spoken(traceback.tb_frame, traceback.tb_lineno)
+        traceback = traceback.tb_next
+    return place
+
+
+def _is_foreign(frame: Any) -> bool:
+    name = frame.f_code.co_filename
+    foreign = _foreign.get(name)
+    if foreign is None:
+        plain = name.replace("\\", "/")
+        foreign = _foreign[name] = not any(part in plain for part in _OURS)
+    return foreign
+
+
+def _spoken(frame: Any, line: int) -> str:
+    return "/".join(frame.f_code.co_filename.replace("\\", "/").rsplit("/", 2)[-2:]) + f":{line}"
+
+
+def find_source(frame: Any) -> str:
+    """``file.py:line`` of the innermost frame that is neither PyTorch's nor ours."""
+    while frame is not None:
+        if _is_foreign(frame):
+            return _spoken(frame, frame.f_lineno)
+        frame = frame.f_back
+    return ""
+
+
+def code_frame(frame: Any) -> Any:
+    """The innermost frame that is not ours; None where that is PyTorch's own code."""
+    while frame is not None and _PACKAGE in frame.f_code.co_filename.replace("\\", "/"):
+        frame = frame.f_back
+    return frame if frame is not None and _is_foreign(frame) else None

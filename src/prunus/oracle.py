@@ -30,6 +30,7 @@ from prunus.verifier.case import Case
 from prunus.verifier.comparison import compare, tolerance
 from prunus.verifier.effect import MOVED, each_alone
 from prunus.verifier.other_ways import stale_integers
+from prunus.verifier.paths import other_path
 from prunus.verifier.rounding import error_in_float64
 from prunus.verifier.structure import other_count, other_positions, stale_attribute
 
@@ -235,7 +236,7 @@ def _verify_widths(
     case = Case(plan, original, source, args, kwargs, outputs=outputs)
     compared = compare(case)
     reason = other_positions(case) or compared.reason
-    reason = reason or stale_attribute(case) or other_count(case)
+    reason = reason or stale_attribute(case) or other_count(case) or other_path(case)
     alone = each_alone(case) if each_group else {}
     swapped = _exchanged(case, seed)
     if not swapped <= INTERCHANGEABLE:

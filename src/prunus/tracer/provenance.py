@@ -114,7 +114,7 @@ class Provenance(int):
     __hash__ = int.__hash__
 
     def __bool__(self) -> bool:
-        return not _compare("==", self, 0, int.__eq__(self, 0))
+        return bool(_compare("bool", self, 0, int.__ne__(self, 0)))
 
     def __neg__(self) -> Any:
         return Provenance(-int.__pos__(self), Operation("-", 0, self.expression))
@@ -190,8 +190,11 @@ class Listener(Protocol):
     def escaped(self, expression: Expression) -> None:
         """The code computes with a number, beyond what can be followed."""
 
+    def counted(self, expression: Expression, value: int) -> None:
+        """The code does something that often."""
+
     def compared(self, op: str, a: Expression, b: Expression, outcome: bool) -> None:
-        """The code asks for ``a op b``, op one of ``== < <= > >=``."""
+        """The code asks for ``a op b``, op one of ``== < <= > >=``, or whether ``a`` is true."""
 
     def cast(self, expression: Expression, value: int, ratio: Ratio | None) -> None:
         """The code takes the plain int, of a quotient where there was one."""
@@ -471,7 +474,10 @@ class Follow(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         for value in _numbers(name, args, kwargs):
             if isinstance(value, Provenance):
-                self._sizes.escaped(value.expression)
+                if name in COUNTS:
+                    self._sizes.counted(value.expression, plain(value))
+                else:
+                    self._sizes.escaped(value.expression)
         leaves = LEAVES.get(name) if args else None
         if leaves is not None:
             self._seal(args[0], f"it leaves PyTorch as {leaves}")

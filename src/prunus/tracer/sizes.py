@@ -31,9 +31,6 @@ from prunus.tracer.labels import COUNT_TRIALS, Algebra
 from prunus.tracer.provenance import Ratio, expression_of
 from prunus.tracer.sources import code_frame, find_source
 
-_ASKING = ("COMPARE_OP", "CONTAINS_OP", "POP_JUMP", "JUMP_IF", "UNARY_NOT", "TO_BOOL")
-"""Instructions that compare integers or ask whether one is zero."""
-
 COMPUTED = "the code computes with this size"
 WHOLE = "the code takes as many positions as another size says, here all of them"
 
@@ -86,6 +83,14 @@ class Sizes:
         """The forward computes with a size: neither it nor what governs it may change."""
         self._escape(expression, self._pin(COMPUTED))
 
+    def counted(self, expression: Expression, value: int) -> None:
+        """The forward does something that often: as often as before, whatever is removed."""
+        if self._is_rounded(expression):
+            self.escaped(expression)
+        else:
+            module, source = self._place()
+            self.equations.append(Equation(expression, Width(value, None), module, source))
+
     def compared(self, op: str, a: Expression, b: Expression, outcome: bool) -> None:
         """The forward takes one path or another by a size: remember to check, or pin.
 
@@ -95,8 +100,10 @@ class Sizes:
         frame = code_frame(sys._getframe(1))
         if op == "==" and outcome:
             self._follow_check(a, b)
-        if frame is None or not _is_comparison(frame, op):
+        if frame is None or not (op != "==" or _is_comparison(frame)):
             return
+        if op == "bool":
+            op, outcome = "==", not outcome
         why = self._pin("the code compares this size")
         key = (op, outcome, why.source, why.module, _key(a), _key(b))
         if key in self._asked:
@@ -107,7 +114,8 @@ class Sizes:
         self.conditions.append(Condition(op, a, b, outcome, why.module, why.source))
         constant = _is_constant(frame)
         for one, other in ((a, b), (b, a)):
-            if _may_depend_on_inputs(op, one, other, outcome, constant):
+            mixed = _may_depend_on_inputs(op, one, other, outcome, constant)
+            if mixed or self._is_rounded(one):
                 self._escape(one, why)
 
     def cast(self, expression: Expression, value: int, ratio: Ratio | None) -> None:
@@ -147,6 +155,17 @@ class Sizes:
                 if not cast.stated:
                     self._escape(cast.expression, cast.why)
         self._ratios.clear()
+
+    def _is_rounded(self, expression: Expression) -> bool:
+        """Whether a quotient in it has a remainder, which the sizes of this run decide."""
+        if not isinstance(expression, Operation):
+            return False
+        sides = [
+            evaluate(side, self.attributes.__getitem__, lambda width: width.size)
+            for side in (expression.left, expression.right)
+        ]
+        rounded = expression.op in ("//", "%") and sides[0] % sides[1] != 0
+        return rounded or self._is_rounded(expression.left) or self._is_rounded(expression.right)
 
     def _place(self) -> tuple[str, str]:
         return self._stack[-1], find_source(sys._getframe(2))
@@ -262,9 +281,7 @@ def _is_constant(frame: Any) -> bool:
     return before == "LOAD_CONST"
 
 
-def _is_comparison(frame: Any, op: str) -> bool:
+def _is_comparison(frame: Any) -> bool:
     """Whether the code itself compares, rather than a dict that looks for a key."""
-    if op != "==":
-        return True
     name: str = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-    return name.startswith(_ASKING)
+    return name.startswith(("COMPARE_OP", "CONTAINS_OP"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-_OURS = ("/torch/", "/prunus/tracer/", "/contextlib.py", "/prunus/oracle.py", "/prunus/verifier/")
 _PACKAGE = str(Path(__file__).parents[1]).replace("\\", "/") + "/"
-_OURS = ("/torch/", "/contextlib.py", _PACKAGE)
+_OURS = ("/torch/", "/numpy/", "/contextlib.py", _PACKAGE)
+_foreign: dict[str, bool] = {}
 
 
 def find_line(error: BaseException) -> str:

@@ -29,6 +29,7 @@ from prunus.tracer.capture import Recorder
 from prunus.tracer.entry import ForwardFn, describe_entry, entered_by, entry_of
 from prunus.tracer.fakes import unlogged
 from prunus.tracer.inputs import describe_inputs, find_rows
+from prunus.tracer.loops import follow_loops
 from prunus.tracer.moments import find_moments
 from prunus.tracer.outputs import find_outputs, select_outputs
 from prunus.tracer.program import Program, duplicate, state_of
@@ -119,7 +120,8 @@ def _capture(
         clear_caches(model)
         recorder.sizes.attributes = mark_attributes(model)
         before = remember_attributes(model)
-        with follow_blocks(model, recorder) as children, recorder, recorder.follow:
+        loops = follow_loops(model, recorder.sizes.counted)
+        with follow_blocks(model, recorder) as children, loops, recorder, recorder.follow:
             found = find_outputs(model(*fake_args, **fake_kwargs))
         caches = find_caches(model, before)
     traced = time.perf_counter()

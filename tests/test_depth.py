@@ -616,7 +616,7 @@ def test_the_least_influential_goes_and_the_ends_stay() -> None:
         prunus.block_influence(model, graph, [torch.full((2, 3), float("nan"))])
     with pytest.raises(prunus.PrunusError, match="data is empty"):
         prunus.block_influence(model, graph, [])
-    with pytest.raises(PlanError, match="drop=True is no number"):
+    with pytest.raises(PlanError, match="drop must be an int"):
         prunus.plan(graph, model, drop=True)
 
 

@@ -21,6 +21,7 @@ from prunus.importance.batches import first_batches
 from prunus.integrations.hf import example_inputs
 from prunus.integrations.hf_config import uniform
 from prunus.oracle import Certificate, verify
+from prunus.planner.culprits import tell_groups
 from prunus.planner.layers import Drop, find_drops, name_layers
 from prunus.planning import Globs, check_request, plan
 from prunus.plans import Plan
@@ -269,7 +270,8 @@ class _Task:
             blocks = {block.name for block in self.graph.blocks}
             left = self._without(names, options)
             held |= left.held
-            hold = (*asked, *(name for name in held if name not in blocks))
+            hold = {n: f"it has to stay: {why}" for n, why in held.items() if n not in blocks}
+            hold |= dict.fromkeys(asked, "it is held")
             with without_blocks(self.model, names):
                 chosen = plan_left(
                     *(self.graph, left.graph, self.model, names),
@@ -299,7 +301,7 @@ class _Task:
             if not found:
                 found = self._reject_groups(chosen, left.graph)
                 if not found or len(found) == touched:
-                    raise unproven(certificate)
+                    raise unproven(certificate, found)
             held |= found
 
     def _without(self, names: Sequence[str], options: Mapping[str, Any]) -> _Left:
@@ -362,11 +364,11 @@ class _Task:
         return find_culprits(graph, kept, fails)
 
 
-def unproven(proof: Certificate) -> VerifyError:
-    """The error for a plan that the proof rejects as a whole."""
+def unproven(proof: Certificate, groups: Mapping[str, str] | None = None) -> VerifyError:
+    """The error for a plan that the proof rejects as a whole, or in each of these groups."""
     return VerifyError(
         "the cut model would not compute what the original does without the removed units",
-        why=_why_inexact(proof),
+        why="\n".join([_why_inexact(proof), *tell_groups(groups or {})]),
         fix="the model was not touched; please report the case",
     )
 

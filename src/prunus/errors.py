@@ -166,7 +166,7 @@ class PlanError(PrunusError):
 
 
 class BudgetError(PlanError):
-    """No plan lies under the budget; the message says which floor stops it."""
+    """No plan does what was asked; the message says which floors and pins stop it."""
 
 
 class ApplyError(PrunusError):

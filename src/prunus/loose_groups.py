@@ -15,6 +15,7 @@ from prunus.graph.groups import Group
 from prunus.importance import Context, Importance, Statistics, collect, name_of, needs_of, score
 from prunus.importance.targets import Loss
 from prunus.integrations.torch_pruning import adapt
+from prunus.planner.culprits import tell_groups, tell_pins
 from prunus.planner.filters import excluded_groups
 from prunus.planning import Globs, plan
 from prunus.tracer.program import state_of
@@ -76,9 +77,15 @@ def find_loose(
     if not found:
         raise PlanError(
             "no group can lose units",
-            why=f"of {len(graph.groups)} groups {len(left_out)} are left out, the others are whole "
-            f"at a ratio of {max(ratios):g}",
-            fix="look at prunus.inspect's pins, or give larger ratios",
+            why="\n".join(
+                [
+                    f"of {len(graph.groups)} groups {len(left_out)} are left out, the others are "
+                    f"whole at a ratio of {max(ratios):g}",
+                    *tell_groups(left_out),
+                    *tell_pins(graph),
+                ]
+            ),
+            fix="let more groups be pruned, or give larger ratios",
         )
     return found
 

@@ -15,11 +15,13 @@ from prunus.importance import Importance, Statistics
 from prunus.importance.targets import Loss
 from prunus.judging import Metric, batches_to_repair, judge_by
 from prunus.loose_groups import find_loose, score_once
+from prunus.planner.culprits import tell_pins
 from prunus.planning import Globs, plan
 from prunus.plans import Plan
 from prunus.sensing import check_ratios, fingerprint
 from prunus.sensitivity_table import Sensitivity
 from prunus.surgeon.apply import kept_axes
+from prunus.width_planning import plan_widths
 
 _HALVINGS = 14
 """Of the interval in which the least ratios are sought: to 1/16384 of it."""
@@ -250,7 +252,9 @@ def _meet(
     limits = budget.limits(graph)
 
     def at(share: float) -> tuple[Plan, dict[str, int]]:
-        made = plan(graph, model, importance=settled, ratios=ratios_at(share))
+        made = plan_widths(
+            graph, model, importance=settled, ratios=ratios_at(share), may_remove_nothing=True
+        )
         kept = graph.mask_from_positions(kept_axes(made))
         return made, {name: graph.cost(name, kept) for name in limits}
 
@@ -259,7 +263,12 @@ def _meet(
     if over:
         raise BudgetError(
             f"{over[0]} can't be brought to {limits[over[0]]:,}",
-            why=f"the largest ratios leave {costs[over[0]]:,} of {graph.cost(over[0]):,}",
+            why="\n".join(
+                [
+                    f"the largest ratios leave {costs[over[0]]:,} of {graph.cost(over[0]):,}",
+                    *tell_pins(graph),
+                ]
+            ),
             fix="allow larger ratios, include more groups, or ask for less",
         )
     low, high = 0.0, 1.0

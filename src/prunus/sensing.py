@@ -21,10 +21,10 @@ from prunus.importance import Importance, Statistics, name_of
 from prunus.importance.targets import Loss
 from prunus.judging import Judge, Metric, batches_to_repair, judge_by
 from prunus.loose_groups import find_loose, score_once
-from prunus.planning import Globs, plan
+from prunus.planning import Globs
 from prunus.sensitivity_table import Sensitivity, check_loss, units_at
 from prunus.tracer.program import state_of
-from prunus.width_planning import plan_of_mask
+from prunus.width_planning import plan_of_mask, plan_widths
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -217,7 +217,12 @@ class _Bench:
         if units >= self.table.sizes[name]:
             return None
         try:
-            chosen = plan(self.graph, self.model, importance=self.settled, ratios={name: ratio})
+            chosen = plan_widths(
+                *(self.graph, self.model),
+                importance=self.settled,
+                ratios={name: ratio},
+                may_remove_nothing=True,
+            )
         except PlanError:  # the scores are there already: what is left to refuse is this ratio
             return None
         if not any(choice.removed for choice in chosen.groups):

@@ -31,6 +31,7 @@ from prunus.latency_planning import (
 )
 from prunus.planner import Selection, select, thin
 from prunus.planner.allocate import check_share, normalised
+from prunus.planner.culprits import nothing_removed
 from prunus.planner.filters import spread
 from prunus.planner.peak import hold_peak
 from prunus.plans import Plan
@@ -56,15 +57,25 @@ def plan_widths(
     data: Iterable[Any] | None = None,
     statistics: Statistics | None = None,
     loss: Loss | None = None,
-    hold: Collection[str] = (),
+    hold: Collection[str] | Mapping[str, str] = (),
     exchange: bool = False,
     seed: int = 0,
     latency: LatencyTable | None = None,
     trials: int = TRIALS,
     progress: Callable[[str], None] | None = None,
+    may_remove_nothing: bool = False,
     **options: Any,
 ) -> Plan:
-    """The plan of widths; see :func:`prunus.plan`."""
+    """The plan of widths; see :func:`prunus.plan`.
+
+    Parameters
+    ----------
+    hold
+        Groups that stay whole, also with the reason why each does.
+    may_remove_nothing
+        Whether ratios too small to remove anything are taken for a request to remove nothing.
+    """
+    hold = hold if isinstance(hold, Mapping) else dict.fromkeys(hold, "it is held")
     importance = adapt(importance, model)
     check_table(budget, latency)
     options = {**_OPTIONS, **options}
@@ -109,6 +120,8 @@ def plan_widths(
         found = timed.selection
     else:
         found = choose(graph, budget)
+    if found.kept.all() and not may_remove_nothing:
+        _refuse_nothing(graph, scores, ratio, options["ratios"], {**found.stopped, **hold})
     if exchange:
         context = Context(graph, tensors, seed, collected=statistics)
         kept = exchange_all(graph, context, found.kept, scores)
@@ -135,6 +148,24 @@ def plan_widths(
     chosen = replace(chosen, costs={**chosen.costs, **parts})
     chosen = follow_other_ways(chosen, graph, model, found.kept)
     return chosen if latency is None or timed is None else timed.told_in(chosen, latency)
+
+
+def _refuse_nothing(
+    graph: CouplingGraph,
+    scores: NDArray[np.float64],
+    ratio: float | None,
+    ratios: Mapping[str, float] | None,
+    reasons: Mapping[str, str],
+) -> None:
+    """Refuse a ratio that removes nothing; a budget that removes nothing is met as it is."""
+    asked = [] if ratio is None else [f"ratio={ratio:g}"]
+    if any(share > 0 for share in (ratios or {}).values()):
+        asked.append(f"ratios={dict(ratios or {})}")
+    if not asked:
+        return
+    found = {g.name: "its scores are infinite" for g in graph.groups
+             if not np.isfinite(scores[g.units]).any()}  # fmt: skip
+    raise nothing_removed(graph, " and ".join(asked), {**found, **reasons})
 
 
 def _keep_time(
@@ -234,7 +265,7 @@ def _choose(
     scores: NDArray[np.float64],
     budget: Budget | Mapping[str, int] | None,
     ratio: float | None,
-    hold: Collection[str],
+    hold: Mapping[str, str],
     *,
     ratios: Mapping[str, float] | None,
     **options: Any,
@@ -246,7 +277,9 @@ def _choose(
         limits = budget.limits(graph) if isinstance(budget, Budget) else budget or {}
         with uncollected():
             return hold_peak(
-                graph, limits, lambda g, most: select(g, scores, most, ratios=ratios, **options)
+                graph,
+                limits,
+                lambda g, most: select(g, scores, most, ratios=ratios, held=hold, **options),
             )
     assert ratio is not None
     return Selection(thin(graph, scores, ratio))

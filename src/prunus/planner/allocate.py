@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -75,6 +76,7 @@ def select(
     round_to: RoundTo = 1,
     include: Globs | None = None,
     exclude: Globs = (),
+    held: Mapping[str, str] = MappingProxyType({}),
     solver: Solver | None = None,
 ) -> Selection:
     """Choose the units that stay.
@@ -111,6 +113,8 @@ def select(
         group for which there is no such cut stays as it is.
     include, exclude
         Globs over the names of groups and of the tensors on their axes.
+    held
+        Names of groups that stay whole, with the reason.
     solver
         How the best choice of the global scope is looked for; ``"lagrange"`` if nothing is said.
         See :func:`prunus.planner.solvers.solve`.
@@ -150,7 +154,8 @@ def select(
     limits = budget.limits(graph) if isinstance(budget, Budget) else dict(budget)
     graph = replace(graph, costs={name: graph.polynomial(name) for name in limits})
     weights = normalised(graph, _checked(graph, scores), normalise)
-    quanta = form_quanta(graph, weights, excluded_groups(graph, include, exclude), round_to)
+    excluded = {**excluded_groups(graph, include, exclude), **held}
+    quanta = form_quanta(graph, weights, excluded, round_to)
     if quanta.conflicts:
         warnings.warn(
             f"locksteps contradict each other, so these groups stay as they are: "

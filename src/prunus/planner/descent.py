@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from prunus.errors import BudgetError, PlanError
 from prunus.graph.coupling import CouplingGraph
+from prunus.planner.culprits import NOTHING_THERE, tell_pins
 from prunus.planner.quanta import Quanta
 from prunus.planner.removal import TOLERANCE, Floors, Removal
 
@@ -244,9 +245,10 @@ class Descent(Removal):
             asked.append(f"{name} ≤ {limit} ({limit / dense:.1%} of {dense})")
             reached.append(f"{name} {cost} ({cost / dense:.1%})")
         stop = f"the floors ({self._floors.options}) stop at {', '.join(reached)}"
+        left = [*self._remainders(self._worst() or 0), *tell_pins(self._graph)]
         return BudgetError(
             f"no plan reaches {' and '.join(asked)}",
-            why="\n".join([f"{stop}; what is left there:", *self._remainders(self._worst() or 0)]),
+            why="\n".join([f"{stop}; what is left there:", *(left or [NOTHING_THERE])]),
             fix="ask for less, lower the floors, or let more groups be pruned",
         )
 

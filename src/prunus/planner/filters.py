@@ -9,7 +9,9 @@ from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from prunus.errors import PlanError
+from prunus.graph.axis import Axis
 from prunus.graph.coupling import CouplingGraph
+from prunus.planner.culprits import NOTHING_THERE, tell_pins
 
 Globs = str | Sequence[str]
 T = TypeVar("T")
@@ -21,8 +23,8 @@ _NEAR = 3
 def excluded_groups(graph: CouplingGraph, include: Globs | None, exclude: Globs) -> dict[str, str]:
     """Names of the groups that the globs leave out, with the reason."""
     names = _names(graph)
-    wanted = None if include is None else _matching(names, include, "include")
-    unwanted = _matching(names, exclude, "exclude")
+    wanted = None if include is None else _matching(graph, names, include, "include")
+    unwanted = _matching(graph, names, exclude, "exclude")
     found: dict[str, str] = {}
     for group in names:
         if group in unwanted:
@@ -66,7 +68,7 @@ def spread(
         check(f"{option}[{glob!r}]", value)
         own = {group for group in names if _fits(group, glob)}
         rank = bool(own), len(re.sub(r"[*?]", "", glob))
-        for group in own or _matching(names, glob, option):
+        for group in own or _matching(graph, names, glob, option):
             if group not in best or rank > best[group]:
                 best[group], found[group] = rank, value
     return {group.name: found[group.name] for group in graph.groups if group.name in found}
@@ -87,7 +89,7 @@ def first_fitting(graph: CouplingGraph, globs: Sequence[str], option: str) -> di
     found: dict[str, int] = {}
     for n, glob in enumerate(globs):
         own = {group for group in names if _fits(group, glob)}
-        for group in own or _matching(names, glob, option):
+        for group in own or _matching(graph, names, glob, option):
             found.setdefault(group, n)
     return found
 
@@ -105,14 +107,16 @@ def _names(graph: CouplingGraph) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _matching(names: dict[str, tuple[str, ...]], globs: Globs, option: str) -> set[str]:
+def _matching(
+    graph: CouplingGraph, names: dict[str, tuple[str, ...]], globs: Globs, option: str
+) -> set[str]:
     found: set[str] = set()
     for glob in (globs,) if isinstance(globs, str) else globs:
         hits = {
             group for group, called in names.items() if any(_fits(name, glob) for name in called)
         }
         if not hits:
-            raise _nothing_matches(names, glob, option)
+            raise _only_pinned(graph, glob, option) or _nothing_matches(names, glob, option)
         found |= hits
     return found
 
@@ -128,6 +132,21 @@ def _literal_dims(glob: str) -> str:
     True
     """
     return re.sub(r"\[(\d+)\]", r"[[]\1]", glob)
+
+
+def _only_pinned(graph: CouplingGraph, glob: str, option: str) -> PlanError | None:
+    """The error for a glob over tensors of which no axis can be pruned; None where it fits none."""
+    known = [*graph.shapes, *graph.aliases]
+    named = [Axis(n, dim) for n in known for dim in range(len(graph.shapes.get(n, ())))]
+    fitting = [axis for axis in named if _fits(axis.tensor, glob) or _fits(str(axis), glob)]
+    if not fitting or any(axis in graph.labels for axis in fitting):
+        return None
+    return PlanError(
+        f"{glob!r} matches only what is pinned",
+        where=f"{option}=",
+        why="\n".join(tell_pins(graph, fitting)) or NOTHING_THERE,
+        fix="give globs over groups that can be pruned: `prunus inspect` lists them",
+    )
 
 
 def _nothing_matches(names: dict[str, tuple[str, ...]], glob: str, option: str) -> PlanError:

@@ -9,6 +9,7 @@ from torch import nn
 
 from prunus.errors import PlanError
 from prunus.graph.coupling import CouplingGraph
+from prunus.planner.culprits import tell_groups
 
 Drop = int | str | Sequence[str]
 """Blocks by their module paths, or how many."""
@@ -159,7 +160,12 @@ def least_influential(
         protected = ", the first and last of each stack are protected" if protect_ends else ""
         raise PlanError(
             f"{count} blocks are to be dropped, and only {len(chosen)} may be",
-            why=f"{len(graph.blocks)} can be left out{protected}, {len(held)} are held",
+            why="\n".join(
+                [
+                    f"{len(graph.blocks)} can be left out{protected}, {len(held)} are held",
+                    *(tell_groups(graph.obstacles) or ["no child of a list is a residual block"]),
+                ]
+            ),
             fix="drop fewer, or name the blocks: drop=[...]; `graph.blocks` lists them",
         )
     return tuple(block.name for block in graph.blocks if block.name in chosen)

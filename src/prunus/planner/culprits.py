@@ -1,0 +1,112 @@
+"""What stands in the way of a request, in lines for an error: groups that keep all, and pins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+
+import numpy as np
+
+from prunus.errors import BudgetError
+from prunus.graph.axis import Axis
+from prunus.graph.constraints import Aligned, Pin
+from prunus.graph.coupling import CouplingGraph
+
+_REASONS = 8
+"""How many reasons an error spells out; the rest is counted."""
+
+_NAMED = 3
+"""How many groups or axes of one reason are named; the rest is counted."""
+
+
+def nothing_removed(graph: CouplingGraph, asked: str, reasons: Mapping[str, str]) -> BudgetError:
+    """The error for a request that removes nothing.
+
+    Parameters
+    ----------
+    asked
+        The request, for people.
+    reasons
+        Why groups keep all of their units; of groups that are missing the graph knows more.
+    """
+    found = {group.name: reasons.get(group.name, _why_whole(graph, group.name)) for group in
+             graph.groups}  # fmt: skip
+    lines = [*tell_groups(found), *tell_pins(graph)]
+    return BudgetError(
+        f"{asked} removes nothing",
+        why="\n".join(lines) or NOTHING_THERE,
+        fix="ask for more, let more groups be pruned, or change the lines of the model's code "
+        "that pin an axis: `prunus inspect` lists all of them",
+    )
+
+
+NOTHING_THERE = "the traced forward reads no parameter of which a dim could be pruned"
+
+
+def tell_groups(reasons: Mapping[str, str]) -> list[str]:
+    """Groups by what keeps them whole: a line for each reason, those of most groups first.
+
+    >>> tell_groups({"a.weight[0]": "excluded", "b.weight[0]": "excluded"})
+    ['a.weight[0], b.weight[0]: excluded']
+    """
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    order = sorted(by_reason, key=lambda reason: -len(by_reason[reason]))
+    lines = [f"{_some(by_reason[reason], 'group')}: {reason}" for reason in order[:_REASONS]]
+    left = sum(len(by_reason[reason]) for reason in order[_REASONS:])
+    if left:
+        lines.append(f"{left} groups more, of {len(order) - _REASONS} other reasons")
+    return lines
+
+
+def tell_pins(graph: CouplingGraph, axes: Iterable[Axis] | None = None) -> list[str]:
+    """Pins by reason and operator: a line for each, with its module and source line.
+
+    Parameters
+    ----------
+    axes
+        Only the pins that reach these; all of the graph by default.  Those that pin most numbers
+        come first.
+    """
+    pins: Sequence[tuple[Axis, Pin]] = graph.pins
+    if axes is not None:
+        pins = list(dict.fromkeys(pin for axis in axes for pin in graph.why_pinned(axis)))
+    by_reason: dict[tuple[str, str], list[tuple[Axis, Pin]]] = {}
+    for axis, pin in pins:
+        by_reason.setdefault((pin.reason, pin.operator), []).append((axis, pin))
+    size = {name: prod(shape) for name, shape in graph.shapes.items()}  # of values in it none
+    weight = {
+        key: sum(size.get(axis.tensor, 0) for axis in {axis for axis, _ in entries})
+        for key, entries in by_reason.items()
+    }
+    order = sorted(by_reason, key=lambda key: -weight[key])
+    lines = []
+    for key in order[:_REASONS]:
+        entries = by_reason[key]
+        names = list(dict.fromkeys(str(axis) for axis, _ in entries))
+        places = len({(pin.module, pin.source) for _, pin in entries})
+        more = f", and in {places - 1} more places" if places > 1 else ""
+        lines.append(f"{_some(names, 'axis')} pinned: {entries[0][1]}{more}")
+    left = sum(len(by_reason[key]) for key in order[_REASONS:])
+    if left:
+        lines.append(f"{left} pins more, of {len(order) - _REASONS} other reasons")
+    return lines
+
+
+def _why_whole(graph: CouplingGraph, name: str) -> str:
+    """Why a group keeps all of its units that nothing else speaks of."""
+    group = graph.group(name)
+    if group.size == 1:
+        return "its only unit has to stay"
+    for constraint in graph.constraints:
+        if isinstance(constraint, Aligned) and np.isin(group.units, constraint.label).any():
+            return f"{constraint.reason}: only multiples of {constraint.multiple}"
+    return f"no smaller number than its {group.size} units comes near enough to what was asked"
+
+
+def _some(names: Sequence[str], noun: str) -> str:
+    left = len(names) - _NAMED
+    plural = {"axis": "axes"}.get(noun, f"{noun}s")
+    more = f" and {left} more {plural if left > 1 else noun}" if left > 0 else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -528,7 +528,7 @@ def test_a_failure_puts_everything_back(monkeypatch) -> None:
     model = llama().eval()
     plan = depth_plan(model, (TOKENS,), ["model.layers.1"], ratio=0.3)
     before = state(model)
-    wrong = replace(plan, origin={"traced": {**plan.traced, "outputs": {"logits": [1]}}})
+    wrong = replace(plan, origin={"traced": {**plan.origin["traced"], "outputs": {"logits": [1]}}})
     with pytest.raises(ApplyError, match="has shape"):
         prunus.apply(wrong, model)
     assert_same(before, state(model))

@@ -52,10 +52,10 @@ def test_a_method_by_name_is_what_runs(model: Encoder) -> None:
     assert graph.traced["forward_fn"] == {"method": "encode"}
     assert not any(axis.tensor.startswith("other") for axis in graph.labels)
     plan = prunus.plan(graph, model, budget=prunus.Budget(macs=0.5))
-    assert prunus.verify(plan, model).verdict == "exact"
-    with prunus.mask(plan, model):
+    assert prunus.verify(plan, model, forward_fn="encode").verdict == "exact"
+    with prunus.mask(plan, model, forward_fn="encode"):
         masked = model(X)  # type: ignore[call-arg]
-    prunus.apply(prunus.Plan.from_json(plan.to_json()), model)
+    prunus.apply(prunus.Plan.from_json(plan.to_json()), model, forward_fn="encode")
     assert torch.allclose(model.encode(X), masked, atol=1e-5)
     assert not torch.allclose(model.encode(X), before.encode(X), atol=1e-3)
     assert "forward" not in vars(model)
@@ -83,6 +83,17 @@ def test_a_plan_of_a_function_asks_for_it(model: Encoder) -> None:
     assert model.mixer.out_channels == width
     prunus.apply(plan, model, check=False)
     assert model.mixer.out_channels == width // 2
+
+
+def test_a_plan_of_a_method_asks_for_it_and_calls_nothing_by_itself(model: Encoder) -> None:
+    plan = prunus.plan(prunus.trace(model, X, forward_fn="encode"), model, ratio=0.5)
+    model.encode = pytest.fail  # type: ignore[assignment, method-assign]
+    for use in (prunus.apply, prunus.verify, lambda p, m: prunus.mask(p, m).__enter__()):
+        with pytest.raises(
+            prunus.PrunusError, match=r"model.encode\(\.\.\.\)[^$]*forward_fn='encode'"
+        ):
+            use(plan, model)
+    assert model.mixer.out_channels == 16
 
 
 def test_a_method_that_is_not_there(model: Encoder) -> None:

@@ -218,7 +218,7 @@ def test_the_file_is_plain_safetensors_tied_once_and_the_same_every_time(tmp_pat
         metadata = file.metadata()
     assert json.loads(metadata["prunus"])["aliases"] == {"head.weight": "embed.weight"}
     plan = Plan.from_json(metadata["plan"])
-    assert plan.traced["inputs"]["args"][0]["tensor"] == (5,)
+    assert plan.traced.inputs["args"][0]["tensor"] == (5,)
     assert torch.equal(load_file(tmp_path / "a")["scale"], model.scale)
     umask = os.umask(0o022)
     os.umask(umask)
@@ -458,25 +458,31 @@ TAMPERED: list[tuple[Callable[[bytes], bytes], str]] = [
     (lambda data: data + b"x", "something was added"),
     (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "not what its digest was made of"),
     (lambda data: b"\xff" * 8 + data[8:], "a header of 18446744073709551615 bytes"),
-    (lambda data: data[:8] + b"{" + b"[" * 900 + data[909:], "its header is not JSON"),
+    (
+        lambda data: data[:8] + b"{" + b"[" * 900 + data[909:],
+        "its header is not JSON",
+    ),
     (lambda data: data.replace(b'"I64"', b'"X64"', 1), "unknown type 'X64'"),
     (lambda data: rewrite(data, lambda d: d.pop("__metadata__")), "no file of prunus.save"),
-    (lambda data: rewrite(data, _set(__metadata__=3)), "its metadata is no table"),
+    (lambda data: rewrite(data, _set(__metadata__=3)), "Expected `object`, got `int`"),
     (lambda data: rewrite(data, _tensor(shape=[-1, 6])), "no proper shape or place"),
-    (lambda data: rewrite(data, _tensor(shape=[True, 6])), "no proper shape or place"),
+    (lambda data: rewrite(data, _tensor(shape=[True, 6])), "Expected `int`, got `bool`"),
     (lambda data: rewrite(data, _tensor(shape=[10**15, 6])), "does not fit in"),
     (lambda data: rewrite(data, _tensor(shape=[0, 1 << 40, 1 << 40])), "an impossible shape"),
     (lambda data: rewrite(data, _tensor(data_offsets=[0, 10**15])), "does not fit in"),
     (lambda data: rewrite(data, _tensor(data_offsets=[4, 3])), "does not fit in"),
     (lambda data: rewrite(data, lambda d: d.pop("mid.bias")), "begins at byte"),
-    (lambda data: rewrite(data, in_metadata("prunus", _set(schema=2))), "schema version 2"),
+    (lambda data: rewrite(data, in_metadata("prunus", _set(schema=3))), "schema version 3"),
     (lambda data: rewrite(data, in_metadata("prunus", _set(aliases={"a": "b"}))), "its aliases"),
     (lambda data: rewrite(data, in_metadata("prunus", _set(buffer=["x"]))), "its list 'buffer'"),
     (lambda data: rewrite(data, in_metadata("plan", _set(keep=[]))), "this is no plan"),
-    (lambda data: rewrite(data, _edit(attribute="forward.__globals__")), "that a plan may set"),
-    (lambda data: rewrite(data, _edit(before="a", after="b")), "to no number"),
-    (lambda data: rewrite(data, _edit(attribute="weight", before=1)), "the plan expects 1"),
-    (lambda data: rewrite(data, _edit(attribute="in_features[x]")), "the plan expects"),
+    (
+        lambda data: rewrite(data, _edit(attribute="forward.__globals__")),
+        "that a plan may",
+    ),
+    (lambda data: rewrite(data, _edit(before="a", after="b")), "that a plan may"),
+    (lambda data: rewrite(data, _edit(attribute="weight", before=9)), "the plan expects 9"),
+    (lambda data: rewrite(data, _edit(attribute="in_features[x]")), "that a plan may"),
     (lambda data: rewrite(data, _edit(attribute="nope")), "the plan expects"),
 ]
 
@@ -669,22 +675,6 @@ def test_a_deep_model_of_few_numbers_is_no_bomb(tmp_path) -> None:
     prunus.plan(prunus.trace(model, torch.ones(1, 2)), model, ratio=0.5).apply(model)
     prunus.save(model, tmp_path / "m.st")
     assert len(prunus.load(tmp_path / "m.st", build=build)) == 700
-
-
-@pytest.mark.parametrize(
-    "row",
-    ["1000", "1e5", "[]", "{}", '"ab%d"', '{"a":1}', '{"a%d":[%d]}', '"é%d"', '"\\u4444"', "[[0]]"],
-)
-@pytest.mark.parametrize("form", ["[%s]", '{"a":[%s]}', "{%s}"])
-def test_json_takes_no_more_than_estimated(row: str, form: str) -> None:
-    rows = [row.replace("%d", str(n)) for n in range(20_000)]
-    if form == "{%s}":
-        rows = [f'"k{n}":{text}' for n, text in enumerate(rows)]
-    text = form.replace("%s", ",".join(rows))
-    for given in (text, text.encode()):
-        with memory() as taken, contextlib.suppress(PrunusError):
-            container.parse_json(given, 1 << 40, "m.st")
-        assert taken[0] <= container.estimate_json(given) + 10_000
 
 
 MEMORY = """

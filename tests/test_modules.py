@@ -484,7 +484,7 @@ def test_replaced_in_place_with_hooks_and_put_back_on_failure() -> None:
     calls: list[Any] = []
     module.register_forward_hook(lambda *_: calls.append(1))
     own = set(vars(module))
-    traced = {**plan.traced, "outputs": {"output": [1, 2, 3]}} if plan.traced else {}
+    traced = {**plan.origin["traced"], "outputs": {"output": [1, 2, 3]}}
     broken = Plan(plan.keep, plan.shapes, plan.edits, origin={"traced": traced})
     with pytest.raises(ApplyError, match="has shape"):
         apply(broken, model)

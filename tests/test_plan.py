@@ -19,7 +19,7 @@ from prunus.graph.axis import Axis, Role
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import form_groups
 from prunus.graph.polynomial import Monomial, Polynomial
-from prunus.plan_json import read_ranges, to_ranges
+from prunus.plan_json import VERSION, read_ranges, to_ranges
 from prunus.plans import Edit, GroupChoice, Plan, Scaling
 
 
@@ -131,7 +131,7 @@ class TestJson:
 
     def test_indices_are_written_as_ranges(self) -> None:
         document = json.loads(PLAN.to_json())
-        assert document["prunus_plan"] == 1
+        assert document["prunus_plan"] == VERSION == 2
         assert document["keep"]["l0.weight[0]"] == [[0, 1], [3, 6]]
         assert document["edits"][1]["after"] == [6]
 
@@ -178,20 +178,21 @@ class TestJson:
     @pytest.mark.parametrize(
         ("path", "value", "message"),
         [
-            (["prunus_plan"], 2, "plan of version 2"),
+            (["prunus_plan"], 3, "plan of version 3"),
             (["prunus_plan"], "1", "plan of version '1'"),
             (["prunus_plan"], True, "plan of version True"),
-            (["keep"], [], "keep(.|\n)*expected dict, found list"),
-            (["keep"], None, "keep(.|\n)*it is missing"),
-            (["shapes"], None, "shapes(.|\n)*it is missing"),
-            (["edits"], None, "edits(.|\n)*it is missing"),
-            (["groups"], None, "groups(.|\n)*it is missing"),
-            (["costs"], None, "costs(.|\n)*it is missing"),
-            (["origin"], 3, "origin(.|\n)*expected dict, found int"),
-            (["shapes", "l0.weight"], "6x5", "shapes.l0.weight(.|\n)*expected list, found str"),
-            (["shapes", "l0.weight"], [6, 5.0], "expected int, found float"),
+            (["keep"], [], "keep(.|\n)*Expected `object`, got `array`"),
+            (["keep"], None, "missing required field `keep`"),
+            (["shapes"], None, "missing required field `shapes`"),
+            (["edits"], None, "missing required field `edits`"),
+            (["groups"], None, "missing required field `groups`"),
+            (["costs"], None, "missing required field `costs`"),
+            (["origin"], 3, "origin(.|\n)*Expected `object`, got `int`"),
+            (["more"], 3, "unknown field `more`"),
+            (["shapes", "l0.weight"], "6x5", "shapes.l0.weight(.|\n)*Expected `array`, got `str`"),
+            (["shapes", "l0.weight"], [6, 5.0], "Expected `int`, got `float`"),
             (["shapes", "l0.weight"], [6, -5], "-5 is negative"),
-            (["shapes", "l0.weight"], [True, 5], "expected int, found bool"),
+            (["shapes", "l0.weight"], [True, 5], "Expected `int`, got `bool`"),
             (
                 ["keep", "l0.weight[0]"],
                 [[0, 7]],
@@ -202,25 +203,27 @@ class TestJson:
             (["keep", "l0.weight[0]"], [[2, 2]], "is empty"),
             (["keep", "l0.weight[0]"], [[4, 2]], "is empty"),
             (["keep", "l0.weight[0]"], [[-1, 2]], "-1 is negative"),
-            (["keep", "l0.weight[0]"], [0, 1], "expected list, found int"),
-            (["keep", "l0.weight[0]"], [[0, 1, 2]], "expected two numbers, found 3"),
+            (["keep", "l0.weight[0]"], [0, 1], "Expected `array`, got `int`"),
+            (["keep", "l0.weight[0]"], [[0, 1, 2]], "Expected `array` of length 2"),
             (["keep", "l0.weight[0]"], [], "it keeps nothing"),
             (["keep", "l0.weight[2]"], [[0, 1]], "no such axis"),
             (["keep", "other.weight[0]"], [[0, 1]], "no such axis"),
             (["keep", "l0.weight"], [[0, 1]], "an axis is written as"),
             (["keep", "l0.weight[-1]"], [[0, 1]], "an axis is written as"),
             (["keep", "l0.weight[x]"], [[0, 1]], "an axis is written as"),
-            (["edits", 0], [], r"edits\[0\](.|\n)*expected dict, found list"),
-            (["edits", 0, "module"], 3, r"edits\[0\].module(.|\n)*expected str"),
-            (["edits", 0, "after"], None, 'needs a "before" and an "after"'),
-            (["scalings", 0, "factor"], 2, r"scalings\[0\].factor(.|\n)*expected float"),
+            (["edits", 0], [], r"edits\[0\](.|\n)*Expected `object`, got `array`"),
+            (["edits", 0, "module"], 3, r"edits\[0\].module(.|\n)*Expected `str`"),
+            (["edits", 0, "after"], None, "missing required field `after`"),
+            (["scalings", 0, "factor"], "2", r"scalings\[0\].factor(.|\n)*Expected `float`"),
+            (["scalings", 0, "factor"], 0, r"scalings\[0\].factor(.|\n)*no positive"),
+            (["scalings", 0, "factor"], -1.5, "no positive finite number"),
             (["scalings", 0, "dim"], 1, r"scalings\[0\](.|\n)*no such axis"),
             (["scalings", 0, "positions"], [[0, 7]], "out of range: 6 exist"),
-            (["groups", 1, "size"], "8", r"groups\[1\].size(.|\n)*expected int"),
+            (["groups", 1, "size"], "8", r"groups\[1\].size(.|\n)*Expected `int`"),
             (["groups", 1, "removed"], [[0, 9]], "out of range: 8 exist"),
-            (["groups", 1, "name"], 5, r"groups\[1\].name(.|\n)*expected str"),
-            (["costs", "macs"], [1], "expected two numbers, found 1"),
-            (["costs", "macs"], [1, 0.5], "expected int, found float"),
+            (["groups", 1, "name"], 5, r"groups\[1\].name(.|\n)*Expected `str`"),
+            (["costs", "macs"], [1], "Expected `array` of length 2"),
+            (["costs", "macs"], [1, 0.5], "Expected `int`, got `float`"),
         ],
     )
     def test_damage_is_found_and_placed(self, path: list[Any], value: object, message: str) -> None:
@@ -241,10 +244,11 @@ class TestJson:
         [
             ("", "it is not JSON"),
             ("{", "it is not JSON"),
-            ("[" * 100_000, "it is not JSON"),
-            ("[]", 'it has no "prunus_plan"'),
-            ("{}", 'it has no "prunus_plan"'),
-            ('{"prunus_plan": NaN}', "NaN is not JSON"),
+            ("[" * 100_000, "Expected `object`, got `array`"),
+            ('{"prunus_plan": ' + "[" * 100_000, "it is not JSON"),
+            ("[]", "Expected `object`, got `array`"),
+            ("{}", "missing required field `prunus_plan`"),
+            ('{"prunus_plan": NaN}', "it is not JSON"),
         ],
     )
     def test_other_texts_are_refused(self, text: str, message: str) -> None:

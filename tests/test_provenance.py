@@ -18,7 +18,7 @@ import prunus
 from prunus.graph.expressions import Attribute, Operation, Width, evaluate
 from prunus.graph.solve import Solution
 from prunus.surgeon import attributes as attributes_room
-from prunus.surgeon.attributes import read_attribute, write_attribute
+from prunus.surgeon.reach import read_attribute, write_attribute
 from prunus.tracer.provenance import Provenance
 
 A = Attribute("block", "size")

@@ -27,7 +27,7 @@ class Renaming:
             container, _, key = name.rpartition(".")
             self._gone.setdefault(container, set()).add(key)
         self._places = {
-            container: sorted(int(key) for key in keys if key.isdecimal())
+            container: sorted(int(key) for key in keys if _is_place(key))
             for container, keys in self._gone.items()
         }
 
@@ -41,7 +41,7 @@ class Renaming:
                 return None
             old.append(part)
             places = self._places.get(container)
-            if places and part.isdecimal():
+            if places and _is_place(part):
                 part = str(int(part) - bisect_left(places, int(part)))
             new.append(part)
         return ".".join(new)
@@ -51,10 +51,15 @@ class Renaming:
         old: list[str] = []
         for part in name.split("."):
             places = self._places.get(".".join(old))
-            if places and part.isdecimal():
+            if places and _is_place(part):
                 index = int(part)
                 for place in places:
                     index += place <= index
                 part = str(index)
             old.append(part)
         return ".".join(old)
+
+
+def _is_place(key: str) -> bool:
+    """Whether a child is called by a number; those of more digits are names like any other."""
+    return len(key) < 10 and key.isdecimal()

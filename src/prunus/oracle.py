@@ -136,7 +136,7 @@ def verify(
     each_group
         Also remove every touched group alone, and list those whose removal moves nothing.
     forward_fn
-        What the model was traced with, where that was a function; a plan knows a method by name.
+        What the model was traced with, where that was not its forward; a plan only says which.
 
     Returns
     -------
@@ -147,13 +147,13 @@ def verify(
         float32, and by less than 1e-2, are compared again in float64 where the model runs in it.
     """
     if args is None:
-        if plan.traced is None or plan.traced["inputs"] is None:
+        if plan.traced is None or plan.traced.inputs is None:
             raise VerifyError(
                 "there are no inputs to verify with",
                 why="the plan does not describe those that it was made with",
                 fix="give args= (and kwargs=) for the model's forward",
             )
-        args, kwargs = rebuild_inputs(plan.traced["inputs"], model, seed=seed)
+        args, kwargs = rebuild_inputs(plan.traced.inputs, model, seed=seed)
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
     check_model(plan, model, state_of(model)[0])
@@ -278,9 +278,9 @@ def _exchanged(case: Case, seed: int) -> float:
 
 
 def _kept_outputs(plan: Plan) -> list[str] | None:
-    return None if plan.traced is None else list(plan.traced["outputs"])
+    return None if plan.traced is None else list(plan.traced.outputs)
 
 
 def _released(plan: Plan, case: Case) -> tuple[str, ...]:
     """Outputs that may shrink, as the plan says, or the trace where it does not."""
-    return tuple((plan.traced or {}).get("released", case.graph.traced["released"]))
+    return tuple(case.graph.traced["released"] if plan.traced is None else plan.traced.released)

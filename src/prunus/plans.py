@@ -16,14 +16,12 @@ from prunus.drops import Renaming
 from prunus.errors import PlanError, checks_options
 from prunus.files import replace_file
 from prunus.graph.axis import Axis, Mask
+from prunus.graph.traced import Traced, convert, read_traced
 from prunus.plan_diff import Cost, GroupDiff, PlanDiff
-from prunus.plan_json import LIMIT, freeze, read, to_ranges
+from prunus.plan_json import LIMIT, VERSION, freeze, read, to_ranges
 
 if TYPE_CHECKING:
     from prunus.graph.coupling import CouplingGraph
-
-VERSION = 1
-"""Of the JSON form; a plan of another version is refused."""
 
 _NAMED = 3
 """How many culprits an error names before it only counts them."""
@@ -186,16 +184,15 @@ class Plan:
         )
 
     @property
-    def traced(self) -> Mapping[str, Any] | None:
+    def traced(self) -> Traced | None:
         """What the model was traced with: its ``inputs`` and the shapes of its ``outputs``."""
-        found: Mapping[str, Any] | None = _steps(self.origin)[0].get("traced")
-        return found
+        found = _steps(self.origin)[0].get("traced")
+        return read_traced(found) if found else None
 
     @property
     def stopped(self) -> Mapping[str, str]:
         """Names of the groups that can lose no more, with what stops them; as planned last."""
-        found: Mapping[str, str] = _steps(self.origin)[-1].get("stopped", {})
-        return found
+        return convert(_steps(self.origin)[-1].get("stopped", {}), dict[str, str], "origin.stopped")
 
     @overload
     def cost(self, name: None = None) -> dict[str, Cost]: ...
@@ -431,7 +428,7 @@ class Plan:
 
         A text of few bytes can speak of many positions; more than ``limit`` are refused.
         """
-        fields = read(text, VERSION, limit)
+        fields = read(text, limit)
         fields["edits"] = tuple(Edit(*edit) for edit in fields["edits"])
         fields["scalings"] = tuple(Scaling(*scaling) for scaling in fields["scalings"])
         fields["groups"] = tuple(GroupChoice(*group) for group in fields["groups"])
@@ -498,7 +495,7 @@ def _merge_groups(
 
 def _steps(origin: Mapping[str, Any]) -> tuple[Any, ...]:
     steps = origin.get("steps")
-    return steps if isinstance(steps, tuple) and len(origin) == 1 else (origin,)
+    return steps if isinstance(steps, tuple) and steps and len(origin) == 1 else (origin,)
 
 
 def _some(items: Sequence[str]) -> str:

@@ -10,10 +10,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from prunus.errors import FormatError, PlanError, checks_options
 from prunus.files import replace_file
 
-FORMAT, VERSION = "prunus sensitivity", 1
+FORMAT, VERSION = "prunus sensitivity", 2
+
+READABLE = (1, 2)
+"""Version 1 says the same."""
+
+
+class _Head(msgspec.Struct, frozen=True):
+    format: Any
+    version: Any
+
+
+class _Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    units: int
+    metric: dict[int, float | None]
+
+
+class _Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: str
+    version: int
+    origin: dict[str, Any]
+    dense: float
+    ratios: tuple[float, ...]
+    tolerance: float | None
+    tolerated: dict[str, float]
+    groups: tuple[_Group, ...]
 
 
 @checks_options
@@ -112,26 +139,30 @@ class Sensitivity:
             If it is something else, or of another version.
         """
         try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-            if (document["format"], document["version"]) != (FORMAT, VERSION):
-                raise ValueError(f"it is {document['format']!r} version {document['version']}")
-            groups = document["groups"]
-            found = cls(
-                dense=float(document["dense"]),
-                ratios=tuple(float(ratio) for ratio in document["ratios"]),
-                sizes={group["name"]: int(group["units"]) for group in groups},
-                curves={group["name"]: _read_curve(group["metric"]) for group in groups},
-                tolerated={name: float(v) for name, v in document["tolerated"].items()},
-                tolerance=document["tolerance"],
-                origin=document["origin"],
-            )
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            content = Path(path).read_bytes()
+            head = msgspec.json.decode(content, type=_Head)
+            if head.format != FORMAT or head.version not in READABLE:
+                raise ValueError(f"it is {head.format!r} version {head.version!r}")
+            document = msgspec.json.decode(content, type=_Document)
+            if any(
+                group.units < 0 or min(group.metric, default=0) < 0 for group in document.groups
+            ):
+                raise ValueError("a number of units is negative")
+        except (OSError, ValueError, RecursionError) as error:  # msgspec's own are ValueErrors
             raise FormatError(
                 f"{path} is no table of sensitivities that can be read",
                 why=f"{type(error).__name__}: {error}",
                 fix="give a file that prunus.sensitivity wrote, or remove it to start anew",
             ) from error
-        return found
+        return cls(
+            dense=document.dense,
+            ratios=document.ratios,
+            sizes={group.name: group.units for group in document.groups},
+            curves={group.name: group.metric for group in document.groups},
+            tolerated=document.tolerated,
+            tolerance=document.tolerance,
+            origin=document.origin,
+        )
 
 
 def check_loss(loss: object, option: str) -> None:
@@ -151,10 +182,6 @@ def units_at(size: int, ratio: float) -> int:
     (3, 4)
     """
     return math.floor(ratio * size + 0.5)
-
-
-def _read_curve(metric: Mapping[str, Any]) -> dict[int, float | None]:
-    return {int(n): None if value is None else float(value) for n, value in metric.items()}
 
 
 def _crossing(curve: Mapping[int, float | None], bound: float) -> float:

@@ -72,7 +72,7 @@ def _run_once(
     from prunus.tracer.inputs import rebuild_inputs
     from prunus.tracer.outputs import answer_of
 
-    recorded = None if plan is None or plan.traced is None else plan.traced["inputs"]
+    recorded = None if plan is None or plan.traced is None else plan.traced.inputs
     if recorded is None or options.input_shape:
         args, kwargs = example_inputs(source, model, options)
     else:
@@ -87,7 +87,7 @@ def _compare(outputs: dict[str, list[int]], plan: Plan | None, options: argparse
 
     if plan is None or plan.traced is None or options.input_shape:
         return
-    for name, shape in plan.traced["outputs"].items():
+    for name, shape in plan.traced.outputs.items():
         if outputs.get(name) != list(shape):
             raise FormatError(
                 f"output {name!r} has shape {outputs.get(name)}, it should be {list(shape)}",

@@ -3,7 +3,7 @@
 A file is eight bytes with the length of the header, the header as JSON, and the tensors one after
 the other.  The digest, an entry of the metadata, is the SHA-256 of the file with zeros in its own
 place.  Any reader of safetensors can read the file; this one takes no number in it for granted,
-and no more memory than twice the file, or its size and 8 MB where that is more.
+and no more memory than twice the file, or its size and 64 MB where that is more.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor
 
 from prunus.errors import FileError, FormatError
+
+T = TypeVar("T")
 
 DIGEST = "digest"
 """The metadata entry that the container keeps for itself."""
@@ -49,17 +52,30 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PICKLES = (b"PK\x03\x04", *(bytes([0x80, version]) for version in range(1, 6)))
 """What files of ``torch.save`` and other pickles begin with."""
 
-_MAX_HEADER = 100_000_000
-FLOOR = 8 << 20
+FLOOR = 64 << 20
 """Bytes that reading may take beside the tensors, however small the file.
 
 The tensors take no more than the file, and all else that it says may take its size once more: so
-reading takes at most twice the file, or its size and 8 MB where it is smaller than that.  A deep
-model of few numbers needs them: a tensor's row takes a kilobyte once it is read.
+reading takes at most twice the file, or its size and 64 MB where it is smaller than that.
 """
 
-_WEIGHTS = {"[": 90, "{": 200, ":": 110, ",": 42, '"': 30}
-"""Bytes that what a character stands for takes at most in Python, beside the text itself."""
+_GROWTH = 32
+"""Bytes of memory that a byte of the header takes at most, once it is read."""
+
+
+class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+def largest_header(size: int) -> int:
+    """Bytes of the longest header that a file of so many bytes may have.
+
+    >>> largest_header(1000), largest_header(1 << 30)
+    (2097152, 33554432)
+    """
+    return max(size, FLOOR) // _GROWTH
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,12 @@ def write_container(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
         }
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > largest_header(8 + len(text) + end):
+        raise FormatError(
+            "the model has too many tensors for their size",
+            why=f"the header would have {len(text)} bytes for {end} bytes of tensors",
+            fix="save it with torch.save, which is read where it is trusted",
+        )
     with path.open("wb") as file:
         digest = hashlib.sha256()
         for chunk in (len(text).to_bytes(8, "little"), text):
@@ -152,11 +174,9 @@ def open_container(path: str | os.PathLike[str]) -> Iterator[Container]:
     with file:
         size = os.fstat(file.fileno()).st_size
         text = _read_header(file, size, str(path))
-        document = parse_json(text, size, str(path))
-        metadata = document.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-            raise damaged(str(path), "its metadata is no table of strings")
-        entries = tuple(_entry(str(path), name, entry) for name, entry in document.items())
+        rows = decode(text, dict[str, msgspec.Raw], str(path))
+        metadata = decode(bytes(rows.pop("__metadata__", b"{}")), dict[str, str], str(path))
+        entries = tuple(_entry(str(path), name, row) for name, row in rows.items())
         _check_layout(str(path), entries, size - 8 - len(text))
         yield Container(str(path), size, metadata, _in_order(entries), text, file)
 
@@ -171,38 +191,12 @@ def damaged(path: str, why: str) -> FormatError:
     )
 
 
-def parse_json(text: bytes | str, size: int, path: str) -> dict[str, Any]:
-    """An object without repeated keys, refused if it would take more than allowed (``FLOOR``)."""
-    taken = estimate_json(text)
-    if taken > max(size, FLOOR):
-        raise damaged(path, f"a header of {len(text)} bytes would take {taken} bytes of memory")
+def decode(text: bytes | str, kind: type[T], path: str) -> T:
+    """JSON of that type and no other."""
     try:
-        document = json.loads(text, object_pairs_hook=_without_repetition)
-    except (ValueError, RecursionError) as error:
-        raise damaged(path, f"its header is not JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise damaged(path, "its header is no JSON object")
-    return document
-
-
-def estimate_json(text: bytes | str) -> int:
-    """Bytes that parsing takes at most, found without parsing.
-
-    >>> estimate_json("[1, 2]")
-    144
-    """
-    in_text: Any = (lambda c: c.encode()) if isinstance(text, bytes) else (lambda c: c)
-    # One character beyond Latin makes all of a string as wide as that.
-    wide = 1 if text.isascii() and in_text("\\u") not in text else 4
-    objects = sum(weight * text.count(in_text(mark)) for mark, weight in _WEIGHTS.items())
-    return 2 * wide * len(text) + objects
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is repeated")
-    return found
+        return msgspec.json.decode(text, type=kind, strict=True)
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
+        raise damaged(path, f"its header is not JSON as it should be: {error}") from error
 
 
 def _read_header(file: BinaryIO, size: int, path: str) -> bytes:
@@ -219,7 +213,7 @@ def _read_header(file: BinaryIO, size: int, path: str) -> bytes:
         raise FormatError(
             "this is no safetensors file", where=path, why="it does not begin with a header"
         )
-    if length > min(size - 8, _MAX_HEADER):
+    if length > size - 8 or length > largest_header(size):
         raise damaged(path, f"a header of {length} bytes is promised in a file of {size} bytes")
     text = first + file.read(length - 1)
     if len(text) != length:
@@ -227,29 +221,23 @@ def _read_header(file: BinaryIO, size: int, path: str) -> bytes:
     return text
 
 
-def _entry(path: str, name: str, entry: Any) -> Entry:
+def _entry(path: str, name: str, text: msgspec.Raw) -> Entry:
     """One row of the header, with every number in bounds and of the right size."""
-    fields = entry if isinstance(entry, dict) else {}
-    dtype = fields.get("dtype")
-    shape, offsets = _counts(fields.get("shape")), _counts(fields.get("data_offsets"))
+    row = decode(bytes(text), _Row, path)
     if not name.isprintable():
         raise damaged(path, f"{name!r} is no name of a tensor")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise damaged(path, f"{name} is of the unknown type {dtype!r}")
-    if shape is None or offsets is None or len(offsets) != 2:
+    if row.dtype not in _DTYPES:
+        raise damaged(path, f"{name} is of the unknown type {row.dtype!r}")
+    if any(not 0 <= n < 1 << 62 for n in (*row.shape, *row.data_offsets)):
         raise damaged(path, f"{name} has no proper shape or place")
-    if len(shape) > 64 or math.prod(max(n, 1) for n in shape) >= 1 << 62:
+    if len(row.shape) > 64 or math.prod(max(n, 1) for n in row.shape) >= 1 << 62:
         raise damaged(path, f"{name} has an impossible shape")
-    start, stop = offsets
-    if math.prod(shape) * _DTYPES[dtype].itemsize != stop - start:
-        raise damaged(path, f"{name}, {dtype} {list(shape)}, does not fit in {stop - start} bytes")
-    return Entry(name, _DTYPES[dtype], shape, start, stop)
-
-
-def _counts(value: Any) -> tuple[int, ...] | None:
-    if isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in value):
-        return tuple(value)
-    return None
+    start, stop = row.data_offsets
+    dtype = _DTYPES[row.dtype]
+    if math.prod(row.shape) * dtype.itemsize != stop - start:
+        told = f"{row.dtype} {list(row.shape)}"
+        raise damaged(path, f"{name}, {told}, does not fit in {stop - start} bytes")
+    return Entry(name, dtype, row.shape, start, stop)
 
 
 def _in_order(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:

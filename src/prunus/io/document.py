@@ -1,25 +1,44 @@
 """What a file says beside its tensors: the plan, and what the tensors were in the model."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from prunus.errors import FormatError, PlanError
-from prunus.io.container import FLOOR, Container, damaged, parse_json
+from prunus.io.container import Container, damaged, decode
 from prunus.plans import Plan
 from prunus.surgeon.restore import Kind
 
-SCHEMA = 1
-"""Of the file; one of another version is refused."""
+SCHEMA = 2
+"""Of the file; its plan is of the second form, version 1 is read as well."""
+
+READABLE = (1, 2)
 
 _KINDS: tuple[Kind, ...] = ("buffer", "hidden", "attribute")
 """Those that are listed; what is in no list is a parameter."""
 
 _POSITION = 64
 """Bytes that a position takes: a number, its places in a list and a tuple, and some room."""
+
+_POSITIONS = 8 << 20
+"""Bytes that all positions of a plan may take, however small the file."""
+
+
+class _Version(msgspec.Struct, frozen=True):
+    schema: Any
+
+
+class _Listed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    schema: int
+    aliases: dict[str, str]
+    buffer: tuple[str, ...]
+    hidden: tuple[str, ...]
+    attribute: tuple[str, ...]
+    frozen: tuple[str, ...]
+    channels_last: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -60,75 +79,50 @@ class Document:
         return {"prunus": text, **plan}
 
 
-def check_schema(container: Container) -> dict[str, Any]:
-    """The document of a file that this version can read, its entries not yet checked."""
+def check_schema(container: Container) -> str:
+    """The document of a file that this version can read, as text."""
     path = container.path
-    if "prunus" not in container.metadata:
+    text = container.metadata.get("prunus")
+    if text is None:
         raise FormatError(
             "this is no file of prunus.save",
             where=path,
             why="it is a safetensors file without a document of Prunus",
             fix="build the model and load it with safetensors.torch.load_model",
         )
-    document = parse_json(container.metadata["prunus"], container.size, path)
-    found = document.get("schema")
-    if type(found) is not int or found != SCHEMA:
+    found = decode(text, _Version, path).schema
+    if type(found) is not int or found not in READABLE:
         raise FormatError(
             f"the file has schema version {found!r}",
             where=path,
-            why=f"this Prunus reads version {SCHEMA}",
+            why=f"this Prunus reads the versions {', '.join(map(str, READABLE))}",
             fix="install the Prunus that wrote it",
         )
-    return document
+    return text
 
 
-def read_document(container: Container, document: Mapping[str, Any]) -> Document:
+def read_document(container: Container, text: str) -> Document:
     """The checked document; names are those of the file's tensors."""
     path = container.path
+    found = decode(text, _Listed, path)
     names = {entry.name for entry in container.entries}
-    aliases = document.get("aliases")
-    if not isinstance(aliases, dict) or not all(isinstance(v, str) for v in aliases.values()):
-        raise damaged(path, "its aliases are no table of names")
-    if not set(aliases.values()) <= names or names & set(aliases):
+    if not set(found.aliases.values()) <= names or names & set(found.aliases):
         raise damaged(path, "its aliases speak of tensors that it does not have")
-    known = names | set(aliases)
-    kinds: dict[str, Kind] = {}
-    for kind in _KINDS:
-        kinds.update(dict.fromkeys(_names(path, document, kind, known), kind))
-    return Document(
-        _read_plan(container),
-        aliases,
-        kinds,
-        frozenset(_names(path, document, "frozen", known)),
-        frozenset(_names(path, document, "channels_last", known)),
-    )
-
-
-def _names(path: str, document: Mapping[str, Any], field: str, known: set[str]) -> Iterable[str]:
-    value = document.get(field)
-    if not isinstance(value, list) or not all(isinstance(n, str) and n in known for n in value):
-        raise damaged(path, f"its list {field!r} speaks of tensors that it does not have")
-    return value
+    known = names | set(found.aliases)
+    for field in (*_KINDS, "frozen", "channels_last"):
+        if not set(getattr(found, field)) <= known:
+            raise damaged(path, f"its list {field!r} speaks of tensors that it does not have")
+    kinds: dict[str, Kind] = {n: kind for kind in _KINDS for n in getattr(found, kind)}
+    frozen, last = frozenset(found.frozen), frozenset(found.channels_last)
+    return Document(_read_plan(container), found.aliases, kinds, frozen, last)
 
 
 def _read_plan(container: Container) -> Plan | None:
     text = container.metadata.get("plan")
     if text is None:
         return None
-    parse_json(text, container.size, container.path)  # bounds what reading it takes
     try:
-        plan = Plan.from_json(text, limit=max(container.size, FLOOR) // _POSITION)
+        return Plan.from_json(text, limit=max(container.size, _POSITIONS) // _POSITION)
     except PlanError as error:
         where = f"{container.path} {error.where}".rstrip()
         raise PlanError(error.what, where=where, why=error.why, fix=error.fix) from error
-    for edit in plan.edits:
-        # A class is only ever one of the surgeon's equivalents, by its name.
-        if edit.attribute != "__class__" and not _is_number((edit.before, edit.after)):
-            raise damaged(container.path, f"its plan sets {edit.attribute!r} to no number")
-    return plan
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_number(item) for item in value)
-    return type(value) in (int, float, bool)

@@ -13,7 +13,7 @@ from prunus.io.container import write_container
 from prunus.io.document import Document
 from prunus.plans import Plan
 from prunus.surgeon import applied_plan
-from prunus.surgeon.attributes import read_attribute
+from prunus.surgeon.reach import check_kind, value_of
 from prunus.surgeon.restore import Tensors, check_cut, collect
 
 
@@ -35,7 +35,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], plan: Plan | None = Non
     Raises
     ------
     PlanError
-        If the model is not what the plan leaves.
+        If the model is not what the plan leaves, or the plan sets what no plan may.
     FormatError
         If a tensor has no values (meta) or a type that safetensors doesn't know, or if a module
         keeps extra state that only a pickle could hold.
@@ -70,14 +70,9 @@ def _check_plan(plan: Plan, model: nn.Module, tensors: Tensors) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     wrong = check_cut(tensors, plan)
     for edit in plan.edits:
-        value = None
-        if edit.module in modules:
-            try:
-                value = read_attribute(modules[edit.module], edit.attribute)
-            except AttributeError:
-                value = None
-        value = tuple(value) if isinstance(value, list) else value
-        if value != edit.after:
+        check_kind(edit)
+        value = value_of(modules.get(edit.module), edit.attribute)
+        if type(value) is not type(edit.after) or value != edit.after:
             wrong.append(f"{edit.module}.{edit.attribute}")
     if wrong:
         rest = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

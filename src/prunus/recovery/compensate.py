@@ -371,14 +371,14 @@ def _check_sequential(method: str, statistics: Statistics | None) -> None:
 
 def _trace_again(model: nn.Module, plan: Plan) -> CouplingGraph:
     traced = plan.traced
-    if traced is None or traced["inputs"] is None:
+    if traced is None or traced.inputs is None:
         raise PlanError(
             "there are no inputs to trace the model with",
             why="the plan does not describe those that it was made with",
             fix="give graph=prunus.trace(model, args)",
         )
-    args, kwargs = rebuild_inputs(traced["inputs"], model)
-    return trace(model, args, kwargs, outputs=list(traced["outputs"]))
+    args, kwargs = rebuild_inputs(traced.inputs, model)
+    return trace(model, args, kwargs, outputs=list(traced.outputs))
 
 
 def _write(model: nn.Module, plan: Plan, change: _Change) -> Plan:

@@ -48,7 +48,7 @@ def random_calls(plan: Plan, model: nn.Module, *, seed: int = 0) -> list[Call]:
 
     Empty where the plan does not describe them, or the model has no values.
     """
-    spec = None if plan.traced is None else plan.traced["inputs"]
+    spec = None if plan.traced is None else plan.traced.inputs
     if spec is None or any(tensor.is_meta for tensor in model.parameters()):
         return []
     return [rebuild_inputs(spec, model, seed=seed * BATCHES + n) for n in range(BATCHES)]

@@ -19,11 +19,11 @@ from prunus.errors import ApplyError, checks_options
 from prunus.graph.axis import Axis
 from prunus.plans import Plan
 from prunus.surgeon.applied import copy_config, remember
-from prunus.surgeon.attributes import read_attribute, write_attribute
 from prunus.surgeon.biases import add_biases
 from prunus.surgeon.depth import drop_blocks, find_places
 from prunus.surgeon.optimizer_state import forget_dropped, slice_state, write_state
 from prunus.surgeon.own_copies import own_copies
+from prunus.surgeon.reach import check_edit, write_attribute
 from prunus.surgeon.slicing import slice_tensor
 from prunus.surgeon.snapshot import Snapshot, all_or_nothing, replace_data
 from prunus.tracer.caches import drop_caches
@@ -64,7 +64,7 @@ def apply(
         Run the smaller model once on fake tensors and compare the shapes of its outputs with
         those that the plan recorded; on any difference the model is put back.
     forward_fn
-        What the model was traced with, where that was a function; a plan knows a method by name.
+        What the model was traced with, where that was not its forward; a plan only says which.
 
     Raises
     ------
@@ -106,7 +106,7 @@ def cut(
     for edit in plan.edits:
         write_attribute(modules[edit.module], edit.attribute, edit.after)
     if plan.traced is not None:
-        drop_caches(model, plan.traced.get("caches", ()))
+        drop_caches(model, plan.traced.caches)
     if check:
         _check_outputs(plan, model)
     if optimizer is not None:
@@ -173,10 +173,6 @@ def _by_tensor(plan: Plan) -> dict[str, dict[int, Tensor]]:
     return keep
 
 
-_PLAIN = (bool, int, float, str, tuple, dict)
-"""What can be compared with a plan's values: tensors and arrays compare element by element."""
-
-
 def check_model(plan: Plan, model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Refuse another model than the plan's; ``state`` is the model's, by first names."""
     find_places(model, plan.drops)
@@ -211,19 +207,7 @@ def _is_memory(modules: Mapping[str, nn.Module], name: str) -> bool:
 def check_edits(plan: Plan, modules: Mapping[str, nn.Module]) -> None:
     """Refuse a model whose attributes are not those that the plan changes."""
     for edit in plan.edits:
-        module = modules.get(edit.module)
-        try:
-            value = None if module is None else read_attribute(module, edit.attribute)
-        except Exception:  # a property may raise anything
-            value = None
-        value = tuple(value) if isinstance(value, list) else value
-        if not isinstance(value, _PLAIN) or value != edit.before:
-            raise ApplyError(
-                f"{edit.module}.{edit.attribute} is {value!r}, the plan expects {edit.before!r}",
-                where=edit.module,
-                why="the plan was made for another model, or the model was changed since",
-                fix="trace and plan the model as it is now",
-            )
+        check_edit(edit, modules.get(edit.module))
 
 
 def _swap(
@@ -248,9 +232,9 @@ def _swap(
 def _check_outputs(plan: Plan, model: nn.Module) -> None:
     """Run the smaller model on fake tensors, real ones where it reads values."""
     traced = plan.traced
-    if traced is None or traced["inputs"] is None:
+    if traced is None or traced.inputs is None:
         return
-    spec, expected = traced["inputs"], traced["outputs"]
+    spec, expected = traced.inputs, traced.outputs
     shapes: dict[str, list[int]] = {}
     meta = any(parameter.device.type == "meta" for parameter in model.parameters())
     for fake in (True, False):

@@ -5,7 +5,6 @@ Modules are looked up along their MRO, so that subclasses work.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,11 +17,10 @@ from prunus.graph.axis import Axis, Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.expressions import Attribute
 from prunus.graph.solve import solve
+from prunus.plan_json import CLASS
 from prunus.plans import Edit
-from prunus.tracer.adapters import become, kind_of, slim_kind
-
-CLASS = "__class__"
-"""The attribute under which a plan notes that a module changes to its equivalent."""
+from prunus.surgeon.reach import value_of
+from prunus.tracer.adapters import slim_kind
 
 Kept = Mapping[tuple[str, int], NDArray[np.int64]]
 """(tensor's own name, dim) → positions that stay, for the axes of one module that lose some."""
@@ -192,60 +190,6 @@ def _of_transformers(model: nn.Module, edits: Mapping[tuple[str, str], Edit]) ->
                 yield Edit(name, "d_model", module.d_model, width.after)
 
 
-def read_attribute(module: nn.Module, path: str) -> Any:
-    """The value at ``"name"``, ``"name[1]"`` or ``"name.key"``; AttributeError if there is none."""
-    if path == CLASS:
-        return kind_of(module)
-    value: Any = module
-    for key in _keys(path):
-        try:
-            value = _get(value, key)
-        except (KeyError, IndexError, TypeError) as error:
-            raise AttributeError(path) from error
-    return value
-
-
-def holders_of(module: nn.Module, path: str) -> list[Any]:
-    """The module, and the objects on the way to what :func:`read_attribute` reads."""
-    holders: list[Any] = [module]
-    for key in _keys(path)[:-1] if path != CLASS else ():
-        holders.append(_get(holders[-1], key))
-    return holders
-
-
-def write_attribute(module: nn.Module, path: str, value: Any) -> None:
-    """Set what :func:`read_attribute` reads; tuples on the way are rebuilt."""
-    if path == CLASS:
-        become(module, value)
-        return
-    keys = _keys(path)
-    holders = holders_of(module, path)
-    old = _get(holders[-1], keys[-1])
-    value = type(old)(value) if isinstance(old, (list, tuple)) else value
-    for holder, key in zip(reversed(holders), reversed(keys), strict=True):
-        if isinstance(holder, tuple):
-            index = int(key)
-            value = type(holder)((*holder[:index], value, *holder[index + 1 :]))
-            continue
-        if isinstance(holder, dict):
-            holder[key] = value
-        elif isinstance(holder, list):
-            holder[int(key)] = value
-        else:
-            setattr(holder, str(key), value)
-        return
-
-
-def _keys(path: str) -> list[int | str]:
-    return [int(k) if k.isdigit() else k for k in re.findall(r"[^.\[\]]+", path)]
-
-
-def _get(holder: Any, key: int | str) -> Any:
-    if isinstance(holder, (list, tuple)):
-        return holder[int(key)]
-    return holder[key] if isinstance(holder, dict) else getattr(holder, str(key))
-
-
 def _edits(
     model: nn.Module, keep: Mapping[Axis, NDArray[np.int64]], aliases: Mapping[str, str]
 ) -> Iterator[Edit]:
@@ -264,8 +208,9 @@ def _edits(
         if not kept:
             continue
         for attribute, after in rewrite(module, kept).items():
-            edit = Edit(prefix, attribute, read_attribute(module, attribute), after)
-            if edit.before != edit.after:
+            before = value_of(module, attribute)
+            edit = Edit(prefix, attribute, before, after)
+            if before is not None and edit.before != edit.after:
                 yield edit
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from prunus.errors import ApplyError
 from prunus.plans import Edit
-from prunus.surgeon.attributes import holders_of
+from prunus.surgeon.reach import holders_of
 from prunus.tracer.provenance import is_config
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))

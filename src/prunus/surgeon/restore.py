@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from prunus.errors import ApplyError, FormatError
 from prunus.plans import Edit, Plan
 from prunus.surgeon.apply import check_edits
-from prunus.surgeon.attributes import write_attribute
 from prunus.surgeon.biases import add_biases
 from prunus.surgeon.depth import drop_blocks
+from prunus.surgeon.reach import write_attribute
 from prunus.tracer.program import state_of
 
 Kind = Literal["parameter", "buffer", "hidden", "attribute"]

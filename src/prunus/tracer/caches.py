@@ -44,15 +44,18 @@ def remember_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def drop_caches(model: nn.Module, names: Sequence[str]) -> None:
-    """Empty the dicts and reset the attributes of that name, in place."""
+    """Empty the dicts of tensors and reset the tensor attributes of that name, in place.
+
+    The names may be a stranger's: nothing that PyTorch keeps on a module itself is among them.
+    """
     modules = dict(model.named_modules())
     for text in names:
         path, _, name = text.rpartition(":")
-        kept = getattr(modules.get(path), name, None)
-        if isinstance(kept, dict):
-            kept.clear()
-        elif isinstance(kept, Tensor):
-            setattr(modules[path], name, None)
+        own: Any = vars(modules[path]) if path in modules else {}
+        if _is_cache(name, own.get(name)):
+            own[name].clear()
+        elif name not in _OF_EVERY_MODULE and isinstance(own.get(name), Tensor):
+            own[name] = None
 
 
 def _filled(model: nn.Module, before: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from prunus.errors import ModelError, PlanError
+from prunus.graph.traced import Entry, Traced
 
 ForwardFn = str | Callable[..., Any]
 """The name of a method of the model, or a function called as ``forward_fn(model, *args)``."""
@@ -72,6 +73,10 @@ def entry_of(model: nn.Module) -> ForwardFn | None:
     return found.forward_fn if isinstance(found, _Entry) else None
 
 
+def _called(entry: Entry) -> str:
+    return f"model.{entry.method}(...)" if entry.method else f"{entry.function}(model, ...)"
+
+
 def describe_entry(forward_fn: ForwardFn) -> dict[str, str]:
     """The entry as plain data, for a plan.
 
@@ -85,23 +90,23 @@ def describe_entry(forward_fn: ForwardFn) -> dict[str, str]:
 
 @contextmanager
 def entered_as_traced(
-    model: nn.Module, traced: Mapping[str, Any] | None, forward_fn: ForwardFn | None
+    model: nn.Module, traced: Traced | None, forward_fn: ForwardFn | None
 ) -> Iterator[None]:
-    """Within the context the model is called as it was when its plan was made.
+    """Within the context calling the model means calling ``forward_fn``, which the caller gives.
 
     Raises
     ------
     PlanError
-        If that was by a function, and none is given: a plan can't carry code.
+        If the plan was made with one and none is given.  What is called is never taken from the
+        plan: it may be a stranger's file, and a model has methods that write files.
     """
-    described = (traced or {}).get("forward_fn", {})
-    if forward_fn is None and entry_of(model) is None:
-        forward_fn = described.get("method")
-        if "function" in described:
-            raise PlanError(
-                f"the plan was made by calling {described['function']}(model, ...)",
-                why="a plan is data, and holds no code",
-                fix="give forward_fn= (to apply it without running the model: check=False)",
-            )
+    described = None if traced is None else traced.forward_fn
+    if described is not None and forward_fn is None and entry_of(model) is None:
+        told = repr(described.method) if described.method else "the same function"
+        raise PlanError(
+            f"the plan was made by calling {_called(described)}",
+            why="a plan is data: what is run in place of the forward is taken from the caller only",
+            fix=f"give forward_fn={told} (to apply it without running the model: check=False)",
+        )
     with entered_by(model, forward_fn):
         yield

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.errors import TraceError
+from prunus.errors import PlanError
+from prunus.graph.traced import check_inputs
 from prunus.tracer.program import Node, Ref
 
 FEW = 256
@@ -38,6 +39,8 @@ _CARRIED = {
 def describe_inputs(args: Any, kwargs: Any, rows: Sequence[int | None] = ()) -> Any:
     """A JSON-able description of a call's arguments; None where one can't be described.
 
+    See :func:`prunus.graph.traced.check_inputs` for the form.
+
     Parameters
     ----------
     rows
@@ -52,12 +55,14 @@ def describe_inputs(args: Any, kwargs: Any, rows: Sequence[int | None] = ()) -> 
     """
     counts = iter(rows)
     try:
-        return {
+        spec = {
             "args": [_describe(value, counts) for value in args],
             "kwargs": {name: _describe(value, counts) for name, value in kwargs.items()},
         }
-    except TypeError:
+        check_inputs(spec)
+    except (TypeError, PlanError):  # no plain data, or more than anybody should build from a file
         return None
+    return spec
 
 
 def find_rows(
@@ -98,15 +103,21 @@ def rebuild_inputs(
 
     They lie on the device of the model's first parameter.  Unless they are to be ``varied``,
     integers of which only bounds are known are all the lower one.
+
+    Raises
+    ------
+    PlanError
+        If that is no description of inputs, or one of more than 2²⁷ elements.
     """
+    check_inputs(spec)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     build = _Builder(generator, device, varied)
     try:
         args = tuple(build(value) for value in spec["args"])
         kwargs = {name: build(value) for name, value in spec["kwargs"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise TraceError("the description of the inputs is damaged", why=str(error)) from error
+    except (ValueError, RuntimeError) as error:  # a type that PyTorch has no random numbers of, say
+        raise PlanError("the described inputs can't be built", why=str(error)) from error
     return args, kwargs
 
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import dis
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
+from logging import Logger
+from types import ModuleType, SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
@@ -385,17 +388,18 @@ def _mark(value: Any, at: Attribute, seen: set[int], found: dict[Attribute, int]
 
 
 def is_config(value: Any) -> bool:
-    """An instance of an ordinary Python class that only holds settings."""
+    """An instance of an ordinary Python class that only holds settings.
+
+    Loggers, locks, files and the like of Python's own library are none.
+    """
     kind = type(value)
-    if isinstance(value, (nn.Module, Tensor, type, torch.Size)) or callable(value):
+    if isinstance(value, (nn.Module, Tensor, type, Enum)) or callable(value):
         return False
-    return hasattr(value, "__dict__") and kind.__module__.partition(".")[0] not in (
-        "builtins",
-        "torch",
-        "typing",
-        "functools",
-        "collections",
-        "enum",
+    if not hasattr(value, "__dict__") or isinstance(value, (BaseException, ModuleType, Logger)):
+        return False
+    package = kind.__module__.partition(".")[0]
+    return kind in (SimpleNamespace, Namespace) or not (
+        package == "torch" or package in sys.stdlib_module_names
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import prunus
 from prunus.plans import Edit
-from prunus.surgeon.attributes import read_attribute
+from prunus.surgeon.reach import read_attribute
 from prunus.verifier.other_ways import ways_of
 
 X = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))

@@ -437,7 +437,7 @@ def test_a_plan_without_drops_reads_and_writes_as_ever() -> None:
 @pytest.mark.parametrize(
     ("drops", "said"),
     [
-        ('["a",3]', r"drops\[1\].*expected str"),
+        ('["a",3]', r"drops\[1\].*Expected `str`"),
         ('["a","a"]', "dropped twice"),
         ('[""]', "names no"),
     ],

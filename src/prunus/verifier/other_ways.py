@@ -23,7 +23,7 @@ from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.plans import Edit, Plan
 from prunus.surgeon import apply
-from prunus.surgeon.attributes import read_attribute, write_attribute
+from prunus.surgeon.reach import read_attribute, write_attribute
 from prunus.surgeon.unread import Unread, find_unread, head_counts, unexplained
 from prunus.tracer.entry import entered_by
 from prunus.tracer.inputs import rebuild_inputs

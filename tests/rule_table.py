@@ -1055,17 +1055,17 @@ rows("arange.start", case("-> .", 1, 6))
 rows("arange.start_step", case("-> .", 1, 6, 2))
 rows("linspace", case("-> .", 0, 1, 5))
 rows("eye", case("-> . .", 4))
-rows("randperm", case("-> .", 4))
+rows("randperm", case("-> .", 4), values=False)
 rows("eye.m", case("-> . .", 4, 6))
-rows("randint", case("-> . .", 5, [4, 6]))
-rows("randint.low", case("-> . .", 2, 5, [4, 6]))
+rows("randint", case("-> . .", 5, [4, 6]), values=False)
+rows("randint.low", case("-> . .", 2, 5, [4, 6]), values=False)
 
 # -- reduction -------------------------------------------------------------------------------------
 
 rows("mean sum prod max min var std", case("a b ->", X(4, 6)), case(". a ->", X(1, 6)))
 rows("mean sum prod max min", case("->", X()))
 rows("norm.Scalar", case("a b ->", X(4, 6)), case("a b ->", X(4, 6), 1))
-rows("all any", case("a b ->", B(4, 6)))
+rows("all any _is_all_true _is_any_true", case("a b ->", B(4, 6)))
 LISTS = (
     case("a b c -> a c", X(2, 4, 6), [1]),
     case("a b c -> a b .", X(2, 4, 6), [-1], True),
@@ -1129,6 +1129,8 @@ rows(
     case(". . ->", X(4, 6)),
     case(". . -> . .", X(4, 6), None, True),
 )
+rows("multinomial", case("a . -> a .", P(4, 6), 2), values=False)
+rows("multinomial", case(". -> .", P(6), 2), values=False)
 rows("cummax cummin", case("a . -> a .", X(4, 6), 1), case(". a -> . a", X(4, 6), -2))
 rows("nansum", *LISTS, case("a b ->", X(4, 6)))
 rows("median nanmedian", case("a b ->", X(4, 6)))

@@ -38,6 +38,7 @@ from prunus.surgeon.apply import cut
 from prunus.surgeon.depth import refuse_quantized, without_blocks
 from prunus.surgeon.snapshot import all_or_nothing
 from prunus.tracer.entry import ForwardFn, entered_by
+from prunus.tracer.randomness import DRAWS
 from prunus.tracer.trace import trace
 from prunus.width_planning import needs_to_plan, plan_of_mask
 
@@ -366,10 +367,13 @@ class _Task:
 
 def unproven(proof: Certificate, groups: Mapping[str, str] | None = None) -> VerifyError:
     """The error for a plan that the proof rejects as a whole, or in each of these groups."""
+    fix = "please report the case"
+    if proof.reason.startswith(DRAWS):
+        fix = "prune it with these numbers fixed (a probability of 0, the mean for a sample)"
     return VerifyError(
         "the cut model would not compute what the original does without the removed units",
         why="\n".join([_why_inexact(proof), *tell_groups(groups or {})]),
-        fix="the model was not touched; please report the case",
+        fix=f"the model was not touched; {fix}",
     )
 
 

@@ -8,6 +8,7 @@ under norms, softmax and means over channels, of which the second witness can sa
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
 from prunus.tracer.outputs import answer_of
 from prunus.tracer.program import duplicate, state_of
+from prunus.tracer.randomness import random_nodes
 from prunus.tracer.trace import quiet_run
+from prunus.verifier.draws import Draws
 
 Places = NDArray[np.int64]
 """By unit: which unit takes its place."""
@@ -43,24 +46,44 @@ def exchange_error(
     float64 where the model can, since another order rounds differently and depth amplifies it.
     """
     moved = duplicate(model)
-    _exchange(graph, moved, _permute(graph, groups, seed))
+    place = _permute(graph, groups, seed)
+    _exchange(graph, moved, place)
+    pair = _Pair(graph, place)
     try:
-        exact = [
-            _run(duplicate(m).double(), *to_double((tuple(args), dict(kwargs))))
-            for m in (model, moved)
-        ]
+        double = [duplicate(m).double() for m in (model, moved)]
+        exact = pair.run(double, *to_double((tuple(args), dict(kwargs))))
         known = all(bool(exact[0][name].isfinite().all()) for name in graph.kept_outputs)
     except (RuntimeError, TypeError):
         known = False
     if not known:  # a forward that insists on its own type, or overflows in another
-        exact = [_run(m, args, kwargs) for m in (duplicate(model), moved)]
+        exact = pair.run([duplicate(model), moved], args, kwargs)
     before, after = ({name: run[name] for name in graph.kept_outputs} for run in exact)
     return relative_error(before, after)
 
 
-def _run(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    with quiet_run(model):
-        return answer_of(model(*args, **kwargs))
+class _Pair:
+    """Runs a model and the same with its units in another order; random numbers move along."""
+
+    def __init__(self, graph: CouplingGraph, place: Places) -> None:
+        self._program = graph.program
+        self._random = bool(random_nodes(graph.program))
+        self._place = place
+
+    def run(
+        self, models: Iterable[nn.Module], args: Any, kwargs: Mapping[str, Any]
+    ) -> list[dict[str, Tensor]]:
+        """The outputs of both."""
+        answers: list[dict[str, Tensor]] = []
+        draws = Draws(self._program)
+        for model in models:
+            with quiet_run(model), draws if self._random else nullcontext():
+                answers.append(answer_of(model(*args, **kwargs)))
+            draws = Draws(self._program, draws.drawn, self._order)
+        return answers
+
+    def _order(self, label: Label) -> Places:
+        take = _take(label, self._place)
+        return np.arange(len(label)) if take is None else take
 
 
 def to_double(values: Any) -> Any:

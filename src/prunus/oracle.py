@@ -26,6 +26,7 @@ from prunus.tracer.caches import clear_caches
 from prunus.tracer.entry import ForwardFn, entered_as_traced
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.program import duplicate, state_of
+from prunus.tracer.randomness import say_draws
 from prunus.verifier.case import Case
 from prunus.verifier.comparison import compare, tolerance
 from prunus.verifier.effect import MOVED, each_alone
@@ -252,7 +253,7 @@ def _verify_widths(
             dtype, error, single = torch.float64, double, error
     verdict: Verdict = "exact"
     if reason or not error <= tolerance(dtype):
-        verdict = "inexact"
+        verdict, reason = "inexact", say_draws(case.graph.program) or reason
     elif not moved > MOVED:
         verdict = "not verified"
     return Certificate(

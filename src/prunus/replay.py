@@ -5,7 +5,7 @@ It knows the model's tensors and the labels, and shares no code with the surgeon
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from prunus.graph.axis import Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.tracer.compress import run_on_kept
 from prunus.tracer.program import Node, Program, Ref, refs_in
+from prunus.tracer.randomness import copy_of, draw, random_nodes
 from prunus.tracer.registry import call_bound
 
 
@@ -31,9 +32,16 @@ class Replay:
         self._state = state
         self._inputs = list(inputs)
         self._last_use = _last_uses(self._program)
+        self._order = {id(node): n for n, node in enumerate(random_nodes(self._program))}
 
-    def run(self, kept: Mask) -> dict[str, Tensor]:
-        """Outputs by name, with the given units kept."""
+    def run(
+        self, kept: Mask, watch: Callable[[Node, list[Tensor], Any], None] | None = None
+    ) -> dict[str, Tensor]:
+        """Outputs by name, with the given units kept.
+
+        ``watch`` is called with every random operator, what went in, and what it drew; every run
+        draws the same (:mod:`prunus.tracer.randomness`).
+        """
         program = self._program
         values: dict[int, Any] = {}
         values.update(zip(program.inputs, (t.clone() for t in self._inputs), strict=True))
@@ -41,14 +49,20 @@ class Replay:
         values.update({n: tensor.clone() for n, tensor in program.constants.items()})
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for index, node in enumerate(program.nodes):
-                self._step(node, values, kept)
+                self._step(node, values, kept, watch)
                 for number in self._last_use.get(index, ()):
                     values.pop(number, None)
         return {name: values[number] for name, number in program.outputs.items()}
 
-    def _step(self, node: Node, values: dict[int, Any], kept: Mask) -> None:
+    def _step(self, node: Node, values: dict[int, Any], kept: Mask, watch: Any) -> None:
         bound = {name: _fetch(value, values) for name, value in node.args.items()}
-        result = run_on_kept(node, bound, self._program, kept)
+        if id(node) in self._order:
+            before = copy_of(bound)
+            result = draw(node.target, bound, self._order[id(node)])
+            if watch is not None:
+                watch(node, before, result)
+        else:
+            result = run_on_kept(node, bound, self._program, kept)
         if result is None:
             result = _call_anyhow(node.target, self._silenced(node, bound, kept))
         tensors = [t for t in _leaves(result) if isinstance(t, Tensor)]

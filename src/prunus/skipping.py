@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from prunus.exchange import relative_error
 from prunus.tracer.blocks import main_input, main_tensor
 from prunus.tracer.outputs import answer_of, find_outputs, select_outputs
 from prunus.tracer.sources import find_line
-from prunus.tracer.trace import quiet_run
+from prunus.tracer.trace import quiet_run, same_draws
 
 
 @contextmanager
@@ -33,14 +33,18 @@ def skip(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
     handles: list[Any] = []
 
     def attach(block: nn.Module) -> None:
-        given: list[Tensor | None] = []
+        given: list[tuple[Tensor | None, ExitStack]] = []
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
             found = main_input(args, kwargs)
-            given.append(None if found is None else found.clone())  # a block may work in place
+            drawing = ExitStack()
+            drawing.enter_context(same_draws())  # nobody draws where the block is absent
+            # A block may work in place.
+            given.append((None if found is None else found.clone(), drawing))
 
         def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            found = given.pop()
+            found, drawing = given.pop()
+            drawing.close()
             return output if found is None else _replaced(output, found)
 
         handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
@@ -119,6 +123,7 @@ def prove_depth(
     comes next: a block that goes on writing where another one was shows there.
     """
     with quiet_run(original):
+        torch.default_generator.manual_seed(0)  # so that every run draws the same
         dense = dict(select_outputs(find_outputs(original(*args, **kwargs)), outputs)[0])
         with skip(original, names):
             wanted, memory = _first_round(original, args, kwargs)
@@ -130,6 +135,7 @@ def prove_depth(
         alone = {}
         for name in names if each else ():
             with skip(original, [name]):
+                torch.default_generator.manual_seed(0)
                 alone[name] = relative_error(dense, answer_of(original(*args, **kwargs)))
     error, reason = float("inf"), ""
     try:
@@ -159,6 +165,7 @@ def _first_round(
     That is whatever it returns under a name under which its forward takes it again, and that is
     an object of its own kind (``past_key_values``).
     """
+    torch.default_generator.manual_seed(0)
     taken = inspect.signature(model.forward).parameters
     asked = {"use_cache": True} if "use_cache" in taken else {}
     answer = model(*args, **{**asked, **kwargs})

@@ -437,8 +437,8 @@ SEALED: dict[Any, str] = {
 }
 """Functions whose integers nobody sees, since PyTorch computes them: they pin all they get."""
 
-COUNTS = {"repeat", "tile", "topk", "kthvalue", "roll", "pad", "eye", "one_hot", "tril_indices",
-          "triu_indices", "randperm", "randint", "bincount"}  # fmt: skip
+COUNTS = {"roll", "pad", "eye", "one_hot", "tril_indices", "triu_indices", "randperm", "randint",
+          "bincount"}  # fmt: skip
 """Functions in which an int says how often or how far: no equation is read off it."""
 
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
@@ -185,7 +187,7 @@ def quiet_run(model: nn.Module) -> Iterator[None]:
     settings = [(values, dict(values)) for values in marked_objects(model)]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+        with same_draws(), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.backends.mha.set_fastpath_enabled(False)
             model.eval()
@@ -199,6 +201,18 @@ def quiet_run(model: nn.Module) -> Iterator[None]:
             values.update(saved)
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Python's, NumPy's and PyTorch's random numbers go on afterwards where they stood before."""
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
 
 
 @contextmanager

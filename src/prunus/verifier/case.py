@@ -7,21 +7,25 @@ read is run a single time.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from prunus.graph.axis import Mask
+from prunus.graph.axis import Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.plans import Plan
 from prunus.replay import Replay
 from prunus.surgeon import apply
 from prunus.tracer.outputs import answer_of
-from prunus.tracer.program import duplicate, state_of, tensors_of
+from prunus.tracer.program import Node, duplicate, state_of, tensors_of
+from prunus.tracer.randomness import is_free, random_nodes
 from prunus.tracer.trace import quiet_run, trace
+from prunus.verifier.draws import Drawn, Draws
 
 
 class Case:
@@ -57,6 +61,7 @@ class Case:
     ) -> None:
         self.plan, self.original, self.source = plan, original, source
         self.args, self.kwargs, self.outputs = args, kwargs, outputs
+        self._drawn: list[Drawn] = []
         if graph is not None:
             self.graph = graph
 
@@ -87,7 +92,11 @@ class Case:
     @cached_property
     def masked(self) -> dict[str, Tensor]:
         """Outputs of the masked original."""
-        return self.replay.run(self.kept)
+        return self.replay.run(self.kept, self._remember)
+
+    def _remember(self, node: Node, before: list[Tensor], result: Any) -> None:
+        drawn = [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self._drawn.append(Drawn([] if is_free(node.target) else before, drawn))
 
     @cached_property
     def whole(self) -> dict[str, Tensor]:
@@ -105,6 +114,20 @@ class Case:
         return next(iter(self.masked.values())).dtype
 
     def run(self, model: nn.Module) -> dict[str, Tensor]:
-        """What a model answers to the inputs."""
-        with quiet_run(model):
+        """What a model answers to the inputs.
+
+        Where the forward draws random numbers, the pruned model gets the kept positions of those
+        that the masked original drew.
+        """
+        with quiet_run(model), self._tied(cut=model is not self.original):
             return answer_of(model(*self.args, **self.kwargs))
+
+    def _tied(self, *, cut: bool) -> AbstractContextManager[Any]:
+        if not random_nodes(self.graph.program):
+            return nullcontext()
+        if not cut:
+            return Draws(self.graph.program)
+        _ = self.masked
+        return Draws(
+            self.graph.program, self._drawn, lambda label: kept_positions(label, self.kept)
+        )

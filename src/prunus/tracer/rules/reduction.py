@@ -47,6 +47,8 @@ from prunus.tracer.rules.view import wrap
     "any.dim",
     "any.dims",
     "nansum",
+    "_is_all_true",
+    "_is_any_true",
     "count_nonzero",
     "count_nonzero.dim_IntList",
     "kthvalue",
@@ -131,6 +133,7 @@ def largest(call: Call) -> Effect:
 @rule(
     "argmax",
     "argmin",
+    "multinomial",
     "sort",
     "sort.stable",
     "argsort",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -174,6 +175,17 @@ def interleaved(call: Call, copies: Sequence[Label | None]) -> Equations:
     return () if times is None else tuple((times, len(label), label) for label in stretched)
 
 
+def _times_written(call: Call, ndim: int) -> list[Any] | None:
+    """How often each dim is repeated, as the forward wrote it; ``tile`` may leave out the first."""
+    if call.given is None or call.given.name not in ("repeat", "tile"):
+        return None
+    for count in range(ndim, 0, -1):
+        written = call.given.sizes(count)
+        if written is not None:
+            return [1] * (ndim - count) + written
+    return None
+
+
 @rule("repeat")
 def repeat(call: Call) -> Effect:
     """Copies laid end to end: every copy keeps the same positions.
@@ -184,8 +196,7 @@ def repeat(call: Call) -> Effect:
     own = (None,) * (out.dim() - source.dim()) + call.labels("self")
     shape = (1,) * (out.dim() - source.dim()) + tuple(source.shape)
     repeats = call.args["repeats"]
-    given = call.given if call.given is not None and call.given.name in ("repeat", "tile") else None
-    written = None if given is None else given.sizes(out.dim())
+    written = _times_written(call, out.dim())
     name = f"repeat in {call.context.module or 'model'} #{call.algebra.count}"
     copies: list[Label | None] = [None] * out.dim()
     equations: list[tuple[Expression, int, Label | None]] = []

@@ -110,5 +110,5 @@ def test_nothing_is_written_to() -> None:
 
 @pytest.mark.parametrize("name", ["resnet20", "vit_tiny", "bert_tiny", "llama_tiny", "yolov8n"])
 def test_the_models_of_the_zoo_need_no_real_run(name, monkeypatch) -> None:
-    monkeypatch.setattr("prunus.tracer.trace.duplicate", None)
+    monkeypatch.setattr("prunus.tracer.trace.deep_copy", None)
     prunus.trace(models_zoo.build(name), models_zoo.example_inputs(name))

@@ -16,13 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunus.errors import checks_options
 from prunus.tracer.adapters import adapted
-from prunus.tracer.caches import clear_caches
 from prunus.tracer.capture import PASSIVE
 from prunus.tracer.outputs import answer_of
 from prunus.tracer.program import Program, state_of
 from prunus.tracer.registry import bind
 from prunus.tracer.scale import find_attentions
-from prunus.tracer.trace import plain_kernels, quiet_run, trace
+from prunus.tracer.trace import forget_caches, plain_kernels, quiet_run, trace
 
 FAINT = 0.3
 """A weight whose outputs have less than this times the spread of its inputs is made louder."""
@@ -44,7 +43,7 @@ def listen(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *, seed: int 
     deviation of at least 1.
     """
     generator = torch.Generator().manual_seed(seed)
-    clear_caches(model)  # of what was computed from the weights as they were
+    forget_caches(model, args, kwargs)  # of what was computed from the weights as they were
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):

@@ -22,11 +22,11 @@ from prunus.skipping import prove_depth
 from prunus.surgeon import drop_blocks
 from prunus.surgeon.apply import check_model
 from prunus.surgeon.biases import add_biases
-from prunus.tracer.caches import clear_caches
 from prunus.tracer.entry import ForwardFn, entered_as_traced
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.program import duplicate, state_of
 from prunus.tracer.randomness import say_draws
+from prunus.tracer.trace import forget_caches
 from prunus.verifier.case import Case
 from prunus.verifier.comparison import compare, tolerance
 from prunus.verifier.effect import MOVED, each_alone
@@ -162,7 +162,7 @@ def verify(
     options: dict[str, Any] = {"each_group": each_group, "outputs": wanted, "seed": seed}
     with entered_as_traced(model, plan.traced, forward_fn), full_precision():
         original = duplicate(model)  # entered as the model is
-        clear_caches(original)
+        forget_caches(original, args, kwargs)
         if randomise:
             listen(original, args, kwargs, seed=seed)
         if plan.drops:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,8 +25,9 @@ from prunus.surgeon.optimizer_state import forget_dropped, slice_state, write_st
 from prunus.surgeon.own_copies import own_copies
 from prunus.surgeon.reach import check_edit, write_attribute
 from prunus.surgeon.slicing import slice_tensor
-from prunus.surgeon.snapshot import Snapshot, all_or_nothing, replace_data
+from prunus.surgeon.snapshot import all_or_nothing, replace_data
 from prunus.tracer.caches import drop_caches
+from prunus.tracer.copies import duplicate, stand_in
 from prunus.tracer.entry import ForwardFn, entered_as_traced
 from prunus.tracer.fakes import FakeRun, unlogged
 from prunus.tracer.inputs import rebuild_inputs
@@ -259,13 +260,22 @@ def _check_outputs(plan: Plan, model: nn.Module) -> None:
 
 
 def _output_shapes(model: nn.Module, args: Any, kwargs: Any, *, fake: bool) -> dict[str, list[int]]:
-    """Shapes by name; what the forward writes on the model is undone."""
-    before = Snapshot(model)
+    """Shapes by name; a copy runs, and no fake tensor is left anywhere."""
+    if not fake:
+        return _run_shapes(duplicate(model), args, kwargs, nullcontext())
+    run = FakeRun()
     try:
-        with quiet_run(model), unlogged(), FakeRun() if fake else nullcontext():
-            answer = answer_of(model(*args, **kwargs))
+        with unlogged():
+            return _run_shapes(stand_in(model).model, args, kwargs, run)
     finally:
-        before.restore()
+        run.watch.settle()
+
+
+def _run_shapes(
+    copied: nn.Module, args: Any, kwargs: Any, mode: AbstractContextManager[Any]
+) -> dict[str, list[int]]:
+    with quiet_run(copied), mode:
+        answer = answer_of(copied(*args, **kwargs))
     return {name: list(tensor.shape) for name, tensor in answer.items()}
 
 

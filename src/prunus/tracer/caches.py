@@ -2,28 +2,77 @@
 
 An attention bias gathered once and kept in a dict is no state of the model: the forward makes
 it anew when it is missing.  So it is taken away while tracing, and again when a plan is applied.
+A dict of constants looks the same from outside; what the forward does without an entry tells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
+Entries = dict[str, list[Any]]
+"""``"path.of.module:attribute"`` → keys of a dict."""
 
-def clear_caches(model: nn.Module) -> None:
-    """Empty every plain dict of tensors that a module keeps, in place; the caller restores it."""
-    for module in model.modules():
+
+def find_remembered(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[Entries, Entries]:
+    """Which entries of the modules' dicts of tensors a forward makes anew, and which it does not.
+
+    Parameters
+    ----------
+    model
+        A copy of the model, which is used up: its forward runs on dicts that seem to be empty.
+    run
+        Runs the forward of the copy.
+
+    Returns
+    -------
+    remembered
+        Entries that came back bit-equal, and those of the same dict that were not asked for.
+    constant
+        All others: of dicts that the forward only reads, and those that it can't do without.
+    """
+    probes: dict[str, _Probe] = {}
+    by_id: dict[int, _Probe] = {}
+    for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if _is_cache(name, value):
-                value.clear()
+            if is_table(name, value):
+                probe = by_id.setdefault(id(value), _Probe(value))
+                probes[f"{path}:{name}"] = vars(module)[name] = probe
+    with suppress(Exception):  # a forward may raise anything where it misses a constant
+        run(model)
+    remembered = {at: probe.remembered() for at, probe in probes.items()}
+    return (
+        {at: keys for at, keys in remembered.items() if keys},
+        {
+            at: [key for key in probe.before if key not in remembered[at]]
+            for at, probe in probes.items()
+        },
+    )
+
+
+def has_tables(model: nn.Module) -> bool:
+    """Whether any module keeps a plain dict of tensors that is not empty."""
+    return any(is_table(n, v) for module in model.modules() for n, v in vars(module).items())
+
+
+def forget(model: nn.Module, entries: Mapping[str, Iterable[Any]]) -> None:
+    """Remove entries from the modules' dicts, in place."""
+    modules = dict(model.named_modules())
+    for at, keys in entries.items():
+        path, _, name = at.rpartition(":")
+        kept = vars(modules[path]).get(name, {})
+        for key in keys:
+            kept.pop(key, None)
 
 
 def find_caches(model: nn.Module, before: dict[str, dict[str, Any]]) -> list[str]:
-    """Dicts of tensors that a forward has filled, and attributes that it has set from None.
+    """What a forward has put into dicts of tensors, and attributes that it has set from None.
 
     Parameters
     ----------
@@ -33,44 +82,113 @@ def find_caches(model: nn.Module, before: dict[str, dict[str, Any]]) -> list[str
     Returns
     -------
     list of str
-        ``"path.of.module:attribute"``.
+        ``"path.of.module:attribute"``, and for each entry of such a dict that was there before,
+        which is a constant, ``"path.of.module:attribute!'key'"``.
     """
-    return [f"{path}:{name}" for path, name in _filled(model, before)]
+    return list(_filled(model, before))
 
 
 def remember_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The modules' attributes by path."""
-    return {path: dict(vars(module)) for path, module in model.named_modules()}
+    """The modules' attributes by path; of dicts a copy."""
+    return {
+        path: {n: dict(v) if type(v) is dict else v for n, v in vars(module).items()}
+        for path, module in model.named_modules()
+    }
 
 
 def drop_caches(model: nn.Module, names: Sequence[str]) -> None:
-    """Empty the dicts of tensors and reset the tensor attributes of that name, in place.
+    """Empty the dicts of tensors but for constants, and reset the tensor attributes, in place.
 
     The names may be a stranger's: nothing that PyTorch keeps on a module itself is among them.
     """
     modules = dict(model.named_modules())
+    constant = {text for text in names if any(text.startswith(f"{at}!") for at in names)}
     for text in names:
+        if text in constant:
+            continue
         path, _, name = text.rpartition(":")
         own: Any = vars(modules[path]) if path in modules else {}
-        if _is_cache(name, own.get(name)):
-            own[name].clear()
-        elif name not in _OF_EVERY_MODULE and isinstance(own.get(name), Tensor):
+        kept = own.get(name)
+        if is_table(name, kept):
+            for key in [key for key in kept if f"{text}!{key!r}" not in constant]:
+                del kept[key]
+        elif name not in _OF_EVERY_MODULE and isinstance(kept, Tensor):
             own[name] = None
 
 
-def _filled(model: nn.Module, before: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    for path, module in model.named_modules():
-        old = before.get(path, {})
-        for name, value in vars(module).items():
-            fresh = isinstance(value, Tensor) and name in old and old[name] is None
-            if fresh or _is_cache(name, value):
-                yield path, name
-
-
-def _is_cache(name: str, value: Any) -> bool:
+def is_table(name: str, value: Any) -> bool:
+    """Whether an attribute is a plain dict that holds tensors, and nothing else."""
     return (
         type(value) is dict
         and bool(value)
         and name not in _OF_EVERY_MODULE
         and all(isinstance(item, Tensor) for item in value.values())
     )
+
+
+def _filled(model: nn.Module, before: dict[str, dict[str, Any]]) -> Iterator[str]:
+    for path, module in model.named_modules():
+        old = before.get(path, {})
+        for name, value in vars(module).items():
+            at = f"{path}:{name}"
+            if isinstance(value, Tensor) and name in old and old[name] is None:
+                yield at
+            elif is_table(name, value):
+                held = old.get(name)
+                constant = held if isinstance(held, dict) else {}
+                if any(constant.get(key) is not item for key, item in value.items()):
+                    yield at
+                    yield from (f"{at}!{key!r}" for key in constant)
+
+
+class _Probe(dict[Any, Any]):
+    """A dict of tensors that seems to be empty until it is filled.
+
+    What is asked for outright, and would be missing, is answered from what was there before.
+    """
+
+    def __init__(self, before: Mapping[Any, Tensor]) -> None:
+        super().__init__()
+        self.before = dict(before)
+        self._asked: set[Any] = set()
+
+    def remembered(self) -> list[Any]:
+        """The keys that were there before and have come back with the same values."""
+        back = [key for key in self.before if _equal(dict.get(self, key), self.before[key])]
+        if not back:
+            return []
+        return [key for key in self.before if key in back or key not in self._asked]
+
+    def __contains__(self, key: Any) -> bool:
+        self._asked.add(key)
+        return dict.__contains__(self, key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self._asked.add(key)
+        return dict.get(self, key, default)
+
+    def __missing__(self, key: Any) -> Any:
+        self._asked.add(key)
+        return self.before[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        self._asked.update(self.before)
+        return dict.__iter__(self)
+
+    def keys(self) -> Any:
+        self._asked.update(self.before)
+        return dict.keys(self)
+
+    def values(self) -> Any:
+        self._asked.update(self.before)
+        return dict.values(self)
+
+    def items(self) -> Any:
+        self._asked.update(self.before)
+        return dict.items(self)
+
+
+def _equal(a: Any, b: Tensor) -> bool:
+    if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.detach(), b.detach())

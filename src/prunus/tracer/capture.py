@@ -26,12 +26,14 @@ from prunus.graph.constraints import Pin
 from prunus.tracer.fakes import Fakes
 from prunus.tracer.labels import Algebra
 from prunus.tracer.lifetimes import Lifetimes
+from prunus.tracer.marks import Run
 from prunus.tracer.program import Node, Ref
 from prunus.tracer.provenance import Follow, Given, expression_of
 from prunus.tracer.registry import Call, Effect, Labels, bind, find_rule
 from prunus.tracer.scale import Attention
 from prunus.tracer.sizes import Sizes
 from prunus.tracer.sources import find_source
+from prunus.tracer.watch import Watch
 
 SHADOW_LIMIT = 1 << 16
 """Tensors of at most this many elements are also computed for real when their content is known."""
@@ -53,11 +55,17 @@ class Recorder(TorchDispatchMode):
     ----------
     state
         Name → tensor; every dim longer than 1 gets atoms of its own when the tensor is met.
+    watch
+        Is told of every fake tensor and every traced integer.
     real
         Compute on real tensors instead of fake ones.
+    apart
+        See :class:`prunus.tracer.marks.Run`.
     """
 
-    def __init__(self, state: dict[str, Tensor], *, real: bool) -> None:
+    def __init__(
+        self, state: dict[str, Tensor], watch: Watch, *, real: bool, apart: bool = True
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.algebra = Algebra()
         self.nodes: list[Node] = []
@@ -69,12 +77,13 @@ class Recorder(TorchDispatchMode):
         self.from_state: list[bool] = []
         self.stack: list[str] = [""]
         self.attended: list[Attention] = []
-        self.lifetimes = Lifetimes(lambda: len(self.nodes))
+        self.lifetimes = Lifetimes(self.nodes.__len__)
         self._counted: dict[int, list[tuple[Label, Pin]]] = {}
         self._begun: weakref.ref[Given] | None = None  # it holds tensors, which are to die
         self.sizes = Sizes(self.algebra, self.stack)
         self.follow = Follow(self.sizes, self.label_of, self.seal)
-        self._fakes = None if real else Fakes()
+        self.run = Run(watch.add, apart=apart)
+        self._fakes = None if real else Fakes(watch)
         self._values = WeakIdKeyDictionary()
         self._shadows = WeakIdKeyDictionary()
         self._stale: set[int] = set()
@@ -122,6 +131,13 @@ class Recorder(TorchDispatchMode):
             self._by_name[name] = number
             self.state[number] = name
         return number
+
+    def release(self) -> None:
+        """Let go of every tensor that was made; what was recorded stays."""
+        self._fakes = None
+        self.follow.arrays.clear()
+        self._values.clear()
+        self._shadows.clear()
 
     def number_of(self, tensor: Tensor | None) -> int | None:
         """The number of a value that is known already; None for any other."""

@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from prunus.tracer.watch import Watch
+
 _PLAIN = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
@@ -39,7 +41,8 @@ class _Layout(NamedTuple):
 class Fakes:
     """A fake mode, the fake of every tensor that it has met, and what operators returned."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Watch | None = None) -> None:
+        self.watch = watch or Watch()
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
         self._results: dict[Any, tuple[_Layout, ...] | None] = {}
@@ -66,6 +69,9 @@ class Fakes:
         if layouts is None:
             with self._mode:
                 result = func(*args, **kwargs)
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, FakeTensor):
+                    self.watch.add(leaf)
             if key is not None:
                 self._results[key] = _layouts_of(result, args, kwargs, key)
             return result
@@ -77,11 +83,14 @@ class Fakes:
     def _convert(self, tensor: Tensor) -> Tensor:
         if type(tensor) in (Tensor, nn.Parameter) and _is_plain(tensor):
             return self._make(_layout_of(tensor))
-        return self._mode.from_tensor(tensor)
+        fake: Tensor = self._mode.from_tensor(tensor)
+        self.watch.add(fake)
+        return fake
 
     def _make(self, layout: _Layout) -> Tensor:
         meta = torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device="meta")
         fake: Tensor = FakeTensor(self._mode, meta, layout.device)
+        self.watch.add(fake)
         return fake
 
     def _all_of(self, value: Any) -> Any:
@@ -109,6 +118,11 @@ class FakeRun(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._fakes = Fakes()
+
+    @property
+    def watch(self) -> Watch:
+        """Every fake tensor that was made."""
+        return self._fakes.watch
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from prunus.graph.axis import Label
+from prunus.tracer.copies import duplicate as duplicate
 from prunus.tracer.registry import Effect
 
 UnitLabels = tuple[Label | None, ...]
@@ -130,25 +130,6 @@ def tensors_of(structure: Any, path: str = "") -> list[tuple[str, Tensor]]:
     for name, value in items:
         found += tensors_of(value, f"{path}.{name}" if path else name)
     return found
-
-
-def duplicate(model: nn.Module) -> nn.Module:
-    """A deep copy; tensors that PyTorch refuses to copy are copied as data.
-
-    Those are what the model computed from its weights (the older ``weight_norm`` keeps it as an
-    attribute), and sparse ones in compressed form (CSR).
-    """
-    held = [
-        value
-        for module in model.modules()
-        for value in (*vars(module).values(), *module._buffers.values())
-        if isinstance(value, Tensor)
-    ]
-    refused = [t for t in held if not t.is_leaf or t.layout in COMPRESSED]
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in refused})
-
-
-COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

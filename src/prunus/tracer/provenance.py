@@ -24,16 +24,19 @@ from torch.overrides import TorchFunctionMode
 
 from prunus.graph.axis import Label
 from prunus.graph.expressions import Attribute, Expression, Operation, Width
+from prunus.tracer.marks import Mark
 
 
 class Provenance(int):
     """An int that carries the expression it was computed by; results of + − * // % do as well."""
 
     expression: Expression
+    mark: Mark
 
     def __new__(cls, value: int, expression: Expression) -> Provenance:
         made = super().__new__(cls, value)
         made.expression = expression
+        made.mark = Mark()
         return made
 
     def __add__(self, other: Any) -> Any:
@@ -114,7 +117,12 @@ class Provenance(int):
     def __ge__(self, other: Any) -> Any:
         return _compare(">=", self, other, int.__ge__(self, other))
 
-    __hash__ = int.__hash__
+    def __hash__(self) -> int:
+        run = self.mark.run
+        if run is None:
+            return int.__hash__(self)
+        run.hashed = True
+        return run.hash_of(self.expression) if run.apart else hash(_escaped(self))
 
     def __bool__(self) -> bool:
         return bool(_compare("bool", self, 0, int.__ne__(self, 0)))

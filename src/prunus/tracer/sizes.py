@@ -28,6 +28,7 @@ from prunus.graph.expressions import (
     leaves_of,
 )
 from prunus.tracer.labels import COUNT_TRIALS, Algebra
+from prunus.tracer.marks import key_of
 from prunus.tracer.provenance import Ratio, expression_of
 from prunus.tracer.sources import code_frame, find_source
 
@@ -68,7 +69,7 @@ class Sizes:
         elif isinstance(expression, Width):
             self._count_as(expression.label, label, why)
         else:
-            key = _key(expression)
+            key = key_of(expression)
             if key in self._governed:
                 self._count_as(self._governed[key], label, why)
             else:
@@ -77,7 +78,7 @@ class Sizes:
 
     def governed(self, expression: Expression) -> Label | None:
         """The dim whose width an expression was found to state, if any was."""
-        return self._governed.get(_key(expression))
+        return self._governed.get(key_of(expression))
 
     def escaped(self, expression: Expression) -> None:
         """The forward computes with a size: neither it nor what governs it may change."""
@@ -105,7 +106,7 @@ class Sizes:
         if op == "bool":
             op, outcome = "==", not outcome
         why = self._pin("the code compares this size")
-        key = (op, outcome, why.source, why.module, _key(a), _key(b))
+        key = (op, outcome, why.source, why.module, key_of(a), key_of(b))
         if key in self._asked:
             return
         self._asked.add(key)
@@ -179,8 +180,8 @@ class Sizes:
                 self._algebra.pin(leaf.label, why)
             elif isinstance(leaf, Attribute) and leaf not in self._fixed:
                 self._fixed.add(leaf)
-                self._algebra.pin(self._governed.get(_key(leaf)), why)
-                self._governed[_key(leaf)] = None
+                self._algebra.pin(self._governed.get(key_of(leaf)), why)
+                self._governed[key_of(leaf)] = None
                 if leaf in self.attributes:
                     value = Width(self.attributes[leaf], None)
                     self.equations.append(Equation(leaf, value, why.module, why.source))
@@ -237,13 +238,6 @@ class _Cast:
 
     def __init__(self, expression: Expression, why: Pin) -> None:
         self.expression, self.why, self.stated = expression, why, False
-
-
-def _key(expression: Expression) -> str:
-    """Equal for expressions that are computed alike from the same integers."""
-    if isinstance(expression, Operation):
-        return f"({_key(expression.left)}{expression.op}{_key(expression.right)})"
-    return f"width {id(expression.label)}" if isinstance(expression, Width) else str(expression)
 
 
 def _is_positive(expression: Expression) -> bool:

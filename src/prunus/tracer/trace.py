@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
-import gc
-import random
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 from torch.utils._pytree import tree_map
 
-from prunus.errors import TraceError, checks_options
+from prunus.errors import PrunusError, checks_options
 from prunus.graph.coupling import CouplingGraph
 from prunus.tracer.adapters import adapted
+from prunus.tracer.alone import same_draws as same_draws
 from prunus.tracer.blocks import find_blocks, follow_blocks
 from prunus.tracer.build import build_graph
-from prunus.tracer.caches import clear_caches, find_caches, remember_attributes
+from prunus.tracer.caches import (
+    Entries,
+    find_caches,
+    find_remembered,
+    forget,
+    has_tables,
+    remember_attributes,
+)
 from prunus.tracer.capture import Recorder
+from prunus.tracer.copies import Copy, deep_copy, stand_in
 from prunus.tracer.entry import ForwardFn, describe_entry, entered_by, entry_of
 from prunus.tracer.fakes import unlogged
 from prunus.tracer.inputs import describe_inputs, find_rows
 from prunus.tracer.loops import follow_loops
+from prunus.tracer.marks import marking
 from prunus.tracer.moments import find_moments
-from prunus.tracer.outputs import find_outputs, select_outputs
-from prunus.tracer.program import Program, duplicate, state_of
-from prunus.tracer.provenance import mark_attributes, marked_objects
+from prunus.tracer.outputs import answer_of, find_outputs, select_outputs
+from prunus.tracer.outside import Outside
+from prunus.tracer.program import Program, state_of
+from prunus.tracer.provenance import mark_attributes
+from prunus.tracer.quiet import follow_modules as follow_modules
+from prunus.tracer.quiet import plain_kernels as plain_kernels
+from prunus.tracer.quiet import quiet as quiet
+from prunus.tracer.quiet import quiet_run as quiet_run
+from prunus.tracer.quiet import same_modes
+from prunus.tracer.quiet import uncollected as uncollected
+from prunus.tracer.watch import Watch
 
 
 @checks_options
@@ -74,214 +84,228 @@ def trace(
         raised as it is.
     """
     args = (args,) if isinstance(args, Tensor) else tuple(args)
-    kwargs = dict(kwargs or {})
-    with uncollected(), entered_by(model, forward_fn):
-        if not real:
-            try:
-                with unlogged():
-                    return _capture(model, args, kwargs, outputs, real=False)
-            except TraceError:
+    with uncollected():
+        return _Task(model, args, dict(kwargs or {}), outputs, forward_fn).graph(real=real)
+
+
+def forget_caches(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Remove what an earlier forward has left in the modules' dicts of tensors, in place."""
+    forget(model, _Task(model, args, dict(kwargs), None, None).remembered)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is traced.  The forward runs on copies only, so that the model stays as it is."""
+
+    model: nn.Module
+    args: Any
+    kwargs: dict[str, Any]
+    outputs: str | Sequence[str] | None
+    forward_fn: ForwardFn | None
+
+    def graph(self, *, real: bool) -> CouplingGraph:
+        """Of a run on fake tensors where that does, and else of one on real tensors."""
+        found = None if real else self._on_fakes()
+        return self._on_real() if found is None else found
+
+    def _on_fakes(self) -> CouplingGraph | None:
+        """None where the run on real tensors decides: on any error, and what only values tell."""
+        run = _Run(self, real=False)
+        with unlogged():
+            graph = run.capture()
+            if graph is None and self.on_meta:
+                return _Run(self, real=False, apart=False).capture()
+        return graph if self.on_meta or (run.clean and not run.hashed) else None
+
+    def _on_real(self) -> CouplingGraph:
+        """Integers that hash apart miss what the model finds in a dict that is keyed by a width.
+
+        So where any was hashed, the answer of the traced run is compared with the model's own.
+        """
+        run = _Run(self, real=True)
+        graph = run.capture()
+        if graph is None or (run.hashed and not _agree(run.answer, self.answer())):
+            graph = _Run(self, real=True, apart=False).capture()
+        assert graph is not None  # a run whose integers hash as they compare raises what it meets
+        return graph
+
+    @cached_property
+    def on_meta(self) -> bool:
+        """Whether tensors have no values, so that nothing but fake ones can be run."""
+        return any(tensor.device.type == "meta" for tensor in self.model.parameters())
+
+    @cached_property
+    def remembered(self) -> Entries:
+        """Entries of the modules' dicts that an earlier forward has left there."""
+        if self.on_meta or not has_tables(self.model):
+            return {}
+        copied = deep_copy(self.model)
+        return find_remembered(copied.model, lambda _: self.answer(copied))[0]
+
+    def answer(self, copied: Copy | None = None) -> dict[str, Tensor]:
+        """What a copy of the model answers, untraced."""
+        copied = deep_copy(self.model) if copied is None else copied
+        args, kwargs = copied.of((self.args, self.kwargs))
+        outside = Outside(copied.model)
+        try:
+            with quiet(), plain_kernels(), adapted(copied.model):
+                copied.model.eval()
+                with entered_by(copied.model, copied.of(self.forward_fn)):
+                    return answer_of(copied.model(*args, **kwargs))
+        finally:
+            outside.restore()
+
+
+def _agree(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether two answers are alike but for rounding."""
+    for name, one in a.items():
+        other = b.get(name)
+        if other is None or one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        if not torch.allclose(one.double(), other.double(), 1e-4, 1e-6, equal_nan=True):
+            return False
+    return True
+
+
+class _Run:
+    """One run of a copy of the model, and what is known of it afterwards.
+
+    Attributes
+    ----------
+    hashed
+        Whether an integer that is traced was hashed: as the key of a dict or of a cache.
+    clean
+        Whether nothing that the run made is left anywhere.
+    answer
+        The outputs, of a run on real tensors.
+    """
+
+    def __init__(self, task: _Task, *, real: bool, apart: bool = True) -> None:
+        self._task = task
+        self._real = real
+        self._apart = apart
+        self._watch = Watch()
+        self.hashed = False
+        self.clean = False
+        self.answer: dict[str, Tensor] = {}
+
+    def capture(self) -> CouplingGraph | None:
+        """The graph; None where the forward raised an error, and another run may do better."""
+        try:
+            return self._capture()
+        except PrunusError:
+            raise
+        except Exception as error:  # a forward may raise anything
+            another = not self._real and not self._task.on_meta
+            if not another and not (self.hashed and self._apart):
                 raise
-            except Exception:  # whatever a forward may raise on fake tensors: the real run decides
-                if any(tensor.device.type == "meta" for tensor in model.parameters()):
-                    raise
-        return _capture(duplicate(model), args, kwargs, outputs, real=True)
+            traceback.clear_frames(error.__traceback__)
+        finally:
+            self.clean = self._watch.settle()
+        return None
 
+    def _capture(self) -> CouplingGraph:
+        task, started = self._task, time.perf_counter()
+        copied = (deep_copy if self._real else stand_in)(task.model)
+        own = set(map(id, task.model.modules()))
+        shared = [module for module in copied.model.modules() if id(module) in own]
+        modules = [module for module in copied.model.modules() if id(module) not in own]
+        for module in modules:
+            self._watch.add(module)
+        outside = Outside(copied.model)
+        outside.forget_tensors()
+        state, _ = state_of(task.model)
+        theirs = {name: copied.of(tensor) for name, tensor in state.items()}
+        recorder = Recorder(theirs, self._watch, real=self._real, apart=self._apart)
+        try:
+            return self._record(recorder, copied, shared, started)
+        finally:
+            self.hashed = recorder.run.hashed
+            recorder.release()
+            outside.restore()
+            for module in modules:
+                vars(module).clear()  # which ends cycles
 
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Keep the collector from walking what is only growing: a third of the time of a trace."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    def _record(
+        self, recorder: Recorder, copied: Copy, shared: Sequence[nn.Module], started: float
+    ) -> CouplingGraph:
+        task, model = self._task, copied.model
+        state, aliases = state_of(task.model)
+        numbers: list[int] = []
+        admitted: dict[int, Tensor] = {}
 
+        def admit(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if id(value) not in admitted:  # a tensor that is given twice is one to the forward
+                admitted[id(value)] = recorder.fake_input(value)
+            numbers.append(recorder.value_of(admitted[id(value)]))
+            return admitted[id(value)]
 
-def _capture(
-    model: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any, *, real: bool
-) -> CouplingGraph:
-    started = time.perf_counter()
-    state, aliases = state_of(model)
-    recorder = Recorder(state, real=real)
-    numbers: list[int] = []
-    admitted: dict[int, Tensor] = {}
-
-    def admit(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in admitted:  # a tensor that is given twice is one tensor to the forward
-            admitted[id(value)] = recorder.fake_input(value)
-        numbers.append(recorder.value_of(admitted[id(value)]))
-        return admitted[id(value)]
-
-    with quiet_run(model), plain_kernels(), adapted(model), follow_modules(model, recorder.stack):
-        fake_args, fake_kwargs = tree_map(admit, (args, kwargs))
-        clear_caches(model)
-        recorder.sizes.attributes = mark_attributes(model)
-        before = remember_attributes(model)
-        loops = follow_loops(model, recorder.sizes.counted)
-        with follow_blocks(model, recorder) as children, loops, recorder, recorder.follow:
-            found = find_outputs(model(*fake_args, **fake_kwargs))
-        caches = find_caches(model, before)
-    traced = time.perf_counter()
-    found = found.with_arrays(recorder.follow.arrays)
-    for _, tensor in found.tensors:
-        recorder.read(tensor)
-    chosen, released = select_outputs(found, outputs)
-    kept: dict[str, int] = {}
-    for name, tensor in chosen:
-        kept[name] = recorder.value_of(tensor)
-        for label in recorder.labels[kept[name]]:
-            recorder.pin(label, f"output {name!r} keeps its shape")
-    graph, resolve = build_graph(recorder, model, state, aliases, tuple(kept))
-    blocks, obstacles = find_blocks(children, recorder, resolve, kept)
-    program = Program(
-        tuple(recorder.nodes),
-        tuple(numbers),
-        recorder.state,
-        recorder.constants,
-        kept,
-        tuple(recorder.labels),
-        tuple(recorder.shapes),
-        resolve,
-        tuple(recorder.lifetimes.found),
-    )
-    described = {
-        "inputs": describe_inputs(
-            args,
-            kwargs,
-            find_rows(recorder.nodes, numbers, recorder.shapes, recorder.from_state),
-        ),
-        "outputs": {name: list(tensor.shape) for name, tensor in chosen},
-        "caches": caches,
-        "released": released,
-    }
-    entry = entry_of(model)
-    if entry is not None:
-        described["forward_fn"] = describe_entry(entry)
-    seconds = {"trace": traced - started, "group": time.perf_counter() - traced}
-    return replace(
-        graph,
-        program=program,
-        find_moments=partial(find_moments, program),
-        forward_fn=entry,
-        traced=described,
-        seconds=seconds,
-        blocks=blocks,
-        obstacles=obstacles,
-    )
-
-
-@contextmanager
-def quiet_run(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no fast path; everything touched is put back afterwards.
-
-    The multi-head-attention fast path hides what it computes.  Modules that cache tensors
-    during a forward get their attributes back.
-    """
-    modes = {module: module.training for module in model.modules()}
-    snapshots = [_Snapshot(module) for module in modes]
-    settings = [(values, dict(values)) for values in marked_objects(model)]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        with same_draws(), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.backends.mha.set_fastpath_enabled(False)
+        with (
+            quiet(),
+            plain_kernels(),
+            adapted(model),
+            same_modes(shared),
+            entered_by(model, copied.of(task.forward_fn)),
+            follow_modules(model, recorder.stack),
+            marking(recorder.run),
+        ):
             model.eval()
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for snapshot in snapshots:
-            snapshot.restore()
-        for values, saved in settings:
-            values.clear()
-            values.update(saved)
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def same_draws() -> Iterator[None]:
-    """Python's, NumPy's and PyTorch's random numbers go on afterwards where they stood before."""
-    python, arrays = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
-
-
-@contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Without oneDNN and cuDNN, whose recurrent kernels say nothing of what they consist of."""
-    onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    torch._C._set_cudnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(onednn)
-        torch._C._set_cudnn_enabled(cudnn)
-
-
-def _same(container: Any, content: Any) -> bool:
-    """Whether a dict or set holds the very same entries; values are compared by identity."""
-    if isinstance(container, dict):
-        return list(map(id, container.values())) == list(map(id, content.values())) and list(
-            container
-        ) == list(content)
-    return bool(container == content)
-
-
-class _Snapshot:
-    """A module's attributes and the contents of its containers, to be put back in place.
-
-    Containers stay the same objects, since hook handles and other modules may point at them.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._attributes = vars(module)
-        self._saved = dict(self._attributes)
-        held = [v for v in self._saved.values() if isinstance(v, (dict, list, set))]
-        self._empty = [container for container in held if not container]
-        self._contents = [(container, container.copy()) for container in held if container]
-
-    def restore(self) -> None:
-        """Undo what was set, added or removed since."""
-        self._attributes.clear()
-        self._attributes.update(self._saved)
-        for container in self._empty:
-            if container:
-                container.clear()
-        for container, content in self._contents:
-            if isinstance(container, list):
-                container[:] = content
-            elif not _same(container, content):
-                container.clear()
-                container.update(content)
-
-
-@contextmanager
-def follow_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the path of the module that is running on top of ``stack``."""
-    paths = {id(module): name for name, module in model.named_modules()}
-
-    def enter(module: nn.Module, _: Any) -> None:
-        stack.append(paths.get(id(module), stack[-1]))
-
-    def leave(module: nn.Module, _: Any, __: Any) -> None:
-        stack.pop()
-
-    handles = [
-        register_module_forward_pre_hook(enter),
-        register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+            args, kwargs = tree_map(admit, copied.of((task.args, task.kwargs)))
+            forget(model, task.remembered)
+            recorder.sizes.attributes = mark_attributes(model)
+            before = remember_attributes(model)
+            loops = follow_loops(model, recorder.sizes.counted)
+            with follow_blocks(model, recorder) as children, loops, recorder, recorder.follow:
+                found = find_outputs(model(*args, **kwargs))
+            caches = find_caches(model, before)
+        traced = time.perf_counter()
+        outputs = found.with_arrays(recorder.follow.arrays)
+        for _, tensor in outputs.tensors:
+            recorder.read(tensor)
+        chosen, released = select_outputs(outputs, task.outputs)
+        if self._real:
+            self.answer = dict(outputs.tensors)
+        kept: dict[str, int] = {}
+        for name, tensor in chosen:
+            kept[name] = recorder.value_of(tensor)
+            for label in recorder.labels[kept[name]]:
+                recorder.pin(label, f"output {name!r} keeps its shape")
+        graph, resolve = build_graph(recorder, task.model, state, aliases, tuple(kept))
+        blocks, obstacles = find_blocks(children, recorder, resolve, kept)
+        program = Program(
+            tuple(recorder.nodes),
+            tuple(numbers),
+            recorder.state,
+            recorder.constants,
+            kept,
+            tuple(recorder.labels),
+            tuple(recorder.shapes),
+            resolve,
+            tuple(recorder.lifetimes.found),
+        )
+        described = {
+            "inputs": describe_inputs(
+                task.args,
+                task.kwargs,
+                find_rows(recorder.nodes, numbers, recorder.shapes, recorder.from_state),
+            ),
+            "outputs": {name: list(tensor.shape) for name, tensor in chosen},
+            "caches": caches,
+            "released": released,
+        }
+        entry = entry_of(task.model) if task.forward_fn is None else task.forward_fn
+        if entry is not None:
+            described["forward_fn"] = describe_entry(entry)
+        seconds = {"trace": traced - started, "group": time.perf_counter() - traced}
+        return replace(
+            graph,
+            program=program,
+            find_moments=partial(find_moments, program),
+            forward_fn=entry,
+            traced=described,
+            seconds=seconds,
+            blocks=blocks,
+            obstacles=obstacles,
+        )

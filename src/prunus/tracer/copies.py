@@ -1,0 +1,374 @@
+"""Copies of a model: a deep one, and a stand-in that shares the model's memory.
+
+``copy.deepcopy`` takes functions as they are.  A hook that closes over a module, or a forward
+that was patched onto one, would go on reading the original.  Here functions, bound methods and
+partials are made anew around the copies of what they refer to.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_ATOMS = (
+    *(int, float, str, bool, type(None), type(Ellipsis), bytes, complex, slice, range, type),
+    *(torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout),
+    *(types.ModuleType, types.BuiltinFunctionType, types.CodeType),
+)
+"""What is never copied, being immutable or a name of something outside of the model."""
+
+_ATOMIC = frozenset(_ATOMS)
+
+Made = TypeVar("Made")
+
+_SHARED = ("torch.fx", "torch._", "torch.jit", "logging", "threading", "_thread", "builtins")
+"""Packages whose objects are not entered: graphs of nodes, and names of the interpreter's own."""
+
+DEEPEST = 4
+"""Plain objects are copied that deep; what lies deeper (a trainer and its world) is shared."""
+
+
+class Copy(NamedTuple):
+    """A copied model, and what stands for anything that the original refers to."""
+
+    model: nn.Module
+    of: Callable[[Any], Any]
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """A deep copy; tensors that PyTorch refuses to copy are copied as data.
+
+    Those are what the model computed from its weights (the older ``weight_norm`` keeps it as an
+    attribute), and sparse ones in compressed form (CSR).
+    """
+    return deep_copy(model).model
+
+
+def deep_copy(model: nn.Module) -> Copy:
+    """A copy with memory of its own, that of modules which are none of the model's apart."""
+    return _Copier(model, _clone).made()
+
+
+def stand_in(model: nn.Module) -> Copy:
+    """A copy whose tensors are others with the same memory.
+
+    Whatever runs on it may set attributes, fill containers and run hooks: the model sees nothing
+    of it.  Only a write into the memory of a tensor would be seen.
+    """
+    return _Copier(model, _alias).made()
+
+
+def _alias(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """Another tensor of the same memory; special kinds of tensors are shared as they are."""
+    if type(tensor) is nn.Parameter:
+        made: Tensor = nn.Parameter(tensor.detach(), tensor.requires_grad)
+    elif type(tensor) is Tensor:
+        made = tensor.detach()
+    else:
+        return tensor
+    if tensor.__dict__:
+        made.__dict__.update(tensor.__dict__)
+    return made
+
+
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
+def _clone(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    if not tensor.is_leaf or tensor.layout in _COMPRESSED:
+        return tensor.detach().clone()
+    made: Tensor = copy.deepcopy(tensor, memo)
+    return made
+
+
+class _Copier:
+    """One copy of one model, with the copy of everything that was met by the original's id."""
+
+    def __init__(
+        self, model: nn.Module, tensor: Callable[[Tensor, dict[int, Any]], Tensor]
+    ) -> None:
+        self._model = model
+        self._make = tensor
+        self._memo: dict[int, Any] = {}
+        self._kept: list[Any] = []  # so that no id is met twice
+        self._own = {id(module): module for module in model.modules()}
+        self._depth = 0
+
+    def made(self) -> Copy:
+        """The copy; modules come first, so that whatever refers to one finds it."""
+        for module in self._own.values():
+            if id(module) not in self._memo:
+                self._reserve(module)
+        for module in self._own.values():
+            for tensors in (module._parameters, module._buffers):
+                for tensor in tensors.values():
+                    self._copy(tensor)
+        for module in self._own.values():
+            self._fill(module)
+        return Copy(self._memo[id(self._model)], self._copy)
+
+    def _reserve(self, module: nn.Module) -> None:
+        """An empty module of the same class; a copy where the class has its own way to make one."""
+        kind = type(module)
+        theirs = getattr(kind, "__deepcopy__", None)
+        special = theirs is not None and not str(theirs.__module__).startswith("torch.")
+        special = special or isinstance(module, torch.jit.ScriptModule)
+        if special and self._make is _clone:
+            self._memo[id(module)] = copy.deepcopy(module, self._memo)
+            return
+        try:
+            scripted = isinstance(module, torch.jit.ScriptModule)
+            self._memo[id(module)] = module if scripted else object.__new__(kind)
+        except TypeError:  # a class that is something else beside a module
+            self._memo[id(module)] = module
+
+    def _fill(self, module: nn.Module) -> None:
+        made = self._memo[id(module)]
+        if made is not module and not vars(made):
+            for name, value in vars(module).items():
+                vars(made)[name] = self._copy(value)
+
+    def _copy(self, value: Any) -> Any:
+        kind = type(value)
+        if kind in _ATOMIC:
+            return value
+        if (kind is dict or kind is list or kind is set) and not value:
+            known = self._memo.get(id(value))
+            return self._keep(value, kind()) if known is None else known
+        known = self._memo.get(id(value))
+        if known is not None:
+            return known
+        for kinds, make in _MAKERS:
+            if isinstance(value, kinds):
+                return self._keep(value, make(self, value))
+        return self._keep(value, self._object(value))
+
+    def _keep(self, value: Any, made: Made) -> Made:
+        self._memo[id(value)] = made
+        self._kept.append(value)
+        return made
+
+    def _tensor(self, value: Tensor) -> Tensor:
+        return self._make(value, self._memo)
+
+    def _foreign(self, value: nn.Module) -> nn.Module:
+        """A module that is none of the model's: its attributes are copied, its memory is shared."""
+        before, self._make = self._make, _alias
+        try:
+            self._kept.append(value)
+            self._reserve(value)
+            self._fill(value)
+        finally:
+            self._make = before
+        made: nn.Module = self._memo[id(value)]
+        return made
+
+    def _dict(self, value: dict[Any, Any]) -> dict[Any, Any]:
+        made = self._keep(value, {} if type(value) is dict else _shallow(value))
+        if made is value:
+            return value
+        items = [(self._copy(key), self._copy(item)) for key, item in list(value.items())]
+        made.clear()
+        for key, item in items:
+            made[key] = item
+        if type(value) is not dict:
+            self._attributes(value, made)
+        return made
+
+    def _list(self, value: list[Any]) -> list[Any]:
+        made = self._keep(value, [] if type(value) is list else _shallow(value))
+        if made is not value:
+            list.__setitem__(made, slice(None), [self._copy(item) for item in list.__iter__(value)])
+        return made
+
+    def _set(self, value: set[Any]) -> set[Any]:
+        if all(type(item) in _ATOMIC for item in value):
+            return _shallow(value)
+        return type(value)([self._copy(item) for item in value])
+
+    def _tuple(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        items = [self._copy(item) for item in value]
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        if type(value) is tuple:
+            return tuple(items)
+        remake = getattr(type(value), "_make", None)
+        return value if remake is None else remake(items)
+
+    def _deque(self, value: Any) -> Any:
+        made = self._keep(value, type(value)(maxlen=value.maxlen))
+        made.extend(self._copy(item) for item in value)
+        return made
+
+    def _array(self, value: Any) -> Any:
+        return value.copy()
+
+    def _method(self, value: Any) -> Any:
+        function, bound = self._copy(value.__func__), self._copy(value.__self__)
+        if function is value.__func__ and bound is value.__self__:
+            return value
+        return types.MethodType(function, bound)
+
+    def _partial(self, value: Any) -> Any:
+        inner = self._copy(value.func)
+        args, kwargs = self._copy(value.args), self._copy(value.keywords)
+        made = type(value)(inner, *args, **kwargs)
+        made.__dict__.update({k: self._copy(v) for k, v in vars(value).items()})
+        return made
+
+    def _reference(self, value: Any) -> Any:
+        target = value()
+        return weakref.ref(self._memo[id(target)]) if id(target) in self._own else value
+
+    def _function(self, value: Any) -> Any:
+        names = self._renamed(value)
+        defaults = self._copy(value.__defaults__)
+        named = self._copy(value.__kwdefaults__)
+        bound = value.__closure__ or names or vars(value) or named
+        if not bound and defaults is value.__defaults__:
+            return value
+        cells = tuple(types.CellType() for _ in value.__closure__ or ())
+        cells = tuple(
+            self._memo.get(id(cell)) or self._keep(cell, new)
+            for cell, new in zip(value.__closure__ or (), cells, strict=True)
+        )
+        space = self._namespace(value.__globals__, names) if names else value.__globals__
+        made = types.FunctionType(value.__code__, space, value.__name__, defaults, cells or None)
+        self._keep(value, made)
+        made.__kwdefaults__ = named
+        functools.update_wrapper(made, value, updated=())
+        vars(made).pop("__wrapped__", None)
+        vars(made).update({name: self._copy(item) for name, item in vars(value).items()})
+        for cell, new in zip(value.__closure__ or (), cells, strict=True):
+            if _is_empty(new) and not _is_empty(cell):
+                new.cell_contents = self._copy(cell.cell_contents)
+        return made
+
+    def _namespace(self, space: dict[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
+        made = self._memo.get(id(space))
+        if made is None:
+            made = self._keep(space, dict(space))
+        for name, value in names.items():
+            if made.get(name) is value:
+                made[name] = self._copy(value)
+        renamed: dict[str, Any] = made
+        return renamed
+
+    def _renamed(self, function: Any) -> dict[str, Any]:
+        """The global variables of a function by which it comes to modules of the model."""
+        found = {}
+        for name, value in globals_of(function):
+            held = list(value.values()) if type(value) is dict else value
+            several: Any = held if isinstance(held, (list, tuple)) else (value,)
+            direct = any(id(item) in self._own for item in several)
+            if direct or self._reaches(value, function):
+                found[name] = value
+        return found
+
+    def _reaches(self, function: Any, caller: Any) -> bool:
+        """Whether a helper in the same file comes to the model's modules in turn."""
+        if (
+            not isinstance(function, types.FunctionType)
+            or function is caller
+            or function.__globals__ is not caller.__globals__
+        ):
+            return False
+        return any(id(value) in self._own for _, value in globals_of(function))
+
+    def _object(self, value: Any) -> Any:
+        """An object of some class with attributes; whatever can't be copied is shared."""
+        package = type(value).__module__
+        if package.startswith(_SHARED) or self._depth >= DEEPEST:
+            return value
+        slots = _slots_of(value)
+        if not slots and not getattr(value, "__dict__", None):
+            return value
+        made = _shallow(value)
+        if made is not value:
+            self._keep(value, made)
+            self._attributes(value, made)
+            for name in slots:
+                object.__setattr__(made, name, self._copy(getattr(value, name)))
+        return made
+
+    def _attributes(self, value: Any, made: Any) -> None:
+        own = getattr(made, "__dict__", None)
+        if own is None or own is vars(value):
+            return
+        self._depth += 1
+        try:
+            for name, item in list(vars(value).items()):
+                own[name] = self._copy(item)
+        finally:
+            self._depth -= 1
+
+
+_MAKERS: tuple[tuple[Any, Callable[[_Copier, Any], Any]], ...] = (
+    (_ATOMS, lambda copier, value: value),
+    (Tensor, _Copier._tensor),
+    (nn.Module, _Copier._foreign),
+    (dict, _Copier._dict),
+    (list, _Copier._list),
+    (tuple, _Copier._tuple),
+    (set, _Copier._set),
+    (deque, _Copier._deque),
+    (types.FunctionType, _Copier._function),
+    (types.MethodType, _Copier._method),
+    (functools.partial, _Copier._partial),
+    (weakref.ReferenceType, _Copier._reference),
+    (np.ndarray, _Copier._array),
+)
+
+
+def globals_of(function: Any) -> Iterator[tuple[str, Any]]:
+    """The global variables that the code of a function names, with their values."""
+    space = function.__globals__
+    for name in names_in(function.__code__):
+        if name in space:
+            yield name, space[name]
+
+
+@functools.lru_cache(1 << 14)
+def names_in(code: types.CodeType) -> tuple[str, ...]:
+    """The names that a function's code reads or writes, those of functions within it too."""
+    inner = [name for c in code.co_consts if isinstance(c, types.CodeType) for name in names_in(c)]
+    return tuple(dict.fromkeys((*code.co_names, *inner)))
+
+
+def _shallow(value: Made) -> Made:
+    """A shallow copy; the thing itself where its class allows none."""
+    try:
+        made = copy.copy(value)
+    except Exception:  # locks, streams, generators: a class may refuse with any error
+        return value
+    return made if type(made) is type(value) else value
+
+
+def _slots_of(value: Any) -> list[str]:
+    return [
+        name
+        for kind in type(value).__mro__
+        for name in _listed(vars(kind).get("__slots__"))
+        if name not in ("__dict__", "__weakref__") and hasattr(value, name)
+    ]
+
+
+def _listed(slots: Any) -> Any:
+    return (slots,) if isinstance(slots, str) else slots or ()
+
+
+def _is_empty(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False

@@ -1,0 +1,223 @@
+"""What a forward writes to outside of the model: containers of its file, attributes of classes.
+
+A hook appends what it sees to a list, a function keeps a table in a dict of its module.  These
+are put back after every run that is none of the user's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import inspect
+import types
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.tracer.copies import globals_of, names_in
+from prunus.tracer.watch import LRU
+
+MOST = 2000
+"""Functions that are followed from one model; there are some hundreds in a library."""
+
+NESTED = 256
+"""Containers with more items than this are put back, and what their items hold is not."""
+
+_CONTAINERS = (dict, list, set, deque)
+_MISSING: Any = object()
+
+
+class Outside:
+    """The containers and variables outside of a model that its forward can name, as they are now.
+
+    Found by following the functions that a forward, its hooks and its helpers name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._variables: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+        self._contents: dict[int, tuple[Any, Any]] = {}
+        self._classes: list[tuple[type, frozenset[str]]] = []
+        self.memos: list[Any] = []
+        seen: set[int] = set()
+        for kind in {type(module) for module in model.modules()}:
+            self._enter_class(kind, seen)
+        for module in model.modules():
+            self._enter_instance(module, seen)
+
+    def restore(self) -> None:
+        """Put back what was set, added or removed since."""
+        for kind, names in self._classes:
+            for name in set(vars(kind)) - names:
+                delattr(kind, name)
+        for space, name, value in self._variables.values():
+            present = _get(space, name)
+            if present is not value:
+                _set(space, name, value)
+        for container, content in self._contents.values():
+            if not _same(container, content):
+                _refill(container, content)
+
+    def forget_tensors(self) -> None:
+        """Clear the ``functools.lru_cache`` functions that hold tensors: a run makes them anew."""
+        for cached in self.memos:
+            held = gc.get_referents(cached)
+            items = [*held, *(item for one in held if type(one) is dict for item in one.values())]
+            if any(map(_has_tensor, items)):
+                cached.cache_clear()
+
+    def _enter_class(self, kind: type, seen: set[int]) -> None:
+        for base in kind.__mro__:
+            if _is_torch(base.__module__) or base is object or id(base) in seen:
+                continue
+            seen.add(id(base))
+            self._classes.append((base, frozenset(vars(base))))
+            for name, value in list(vars(base).items()):
+                if isinstance(value, types.FunctionType):
+                    continue
+                if isinstance(value, LRU):
+                    self._enter(value, kind, seen)
+                elif not name.startswith("__") and not isinstance(value, _DESCRIPTORS):
+                    self._variables[id(base), name] = (base, name, value)
+                    self._remember(value)
+        self._enter(getattr(kind, "forward", None), kind, seen)
+
+    def _enter_instance(self, module: nn.Module, seen: set[int]) -> None:
+        own = vars(module)
+        for value in own.values():
+            if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+                self._enter(value, type(module), seen)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for hook in hooks.values():
+                self._enter(hook, type(module), seen)
+
+    def _enter(self, function: Any, kind: type, seen: set[int]) -> None:
+        """Follow a function, and those that it names."""
+        waiting = [(function, kind)]
+        while waiting and len(seen) < MOST:
+            value, owner = waiting.pop()
+            if isinstance(value, LRU):
+                self.memos.append(value)
+            for inner in _unwrap(value):
+                code = inner.__code__
+                if id(inner) in seen or _is_torch(inner.__module__ or ""):
+                    continue
+                seen.add(id(inner))
+                for item in _bound_to(inner):
+                    self._remember(item)
+                    if callable(item):
+                        waiting.append((item, owner))
+                for name, found in globals_of(inner):
+                    waiting += self._variable(inner.__globals__, name, found, owner)
+                for name in names_in(code):
+                    method = getattr(owner, name, None)
+                    if isinstance(method, (*_FUNCTIONS, LRU)):
+                        waiting.append((method, owner))
+
+    def _variable(
+        self, space: dict[str, Any], name: str, value: Any, owner: type
+    ) -> list[tuple[Any, type]]:
+        if isinstance(value, (*_FUNCTIONS, LRU)):
+            return [(value, owner)]
+        if not isinstance(value, (type, types.ModuleType)):
+            self._variables[id(space), name] = (space, name, value)
+            self._remember(value)
+        return []
+
+    def _remember(self, value: Any, depth: int = 0) -> None:
+        if isinstance(value, _CONTAINERS) and id(value) not in self._contents:
+            self._contents[id(value)] = (value, _content_of(value))
+            if depth < 3 and len(value) <= NESTED and not isinstance(value, set):
+                for item in list(value.values()) if isinstance(value, dict) else list(value):
+                    self._remember(item, depth + 1)
+        elif depth < 2 and _is_plain_object(value) and id(value) not in self._contents:
+            self._remember(vars(value), depth + 1)
+
+
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+_DESCRIPTORS = (property, staticmethod, classmethod, type, types.BuiltinFunctionType)
+
+
+def _is_torch(package: str) -> bool:
+    return package.partition(".")[0] in ("torch", "builtins", "typing", "functools", "prunus")
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether its attributes are data that a hook or a forward may set."""
+    if isinstance(value, (nn.Module, Tensor, type, types.ModuleType, *_FUNCTIONS)):
+        return False
+    return type(getattr(value, "__dict__", None)) is dict and not _is_torch(type(value).__module__)
+
+
+def _unwrap(value: Any) -> Iterator[Any]:
+    """The Python functions behind a callable."""
+    for _ in range(8):
+        if isinstance(value, types.FunctionType):
+            yield value
+            value = vars(value).get("__wrapped__")
+        elif isinstance(value, types.MethodType):
+            value = value.__func__
+        elif isinstance(value, functools.partial):
+            value = value.func
+        elif isinstance(value, LRU):
+            value = value.__wrapped__
+        else:
+            break
+    if not isinstance(value, (type, types.ModuleType, nn.Module)):
+        called = inspect.getattr_static(type(value), "__call__", None)
+        if isinstance(called, types.FunctionType):
+            yield called
+
+
+def _bound_to(function: Any) -> Iterator[Any]:
+    """What a function refers to beside its module's variables."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # a variable that was not set yet
+            continue
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    if vars(function):
+        yield vars(function)
+
+
+def _content_of(container: Any) -> Any:
+    return dict(container) if isinstance(container, dict) else list(container)
+
+
+def _same(container: Any, content: Any) -> bool:
+    """Whether it holds the very same entries; they are compared by identity."""
+    if isinstance(container, dict):
+        keys, values = list(container), list(container.values())
+        return list(map(id, keys)) == list(map(id, content)) and list(map(id, values)) == list(
+            map(id, content.values())
+        )
+    return list(map(id, container)) == list(map(id, content))
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(container, list):
+        container[:] = content
+        return
+    container.clear()
+    (container.extend if isinstance(container, deque) else container.update)(content)
+
+
+def _get(space: Any, name: str) -> Any:
+    return (space if isinstance(space, dict) else vars(space)).get(name, _MISSING)
+
+
+def _set(space: Any, name: str, value: Any) -> None:
+    if isinstance(space, dict):
+        space[name] = value
+    else:
+        setattr(space, name, value)
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(map(_has_tensor, value))
+    return isinstance(value, torch.Tensor)

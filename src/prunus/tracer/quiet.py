@@ -1,0 +1,159 @@
+"""Contexts in which a model runs for us: quietly, alone, and without leaving a trace."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunus.tracer.alone import alone, same_draws
+from prunus.tracer.outside import Outside
+from prunus.tracer.provenance import marked_objects
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep the collector from walking what is only growing: a third of the time of a trace."""
+    with alone():
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
+
+
+@contextmanager
+def quiet_run(model: nn.Module, *, users_own: bool = False) -> Iterator[None]:
+    """Eval mode, no gradients, no fast path; everything touched is put back afterwards.
+
+    Modules that cache tensors during a forward get their attributes back, hooks and functions
+    the containers that they have filled; not so where the run is the user's own.
+    """
+    modes = {module: module.training for module in model.modules()}
+    snapshots = [_Snapshot(module) for module in modes]
+    settings = [(values, dict(values)) for values in marked_objects(model)]
+    outside = None if users_own else Outside(model)
+    try:
+        with quiet():
+            model.eval()
+            yield
+    finally:
+        for snapshot in snapshots:
+            snapshot.restore()
+        for values, saved in settings:
+            values.clear()
+            values.update(saved)
+        for module, mode in modes.items():
+            module.training = mode
+        if outside is not None:
+            outside.restore()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Alone, without gradients, warnings and fast path; the random state is put back.
+
+    The fast path of multi-head attention hides what it computes.
+    """
+    with same_draws(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def same_modes(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Train and eval modes are put back afterwards."""
+    modes = {module: module.training for module in modules}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Without oneDNN and cuDNN, whose recurrent kernels say nothing of what they consist of."""
+    with alone():
+        onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+        try:
+            torch._C._set_mkldnn_enabled(False)
+            torch._C._set_cudnn_enabled(False)
+            yield
+        finally:
+            torch._C._set_mkldnn_enabled(onednn)
+            torch._C._set_cudnn_enabled(cudnn)
+
+
+def _same(container: Any, content: Any) -> bool:
+    """Whether a dict or set holds the very same entries; values are compared by identity."""
+    if isinstance(container, dict):
+        return list(map(id, container.values())) == list(map(id, content.values())) and list(
+            container
+        ) == list(content)
+    return bool(container == content)
+
+
+class _Snapshot:
+    """A module's attributes and the contents of its containers, to be put back in place.
+
+    Containers stay the same objects, since hook handles and other modules may point at them.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._attributes = vars(module)
+        self._saved = dict(self._attributes)
+        held = [v for v in self._saved.values() if isinstance(v, (dict, list, set))]
+        self._empty = [container for container in held if not container]
+        self._contents = [(container, container.copy()) for container in held if container]
+
+    def restore(self) -> None:
+        """Undo what was set, added or removed since."""
+        self._attributes.clear()
+        self._attributes.update(self._saved)
+        for container in self._empty:
+            if container:
+                container.clear()
+        for container, content in self._contents:
+            if isinstance(container, list):
+                container[:] = content
+            elif not _same(container, content):
+                container.clear()
+                container.update(content)
+
+
+@contextmanager
+def follow_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep the path of the module that is running on top of ``stack``."""
+    handles: list[Any] = []
+
+    def follow(path: str, module: nn.Module) -> None:
+        def enter(_: nn.Module, __: Any) -> None:
+            stack.append(path)
+
+        def leave(_: nn.Module, __: Any, ___: Any) -> None:
+            stack.pop()
+
+        handles.append(module.register_forward_pre_hook(enter, prepend=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+
+    try:
+        for path, module in model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                follow(path, module)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

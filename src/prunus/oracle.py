@@ -22,6 +22,7 @@ from prunus.skipping import prove_depth
 from prunus.surgeon import drop_blocks
 from prunus.surgeon.apply import check_model
 from prunus.surgeon.biases import add_biases
+from prunus.surgeon.fit import fit_plan
 from prunus.tracer.entry import ForwardFn, entered_as_traced
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.program import duplicate, state_of
@@ -233,6 +234,7 @@ def _verify_widths(
 
     Biases that the plan adds are zeros.
     """
+    plan = fit_plan(plan, state_of(original)[0])
     add_biases(original, plan.biases)
     case = Case(plan, original, source, args, kwargs, outputs=outputs)
     compared = compare(case)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -190,6 +190,12 @@ class Plan:
         return read_traced(found) if found else None
 
     @property
+    def written(self) -> frozenset[str]:
+        """Tensor attributes that the traced forward assigned, which a model may lack."""
+        found = (step.get("traced") for step in _steps(self.origin))
+        return frozenset(name for one in found if one for name in read_traced(one).written)
+
+    @property
     def stopped(self) -> Mapping[str, str]:
         """Names of the groups that can lose no more, with what stops them; as planned last."""
         return convert(_steps(self.origin)[-1].get("stopped", {}), dict[str, str], "origin.stopped")
@@ -329,9 +335,11 @@ class Plan:
         as it is.  A cost is kept where ``later`` starts from the number at which this one ends.
         """
         first = self._without(later.drops).with_biases(later.biases)
-        _check_follows(first.resulting_shapes(), later.shapes)
+        _check_follows(first.resulting_shapes(), later.shapes, first.written | later.written)
         keep = dict(first.keep)
         for axis, stay in later.keep.items():
+            if axis.tensor not in first.shapes:  # what a forward wrote on the model in between
+                continue
             known = first.keep.get(axis)
             keep[axis] = stay if known is None else tuple(known[i] for i in stay)
         edits = {(edit.module, edit.attribute): edit for edit in first.edits}
@@ -466,8 +474,11 @@ class Plan:
         return mask(self, model)
 
 
-def _check_follows(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+def _check_follows(
+    first: Mapping[str, Any], second: Mapping[str, Any], written: Container[str]
+) -> None:
     names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
+    names = [name for name in names if name not in written]
     if names:
         told = [f"{n}: {first.get(n, 'nothing')} and {second.get(n, 'nothing')}" for n in names]
         raise PlanError(

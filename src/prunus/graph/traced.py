@@ -6,7 +6,7 @@ nothing that it would build is larger than :data:`MOST_ELEMENTS`.
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -67,7 +67,7 @@ class Traced(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     released: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
-    caches: tuple[str, ...] = ()
+    caches: Annotated[tuple[str, ...], msgspec.Meta(max_length=4096)] = ()
     forward_fn: Entry | None = None
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from prunus.errors import ModelError, PrunusError, checks_options
 from prunus.io.container import open_container
@@ -128,6 +129,14 @@ def _built(build: Callable[[], Model]) -> Model:
             why="a model is a torch.nn.Module",
             fix="give a function without arguments that returns the original model",
         )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ModelError(
+                "build= returns a model of lazy modules, which have no shapes yet",
+                where=name,
+                why="their shapes come with the first forward",
+                fix="run the model once in build=, on an example input, before it is returned",
+            )
     return model
 
 

@@ -21,9 +21,9 @@ from prunus.surgeon.restore import Tensors, check_cut, collect
 def save(model: nn.Module, path: str | os.PathLike[str], plan: Plan | None = None) -> None:
     """Write parameters, buffers, tensor attributes and the plan into one safetensors file.
 
-    Non-persistent buffers and plain tensor attributes are among them, tied tensors are written
-    once.  The file is the old one or the new one, never half of it; the same model makes the same
-    bytes.  :func:`prunus.load` reads it.
+    Non-persistent buffers and plain tensor attributes are among them, unless they are sparse or
+    the traced forward writes them; tied tensors are written once.  The file is the old one or the
+    new one, never half of it; the same model makes the same bytes.  :func:`prunus.load` reads it.
 
     Parameters
     ----------
@@ -44,13 +44,17 @@ def save(model: nn.Module, path: str | os.PathLike[str], plan: Plan | None = Non
     """
     plan = applied_plan(model) if plan is None else plan
     _refuse_extra_state(model)
-    tensors = collect(model)
+    tensors = collect(model, () if plan is None else plan.written)
     if plan is not None:
         _check_plan(plan, model, tensors)
     document = Document(
         plan,
         tensors.aliases,
-        {name: kind for name, kind in tensors.kinds.items() if kind != "parameter"},
+        {
+            name: kind
+            for name, kind in tensors.kinds.items()
+            if kind != "parameter" and (name in tensors.values or name in tensors.aliases)
+        },
         tensors.frozen,
         frozenset(name for name, tensor in tensors.values.items() if has_channels_last(tensor)),
     )

@@ -21,6 +21,7 @@ from prunus.plans import Plan
 from prunus.surgeon.applied import copy_config, remember
 from prunus.surgeon.biases import add_biases
 from prunus.surgeon.depth import drop_blocks, find_places
+from prunus.surgeon.fit import fit_plan
 from prunus.surgeon.optimizer_state import forget_dropped, slice_state, write_state
 from prunus.surgeon.own_copies import own_copies
 from prunus.surgeon.reach import check_edit, write_attribute
@@ -92,6 +93,7 @@ def cut(
     before, config = list(model.parameters()), copy_config(model)
     if plan.drops:
         drop_blocks(model, plan.drops)
+    whole, plan = plan, fit_plan(plan, state_of(model)[0])
     check_model(plan.widths, model, state_of(model)[0])
     if plan.biases:
         add_biases(model, plan.biases)
@@ -114,7 +116,7 @@ def cut(
         write_state(moments)
         forget_dropped(optimizer, before, model)
     _renew(model.modules())
-    remember(model, plan, config)
+    remember(model, whole, config)
 
 
 def _slice(
@@ -183,10 +185,12 @@ def check_model(plan: Plan, model: nn.Module, state: Mapping[str, Tensor]) -> No
     for name in plan.biases:
         left.setdefault(name, tuple(plan.shapes[name]))
     modules = dict(model.named_modules(remove_duplicate=False))
-    sliced = {axis.tensor for axis in plan.keep}
+    sliced, written = {axis.tensor for axis in plan.keep}, plan.written
     for name, shape in plan.shapes.items():
+        before = names.before(name)
         known = name in sliced or left.get(name) == shape
-        if not known and _is_memory(modules, names.before(name)):
+        optional = name in written and not isinstance(state.get(before), nn.Parameter)
+        if optional or (not known and _is_memory(modules, before)):
             left[name] = shape
     own = (name for name, _ in model.named_parameters(remove_duplicate=False) if name in state)
     plan.check_model(left, [later for name in own if (later := names.after(name)) is not None])

@@ -26,6 +26,7 @@ from prunus.plans import Plan
 from prunus.surgeon.apply import check_model, kept_axes
 from prunus.surgeon.biases import with_biases
 from prunus.surgeon.depth import without_blocks
+from prunus.surgeon.fit import fit_plan
 from prunus.tracer.adapters import adapted
 from prunus.tracer.capture import PASSIVE
 from prunus.tracer.compress import run_on_kept
@@ -69,6 +70,7 @@ def mask(
         without_blocks(model, plan.drops),
     ):
         state, _ = state_of(model)
+        plan = fit_plan(plan, state)
         check_model(plan.widths, model, state)
         with (
             with_biases(model, plan.biases),

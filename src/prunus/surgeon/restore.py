@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeGuard
+from types import NoneType
+from typing import Literal, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from prunus.errors import ApplyError, FormatError
@@ -14,7 +16,7 @@ from prunus.plans import Edit, Plan
 from prunus.surgeon.apply import check_edits
 from prunus.surgeon.biases import add_biases
 from prunus.surgeon.depth import drop_blocks
-from prunus.surgeon.reach import write_attribute
+from prunus.surgeon.reach import OF_EVERY_MODULE, write_attribute
 from prunus.tracer.program import state_of
 
 Kind = Literal["parameter", "buffer", "hidden", "attribute"]
@@ -35,7 +37,7 @@ class Tensors:
     aliases
         Other name → first name, of tied ones.
     kinds
-        Of every name, other names as well.
+        Of every name, other names as well, and those that are left out.
     frozen
         First names of parameters that don't require gradients.
     """
@@ -53,11 +55,22 @@ class Tensors:
         return found
 
 
-def collect(model: nn.Module) -> Tensors:
-    """The tensors of a model, where they are."""
+def collect(model: nn.Module, written: Container[str] = ()) -> Tensors:
+    """The tensors of a model, where they are.
+
+    Those that are no part of its ``state_dict`` are left out where they are sparse or nested, or
+    ``written`` by the forward: every model that is built has its own.
+    """
     state, aliases = state_of(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     kinds = {name: _kind(modules, name) for name in (*state, *aliases)}
+    extra = {name for name in state if kinds[name] in ("attribute", "hidden")}
+    state = {
+        name: tensor
+        for name, tensor in state.items()
+        if name not in extra or (_is_dense(tensor) and name not in written)
+    }
+    aliases = {name: first for name, first in aliases.items() if first in state}
     frozen = (n for n in state if kinds[n] == "parameter" and not state[n].requires_grad)
     return Tensors(state, aliases, kinds, frozenset(frozen))
 
@@ -83,18 +96,26 @@ def restore(model: nn.Module, tensors: Tensors, plan: Plan | None) -> None:
         add_biases(model, plan.biases)
     modules = dict(model.named_modules(remove_duplicate=False))
     fresh = collect(model)
-    shapes = {n: tuple(t.shape) for n, t in _by_any_name(fresh).items()}
+    places = {**tensors.kinds, **fresh.kinds}
+    written: Container[str] = () if plan is None else plan.written
+    unfilled = {name for name in fresh.values if _is_unfilled(modules, name)}
     if plan is not None:
-        _essence(plan, tensors.kinds).check_model(shapes)
+        shapes = {n: tuple(t.shape) for n, t in _by_any_name(fresh).items()}
+        shapes.update((name, plan.shapes[name]) for name in unfilled & plan.shapes.keys())
+        _essence(plan, places).check_model(shapes)
         check_edits(plan, modules)
     _check_names(tensors, fresh)
-    _check_shapes(tensors, fresh, plan)
+    _check_shapes(tensors, fresh, plan, unfilled)
+    names = {
+        first: [name for name in known if _has_place(modules, name, places[name], written)]
+        for first, known in tensors.names().items()
+    }
     for edit in plan.edits if plan is not None else ():
         _write(modules[edit.module], edit)
-    places = {**tensors.kinds, **fresh.kinds}
     old, holders = _by_any_name(fresh), _names_by_object(fresh)
-    names = tensors.names()
     for first, tensor in tensors.values.items():
+        if not names[first]:
+            continue
         trained = first not in tensors.frozen and _is_continuous(tensor)
         before = old.get(first)
         if before is not None and _is_continuous(before) != _is_continuous(tensor):
@@ -114,6 +135,10 @@ def restore(model: nn.Module, tensors: Tensors, plan: Plan | None) -> None:
 def _can_take(old: Tensor | None, new: Tensor) -> TypeGuard[Tensor]:
     """Whether the data of a tensor can be replaced, so that it stays the same object."""
     return old is not None and old.device == new.device and old.layout == new.layout
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
 
 
 def _is_continuous(tensor: Tensor) -> bool:
@@ -155,11 +180,18 @@ def _names_by_object(tensors: Tensors) -> dict[int, set[str]]:
 
 
 def _essence(plan: Plan, kinds: Mapping[str, Kind]) -> Plan:
-    """Without the caches: plain attributes and hidden buffers that a forward may have changed."""
+    """Without the caches: plain attributes and hidden buffers that a forward may have changed.
+
+    Parameters
+    ----------
+    kinds
+        Of the names that are known; what a forward writes may be in no model and no file.
+    """
+    written = plan.written
     cut = {axis.tensor for axis in plan.keep}
 
     def counts(name: str) -> bool:
-        kind = kinds.get(name, "parameter")
+        kind = kinds.get(name, "attribute" if name in written else "parameter")
         return kind in ("parameter", "buffer") or (kind == "hidden" and name in cut)
 
     return replace(
@@ -178,22 +210,27 @@ def check_cut(tensors: Tensors, plan: Plan) -> list[str]:
 
 def _check_names(tensors: Tensors, fresh: Tensors) -> None:
     missing = _essential(fresh) - set(tensors.kinds)
-    surplus = {name for name, kind in tensors.kinds.items() if kind == "parameter"} - {
-        name for name, kind in fresh.kinds.items() if kind == "parameter"
-    }
+    ours, theirs = (
+        {name for name, kind in one.kinds.items() if kind == "parameter"}
+        for one in (fresh, tensors)
+    )
+    surplus = theirs - ours
+    missing |= (ours - theirs) & set(tensors.kinds)
     if missing or surplus:
         has = f"the file has no {_some(missing)}" if missing else ""
         lacks = f"the model has no {_some(surplus)}" if surplus else ""
         raise FormatError(_ANOTHER, why="; ".join(filter(None, (has, lacks))), fix=_FIX)
 
 
-def _check_shapes(tensors: Tensors, fresh: Tensors, plan: Plan | None) -> None:
+def _check_shapes(
+    tensors: Tensors, fresh: Tensors, plan: Plan | None, unfilled: Container[str]
+) -> None:
     """Every tensor has the shape that the plan leaves; those that it doesn't know, their own."""
     left = {} if plan is None else _essence(plan, tensors.kinds).resulting_shapes()
     whole = {
         name: tuple(tensor.shape)
         for name, tensor in _by_any_name(fresh).items()
-        if fresh.kinds[name] in ("parameter", "buffer")
+        if fresh.kinds[name] in ("parameter", "buffer") and name not in unfilled
     }
     for first, names in tensors.names().items():
         shape = tuple(tensors.values[first].shape)
@@ -219,27 +256,65 @@ def _some(names: Iterable[str], shown: int = 3) -> str:
     return ", ".join(ordered[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _put(modules: Mapping[str, nn.Module], name: str, tensor: Tensor, kind: Kind) -> None:
-    """Where the module keeps it; nothing but tensors and None is ever replaced."""
+def _has_place(
+    modules: Mapping[str, nn.Module], name: str, kind: Kind, written: Container[str]
+) -> bool:
+    """Whether the model keeps a tensor of that name and kind; False for what a forward makes anew.
+
+    Raises
+    ------
+    FormatError
+        If it keeps something else there: nothing but tensors and None is ever replaced.
+    """
     prefix, _, own = name.rpartition(".")
     module = modules.get(prefix)
     if module is None:
         raise FormatError(_ANOTHER, where=name, why=f"it has no module {prefix!r}", fix=_FIX)
-    stores = {"parameter": module._parameters, "attribute": vars(module)}
-    store: dict[str, Any] = stores.get(kind, module._buffers)
-    if own in store:
-        replaceable = store[own] is None or isinstance(store[own], Tensor)
-    else:
-        inherited = inspect.getattr_static(module, own, None)
-        replaceable = kind != "parameter" and own.isidentifier() and not own.startswith("__")
-        replaceable = replaceable and (inherited is None or isinstance(inherited, Tensor))
-    if not replaceable or (kind == "parameter" and not isinstance(tensor, nn.Parameter)):
-        raise FormatError(_ANOTHER, where=name, why=f"it has no {kind} of that name", fix=_FIX)
+    if kind == "parameter" and own in module._parameters:
+        return True
+    if own in module._buffers:
+        return kind in ("buffer", "hidden")
+    held = vars(module).get(own, _NOTHING)
+    if own not in OF_EVERY_MODULE and kind == "attribute" and isinstance(held, (Tensor, NoneType)):
+        return True
+    passing = kind in ("attribute", "hidden") and own not in OF_EVERY_MODULE
+    inherited = inspect.getattr_static(type(module), own, None)
+    if passing and (name in written or (held is _NOTHING and inherited is None)):
+        return False
+    raise FormatError(
+        _ANOTHER,
+        where=name,
+        why=f"it has no {kind} of that name"
+        + ("" if held is _NOTHING else f", but a {type(held).__name__}"),
+        fix=_FIX if held is _NOTHING else f"{_FIX}; before saving, reset what its forward writes",
+    )
+
+
+_NOTHING = object()
+
+
+def _is_unfilled(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether a buffer waits for its first data: it is empty, or a module resizes it at loading.
+
+    Observers of quantization are such; their class says in ``_load_from_state_dict`` how they take
+    a tensor of another size.
+    """
+    prefix, _, own = name.rpartition(".")
+    module = modules[prefix]
+    buffer = module._buffers.get(own)
+    resizes = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+    return buffer is not None and buffer.numel() <= (1 if resizes else 0) and buffer.dim() < 2
+
+
+def _put(modules: Mapping[str, nn.Module], name: str, tensor: Tensor, kind: Kind) -> None:
+    """Where the module keeps it; :func:`_has_place` has found the place."""
+    prefix, _, own = name.rpartition(".")
+    module = modules[prefix]
     if kind == "parameter":
+        if not isinstance(tensor, nn.Parameter):
+            raise FormatError(_ANOTHER, where=name, why="it has no parameter there", fix=_FIX)
         setattr(module, own, tensor)  # a recurrent module keeps its weights in a list as well
-    elif kind == "attribute":
-        vars(module)[own] = tensor
-    elif own in store:
-        store[own] = tensor
+    elif own in module._buffers:
+        module._buffers[own] = tensor
     else:
-        module.register_buffer(own, tensor, persistent=kind == "buffer")
+        vars(module)[own] = tensor

@@ -88,6 +88,22 @@ def find_caches(model: nn.Module, before: dict[str, dict[str, Any]]) -> list[str
     return list(_filled(model, before))
 
 
+def find_written(model: nn.Module, before: dict[str, dict[str, Any]]) -> list[str]:
+    """Names of the tensor attributes that a forward has assigned: it makes them, they are no state.
+
+    Parameters
+    ----------
+    before
+        What :func:`remember_attributes` saw before the forward.
+    """
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) and value is not before.get(path, {}).get(name)
+    ]
+
+
 def remember_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The modules' attributes by path; of dicts a copy."""
     return {

@@ -23,6 +23,7 @@ from prunus.tracer.caches import (
     Entries,
     find_caches,
     find_remembered,
+    find_written,
     forget,
     has_tables,
     remember_attributes,
@@ -259,7 +260,7 @@ class _Run:
             loops = follow_loops(model, recorder.sizes.counted)
             with follow_blocks(model, recorder) as children, loops, recorder, recorder.follow:
                 found = find_outputs(model(*args, **kwargs))
-            caches = find_caches(model, before)
+            caches, written = find_caches(model, before), find_written(model, before)
         traced = time.perf_counter()
         outputs = found.with_arrays(recorder.follow.arrays)
         for _, tensor in outputs.tensors:
@@ -272,6 +273,9 @@ class _Run:
             kept[name] = recorder.value_of(tensor)
             for label in recorder.labels[kept[name]]:
                 recorder.pin(label, f"output {name!r} keeps its shape")
+        left = set(written) - set(recorder.state.values())  # by an earlier run, and not read
+        state = {name: tensor for name, tensor in state.items() if name not in left}
+        aliases = {name: first for name, first in aliases.items() if first in state}
         graph, resolve = build_graph(recorder, task.model, state, aliases, tuple(kept))
         blocks, obstacles = find_blocks(children, recorder, resolve, kept)
         program = Program(
@@ -294,6 +298,7 @@ class _Run:
             "outputs": {name: list(tensor.shape) for name, tensor in chosen},
             "caches": caches,
             "released": released,
+            "written": written,
         }
         entry = entry_of(task.model) if task.forward_fn is None else task.forward_fn
         if entry is not None:

@@ -34,6 +34,12 @@ from prunus.verifier.effect import MOVED, each_alone
 from prunus.verifier.other_ways import stale_integers
 from prunus.verifier.paths import other_path
 from prunus.verifier.rounding import error_in_float64
+from prunus.verifier.second_shape import (
+    Elsewhere,
+    as_traced,
+    compare_elsewhere,
+    depth_elsewhere,
+)
 from prunus.verifier.structure import other_count, other_positions, stale_attribute
 
 Verdict = Literal["exact", "inexact", "not verified"]
@@ -190,11 +196,16 @@ def _verify_depth(
     reason = depth.reason
     if not reason and not depth.rel_err <= tolerance(depth.dtype):
         reason = "without the blocks the model does not compute what it does when they are skipped"
+    elsewhere = Elsewhere(0.0, "", (as_traced(args, kwargs),))
+    if not reason:
+        case = Case(plan, original, original, args, kwargs, outputs=options["outputs"])
+        elsewhere = depth_elsewhere(original, without, case)
+        reason = elsewhere.reason
     verdict: Verdict = "inexact" if reason else "exact" if depth.moved > MOVED else "not verified"
     alone = tuple(name for name, by in depth.moved_alone.items() if not by > MOVED)
     certificate = Certificate(
         verdict=verdict,
-        rel_err=depth.rel_err,
+        rel_err=max(depth.rel_err, elsewhere.rel_err),
         exchanged=0.0,
         moved=depth.moved,
         moved_alone=depth.moved_alone,
@@ -203,6 +214,7 @@ def _verify_depth(
         params=(counts[0], counts[1]),
         outputs=tuple(depth.outputs),
         reason=reason,
+        inputs=elsewhere.inputs,
     )
     if verdict == "inexact" or not (plan.keep or plan.edits):
         return certificate
@@ -253,6 +265,10 @@ def _verify_widths(
         double = error_in_float64(case, error)
         if double is not None:
             dtype, error, single = torch.float64, double, error
+    elsewhere = Elsewhere(0.0, "", (as_traced(args, kwargs),))
+    if not reason and error <= tolerance(dtype):
+        elsewhere = compare_elsewhere(case)
+        error, reason = max(error, elsewhere.rel_err), elsewhere.reason
     verdict: Verdict = "exact"
     if reason or not error <= tolerance(dtype):
         verdict, reason = "inexact", say_draws(case.graph.program) or reason
@@ -272,6 +288,7 @@ def _verify_widths(
         stale=stale_integers(case),
         reason=reason,
         rel_err32=single,
+        inputs=elsewhere.inputs,
     )
 
 

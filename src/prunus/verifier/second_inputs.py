@@ -1,0 +1,213 @@
+"""Inputs of another shape than the example's: fewer or more samples, another size or length.
+
+Nothing here knows what a model takes.  What an input may be is read off the example: dims that
+tensors share change together, and whoever asks runs the model to see whether it takes the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+SMALL = 64
+"""Images up to this side grow rather than shrink: much smaller ones hold too little."""
+
+SHORT = 128
+"""Sequences up to this length become more than twice as long."""
+
+MULTIPLE = 32
+"""Sides of images stay multiples of this where they are."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A call's arguments, and what of their shape is another than the example's."""
+
+    what: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __str__(self) -> str:
+        shapes = (shape_of(leaf) for leaf in tree_leaves((self.args, self.kwargs)))
+        return f"{self.what}: {', '.join(filter(None, shapes))}"
+
+
+def shape_of(value: Any) -> str:
+    """``2×3×224×224`` of a tensor; empty for anything else."""
+    if not isinstance(value, Tensor):
+        return ""
+    return "×".join(map(str, value.shape)) or "scalar"
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Sizes of dims that take the place of others, and of what tensors."""
+
+    what: str
+    apply: Callable[[Tensor], Tensor]
+
+
+def other_inputs(
+    args: tuple[Any, ...], kwargs: dict[str, Any], lengths: Sequence[int] = ()
+) -> Iterator[Inputs]:
+    """Candidates, the best first: samples and size at once, then either alone.
+
+    Parameters
+    ----------
+    lengths
+        Lengths of sequences to try first: those at which a model does something else.
+    """
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if not any(tensor.dim() for tensor in tensors):
+        return
+    listed = any(_is_list_of_images(value) for value in args)
+    batch, sizes = _other_batch(tensors), [*_other_sizes(tensors, lengths, listed)]
+
+    def made(size: _Change | None, samples: bool) -> Inputs:
+        changes = [one for one in (size, None if listed or not samples else batch) if one]
+
+        def change(leaf: Any) -> Any:
+            for one in changes if isinstance(leaf, Tensor) else ():
+                leaf = one.apply(leaf)
+            return leaf
+
+        said = [one.what for one in changes]
+        given, named = tree_map(change, args), tree_map(change, kwargs)
+        if listed and samples:
+            given = tuple(map(_other_list, given))
+            said.append("another number of images")
+        return Inputs(", ".join(said), given, named)
+
+    yield from (made(size, True) for size in sizes)
+    yield made(None, True)
+    yield from (made(size, False) for size in sizes)
+
+
+def _is_list_of_images(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, Tensor) and v.dim() == 3 for v in value)
+
+
+def _other_list(value: Any) -> Any:
+    if not _is_list_of_images(value):
+        return value
+    return value[:1] if len(value) > 1 else value * 2
+
+
+def _other_batch(tensors: Sequence[Tensor]) -> _Change:
+    """One sample instead of several, two instead of one."""
+    count = _main(tensors).shape[0]
+
+    def apply(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or tensor.shape[0] != count:
+            return tensor
+        if count > 1:
+            return tensor[:1]
+        moved = tensor.is_floating_point() and tensor.dim() > 1
+        return torch.cat([tensor, tensor.roll(1, -1) if moved else tensor])
+
+    return _Change("batch 1" if count > 1 else "batch 2", apply)
+
+
+def _main(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensor that says how many samples there are."""
+    deep = (one for one in tensors if one.dim() > 1)
+    return next(deep, next(one for one in tensors if one.dim()))
+
+
+def _other_sizes(
+    tensors: Sequence[Tensor], lengths: Sequence[int], listed: bool
+) -> Iterator[_Change]:
+    image = next((t for t in tensors if t.dim() > 3 and t.is_floating_point()), None)
+    if image is None and listed:
+        image = tensors[0]
+    if image is not None:
+        sides = (int(image.shape[-2]), int(image.shape[-1]))
+        for factor in (0.5, 1.5) if min(sides) > SMALL else (1.5, 0.5):
+            after = (_scaled(sides[0], factor), _scaled(sides[1], factor))
+            if after != sides and min(after) > 0:
+                yield _Change(f"resolution {after[0]}×{after[1]}", _resized(sides, after))
+    for sequence, dim in () if listed else _sequences(tensors):
+        length = int(sequence.shape[dim])
+        longer = 2 * length + 1 if length <= SHORT else length + length // 4 + 1
+        beyond = [max(n, longer) for n in sorted(lengths) if n > length]
+        tried = dict.fromkeys([*beyond, longer, (length + 1) // 2])
+        for other in tried:
+            if other != length:
+                yield _Change(f"length {other}", _relengthed(sequence, dim, other))
+
+
+def _sequences(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
+    """What may be sequences, with the dim that is their length."""
+    whole = next((t for t in tensors if t.dim() == 2 and not t.is_floating_point()), None)
+    if whole is not None:
+        yield whole, 1
+        return
+    deep = next((t for t in tensors if t.dim() == 3 and t.is_floating_point()), None)
+    if deep is not None and not any(t.dim() > 3 for t in tensors):
+        yield deep, 1
+        yield deep, 2
+    elif all(t.dim() < 3 for t in tensors):
+        flat = next((t for t in tensors if t.dim() == 2 and t.is_floating_point()), None)
+        if flat is not None:
+            yield flat, 1
+
+
+def _scaled(side: int, factor: float) -> int:
+    step = next(m for m in (MULTIPLE, 16, 8, 4, 2, 1) if side % m == 0)
+    after = max(round(side * factor / step), 1) * step
+    return after if after != side else side + step
+
+
+def _resized(sides: tuple[int, int], after: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    def apply(tensor: Tensor) -> Tensor:
+        if tensor.dim() < 2 or tuple(tensor.shape[-2:]) != sides:
+            return tensor
+        return extended(extended(tensor, -2, after[0]), -1, after[1])
+
+    return apply
+
+
+def _relengthed(sequence: Tensor, dim: int, after: int) -> Callable[[Tensor], Tensor]:
+    """Every dim of that length, in tensors of the same make only the same dim."""
+    length, batch = sequence.shape[dim], sequence.shape[0]
+
+    def apply(tensor: Tensor) -> Tensor:
+        alike = tensor.dim() == sequence.dim() and (
+            tensor.is_floating_point() and sequence.is_floating_point()
+        )
+        square = tensor.dim() == 2 and tuple(tensor.shape) == (length, length) and length != batch
+        first = 0 if square else 1
+        for own in (dim,) if alike and not square else range(first, tensor.dim()):
+            if own < tensor.dim() and tensor.shape[own] == length:
+                tensor = extended(tensor, own, after)
+        if tensor.dim() == 1 and not tensor.is_floating_point() and after < length:
+            tensor = tensor.clamp(max=after) if tensor.dtype != torch.bool else tensor
+        return tensor
+
+    return apply
+
+
+def extended(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """The tensor with another size of a dim: cut off, or continued from its beginning.
+
+    Counting goes on counting.
+
+    >>> extended(torch.tensor([[7, 3, 5]]), 1, 5).tolist(), extended(torch.arange(3), 0, 5).tolist()
+    ([[7, 3, 5, 7, 3]], [0, 1, 2, 3, 4])
+    """
+    before = tensor.shape[dim]
+    if before and size <= before:
+        return tensor.narrow(dim, 0, size)
+    integers = not tensor.is_floating_point() and tensor.dtype != torch.bool
+    if integers and before > 1 and bool((tensor.diff(dim=dim) == 1).all()):
+        steps = torch.arange(size, device=tensor.device, dtype=tensor.dtype)
+        shape = [1] * tensor.dim()
+        shape[dim] = size
+        return tensor.narrow(dim, 0, 1) + steps.view(shape)
+    places = torch.arange(size, device=tensor.device) % max(before, 1)
+    return tensor.index_select(dim, places)

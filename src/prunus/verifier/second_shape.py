@@ -1,0 +1,195 @@
+"""The comparison once more on inputs of another shape: what only looked right at one shows there.
+
+A slice that was whole, a comparison of sizes, a window as long as the example, a table that the
+forward rebuilds for longer inputs: another number of samples, and another resolution or length,
+take another path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from prunus.graph.coupling import CouplingGraph
+from prunus.graph.expressions import Attribute, Expression, Width
+from prunus.skipping import prove_depth
+from prunus.tracer.outputs import answer_of
+from prunus.tracer.program import Ref
+from prunus.tracer.sources import find_line
+from prunus.tracer.trace import quiet_run
+from prunus.verifier.case import Case
+from prunus.verifier.comparison import compare, tolerance
+from prunus.verifier.paths import other_path
+from prunus.verifier.rounding import error_in_float64
+from prunus.verifier.second_inputs import Inputs, other_inputs, shape_of
+from prunus.verifier.structure import other_positions
+
+MOST_TRIES = 6
+"""Shapes that are tried; a model refuses most of them at once."""
+
+LONGEST = 1024
+"""Sequences up to this length are run to pass a threshold; beyond, they are only traced."""
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What another shape said.
+
+    Attributes
+    ----------
+    rel_err
+        As of the first comparison; 0 where there was none.
+    reason
+        Why the two do not agree; empty if they do, or were not compared.
+    inputs
+        A line for each input that was compared, or why there is none.
+    """
+
+    rel_err: float
+    reason: str
+    inputs: tuple[str, ...]
+
+
+def compare_elsewhere(case: Case) -> Elsewhere:
+    """Compare on one more batch size and, where the model takes it, resolution or length."""
+    thresholds = sorted(find_thresholds(case.graph))
+    traced = as_traced(case.args, case.kwargs)
+    second, why = second_inputs(case.original, case, [n + 1 for n in thresholds if n < LONGEST])
+    if second is None:
+        return Elsewhere(0.0, "", (traced, why))
+    other = _at(case, second)
+    try:
+        reason = other_positions(other) or other_path(other)
+        compared = compare(other)
+    except Exception as failure:  # what a model does at another shape may be beyond the tracer
+        return Elsewhere(0.0, "", (traced, f"not compared at {second}: {failure}"))
+    error = compared.rel_err
+    if not reason and not compared.reason and error > tolerance(other.dtype):
+        double = error_in_float64(other, error)
+        error = error if double is None else min(double, tolerance(other.dtype))
+    reason = reason or compared.reason
+    if not reason and not error <= tolerance(other.dtype):
+        reason = f"the outputs differ by {error:.1e}"
+    if not reason:
+        second, reason = _far(case, thresholds) or (second, "")
+    lines = (traced, str(second)) if not reason else (traced,)
+    return Elsewhere(error, f"at {second}: {reason}" if reason else "", (*lines, *_also(why)))
+
+
+def depth_elsewhere(original: nn.Module, without: nn.Module, case: Case) -> Elsewhere:
+    """Compare a model without blocks with the one that skips them, on one more shape."""
+    traced = as_traced(case.args, case.kwargs)
+    second, why = second_inputs(original, case, ())
+    if second is None:
+        return Elsewhere(0.0, "", (traced, why))
+    names = case.plan.drops
+    depth = prove_depth(
+        original, without, names, second.args, second.kwargs, outputs=case.outputs, each=False
+    )
+    reason = depth.reason
+    if not reason and not depth.rel_err <= tolerance(depth.dtype):
+        reason = "without the blocks the model does not compute what it does when they are skipped"
+    return Elsewhere(
+        depth.rel_err,
+        f"at {second}: {reason}" if reason else "",
+        (traced, str(second), *_also(why)),
+    )
+
+
+def as_traced(args: object, kwargs: object) -> str:
+    """The line for the example inputs."""
+    shapes = (shape_of(leaf) for leaf in tree_leaves((args, kwargs)))
+    return f"as traced: {', '.join(filter(None, shapes))}"
+
+
+def second_inputs(
+    model: nn.Module, case: Case, lengths: Sequence[int]
+) -> tuple[Inputs | None, str]:
+    """The first other inputs that the model itself takes, and what it said of better ones."""
+    why = ""
+    candidates = other_inputs(case.args, dict(case.kwargs), lengths)
+    for _, inputs in zip(range(MOST_TRIES), candidates, strict=False):
+        try:
+            with quiet_run(model):
+                found = answer_of(model(*inputs.args, **inputs.kwargs))
+        except Exception as failure:  # a forward may raise anything at what it doesn't take
+            place = find_line(failure)
+            said = f"the model itself raises {type(failure).__name__} at {place}"
+            why = why or f"not compared at {inputs.what}: {said}"
+            continue
+        if all(map(_is_finite, found.values())):
+            return inputs, why
+        why = why or f"not compared at {inputs.what}: the model's outputs are not finite"
+    return None, why or "not compared at another shape: the inputs have no dim that may change"
+
+
+def _also(why: str) -> tuple[str, ...]:
+    return (why,) if why else ()
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _at(case: Case, inputs: Inputs) -> Case:
+    other = Case(
+        case.plan, case.original, case.source, inputs.args, inputs.kwargs, outputs=case.outputs
+    )
+    other.pruned = case.pruned
+    return other
+
+
+def _far(case: Case, thresholds: Sequence[int]) -> tuple[Inputs, str] | None:
+    """What a trace alone says beyond thresholds that are too far to run: nothing is computed."""
+    far = [n + 1 for n in thresholds if n >= LONGEST]
+    for length in far[:1]:
+        for inputs in other_inputs(case.args, dict(case.kwargs), [length]):
+            if inputs.what.startswith(f"length {length}"):
+                other = _at(case, inputs)
+                try:
+                    reason = other_positions(other)
+                except Exception:  # the model takes no such length
+                    continue
+                return (inputs, reason) if reason else None
+    return None
+
+
+def find_thresholds(graph: CouplingGraph) -> set[int]:
+    """Lengths beyond which the code may do something else: what it compares them with.
+
+    Sizes of tables and attributes with which a plain int is compared, and the lengths of tables
+    that no parameter is, of which the beginning is taken.
+    """
+    found: set[int] = set()
+    for condition in graph.conditions:
+        if condition.op == "==":
+            continue
+        for one, other in ((condition.left, condition.right), (condition.right, condition.left)):
+            value = _size_of(graph, one)
+            if isinstance(other, int) and value is not None and value >= other > 1:
+                found.add(value)
+    return found | set(_tables(graph))
+
+
+def _size_of(graph: CouplingGraph, expression: Expression) -> int | None:
+    if isinstance(expression, Attribute):
+        return graph.attributes.get(expression)
+    return expression.size if isinstance(expression, Width) else None
+
+
+def _tables(graph: CouplingGraph) -> Iterator[int]:
+    program = graph.program
+    for node in program.nodes:
+        source = node.args.get("self")
+        if node.target is not torch.ops.aten.slice.Tensor or not isinstance(source, Ref):
+            continue
+        name = program.state.get(source.value)
+        own = name is not None and name not in graph.parameters
+        if own or source.value in program.constants:
+            size = program.shapes[source.value][node.args["dim"]]
+            if node.args["start"] in (None, 0) and (node.args["end"] or size) < size:
+                yield size

@@ -33,6 +33,7 @@ from prunus.verifier.comparison import compare, tolerance
 from prunus.verifier.effect import MOVED, each_alone
 from prunus.verifier.other_ways import stale_integers
 from prunus.verifier.paths import other_path
+from prunus.verifier.renormalised import renormalised_groups
 from prunus.verifier.rounding import error_in_float64
 from prunus.verifier.second_shape import (
     Elsewhere,
@@ -285,6 +286,7 @@ def _verify_widths(
         params=(case.graph.cost("params"), sum(p.numel() for p in case.pruned.parameters())),
         outputs=case.graph.kept_outputs,
         released=_released(plan, case),
+        renormalised=renormalised_groups(case),
         stale=stale_integers(case),
         reason=reason,
         rel_err32=single,

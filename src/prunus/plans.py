@@ -88,7 +88,8 @@ class Plan:
     costs
         Each cost before and after.
     origin
-        Where the plan came from: importance, budget, scope, seed, … (JSON).
+        Where the plan came from: importance, budget, scope, seed, … (JSON); ``renormalised`` are
+        the groups whose removal changes kept weights.
     drops
         Module paths, in the original, of the blocks that go first.
     biases
@@ -164,6 +165,8 @@ class Plan:
         empty = [str(axis) for axis, stay in keep.items() if not stay]
         if empty:
             raise PlanError(f"nothing would stay of {_some(empty)}", fix="keep a unit of each")
+        cut = {group.name for group in graph.groups if not kept[group.units].all()}
+        renormalised = [name for name in graph.renormalised if name in cut]
         choices = (
             GroupChoice(g.name, g.size, tuple(np.flatnonzero(~kept[g.units]).tolist()))
             for g in graph.groups
@@ -180,7 +183,10 @@ class Plan:
             ),
             groups=tuple(choices),
             costs={name: (graph.cost(name), graph.cost(name, kept)) for name in graph.costs},
-            origin=dict(origin or {}),
+            origin={
+                **(origin or {}),
+                **({"renormalised": renormalised} if renormalised else {}),
+            },
         )
 
     @property

@@ -167,8 +167,18 @@ def show_certificate(certificate: Certificate, fix: str) -> None:
     )
     if certificate.stale:
         show("Not changed, and read by no forward that ran: " + "; ".join(certificate.stale))
+    if certificate.renormalised:
+        show(f"Kept weights change with what is removed: {spell_renormalised(certificate)}")
     if certificate.unverified:
         show(f"Nothing is proven of: {spell_places(certificate.unverified)}")
+
+
+def spell_renormalised(certificate: Certificate) -> str:
+    """Groups of weights computed from weights, with their distance from plain silencing."""
+    return "; ".join(
+        f"{name} (outputs differ by {by:.1%} from plain silencing)"
+        for name, by in certificate.renormalised.items()
+    )
 
 
 def _show(outcome: Outcome, options: argparse.Namespace) -> None:

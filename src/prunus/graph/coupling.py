@@ -73,6 +73,8 @@ class CouplingGraph:
         Residual blocks that can be dropped as a whole, in the model's order.
     obstacles
         Why the other children of lists and sequences of modules can't, by their paths.
+    renormalised
+        Groups whose removal changes kept weights, which the forward computes from weights.
     traced
         The inputs and the shapes of the kept outputs, as plain data.
     parts
@@ -107,6 +109,7 @@ class CouplingGraph:
     attributes: Mapping[Attribute, int] = field(default_factory=dict)
     blocks: tuple[Block, ...] = ()
     obstacles: Mapping[str, str] = field(default_factory=dict)
+    renormalised: tuple[str, ...] = ()
     traced: Mapping[str, Any] = field(default_factory=dict)
     parts: Mapping[str, Mapping[str, Polynomial]] = field(default_factory=dict, repr=False)
     program: Any = field(default=None, repr=False, compare=False)

@@ -22,6 +22,7 @@ from prunus.surgeon.applied import copy_config, remember
 from prunus.surgeon.biases import add_biases
 from prunus.surgeon.depth import drop_blocks, find_places
 from prunus.surgeon.fit import fit_plan
+from prunus.surgeon.magnitudes import make_up
 from prunus.surgeon.optimizer_state import forget_dropped, slice_state, write_state
 from prunus.surgeon.own_copies import own_copies
 from prunus.surgeon.reach import check_edit, write_attribute
@@ -104,7 +105,7 @@ def cut(
     if optimizer is not None:
         kept = {id(state[name]): (name, axes) for name, axes in _by_tensor(plan).items()}
         moments = slice_state(optimizer, before, model, kept)
-    _slice(plan, modules, state, aliases)
+    _slice(plan, model, modules, state, aliases)
     own_copies(model, plan.edits)
     for edit in plan.edits:
         write_attribute(modules[edit.module], edit.attribute, edit.after)
@@ -121,18 +122,23 @@ def cut(
 
 def _slice(
     plan: Plan,
+    model: nn.Module,
     modules: Mapping[str, nn.Module],
     state: Mapping[str, Tensor],
     aliases: Mapping[str, str],
 ) -> None:
-    """Every tensor of the plan, and its gradient, without the positions that go."""
+    """Every tensor of the plan, and its gradient, without the positions that go.
+
+    Magnitudes of weight norms make up for that.
+    """
     kept = _by_tensor(plan)
     new = {
         name: slice_tensor(_scaled(plan, name, state[name]), axes) for name, axes in kept.items()
     }
+    new |= dict(make_up(model, state, new, kept))
     grads = {
-        name: slice_tensor(grad, axes)
-        for name, axes in kept.items()
+        name: slice_tensor(grad, kept.get(name, {}))
+        for name in new
         if state[name].is_leaf and (grad := state[name].grad) is not None
     }
     _swap(modules, state, new, aliases)

@@ -22,6 +22,7 @@ from prunus.tracer.program import Node, Ref
 from prunus.tracer.registry import Place, Span
 from prunus.tracer.resolver import Resolve, Resolver
 from prunus.tracer.scale import Fixed, find_rescales
+from prunus.tracer.weight_norm import keep_normed_weights
 from prunus.tracer.widths import Widths
 
 
@@ -34,6 +35,7 @@ def build_graph(
 ) -> tuple[CouplingGraph, Resolve]:
     """The coupling graph, and the function that turns a label of atoms into one of units."""
     recorder.sizes.finish()
+    keep_normed_weights(recorder, model, state)
     rescales = _keep_scales(recorder)
     pin_unsolvable(recorder, list(state))
     parameters = frozenset(name for name, t in state.items() if isinstance(t, nn.Parameter))

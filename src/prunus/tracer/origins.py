@@ -31,6 +31,10 @@ class Origins:
             if own is not None and np.isin(algebra.find(own), roots).any()
         )
 
+    def names(self, value: int) -> set[str]:
+        """Names of all state behind a value."""
+        return {name for _, name in self._state(value)}
+
     def _state(self, value: int) -> Iterator[tuple[int, str]]:
         pending, seen = [value], {value}
         while pending:

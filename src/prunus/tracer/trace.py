@@ -46,6 +46,7 @@ from prunus.tracer.quiet import quiet as quiet
 from prunus.tracer.quiet import quiet_run as quiet_run
 from prunus.tracer.quiet import same_modes
 from prunus.tracer.quiet import uncollected as uncollected
+from prunus.tracer.renormalised import find_renormalised, names_of
 from prunus.tracer.watch import Watch
 
 
@@ -307,6 +308,7 @@ class _Run:
         return replace(
             graph,
             program=program,
+            renormalised=names_of(find_renormalised(program), graph.groups),
             find_moments=partial(find_moments, program),
             forward_fn=entry,
             traced=described,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal, get_args
@@ -17,7 +17,7 @@ from prunus.errors import PlanError, VerifyError, checks_options
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance import Statistics, collect
-from prunus.importance.batches import first_batches
+from prunus.importance.batches import bounded, first_batches
 from prunus.integrations.hf import example_inputs
 from prunus.integrations.hf_config import uniform
 from prunus.oracle import Certificate, verify
@@ -149,8 +149,8 @@ def shrink(
         refuse_statistics(options.get("statistics"))
     given = options.get("statistics") is not None
     needs = frozenset() if given else needs_to_plan(*_reading(options))
-    if isinstance(data, Iterator) and (needs or isinstance(drop, int) or recover != "none"):
-        data = list(data)  # it is read several times
+    if data is not None and (needs or isinstance(drop, int) or recover != "none"):
+        data = bounded(data)
     recovered_with = None if recover == "none" else data
     looked_at = [] if recovered_with is None else first_batches(recovered_with, LOOKED_AT)
     with entered_by(model, forward_fn):

@@ -150,7 +150,7 @@ def relative_error(reference: Mapping[str, Tensor], other: Mapping[str, Tensor])
             return float("inf")
         if a.numel() == 0:
             continue
-        a, b = a.double(), b.double()
+        a, b = (t.double() if t.layout == torch.strided else t.to_dense().double() for t in (a, b))
         scale, gap = a.abs().max().item(), (a - b).abs().max().item()
         if not (np.isfinite(scale) and np.isfinite(gap)):
             return float("inf")

@@ -13,6 +13,7 @@ from torch import nn
 from prunus.errors import DataError
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance import collect
+from prunus.importance.batches import bounded
 from prunus.importance.keeping import digest_of
 from prunus.plans import Plan
 from prunus.recovery.attention_rows import projections_of
@@ -80,7 +81,7 @@ def batches_to_repair(data: Iterable[Any] | None) -> list[Any]:
             why="what stays is fitted to what went, on what the layers read",
             fix="give data=loader; labels are not needed",
         )
-    return list(data)
+    return list(bounded(data))
 
 
 def read_metric(metric: Metric, model: nn.Module, where: str) -> float:

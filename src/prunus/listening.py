@@ -18,7 +18,7 @@ from prunus.errors import checks_options
 from prunus.tracer.adapters import adapted
 from prunus.tracer.capture import PASSIVE
 from prunus.tracer.outputs import answer_of
-from prunus.tracer.program import Program, state_of
+from prunus.tracer.program import Program, state_of, stored
 from prunus.tracer.registry import bind
 from prunus.tracer.scale import find_attentions
 from prunus.tracer.trace import forget_caches, plain_kernels, quiet_run, trace
@@ -86,14 +86,15 @@ def _wake(model: nn.Module, args: Any, kwargs: Any) -> None:
     last: list[nn.Module] = []
 
     def ran(module: nn.Module, *_: Any) -> None:
-        if isinstance(getattr(module, "weight", None), Tensor) and not _has_statistics(module):
+        if isinstance(stored(module, "weight"), Tensor) and not _has_statistics(module):
             last.append(module)
 
-    handles = [module.register_forward_hook(ran) for module in model.modules()]
+    handles = [module.register_forward_hook(ran) for module in _hookable(model)]
     try:
         with quiet_run(model):
             answer = answer_of(model(*args, **kwargs)).values()
-            outputs = [tensor for tensor in answer if tensor.is_floating_point()]
+            strided = [tensor for tensor in answer if tensor.layout == torch.strided]
+            outputs = [tensor for tensor in strided if tensor.is_floating_point()]
     finally:
         for handle in handles:
             handle.remove()
@@ -102,9 +103,13 @@ def _wake(model: nn.Module, args: Any, kwargs: Any) -> None:
             parameter.neg_()
 
 
+def _hookable(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+
+
 def _has_statistics(module: nn.Module) -> bool:
-    mean = getattr(module, "running_mean", None)
-    return isinstance(mean, Tensor) and isinstance(getattr(module, "running_var", None), Tensor)
+    names = ("running_mean", "running_var")
+    return all(isinstance(stored(module, name), Tensor) for name in names)
 
 
 def _settle_batch_norms(
@@ -128,7 +133,7 @@ def _settle_batch_norms(
                 _perturb(module, generator)
                 settled.add(module)
 
-    normalising = [module for module in model.modules() if _has_statistics(module)]
+    normalising = [module for module in _hookable(model) if _has_statistics(module)]
     handles = [module.register_forward_pre_hook(settle) for module in normalising]
     try:
         if handles:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -18,6 +18,7 @@ from prunus.depth_planning import (
 from prunus.errors import checks_options
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance import Importance, Statistics, needs_of
+from prunus.importance.batches import bounded
 from prunus.importance.targets import Loss
 from prunus.latency import LatencyTable
 from prunus.planner.alignment import RoundTo
@@ -181,8 +182,7 @@ def plan(
         return plan_widths(graph, model, data=data, statistics=statistics, **options)
     refuse_quantized(model)
     refuse_statistics(statistics)
-    if isinstance(data, Iterator):
-        data = list(data)  # it is read twice
+    data = None if data is None else bounded(data)
     args, kwargs = traced_inputs(graph, model, seed)
     with entered_by(model, graph.forward_fn):
         names = find_drops(

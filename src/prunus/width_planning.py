@@ -15,7 +15,7 @@ from prunus.errors import DataError, PlanError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance import Importance, Statistics, collect, name_of, needs_of, score
-from prunus.importance.batches import first_batches
+from prunus.importance.batches import bounded, first_batches
 from prunus.importance.obs import exchange_all
 from prunus.importance.registry import Context, check_statistics, is_comparable
 from prunus.importance.targets import Loss
@@ -210,7 +210,7 @@ def _check_search(
             why="it compares the outputs of smaller models with those of the dense one",
             fix="give data=loader",
         )
-    return list(data)
+    return list(bounded(data))
 
 
 def _search(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from prunus.cli import cutting, values
@@ -75,8 +75,6 @@ def _cut(
         )
     if certificate is None or certificate.verdict != "inexact":
         step("cutting")
-        if isinstance(data, Iterator):
-            data = list(data)  # it is read several times
         looked_at = [] if data is None else first_batches(data, LOOKED_AT)
         graph = None
         if data is not None and not plan.drops:

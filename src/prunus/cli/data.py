@@ -17,6 +17,7 @@ from prunus.cli.models import Loaded
 from prunus.cli.options import IMAGES, TOKENIZERS
 from prunus.cli.python_file import find_function
 from prunus.errors import DataError, require
+from prunus.importance.batches import bounded
 from prunus.tracer.program import tensors_of
 
 _BATCH = 64
@@ -54,7 +55,7 @@ def load_data(options: argparse.Namespace, loaded: Loaded) -> Iterable[Any] | No
             why="calibration data is an iterable of batches",
             fix="return a DataLoader or a list of batches",
         )
-    return batches
+    return bounded(batches)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ class _Images:
     shape: tuple[int, int, int]
     mean: Tensor
     std: Tensor
+
+    def __len__(self) -> int:
+        return -(-len(self.files) // _BATCH)
 
     def __iter__(self) -> Iterator[Tensor]:
         files = iter(self.files)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from prunus.cli import options as shared
@@ -78,8 +77,6 @@ def run(options: argparse.Namespace) -> int:
         step("building the model")
         loaded = load_model(options)
         data = load_data(options, loaded)
-        if isinstance(data, Iterator):
-            data = list(data)  # it may be read twice
         step("tracing")
         graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
         step("measuring")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from typing import Any
 
 from prunus.cli import cutting
@@ -49,8 +48,6 @@ def run(options: argparse.Namespace) -> int:
         stages = [cutting.measure(loaded, "dense")]
         chosen = choice_of(options)
         read: dict[str, Any] = {}
-        if isinstance(data, Iterator):
-            data = list(data)  # it may be read twice
         needs = needs_to_plan(options.importance, options.exchange, options.solver)
         by_table = options.sensitivity is not None
         if not options.drop and (needs or by_table or needs_table(options)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -54,6 +55,45 @@ def first_batches(data: Iterable[Any], count: int) -> list[Any]:
             fix="give a DataLoader or a list of batches; the model was not touched",
         )
     return found
+
+
+SAMPLES = 512
+"""How many samples are taken of calibration data of unknown length."""
+
+
+def bounded(data: Iterable[Any]) -> Iterable[Any]:
+    """Calibration data that ends and can be read several times.
+
+    What has a length is returned as it is; of anything else a list of the first batches, up to 512
+    samples.
+
+    Warns
+    -----
+    UserWarning
+        If it was stopped there, with the number of batches that were taken.
+
+    >>> bounded([1, 2]), len(list(bounded(torch.zeros(2, 3) for _ in range(4))))
+    ([1, 2], 4)
+    """
+    try:
+        len(data)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError, AttributeError):
+        pass
+    else:
+        return data
+    taken: list[Any] = []
+    samples = 0
+    for batch in data:
+        taken.append(batch)
+        samples += count_samples(batch)
+        if samples >= SAMPLES:
+            warnings.warn(
+                f"the calibration data has no length: its first {len(taken)} batches "
+                f"({samples} samples) were taken; give a list or a DataLoader for another number",
+                stacklevel=3,
+            )
+            break
+    return taken
 
 
 def count_samples(batch: Any) -> int:

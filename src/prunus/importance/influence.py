@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunus.errors import DataError, PlanError, checks_options
 from prunus.graph.blocks import Block
 from prunus.graph.coupling import CouplingGraph
-from prunus.importance.batches import run_batch
+from prunus.importance.batches import bounded, run_batch
 from prunus.tracer.blocks import main_input, main_tensor
 from prunus.tracer.entry import entered_by
 from prunus.tracer.trace import quiet_run
@@ -67,6 +67,7 @@ def block_influence(
             why="no child of its lists and sequences of modules is a residual block",
             fix="`graph.obstacles` says of each why it is none",
         )
+    data = bounded(data)
     sums = {block.name: 0.0 for block in graph.blocks}
     counts = dict.fromkeys(sums, 0)
     done = 0

@@ -18,7 +18,7 @@ from prunus.errors import DataError, ModelError, PlanError, checks_options
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance.activations import Site, Watch
-from prunus.importance.batches import count_samples, run_batch, samples_of
+from prunus.importance.batches import bounded, count_samples, run_batch, samples_of
 from prunus.importance.confidence import Heads
 from prunus.importance.gradients import Contributions
 from prunus.importance.keeping import Keeper, describe_source, own_path
@@ -202,6 +202,7 @@ def collect(
         collect.
     """
     wanted = _known(needs)
+    data = bounded(data)
     tensors, _ = state_of(model)
     check_traced(graph, tensors)
     kept = None if plan is None else kept_units(graph, plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, get_args
@@ -15,6 +15,7 @@ from prunus.drops import Renaming
 from prunus.errors import DataError, PlanError, checks_options
 from prunus.graph.axis import kept_positions
 from prunus.graph.coupling import CouplingGraph
+from prunus.importance.batches import bounded
 from prunus.importance.statistics import Statistics, collect, kept_units
 from prunus.plans import Plan
 from prunus.recovery.attention_rows import find_values, projections_of
@@ -158,6 +159,7 @@ def compensate(
             why="what stays is fitted to what went, on what the layers read",
             fix="give data=loader, or statistics=prunus.collect(…, 'second_moment')",
         )
+    data = None if data is None else bounded(data)
     before = Snapshot(model, optimizer)
     with without_blocks(model, plan.drops):
         if graph is None or plan.drops:
@@ -234,7 +236,6 @@ def _change_in_order(
     progress: Callable[[int], None] | None,
 ) -> _Change:
     """Other bases from dense inputs; then layer after layer on what the repaired ones give."""
-    data = list(data) if isinstance(data, Iterator) else data  # it is read several times
     done = 0
 
     def count(_: int = 0) -> None:

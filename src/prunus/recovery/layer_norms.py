@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.graph.axis import Axis
-from prunus.importance.batches import run_batch
+from prunus.importance.batches import bounded, run_batch
 from prunus.plans import Plan
 from prunus.surgeon.depth import without_blocks
 from prunus.surgeon.snapshot import own_data
@@ -85,7 +85,7 @@ def measure_norms(
     with without_blocks(model, plan.drops):
         watches = list(_watches(model, plan))
         if watches:
-            _watch(model, watches, data, progress)
+            _watch(model, watches, bounded(data), progress)
     return tuple(found for watch in watches if (found := watch.correction()) is not None)
 
 

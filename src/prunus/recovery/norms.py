@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prunus.errors import DataError, checks_options
-from prunus.importance.batches import run_batch
+from prunus.importance.batches import bounded, run_batch
 from prunus.surgeon.snapshot import all_or_nothing
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -46,7 +46,7 @@ def recalibrate(
     """
     norms = batch_norms(model)
     if norms:
-        measure(model, norms, data, forward_fn=forward_fn, progress=progress)
+        measure(model, norms, bounded(data), forward_fn=forward_fn, progress=progress)
     return model
 
 

@@ -79,7 +79,7 @@ class Snapshot:
         written += (
             weight
             for module, _ in self._modules
-            if getattr(module, "max_norm", None) is not None
+            if vars(module).get("max_norm") is not None
             and isinstance(weight := module._parameters.get("weight"), Tensor)
         )
         self._contents = list(_contents(written))

@@ -29,6 +29,7 @@ from prunus.tracer.lifetimes import Lifetimes
 from prunus.tracer.marks import Run
 from prunus.tracer.program import Node, Ref
 from prunus.tracer.provenance import Follow, Given, expression_of
+from prunus.tracer.refusals import refuse_nested
 from prunus.tracer.registry import Call, Effect, Labels, bind, find_rule
 from prunus.tracer.scale import Attention
 from prunus.tracer.sizes import Sizes
@@ -61,6 +62,13 @@ class Recorder(TorchDispatchMode):
         Compute on real tensors instead of fake ones.
     apart
         See :class:`prunus.tracer.marks.Run`.
+
+    Attributes
+    ----------
+    stack
+        Paths of the modules that are running, the innermost last.
+    sealed
+        Paths of modules whose code can't be followed: what runs in them pins all that it gets.
     """
 
     def __init__(
@@ -76,6 +84,7 @@ class Recorder(TorchDispatchMode):
         self.shapes: list[tuple[int, ...]] = []
         self.from_state: list[bool] = []
         self.stack: list[str] = [""]
+        self.sealed: frozenset[str] = frozenset()
         self.attended: list[Attention] = []
         self.lifetimes = Lifetimes(self.nodes.__len__)
         self._counted: dict[int, list[tuple[Label, Pin]]] = {}
@@ -184,6 +193,8 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         outputs = tuple(t for t in tree_leaves(out) if isinstance(t, Tensor))
         module, source = self.stack[-1], find_source(sys._getframe(2))
+        if any(tensor.is_nested for tensor in outputs):
+            refuse_nested(str(func), module, source)
         given = self.follow.given
         if given is not None:
             self._enter_function(given, Pin("", str(func), module, source))
@@ -204,7 +215,10 @@ class Recorder(TorchDispatchMode):
         from_state = all(self.from_state[self.value_of(tensor)] for _, tensor in call.tensors())
         rule = find_rule(func)
         effect: Effect | None = None
-        if rule is None:
+        if module in self.sealed:
+            call.pin_all("the code of a ScriptModule can't be followed")
+            labels = call.unlabelled()
+        elif rule is None:
             self._pin_unknown(call)
             labels = call.unlabelled()
         else:

@@ -132,6 +132,15 @@ def tensors_of(structure: Any, path: str = "") -> list[tuple[str, Tensor]]:
     return found
 
 
+def stored(module: nn.Module, name: str) -> Any:
+    """What a module itself keeps under a name, or None: no code of its class is run for it.
+
+    A property of the same name may raise anything.
+    """
+    stores = (vars(module), module._parameters, module._buffers, module._modules)
+    return next((store[name] for store in stores if name in store), None)
+
+
 def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Parameters, buffers and tensor attributes by first name, and the other names of tied ones.
 

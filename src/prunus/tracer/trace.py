@@ -46,6 +46,7 @@ from prunus.tracer.quiet import quiet as quiet
 from prunus.tracer.quiet import quiet_run as quiet_run
 from prunus.tracer.quiet import same_modes
 from prunus.tracer.quiet import uncollected as uncollected
+from prunus.tracer.refusals import refuse_untraceable, scripted
 from prunus.tracer.renormalised import find_renormalised, names_of
 from prunus.tracer.watch import Watch
 
@@ -85,6 +86,7 @@ def trace(
         If no output is named, or if no tensor comes out.  An error in the model's own forward is
         raised as it is.
     """
+    refuse_untraceable(model)
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     with uncollected():
         return _Task(model, args, dict(kwargs or {}), outputs, forward_fn).graph(real=real)
@@ -219,6 +221,7 @@ class _Run:
         state, _ = state_of(task.model)
         theirs = {name: copied.of(tensor) for name, tensor in state.items()}
         recorder = Recorder(theirs, self._watch, real=self._real, apart=self._apart)
+        recorder.sealed = scripted(task.model)
         try:
             return self._record(recorder, copied, shared, started)
         finally:

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import is_parametrized
 
+from prunus.tracer.program import stored
 from prunus.tracer.trace import quiet_run
 from prunus.verifier.case import Case
 
@@ -60,9 +62,12 @@ def other_count(case: Case) -> str:
 
 def _stated(module: nn.Module | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     stated = next((stated for kind, stated in _STATED if isinstance(module, kind)), None)
-    named = (getattr(module, name, None) for name in ("weight", "running_mean"))
+    if module is None or stated is None:
+        return (), ()
+    read = getattr if is_parametrized(module) else stored
+    named = (read(module, name) for name in ("weight", "running_mean"))
     tensor = next((value for value in named if isinstance(value, Tensor)), None)
-    if stated is None or tensor is None:
+    if tensor is None:
         return (), ()
     said = stated(module)
     return said, tuple(tensor.shape[: len(said)])

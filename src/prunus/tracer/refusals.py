@@ -1,0 +1,58 @@
+"""Models that can't be traced at all, told before anything runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from prunus.errors import TraceError
+
+_NAMED = 3
+
+
+def refuse_untraceable(model: nn.Module) -> None:
+    """Raise for a model that is no Python module, or whose tensors have no shape yet.
+
+    Raises
+    ------
+    TraceError
+        Saying what to do.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(
+            "the model is a ScriptModule",
+            why="its code is compiled, and its layers can be neither followed nor changed",
+            fix="prune the Python model, and script or trace what comes out",
+        )
+    lazy = [
+        name
+        for tensors in (model.named_parameters(), model.named_buffers())
+        for name, tensor in tensors
+        if is_lazy(tensor)
+    ]
+    if lazy:
+        more = f" and {len(lazy) - _NAMED} more" if len(lazy) > _NAMED else ""
+        raise TraceError(
+            "the model has lazy modules that were never run",
+            where=", ".join(lazy[:_NAMED]) + more,
+            why="their parameters have no shape before the first forward",
+            fix="run the model once on real inputs: model(*args)",
+        )
+
+
+def refuse_nested(operator: str, module: str, source: str) -> None:
+    """Raise for an operator that made a nested tensor."""
+    raise TraceError(
+        f"{operator} makes a nested tensor",
+        where=" ".join(filter(None, (module, source))),
+        why="it has no shape whose dims could be followed",
+        fix="pad the sequences to one length, or trace a part of the model that has none",
+    )
+
+
+def scripted(model: nn.Module) -> frozenset[str]:
+    """Paths of the ScriptModules in a model, those inside of them included."""
+    return frozenset(
+        name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)
+    )

@@ -1,0 +1,190 @@
+"""Models and data out of the ordinary: handled, or refused with what to do."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import prunus
+from prunus.errors import TraceError
+from prunus.importance.batches import bounded
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """Two hidden layers, of which a subclass may let the second one out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(4, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu()).tanh()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.c(self.hidden(x))
+
+
+def sizes(model: nn.Module) -> dict[str, int]:
+    return {group.name: group.size for group in prunus.trace(model, X).groups}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, X)])
+def test_compiled_models_are_refused(make: Callable[[nn.Module], Any]) -> None:
+    with pytest.raises(TraceError, match="the model is a ScriptModule") as refused:
+        prunus.shrink(
+            make(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))), X, ratio=0.5
+        )
+    assert "prune the Python model" in refused.value.fix
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(3, 16))]
+)
+def test_compiled_parts_keep_their_widths(make: Callable[[nn.Module], Any]) -> None:
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(16, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 16))
+    ends = [nn.Linear(4, 24), nn.ReLU(), nn.Linear(24, 16)], [nn.Linear(16, 10), nn.Linear(10, 3)]
+    model = nn.Sequential(*ends[0], make(inner.eval()), *ends[1]).eval()
+    graph = prunus.trace(model, X)
+    assert {group.name: group.size for group in graph.groups} == {
+        "0.weight[0]": 24,
+        "4.weight[0]": 10,
+    }
+    why = {str(axis): pin.reason for axis, pin in graph.pins}
+    assert "ScriptModule" in why["2.weight[0]"]
+    shrunk = prunus.shrink(model, X, ratio=0.5)
+    assert shrunk.certificate.verdict == "exact"
+    assert (model[0].out_features, model[2].out_features) == (12, 16)
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(16), nn.LazyBatchNorm1d()])
+def test_lazy_modules_are_refused_until_they_have_run(lazy: nn.Module) -> None:
+    model = Net().eval()
+    model.a = nn.Sequential(nn.Linear(4, 16), lazy) if "Norm" in type(lazy).__name__ else lazy
+    with pytest.raises(TraceError, match="lazy modules") as refused:
+        prunus.trace(model, X)
+    assert refused.value.where.startswith("a.")
+    assert "run the model once" in refused.value.fix
+    model.train()(X)
+    assert prunus.shrink(model.eval(), X, ratio=0.5).certificate.verdict == "exact"
+
+
+def test_nested_tensors_are_refused_with_their_line() -> None:
+    class Nested(Net):
+        def forward(self, x: Tensor) -> Any:
+            h = self.hidden(x)
+            return self.c(h), torch.nested.nested_tensor([h[0], h[1]])
+
+    with pytest.raises(TraceError, match="makes a nested tensor") as refused:
+        prunus.trace(Nested().eval(), X)
+    assert "test_refusals.py:" in refused.value.where
+
+
+@pytest.mark.parametrize("to", [Tensor.to_sparse, Tensor.to_sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_outputs_keep_their_shape(to: Callable[[Tensor], Tensor]) -> None:
+    class Sparse(Net):
+        def forward(self, x: Tensor) -> Any:
+            h = self.hidden(x)
+            return self.c(h), to(h.relu())
+
+    model = Sparse().eval()
+    assert sizes(model) == {"a.weight[0]": 16}
+    shrunk = prunus.shrink(model, X, ratio=0.5)
+    assert shrunk.certificate.verdict == "exact"
+    assert model(X)[1].shape == (3, 12)
+
+
+NAMES = ("weight", "bias", "running_mean", "running_var", "groups", "config", "device", "dtype")
+NAMES += ("in_features", "max_norm", "embed_dim", "num_heads", "is_quantized", "original", "data")
+
+
+def test_properties_that_raise_are_never_read() -> None:
+    def refuse(self: Any) -> Any:
+        raise RuntimeError("not ready yet")
+
+    kind = type("Raising", (Net,), {name: property(refuse) for name in NAMES})
+    part = type("Part", (nn.Sequential,), {name: property(refuse) for name in NAMES})
+    model: Any = kind()
+    model.b = part(nn.Linear(16, 12), nn.BatchNorm1d(12))
+    model.eval()
+    shrunk = prunus.shrink(model, X, ratio=0.5, data=[X])
+    assert shrunk.certificate.verdict == "exact"
+    assert model.a.out_features == 8
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, KeyError, NotImplementedError])
+def test_the_users_own_error_comes_as_it_is(kind: type[Exception]) -> None:
+    class Fails(Net):
+        def forward(self, x: Tensor) -> Any:
+            self.hidden(x)
+            raise kind("only trained for images")
+
+    for call in (prunus.trace, lambda m, x: prunus.shrink(m, x, ratio=0.5)):
+        with pytest.raises(kind, match="only trained for images"):
+            call(Fails().eval(), X)
+
+
+class Endless:
+    """A loader without a length that never ends, and can be read again."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (torch.randn(64, 4) for _ in itertools.count())
+
+
+class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Iterator[Tensor]:
+        return (torch.randn(4) for _ in itertools.count())
+
+
+ENDLESS: dict[str, Callable[[], Any]] = {
+    "generator": lambda: iter(Endless()),
+    "object": Endless,
+    "loader": lambda: torch.utils.data.DataLoader(Stream(), batch_size=64),
+    "cycle": lambda: itertools.cycle([torch.randn(64, 4)]),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_endless_data_is_taken_in_part_and_that_is_said(name: str) -> None:
+    model = Net().eval()
+    with pytest.warns(UserWarning, match=r"first 8 batches \(512 samples\)"):
+        shrunk = prunus.shrink(model, X, ratio=0.5, importance="obs", data=ENDLESS[name]())
+    assert shrunk.certificate.verdict == "exact"
+    assert len(shrunk.recovery) > 1
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, g, data: prunus.plan(g, m, ratio=0.5, importance="obs", data=data),
+        lambda m, g, data: prunus.collect(m, g, data, "activation"),
+        lambda m, g, data: prunus.compensate(m, prunus.plan(g, m, ratio=0.5), g, data),
+        lambda m, g, data: prunus.compensate(
+            m, prunus.plan(g, m, ratio=0.5), g, data, sequential=True
+        ),
+        lambda m, g, data: prunus.recalibrate(m, data),
+    ],
+)
+def test_every_reader_of_data_stops(use: Callable[..., Any]) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    with pytest.warns(UserWarning, match="first 8 batches"):
+        use(model, prunus.trace(model, X), iter(Endless()))
+
+
+def test_data_that_ends_is_taken_whole_and_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(bounded(torch.ones(100, 2) for _ in range(5)))) == 5
+        assert len(list(bounded([torch.ones(600, 2)] * 3))) == 3

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import gc
+import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 from prunus.tracer.alone import alone, same_draws
 from prunus.tracer.outside import Outside
@@ -149,11 +154,34 @@ def follow_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
         handles.append(module.register_forward_pre_hook(enter, prepend=True))
         handles.append(module.register_forward_hook(leave, always_call=True))
 
+    compiled: dict[int, str] = {}
     try:
         for path, module in model.named_modules():
-            if not isinstance(module, torch.jit.ScriptModule):
+            if isinstance(module, torch.jit.ScriptModule):
+                compiled[id(module)] = path
+            else:
                 follow(path, module)
+        if compiled:
+            handles += _follow_compiled(compiled, stack)
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _follow_compiled(paths: Mapping[int, str], stack: list[str]) -> list[Any]:
+    """The same for ScriptModules, which take no hooks of their own: by hooks of all modules."""
+    thread = threading.get_ident()
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if id(module) in paths and threading.get_ident() == thread:
+            stack.append(paths[id(module)])
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        if id(module) in paths and threading.get_ident() == thread:
+            stack.pop()
+
+    return [
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave, always_call=True),
+    ]

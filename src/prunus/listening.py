@@ -93,8 +93,7 @@ def _wake(model: nn.Module, args: Any, kwargs: Any) -> None:
     try:
         with quiet_run(model):
             answer = answer_of(model(*args, **kwargs)).values()
-            strided = [tensor for tensor in answer if tensor.layout == torch.strided]
-            outputs = [tensor for tensor in strided if tensor.is_floating_point()]
+            outputs = [tensor for tensor in answer if tensor.is_floating_point()]
     finally:
         for handle in handles:
             handle.remove()

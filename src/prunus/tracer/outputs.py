@@ -105,9 +105,13 @@ def find_outputs(result: Any) -> Outputs:
 
 
 def answer_of(result: Any) -> dict[str, Tensor]:
-    """Every tensor and array of numbers that a forward returned, by name, as tensors."""
+    """Every tensor and array of numbers that a forward returned, by name, as dense tensors."""
     found = find_outputs(result)
-    return dict(found.tensors) | {name: _as_tensor(array) for name, array in found.arrays}
+    tensors = {
+        name: tensor if tensor.layout == torch.strided else tensor.to_dense()
+        for name, tensor in found.tensors
+    }
+    return tensors | {name: _as_tensor(array) for name, array in found.arrays}
 
 
 def select_outputs(

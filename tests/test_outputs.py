@@ -166,7 +166,7 @@ def test_an_array_that_shares_memory_is_compared() -> None:
 def test_an_array_computed_outside_is_named() -> None:
     net = Net(lambda y, h: {"y": y, "scores": h.numpy() * 2}).eval()
     plan = prunus.plan(prunus.trace(net, X), net, ratio=0.5)
-    (named,) = plan.traced["released"]
+    (named,) = plan.traced.released
     assert named.startswith("scores (an array")
     assert prunus.verify(plan, net, X).released == (named,)
 

@@ -1,7 +1,7 @@
 """What verification costs, in plain forwards: ``benchmarks/results/verify_cost.csv``.
 
 ``python -m benchmarks.verify_cost [MODEL...]`` runs everything in one process on one thread, at
-batch 1.  Weights are random; seconds of wall clock, the least of three runs, and of one for
+batch 1.  Weights are random; CPU seconds, the least of three runs, and of one for
 ``shrink``, which changes its model.
 
 Columns: model, forward_s (one plain forward, no gradients), trace_s (one ``prunus.trace``),
@@ -74,11 +74,11 @@ class Traces:
         right = module._capture
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
+            started = time.process_time()
             try:
                 return right(*args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - started
+                self.seconds += time.process_time() - started
 
         module._capture = timed
         try:
@@ -90,9 +90,9 @@ class Traces:
 def clock(call: Callable[[], Any]) -> tuple[float, float, Any]:
     """Seconds of a call without the traces inside, of these, and what it returned."""
     with Traces().watched() as traces:
-        started = time.perf_counter()
+        started = time.process_time()
         found = call()
-        total = time.perf_counter() - started
+        total = time.process_time() - started
     return total - traces.seconds, traces.seconds, found
 
 

@@ -991,8 +991,8 @@ def comparison_always_content(inject: Injector) -> None:
 
 @fault(ZeroInit, by="unverified")
 def network_does_not_listen(inject: Injector) -> None:
-    for home in (oracle, _pipeline()):
-        inject.function(home, "listen", lambda right, *args, **kwargs: None)
+    for home, name in ((oracle, "randomise_weights"), (_pipeline(), "listen")):
+        inject.function(home, name, lambda right, *args, **kwargs: None)
 
 
 @fault(TwoHeads, by="witness")

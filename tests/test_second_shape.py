@@ -111,7 +111,8 @@ def test_the_certificate_says_on_which_inputs() -> None:
     certificate = prunus.verify(plan, model, x)
     assert certificate.verdict == "exact"
     assert certificate.inputs == (
-        "as traced: 2×3×12×12",
+        "given inputs (2×3×12×12), own weights",
+        "given inputs (2×3×12×12), randomised weights",
         "resolution 16×16, batch 1: 1×3×16×16",
     )
 
@@ -123,5 +124,5 @@ def test_a_shape_that_the_model_does_not_take_is_said() -> None:
     plan = prunus.plan(prunus.trace(model, x), model, ratio=0.5, importance="random")
     certificate = prunus.verify(plan, model, x)
     assert certificate.verdict == "exact"
-    assert certificate.inputs[1] == "batch 1: 1×3×12×12"
-    assert "not compared at resolution" in certificate.inputs[2]
+    assert certificate.inputs[2] == "batch 1: 1×3×12×12"
+    assert "not compared at resolution" in certificate.inputs[3]

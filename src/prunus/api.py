@@ -20,7 +20,7 @@ from prunus.importance import Statistics, collect
 from prunus.importance.batches import bounded, first_batches
 from prunus.integrations.hf import example_inputs
 from prunus.integrations.hf_config import uniform
-from prunus.oracle import Certificate, verify
+from prunus.oracle import Certificate, verify_traced
 from prunus.planner.culprits import tell_groups
 from prunus.planner.layers import Drop, find_drops, name_layers
 from prunus.planning import Globs, check_request, plan
@@ -236,9 +236,13 @@ def drop_layers(
 
 @dataclass(frozen=True)
 class _Left:
-    """A model without some of its blocks: its graph, what has to stay whole, its statistics."""
+    """A model without some of its blocks: its graph, what has to stay whole, its statistics.
+
+    ``traced`` is the graph as it was traced, ``graph`` the one to plan with.
+    """
 
     graph: CouplingGraph
+    traced: CouplingGraph
     held: Mapping[str, str]
     statistics: Statistics | None
 
@@ -286,7 +290,7 @@ class _Task:
                 )
             if not verified:
                 return chosen, None, held
-            certificate = self._prove(chosen, each_group=self.each_group)
+            certificate = self._prove(chosen, left.traced, each_group=self.each_group)
             if certificate.verdict != "inexact":
                 return chosen, certificate, held
             found = self._reject_blocks(names)
@@ -300,7 +304,7 @@ class _Task:
                 )
             touched = sum(bool(choice.removed) for choice in chosen.groups)
             if not found:
-                found = self._reject_groups(chosen, left.graph)
+                found = self._reject_groups(chosen, left)
                 if not found or len(found) == touched:
                     raise unproven(certificate, found)
             held |= found
@@ -316,6 +320,7 @@ class _Task:
                 if names:
                     outputs = list(graph.kept_outputs)
                     graph = trace(self.model, self.args, self.kwargs, outputs=outputs)
+                traced = graph
                 if self.mode == "uniform":
                     given = self.kwargs and not self.args
                     inputs = self.kwargs if given else example_inputs(self.model)
@@ -325,16 +330,22 @@ class _Task:
                     statistics = collect(
                         self.model, graph, self.data, needs, loss=loss, seed=self.seed
                     )
-            self.known[key] = _Left(graph, held, statistics)
+            self.known[key] = _Left(graph, traced, held, statistics)
         return self.known[key]
 
     @cached_property
     def _influence(self) -> dict[str, float]:
         return measure_influence(self.model, self.graph, self.data, self.args, self.kwargs)
 
-    def _prove(self, chosen: Plan, *, each_group: bool) -> Certificate:
-        return verify(
-            chosen, self.model, self.args, self.kwargs, each_group=each_group, seed=self.seed
+    def _prove(self, chosen: Plan, graph: CouplingGraph | None, *, each_group: bool) -> Certificate:
+        return verify_traced(
+            chosen,
+            self.model,
+            self.args,
+            self.kwargs,
+            each_group=each_group,
+            seed=self.seed,
+            graph=graph,
         )
 
     def _reject_blocks(self, names: Sequence[str]) -> dict[str, str]:
@@ -342,13 +353,14 @@ class _Task:
         found: dict[str, str] = {}
         for name in names:
             chosen, _ = plan_depth(self.graph, self.model, [name], self.args, self.kwargs)
-            proof = self._prove(chosen, each_group=False)
+            proof = self._prove(chosen, None, each_group=False)
             if proof.verdict == "inexact":
                 found[name] = _why_inexact(proof)
         return found
 
-    def _reject_groups(self, chosen: Plan, graph: CouplingGraph) -> dict[str, str]:
+    def _reject_groups(self, chosen: Plan, left: _Left) -> dict[str, str]:
         """The groups of a plan that make its proof fail, with the reason."""
+        graph = left.graph
         kept = graph.mask_from_positions({a: np.asarray(stay) for a, stay in chosen.keep.items()})
 
         def fails(mask: Mask) -> str:
@@ -359,7 +371,8 @@ class _Task:
                     part = plan_of_mask(graph, self.model, mask, {"traced": graph.traced})
             except PlanError as error:
                 return str(error)
-            proof = self._prove(replace(part, drops=chosen.drops), each_group=False)
+            part = replace(part, drops=chosen.drops)
+            proof = self._prove(part, left.traced, each_group=False)
             return _why_inexact(proof) if proof.verdict == "inexact" else ""
 
         return find_culprits(graph, kept, fails)

@@ -17,7 +17,7 @@ from prunus.errors import PlanError, checks_options
 from prunus.graph.axis import Mask
 from prunus.graph.constraints import find_violation
 from prunus.graph.coupling import CouplingGraph
-from prunus.oracle import verify
+from prunus.oracle import verify_traced
 from prunus.surgeon import apply
 from prunus.surgeon.depth import refuse_quantized
 from prunus.surgeon.snapshot import all_or_nothing
@@ -220,7 +220,7 @@ def _cut(
     plan = follow_other_ways(plan, graph, model, kept)
     certificate = None
     if verified and plan.keep:
-        certificate = verify(plan, model, args, kwargs, seed=seed)
+        certificate = verify_traced(plan, model, args, kwargs, seed=seed, graph=graph)
         if certificate.verdict == "inexact":
             raise unproven(certificate)
     apply(plan, model, optimizer=optimizer)

@@ -6,7 +6,8 @@ end in zeros, batch norms without statistics, attention that looks everywhere al
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,21 +43,46 @@ def listen(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *, seed: int 
     example inputs, perturbed.  Queries are multiplied until attention logits have a standard
     deviation of at least 1.
     """
+    randomise(model, args, kwargs, seed=seed)
+
+
+def randomise(
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    program: Program | None = None,
+) -> dict[str, Tensor] | None:
+    """What :func:`listen` does; returns what the model answers then, None where that is not known.
+
+    Parameters
+    ----------
+    program
+        A trace of the model on these inputs, where there is one; it is not traced again where
+        it runs the same operators.
+    """
     generator = torch.Generator().manual_seed(seed)
     forget_caches(model, args, kwargs)  # of what was computed from the weights as they were
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+            if parameter.numel() > 1 and _is_constant(parameter):
                 parameter.copy_(_fill(name, parameter, generator))
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 _speak_up(module.weight)
-        _settle_batch_norms(model, args, kwargs, generator)
+        answer = _settle_batch_norms(model, args, kwargs, generator)
         for _ in range(ROUNDS):
-            if not _sharpen(model, args, kwargs):
+            if not _sharpen(model, args, kwargs, program):
                 break
-            _settle_batch_norms(model, args, kwargs, generator)  # sharper attention is louder
-        _wake(model, args, kwargs)
+            # Sharper attention is louder.
+            answer = _settle_batch_norms(model, args, kwargs, generator)
+        return _wake(model, args, kwargs, answer)
+
+
+def _is_constant(parameter: Tensor) -> bool:
+    first = parameter.flatten()[:64]  # which tells most that are not, without reading all
+    return bool((first == first[0]).all()) and bool((parameter == first[0]).all())
 
 
 def _fill(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
@@ -76,13 +102,22 @@ def _fill(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
 
 def _speak_up(weight: Tensor) -> None:
     """Multiply weights that are too small for their fan-in, or what they compute is drowned."""
-    gain = float(weight.detach().double().std()) * weight[0].numel() ** 0.5
+    values = weight.detach()
+    spread = values if values.dtype in (torch.float32, torch.float64) else values.float()
+    gain = float(spread.std()) * weight[0].numel() ** 0.5
     if 0 < gain < FAINT and not weight.is_meta:
         weight.mul_(FAINT / gain)
 
 
-def _wake(model: nn.Module, args: Any, kwargs: Any) -> None:
-    """Turn the sign of the last layer where every output is one constant, as behind a dead ReLU."""
+def _wake(
+    model: nn.Module, args: Any, kwargs: Any, answer: dict[str, Tensor] | None
+) -> dict[str, Tensor] | None:
+    """Turn the sign of the last layer where every output is one constant, as behind a dead ReLU.
+
+    Returns what the model answers, unless the sign was turned.
+    """
+    if answer is not None and not _is_asleep(answer):
+        return answer
     last: list[nn.Module] = []
 
     def ran(module: nn.Module, *_: Any) -> None:
@@ -92,14 +127,20 @@ def _wake(model: nn.Module, args: Any, kwargs: Any) -> None:
     handles = [module.register_forward_hook(ran) for module in _hookable(model)]
     try:
         with quiet_run(model):
-            answer = answer_of(model(*args, **kwargs)).values()
-            outputs = [tensor for tensor in answer if tensor.is_floating_point()]
+            answer = answer_of(model(*args, **kwargs))
     finally:
         for handle in handles:
             handle.remove()
-    if last and outputs and all(bool((t == t.flatten()[:1]).all()) for t in outputs):
-        for parameter in last[-1].parameters(recurse=False):
-            parameter.neg_()
+    if not (last and _is_asleep(answer)):
+        return answer
+    for parameter in last[-1].parameters(recurse=False):
+        parameter.neg_()
+    return None
+
+
+def _is_asleep(answer: Mapping[str, Tensor]) -> bool:
+    outputs = [tensor for tensor in answer.values() if tensor.is_floating_point()]
+    return bool(outputs) and all(bool((t == t.flatten()[:1]).all()) for t in outputs)
 
 
 def _hookable(model: nn.Module) -> list[nn.Module]:
@@ -113,13 +154,15 @@ def _has_statistics(module: nn.Module) -> bool:
 
 def _settle_batch_norms(
     model: nn.Module, args: Any, kwargs: Mapping[str, Any], generator: torch.Generator
-) -> None:
+) -> dict[str, Tensor] | None:
     """Perturbed statistics of the example inputs, layer by layer in the order in which they run.
 
     Each layer sees what the perturbed ones before it answer; perturbed all at once, deep
-    networks with attention run away.
+    networks with attention run away.  So what the model answers at the end is what it would
+    answer again, if each has run once; else None is returned.
     """
-    settled: set[nn.Module] = set()
+    settled: Counter[nn.Module] = Counter()
+    answer: dict[str, Tensor] | None = None
 
     def settle(module: Any, inputs: tuple[Any, ...]) -> None:
         values = inputs[0] if inputs else None
@@ -130,20 +173,21 @@ def _settle_batch_norms(
                 module.running_mean.copy_(mean)
                 module.running_var.copy_(variance + 0.1 * variance.mean() + 1e-6)
                 _perturb(module, generator)
-                settled.add(module)
+                settled[module] += 1
 
     normalising = [module for module in _hookable(model) if _has_statistics(module)]
     handles = [module.register_forward_pre_hook(settle) for module in normalising]
     try:
         if handles:
             with quiet_run(model):
-                model(*args, **kwargs)
+                answer = answer_of(model(*args, **kwargs))
     finally:
         for handle in handles:
             handle.remove()
     for module in normalising:
         if module not in settled:
             _perturb(module, generator)
+    return answer if all(settled[module] == 1 for module in normalising) else None
 
 
 def _perturb(module: Any, generator: torch.Generator) -> None:
@@ -153,18 +197,23 @@ def _perturb(module: Any, generator: torch.Generator) -> None:
     module.running_var *= (0.7 + 0.7 * torch.rand(shape, generator=generator)).to(spread)
 
 
-def _sharpen(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> bool:
+def _sharpen(
+    model: nn.Module, args: Any, kwargs: Mapping[str, Any], program: Program | None
+) -> bool:
     """Multiply the weights of queries whose attention logits are too alike to matter.
 
     Whether any were: what is loud enough now stays so.
     """
-    graph = trace(model, args, kwargs, real=True)
-    program: Program = graph.program
-    attentions = find_attentions(program)
-    if not attentions:
+    attentions = None if program is None else find_attentions(program)
+    if attentions == {}:
         return False
-    with quiet_run(model), plain_kernels(), adapted(model), (hearing := _Hearing(set(attentions))):
-        model(*args, **kwargs)
+    hearing = None if program is None else _hear(model, args, kwargs, program, attentions or {})
+    if hearing is None:
+        program = trace(model, args, kwargs, real=True).program
+        attentions = find_attentions(program)
+        hearing = _hear(model, args, kwargs, program, attentions) if attentions else None
+    if hearing is None or not attentions:
+        return False
     state, _ = state_of(model)
     sharpened = False
     for index, targets in attentions.items():
@@ -179,21 +228,40 @@ def _sharpen(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> bool:
     return sharpened
 
 
+def _hear(
+    model: nn.Module, args: Any, kwargs: Any, program: Program, chosen: Mapping[int, Any]
+) -> _Hearing | None:
+    """How loud attentions are; None where the model runs other operators than the program."""
+    hearing = _Hearing(set(chosen), [node.target for node in program.nodes])
+    with quiet_run(model), plain_kernels(), adapted(model), hearing:
+        model(*args, **kwargs)
+    return hearing if hearing.same else None
+
+
 class _Hearing(TorchDispatchMode):
     """Standard deviation of the attention logits of chosen operators, by their position."""
 
-    def __init__(self, chosen: set[int]) -> None:
+    def __init__(self, chosen: set[int], targets: Sequence[OpOverload]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.spread: dict[int, float] = {}
         self._chosen = chosen
+        self._targets = targets
         self._count = 0
+        self._alike = True
+
+    @property
+    def same(self) -> bool:
+        """Whether the operators were those of the program, to its end."""
+        return self._alike and self._count == len(self._targets)
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if func._schema.name not in PASSIVE:
-            if self._count in self._chosen:
+            known = self._count < len(self._targets)
+            self._alike = self._alike and known and self._targets[self._count] is func
+            if self._alike and self._count in self._chosen:
                 bound = bind(func, args, kwargs)
                 logits = bound.get("self")
                 if logits is None:

@@ -6,16 +6,17 @@ and the labels, and shares no code with the surgeon, which knows index maps only
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from prunus.errors import VerifyError, checks_options
+from prunus.errors import PrunusError, VerifyError, checks_options
 from prunus.exchange import exchange_error, relative_error
-from prunus.listening import listen
+from prunus.graph.coupling import CouplingGraph
+from prunus.listening import randomise as randomise_weights
 from prunus.plans import Plan
 from prunus.precision import full_precision
 from prunus.skipping import prove_depth
@@ -25,23 +26,16 @@ from prunus.surgeon.biases import add_biases
 from prunus.surgeon.fit import fit_plan
 from prunus.tracer.entry import ForwardFn, entered_as_traced
 from prunus.tracer.inputs import rebuild_inputs
-from prunus.tracer.program import duplicate, state_of
-from prunus.tracer.randomness import say_draws
+from prunus.tracer.program import duplicate, state_of, tensors_of
+from prunus.tracer.randomness import random_nodes, say_draws
 from prunus.tracer.trace import forget_caches
 from prunus.verifier.case import Case
-from prunus.verifier.comparison import compare, tolerance
-from prunus.verifier.effect import MOVED, each_alone
+from prunus.verifier.comparison import tolerance
+from prunus.verifier.effect import MOVED, each_alone, open_gates
+from prunus.verifier.judgement import Judgement, judge, judge_as_users_run
 from prunus.verifier.other_ways import stale_integers
-from prunus.verifier.paths import other_path
 from prunus.verifier.renormalised import renormalised_groups
-from prunus.verifier.rounding import error_in_float64
-from prunus.verifier.second_shape import (
-    Elsewhere,
-    as_traced,
-    compare_elsewhere,
-    depth_elsewhere,
-)
-from prunus.verifier.structure import other_count, other_positions, stale_attribute
+from prunus.verifier.second_shape import Elsewhere, compare_elsewhere, depth_elsewhere
 
 Verdict = Literal["exact", "inexact", "not verified"]
 
@@ -155,6 +149,89 @@ def verify(
         else *inexact*.  Depth amplifies rounding: outputs that differ by more than 1e-4 in
         float32, and by less than 1e-2, are compared again in float64 where the model runs in it.
     """
+    return verify_traced(
+        plan,
+        model,
+        args,
+        kwargs,
+        randomised=randomise,
+        each_group=each_group,
+        outputs=outputs,
+        forward_fn=forward_fn,
+        seed=seed,
+    )
+
+
+def verify_traced(
+    plan: Plan,
+    model: nn.Module,
+    args: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    randomised: bool = True,
+    each_group: bool = True,
+    outputs: Any = None,
+    forward_fn: ForwardFn | None = None,
+    seed: int = 0,
+    graph: CouplingGraph | None = None,
+) -> Certificate:
+    """What :func:`verify` does; ``graph`` is a trace of the model, without the dropped blocks."""
+    args, kwargs, given = _inputs(plan, model, args, kwargs, seed)
+    check_model(plan, model, state_of(model)[0])
+    task = _Task(
+        plan,
+        args,
+        kwargs,
+        given,
+        outputs or _kept_outputs(plan),
+        each_group,
+        seed,
+        torch.backends.mha.get_fastpath_enabled(),
+    )
+    with entered_as_traced(model, plan.traced, forward_fn), full_precision():
+        own = duplicate(model, share=True)  # entered as the model is
+        forget_caches(own, args, kwargs)
+        if plan.drops:
+            return _verify_depth(task, own, graph, randomised=randomised)
+        case = task.case(own, own, graph, "own weights")
+        return _verify_widths(task, case, _randomised(task, case) if randomised else None)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What one call of :func:`verify` is asked."""
+
+    plan: Plan
+    args: Any
+    kwargs: Mapping[str, Any]
+    given: str
+    outputs: Any
+    each_group: bool
+    seed: int
+    fast_path: bool
+
+    def case(
+        self, original: nn.Module, source: nn.Module, graph: CouplingGraph | None, weights: str
+    ) -> Case:
+        """``original`` lacks the blocks that the plan drops; ``source`` has them."""
+        add_biases(original, self.plan.biases)
+        return Case(
+            fit_plan(self.plan, state_of(original)[0]),
+            original,
+            source,
+            self.args,
+            self.kwargs,
+            outputs=self.outputs,
+            graph=None if self.plan.biases else graph,
+            on=f"{self.given}, {weights}",
+        )
+
+
+def _inputs(
+    plan: Plan, model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, seed: int
+) -> tuple[tuple[Any, ...], dict[str, Any], str]:
+    """The inputs, and in words where they come from."""
+    given = "given inputs"
     if args is None:
         if plan.traced is None or plan.traced.inputs is None:
             raise VerifyError(
@@ -163,140 +240,193 @@ def verify(
                 fix="give args= (and kwargs=) for the model's forward",
             )
         args, kwargs = rebuild_inputs(plan.traced.inputs, model, seed=seed)
+        given = "random inputs of the kind that the plan was made with"
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
-    check_model(plan, model, state_of(model)[0])
-    wanted = outputs or _kept_outputs(plan)
-    options: dict[str, Any] = {"each_group": each_group, "outputs": wanted, "seed": seed}
-    with entered_as_traced(model, plan.traced, forward_fn), full_precision():
-        original = duplicate(model)  # entered as the model is
-        forget_caches(original, args, kwargs)
-        if randomise:
-            listen(original, args, kwargs, seed=seed)
-        if plan.drops:
-            return _verify_depth(plan, original, args, kwargs, **options)
-        return _verify_widths(plan, original, original, args, kwargs, **options)
+    shapes = ["\u00d7".join(map(str, t.shape)) or "scalar" for _, t in tensors_of([args, kwargs])]
+    return args, kwargs, f"{given} ({', '.join(shapes)})" if shapes else given
+
+
+def _randomised(task: _Task, own: Case) -> Case:
+    """The same with weights of which every one matters."""
+    model, answer = _listening(task, own.original, own.graph)
+    return _with_weights(task, own, model, model, answer)
+
+
+def _listening(
+    task: _Task, own: nn.Module, graph: CouplingGraph | None
+) -> tuple[nn.Module, dict[str, Tensor] | None]:
+    """A copy with random weights in place of constant ones, and what it answers if known."""
+    model = duplicate(own)
+    program = None if graph is None else graph.program
+    with task.case(own, own, None, "randomised weights").blaming_the_model():
+        answer = randomise_weights(model, task.args, task.kwargs, seed=task.seed, program=program)
+    return model, answer
+
+
+def _with_weights(
+    task: _Task,
+    own: Case,
+    original: nn.Module,
+    source: nn.Module,
+    answer: dict[str, Tensor] | None,
+) -> Case:
+    """The case of the same plan on other weights; traced again only where the program differs."""
+    for graph in (own.graph, None):
+        case = task.case(original, source, graph, "randomised weights")
+        if answer is not None and not random_nodes(case.graph.program):
+            case.whole = answer
+        try:
+            if task.each_group:
+                open_gates(case)
+            if relative_error(case.dense, case.whole) <= tolerance(case.dtype):
+                break
+        except PrunusError:
+            if graph is None:
+                raise
+    return case
 
 
 def _verify_depth(
-    plan: Plan, original: nn.Module, args: Any, kwargs: Mapping[str, Any], **options: Any
+    task: _Task, own: nn.Module, graph: CouplingGraph | None, *, randomised: bool
 ) -> Certificate:
     """First the model without the blocks, then the rest of the plan on that model."""
-    without = duplicate(original)
-    drop_blocks(without, plan.drops)
-    depth = prove_depth(
-        original,
-        without,
-        plan.drops,
-        args,
-        kwargs,
-        outputs=options["outputs"],
-        each=options["each_group"],
+    models = [own]
+    if randomised:
+        models.append(_listening(task, own, None)[0])
+    pairs = []
+    for model in models:
+        without = duplicate(model, share=True)
+        drop_blocks(without, task.plan.drops)
+        pairs.append((model, without))
+    certificate = _compare_depth(task, pairs)
+    if certificate.verdict == "inexact" or not (task.plan.keep or task.plan.edits):
+        return certificate
+    case = task.case(pairs[0][1], pairs[0][0], graph, "own weights")
+    main = _with_weights(task, case, pairs[-1][1], pairs[-1][0], None) if randomised else None
+    widths = _verify_widths(task, case, main)
+    order: list[Verdict] = ["inexact", "not verified", "exact"]
+    return replace(
+        widths,
+        verdict=min(certificate.verdict, widths.verdict, key=order.index),
+        rel_err=max(certificate.rel_err, widths.rel_err),
+        moved=max(certificate.moved, widths.moved),
+        moved_alone={**certificate.moved_alone, **widths.moved_alone},
+        unverified=(*certificate.unverified, *widths.unverified),
+        params=(certificate.params[0], widths.params[1]),
     )
-    counts = [sum(p.numel() for p in m.parameters()) for m in (original, without)]
-    reason = depth.reason
-    if not reason and not depth.rel_err <= tolerance(depth.dtype):
+
+
+def _compare_depth(task: _Task, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> Certificate:
+    """Models beside themselves without the blocks; of the last pair it is also told what moved."""
+    proofs = []
+    with task.case(pairs[0][0], pairs[0][0], None, "own weights").blaming_the_model():
+        for model, without in pairs:
+            proofs.append(
+                prove_depth(
+                    model,
+                    without,
+                    task.plan.drops,
+                    task.args,
+                    task.kwargs,
+                    outputs=task.outputs,
+                    each=task.each_group and model is pairs[-1][0],
+                )
+            )
+    depth = proofs[-1]
+    reason = next((proof.reason for proof in proofs if proof.reason), "")
+    error = max(proof.rel_err for proof in proofs)
+    if not reason and not error <= tolerance(depth.dtype):
         reason = "without the blocks the model does not compute what it does when they are skipped"
-    elsewhere = Elsewhere(0.0, "", (as_traced(args, kwargs),))
+    elsewhere = Elsewhere(0.0, "", ())
     if not reason:
-        case = Case(plan, original, original, args, kwargs, outputs=options["outputs"])
-        elsewhere = depth_elsewhere(original, without, case)
+        case = task.case(pairs[-1][0], pairs[-1][0], None, "")
+        elsewhere = depth_elsewhere(*pairs[-1], case)
         reason = elsewhere.reason
     verdict: Verdict = "inexact" if reason else "exact" if depth.moved > MOVED else "not verified"
-    alone = tuple(name for name, by in depth.moved_alone.items() if not by > MOVED)
-    certificate = Certificate(
+    counts = [sum(p.numel() for p in model.parameters()) for model in pairs[0]]
+    weights = ("own weights", "randomised weights")
+    lines = (f"{task.given}, {kind}" for kind, _ in zip(weights, pairs, strict=False))
+    return Certificate(
         verdict=verdict,
-        rel_err=max(depth.rel_err, elsewhere.rel_err),
+        rel_err=max(error, elsewhere.rel_err),
         exchanged=0.0,
         moved=depth.moved,
         moved_alone=depth.moved_alone,
-        unverified=alone,
+        unverified=tuple(n for n, by in depth.moved_alone.items() if not by > MOVED),
         dtype=str(depth.dtype).removeprefix("torch."),
         params=(counts[0], counts[1]),
         outputs=tuple(depth.outputs),
         reason=reason,
-        inputs=elsewhere.inputs,
-    )
-    if verdict == "inexact" or not (plan.keep or plan.edits):
-        return certificate
-    widths = _verify_widths(plan, without, original, args, kwargs, **options)
-    order: list[Verdict] = ["inexact", "not verified", "exact"]
-    return replace(
-        widths,
-        verdict=min(verdict, widths.verdict, key=order.index),
-        rel_err=max(depth.rel_err, widths.rel_err),
-        moved=max(depth.moved, widths.moved),
-        moved_alone={**depth.moved_alone, **widths.moved_alone},
-        unverified=(*alone, *widths.unverified),
-        params=(counts[0], widths.params[1]),
+        inputs=(*lines, *elsewhere.inputs[1:]),
     )
 
 
-def _verify_widths(
-    plan: Plan,
-    original: nn.Module,
-    source: nn.Module,
-    args: Any,
-    kwargs: Mapping[str, Any],
-    *,
-    each_group: bool,
-    outputs: Any,
-    seed: int,
-) -> Certificate:
-    """Of ``original``, which lacks the blocks that the plan drops; ``source`` has them.
-
-    Biases that the plan adds are zeros.
-    """
-    plan = fit_plan(plan, state_of(original)[0])
-    add_biases(original, plan.biases)
-    case = Case(plan, original, source, args, kwargs, outputs=outputs)
-    compared = compare(case)
-    reason = other_positions(case) or compared.reason
-    reason = reason or stale_attribute(case) or other_count(case) or other_path(case)
-    alone = each_alone(case) if each_group else {}
-    swapped = _exchanged(case, seed)
+def _verify_widths(task: _Task, own: Case, other: Case | None) -> Certificate:
+    """Of the user's own weights, and of others on which every unit matters."""
+    main = own if other is None else other
+    judged = [judge_as_users_run(own, task.fast_path)]
+    if other is not None:
+        judged.append(judge(other))
+    reason = next((one.reason for one in judged if one.reason), "")
+    alone = each_alone(main) if task.each_group else {}
+    swapped = _exchanged(main, task.seed)
     if not swapped <= INTERCHANGEABLE:
         reason = reason or NOT_INTERCHANGEABLE
-    limit = tolerance(case.dtype)
-    if not relative_error(case.dense, case.whole) <= limit:
+    if not relative_error(main.dense, main.whole) <= tolerance(main.dtype):
         reason = reason or NOT_THE_MODEL
-    moved = relative_error(case.dense, case.masked)
-    error, single, dtype = compared.rel_err, None, case.dtype
-    if not reason and dtype == torch.float32 and error > limit:
-        double = error_in_float64(case, error)
-        if double is not None:
-            dtype, error, single = torch.float64, double, error
-    elsewhere = Elsewhere(0.0, "", (as_traced(args, kwargs),))
-    if not reason and error <= tolerance(dtype):
-        elsewhere = compare_elsewhere(case)
-        error, reason = max(error, elsewhere.rel_err), elsewhere.reason
-    verdict: Verdict = "exact"
-    if reason or not error <= tolerance(dtype):
-        verdict, reason = "inexact", say_draws(case.graph.program) or reason
-    elif not moved > MOVED:
-        verdict = "not verified"
+    moved = relative_error(main.dense, main.masked)
+    verdict: Verdict = "exact" if moved > MOVED else "not verified"
+    elsewhere = Elsewhere(0.0, "", ())
+    if not reason and all(one.exact for one in judged):
+        elsewhere = compare_elsewhere(main)
+        reason = elsewhere.reason
+    if reason or not all(one.exact for one in judged):
+        verdict, reason = "inexact", say_draws(main.graph.program) or reason
+    dtype, error, single = _errors(judged)
     return Certificate(
         verdict=verdict,
-        rel_err=error,
+        rel_err=max(error, elsewhere.rel_err) if single is None else error,
         exchanged=swapped,
         moved=moved,
         moved_alone=alone,
         unverified=tuple(name for name, by in alone.items() if not by > MOVED),
         dtype=str(dtype).removeprefix("torch."),
-        params=(case.graph.cost("params"), sum(p.numel() for p in case.pruned.parameters())),
-        outputs=case.graph.kept_outputs,
-        released=_released(plan, case),
-        renormalised=renormalised_groups(case),
-        stale=stale_integers(case),
+        params=(own.graph.cost("params"), sum(p.numel() for p in own.pruned.parameters())),
+        outputs=own.graph.kept_outputs,
+        released=_released(task.plan, own),
+        renormalised=renormalised_groups(main),
+        stale=stale_integers(own),
         reason=reason,
-        rel_err32=single,
-        inputs=elsewhere.inputs,
+        rel_err32=None if single is None else max(single, elsewhere.rel_err),
+        inputs=(
+            *(case.on for case in (own, other) if case is not None),
+            *elsewhere.inputs[1:],
+        ),
     )
 
 
+def _errors(judged: Sequence[Judgement]) -> tuple[torch.dtype, float, float | None]:
+    """The type in which was judged, the largest error in it, and that in float32 if it is wider."""
+    wide = [one for one in judged if one.rel_err32 is not None]
+    dtype = (wide or judged)[-1].dtype
+    error = max(one.rel_err for one in judged if one.dtype == dtype or not one.exact)
+    if not wide:
+        return dtype, error, None
+    return dtype, error, max(one.rel_err32 or one.rel_err for one in judged)
+
+
 def _exchanged(case: Case, seed: int) -> float:
-    touched = [group for group in case.graph.groups if not case.kept[group.units].all()]
-    return exchange_error(case.graph, case.original, touched, case.args, case.kwargs, seed=seed)
+    return exchange_error(
+        case.graph,
+        case.original,
+        case.touched,
+        case.args,
+        case.kwargs,
+        seed=seed,
+        limit=INTERCHANGEABLE,
+        before=case.whole,
+    )
 
 
 def _kept_outputs(plan: Plan) -> list[str] | None:

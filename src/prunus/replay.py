@@ -5,7 +5,9 @@ It knows the model's tensors and the labels, and shares no code with the surgeon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,13 +15,18 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from prunus.errors import VerifyError
-from prunus.graph.axis import Mask, kept_positions
+from prunus.errors import PrunusError, VerifyError
+from prunus.graph.axis import Label, Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
-from prunus.tracer.compress import run_on_kept
+from prunus.tracer.compress import lay, run_on_kept
 from prunus.tracer.program import Node, Program, Ref, refs_in
 from prunus.tracer.randomness import copy_of, draw, random_nodes
 from prunus.tracer.registry import call_bound
+
+Silence = Mask | Tensor
+"""Which units are kept, or a gate for each unit, by which what reads it is multiplied."""
+
+Watch = Callable[[Node, list[Tensor], Any], None]
 
 
 class Replay:
@@ -28,79 +35,186 @@ class Replay:
     def __init__(
         self, found: CouplingGraph, state: Mapping[str, Tensor], inputs: Iterable[Tensor]
     ) -> None:
+        self._graph = found
         self._program: Program = found.program
         self._state = state
         self._inputs = list(inputs)
         self._last_use = _last_uses(self._program)
         self._order = {id(node): n for n, node in enumerate(random_nodes(self._program))}
+        self._written = _written_to(self._program)
 
-    def run(
-        self, kept: Mask, watch: Callable[[Node, list[Tensor], Any], None] | None = None
-    ) -> dict[str, Tensor]:
+    def run(self, kept: Mask, watch: Watch | None = None) -> dict[str, Tensor]:
         """Outputs by name, with the given units kept.
 
         ``watch`` is called with every random operator, what went in, and what it drew; every run
         draws the same (:mod:`prunus.tracer.randomness`).
         """
+        with torch.no_grad():
+            return self._run(kept, watch)
+
+    def run_gated(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """A gate of one for every unit, (units + 1,), and the outputs as functions of them.
+
+        Each contraction over a unit multiplies what it reads by the unit's gate, so that the
+        gradient says, to first order, what silencing the unit does to the outputs.
+        """
+        gates = torch.ones(self._graph.unit_count + 1, requires_grad=True)
+        with torch.enable_grad():
+            return gates, self._run(gates, None)
+
+    def _run(self, silence: Silence, watch: Watch | None) -> dict[str, Tensor]:
         program = self._program
         values: dict[int, Any] = {}
         values.update(zip(program.inputs, (t.clone() for t in self._inputs), strict=True))
-        values.update({n: self._state[name].detach().clone() for n, name in program.state.items()})
-        values.update({n: tensor.clone() for n, tensor in program.constants.items()})
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        values.update({n: self._own(n, self._state[name]) for n, name in program.state.items()})
+        values.update({n: self._own(n, tensor) for n, tensor in program.constants.items()})
+        with torch.random.fork_rng(devices=[]):
             for index, node in enumerate(program.nodes):
-                self._step(node, values, kept, watch)
+                with _blaming(node):
+                    self._step(node, values, silence, watch)
                 for number in self._last_use.get(index, ()):
                     values.pop(number, None)
         return {name: values[number] for name, number in program.outputs.items()}
 
-    def _step(self, node: Node, values: dict[int, Any], kept: Mask, watch: Any) -> None:
+    def _own(self, number: int, tensor: Tensor) -> Tensor:
+        """A tensor of the model, copied where the program writes to it."""
+        return tensor.detach().clone() if number in self._written else tensor.detach()
+
+    def _step(
+        self, node: Node, values: dict[int, Any], silence: Silence, watch: Watch | None
+    ) -> None:
         bound = {name: _fetch(value, values) for name, value in node.args.items()}
+        result = None
         if id(node) in self._order:
             before = copy_of(bound)
             result = draw(node.target, bound, self._order[id(node)])
             if watch is not None:
                 watch(node, before, result)
-        else:
-            result = run_on_kept(node, bound, self._program, kept)
+        elif not isinstance(silence, Tensor):
+            result = run_on_kept(node, bound, self._program, silence)
         if result is None:
-            result = _call_anyhow(node.target, self._silenced(node, bound, kept))
+            if isinstance(silence, Tensor):
+                bound = self._gated(node, bound, silence)
+            else:
+                bound = self._silenced(node, bound, silence)
+            result = _call_anyhow(node.target, bound)
         tensors = [t for t in _leaves(result) if isinstance(t, Tensor)]
         if len(tensors) != len(node.outputs):
             raise VerifyError(
                 f"{node.target} gives {len(tensors)} tensors, and gave {len(node.outputs)} before",
-                where=" ".join(filter(None, (node.module, node.source))),
+                where=_place(node),
                 why="the path of the forward depends on values, which change when units go",
-                fix="nothing can be proven of such a forward, and the model was not touched; prune "
-                "the parts before and after it",
+                fix="nothing can be verified of such a forward, and the model was not touched; "
+                "prune the parts before and after it",
             )
+        if not _aliases(node.target):
+            strides = self._program.strides
+            tensors = [
+                lay(tensor, strides[number]) if tensor.layout == torch.strided else tensor
+                for number, tensor in zip(node.outputs, tensors, strict=True)
+            ]
         values.update(zip(node.outputs, tensors, strict=True))
 
     def _silenced(self, node: Node, bound: dict[str, Any], kept: Mask) -> dict[str, Any]:
-        """Every contracted operand, zeroed where a unit is gone."""
-        for (name, *_), dim in node.effect.contracted if node.effect else ():
-            label = self._program.value_label(node.args[str(name)], dim)
-            if label is None:
-                continue
+        """Every contracted operand, zeroed where a unit is gone, in the memory layout it had."""
+        for name, dim, label in self._contracted(node):
             gone = np.setdiff1d(np.arange(len(label)), kept_positions(label, kept))
             if len(gone):
-                operand = bound[str(name)]
+                operand = bound[name]
                 index = torch.as_tensor(gone, device=operand.device)
-                bound[str(name)] = operand.index_fill(dim, index, 0)
+                bound[name] = lay(operand.index_fill(dim, index, 0), operand.stride())
         return bound
+
+    def _gated(self, node: Node, bound: dict[str, Any], gates: Tensor) -> dict[str, Any]:
+        """One operand of each contraction, multiplied by the gates; data rather than weights."""
+        done: list[Label] = []
+        places = sorted(self._contracted(node), key=lambda p: self._is_weight(node.args[p[0]]))
+        for name, dim, label in places:
+            operand = bound[name]
+            if any(np.array_equal(label, other) for other in done):
+                continue
+            done.append(label)
+            if operand.is_floating_point():
+                units = torch.as_tensor(label)
+                gate = gates[units].prod(1).to(operand)
+                shape = [-1 if d == dim % operand.dim() else 1 for d in range(operand.dim())]
+                bound[name] = lay(operand * gate.reshape(shape), operand.stride())
+        return bound
+
+    def _contracted(self, node: Node) -> list[tuple[str, int, Label]]:
+        """Operands that are summed over a labelled dim: name, dim, and label."""
+        places = node.effect.contracted if node.effect else ()
+        found = [
+            (str(name), dim, self._program.value_label(node.args[str(name)], dim))
+            for (name, *_), dim in places
+        ]
+        return [(name, dim, label) for name, dim, label in found if label is not None]
+
+    def _is_weight(self, reference: Any) -> bool:
+        return isinstance(reference, Ref) and reference.value in self._weights
+
+    @cached_property
+    def _weights(self) -> set[int]:
+        """Values that are computed from parameters, buffers and constants alone."""
+        found = {*self._program.state, *self._program.constants}
+        for node in self._program.nodes:
+            references = refs_in(node.args)
+            if references and all(reference.value in found for reference in references):
+                found.update(node.outputs)
+        return found
+
+
+@contextmanager
+def _blaming(node: Node) -> Iterator[None]:
+    """What goes wrong within is said of this operator."""
+    try:
+        yield
+    except PrunusError:
+        raise
+    except Exception as error:  # a kernel may raise anything
+        raise VerifyError(
+            f"{node.target} does not run again as it was traced",
+            where=_place(node),
+            why=f"{type(error).__name__}: {error}",
+            fix="nothing can be verified of such a forward, and the model was not touched; please "
+            "report the case",
+        ) from error
+
+
+def _place(node: Node) -> str:
+    return " ".join(filter(None, (node.module, node.source)))
+
+
+def _aliases(target: OpOverload) -> bool:
+    """Whether results are views of operands, or operands themselves."""
+    return any(one.alias_info is not None for one in target._schema.returns)
 
 
 def _call_anyhow(target: OpOverload, bound: dict[str, Any]) -> Any:
-    """Run an operator on tensors whose strides may be others than when it was recorded.
+    """Run an operator; a view that the strides don't allow becomes a copy.
 
-    PyTorch picks a fused attention by strides, and its kernels trust that choice: on others some
-    compute nonsense.  A view that strides don't allow becomes a copy.
+    Tensors have the strides that were recorded: PyTorch picks kernels by them (of a fused
+    attention, say), and these trust that choice.
     """
-    if "scaled_dot_product" in target._schema.name:
-        bound |= {name: bound[name].contiguous() for name in ("query", "key", "value")}
-    if target is torch.ops.aten.view.default:
+    if target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
         return torch.ops.aten.reshape.default(bound["self"], bound["size"])
     return call_bound(target, bound)
+
+
+def _written_to(program: Program) -> set[int]:
+    """Values that an operator writes to, itself or a view of theirs."""
+    base: dict[int, int] = {}
+    written: set[int] = set()
+    for node in program.nodes:
+        for argument in node.target._schema.arguments:
+            if argument.alias_info is None:
+                continue
+            for reference in refs_in([node.args.get(argument.name)]):
+                root = base.get(reference.value, reference.value)
+                base.update((number, root) for number in node.outputs)
+                if argument.alias_info.is_write:
+                    written.add(root)
+    return written
 
 
 def _last_uses(program: Program) -> dict[int, list[int]]:

@@ -82,6 +82,7 @@ class Recorder(TorchDispatchMode):
         self.constants: dict[int, Tensor] = {}
         self.labels: list[Labels] = []
         self.shapes: list[tuple[int, ...]] = []
+        self.strides: list[tuple[int, ...]] = []
         self.from_state: list[bool] = []
         self.stack: list[str] = [""]
         self.sealed: frozenset[str] = frozenset()
@@ -300,6 +301,7 @@ class Recorder(TorchDispatchMode):
         number = len(self.labels)
         self.labels.append(labels)
         self.shapes.append(tuple(tensor.shape))
+        self.strides.append(tensor.stride() if tensor.layout == torch.strided else ())
         self.from_state.append(from_state)
         self._values[tensor] = number
         return number

@@ -44,7 +44,7 @@ def run_on_kept(node: Node, bound: Mapping[str, Any], program: Program, kept: Ma
     numbers = iter(node.outputs)
     layouts = iter(_layouts(node, bound))
     spread = [
-        _lay(_spread(leaf, program.labels[next(numbers)], program, kept), next(layouts))
+        lay(_spread(leaf, program.labels[next(numbers)], program, kept), next(layouts))
         if isinstance(leaf, Tensor)
         else leaf
         for leaf in leaves
@@ -74,11 +74,23 @@ def _layouts(node: Node, bound: Mapping[str, Any]) -> list[tuple[int, ...] | Non
     return [leaf.stride() for leaf in whole if isinstance(leaf, Tensor)]
 
 
-def _lay(tensor: Tensor, strides: tuple[int, ...] | None) -> Tensor:
-    """The same content with the given strides."""
-    if strides is None or tensor.stride() == strides:
+def lay(tensor: Tensor, strides: tuple[int, ...] | None) -> Tensor:
+    """The same content with the given strides, where these fill their memory without gaps."""
+    if not strides or tensor.stride() == strides or not _fills(tensor.shape, strides):
         return tensor
     return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
+
+
+def _fills(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    """Whether every element has a place of its own, and none is left between them."""
+    expected = 1
+    for stride, size in sorted(
+        (n, size) for n, size in zip(strides, shape, strict=True) if size > 1
+    ):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _spread(

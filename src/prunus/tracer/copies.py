@@ -44,13 +44,19 @@ class Copy(NamedTuple):
     of: Callable[[Any], Any]
 
 
-def duplicate(model: nn.Module) -> nn.Module:
+def duplicate(model: nn.Module, *, share: bool = False) -> nn.Module:
     """A deep copy; tensors that PyTorch refuses to copy are copied as data.
 
     Those are what the model computed from its weights (the older ``weight_norm`` keeps it as an
     attribute), and sparse ones in compressed form (CSR).
+
+    Parameters
+    ----------
+    share
+        Let the copy's parameters, which are its own objects, read the memory of the model's: for
+        a copy that is cut or run, which writes to none of them.
     """
-    return deep_copy(model).model
+    return _Copier(model, _clone_data if share else _clone).made()[0]
 
 
 def deep_copy(model: nn.Module) -> Copy:
@@ -65,6 +71,10 @@ def stand_in(model: nn.Module) -> Copy:
     of it.  Only a write into the memory of a tensor would be seen.
     """
     return _Copier(model, _alias).made()
+
+
+def _clone_data(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    return (_alias if type(tensor) is nn.Parameter else _clone)(tensor, memo)
 
 
 def _alias(tensor: Tensor, memo: dict[int, Any]) -> Tensor:

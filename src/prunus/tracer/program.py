@@ -83,6 +83,8 @@ class Program:
         By value number: the labels of its dims as the tracer left them, in atoms; its shape.
     lifetimes
         When the memory of each tensor that was made came and went.
+    strides
+        By value number; () for a tensor that has none.
     """
 
     nodes: tuple[Node, ...]
@@ -94,6 +96,7 @@ class Program:
     shapes: tuple[tuple[int, ...], ...] = field(repr=False)
     resolve: Any = field(repr=False)
     lifetimes: tuple[Lifetime, ...] = field(default=(), repr=False)
+    strides: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
 
     def value_label(self, reference: Any, dim: int) -> Label | None:
         """The label, in units, of one dim of a recorded argument."""

@@ -292,6 +292,7 @@ class _Run:
             tuple(recorder.shapes),
             resolve,
             tuple(recorder.lifetimes.found),
+            tuple(recorder.strides),
         )
         described = {
             "inputs": describe_inputs(

@@ -6,8 +6,8 @@ read is run a single time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -16,14 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from prunus.errors import PrunusError, VerifyError
 from prunus.graph.axis import Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.groups import Group
 from prunus.plans import Plan
 from prunus.replay import Replay
 from prunus.surgeon import apply
 from prunus.tracer.outputs import answer_of
 from prunus.tracer.program import Node, duplicate, state_of, tensors_of
 from prunus.tracer.randomness import is_free, random_nodes
+from prunus.tracer.sources import find_line
 from prunus.tracer.trace import quiet_run, trace
 from prunus.verifier.draws import Drawn, Draws
 
@@ -46,6 +49,8 @@ class Case:
         Names or globs of the outputs that are compared, as in :func:`prunus.trace`.
     graph
         A trace of ``original`` on these inputs, where there is one.
+    on
+        The inputs and the weights in words, for the certificate: ``"given inputs, own weights"``.
     """
 
     def __init__(
@@ -58,9 +63,11 @@ class Case:
         *,
         outputs: Any = None,
         graph: CouplingGraph | None = None,
+        on: str = "",
     ) -> None:
         self.plan, self.original, self.source = plan, original, source
-        self.args, self.kwargs, self.outputs = args, kwargs, outputs
+        self.args, self.kwargs, self.outputs, self.on = args, kwargs, outputs, on
+        self.gradients: Tensor | None = None  # by projection and unit, if they were taken
         self._drawn: list[Drawn] = []
         if graph is not None:
             self.graph = graph
@@ -68,7 +75,8 @@ class Case:
     @cached_property
     def graph(self) -> CouplingGraph:
         """The trace of the model at full size."""
-        return trace(self.original, self.args, self.kwargs, outputs=self.outputs)
+        with self.blaming_the_model():
+            return trace(self.original, self.args, self.kwargs, outputs=self.outputs)
 
     @cached_property
     def kept(self) -> Mask:
@@ -77,6 +85,11 @@ class Case:
         return self.graph.mask_from_positions(
             {axis: np.asarray(stay, dtype=np.int64) for axis, stay in keep}
         )
+
+    @property
+    def touched(self) -> list[Group]:
+        """The groups that lose units."""
+        return [group for group in self.graph.groups if not self.kept[group.units].all()]
 
     @cached_property
     def replay(self) -> Replay:
@@ -101,25 +114,28 @@ class Case:
     @cached_property
     def whole(self) -> dict[str, Tensor]:
         """Outputs of the model's own forward at full size."""
-        return self.run(self.original)
+        with self.blaming_the_model():
+            return self.run(self.original)
 
     @cached_property
     def pruned(self) -> nn.Module:
         """A copy that the surgeon has cut; its forward was not tried."""
-        return apply(self.plan, duplicate(self.source), check=False)
+        return apply(self.plan, duplicate(self.source, share=True), check=False)
 
     @property
     def dtype(self) -> torch.dtype:
         """The type in which the outputs are compared."""
         return next(iter(self.masked.values())).dtype
 
-    def run(self, model: nn.Module) -> dict[str, Tensor]:
-        """What a model answers to the inputs.
+    def run(self, model: nn.Module, *, fast_path: bool = False) -> dict[str, Tensor]:
+        """What a model answers to the inputs, in eval mode and without gradients.
 
-        Where the forward draws random numbers, the pruned model gets the kept positions of those
-        that the masked original drew.
+        PyTorch's attention fast path is off, as in a trace, unless it is asked for.  Where the
+        forward draws random numbers, the pruned model gets the kept positions of those that the
+        masked original drew.
         """
-        with quiet_run(model), self._tied(cut=model is not self.original):
+        tied = self._tied(cut=model is not self.original)
+        with quiet_run(model), _fast_path(fast_path), tied:
             return answer_of(model(*self.args, **self.kwargs))
 
     def _tied(self, *, cut: bool) -> AbstractContextManager[Any]:
@@ -131,3 +147,35 @@ class Case:
         return Draws(
             self.graph.program, self._drawn, lambda label: kept_positions(label, self.kept)
         )
+
+    @contextmanager
+    def blaming_the_model(self) -> Iterator[None]:
+        """What goes wrong within is no fault of the plan.
+
+        Raises
+        ------
+        VerifyError
+            In place of whatever the model's own forward raises.
+        """
+        try:
+            yield
+        except PrunusError:
+            raise
+        except Exception as error:  # a forward may raise anything
+            raise VerifyError(
+                "the model itself does not run, before anything is removed",
+                where=find_line(error),
+                why=f"{type(error).__name__}: {error}",
+                fix="give inputs that it takes: args= and kwargs=; this was on "
+                f"{self.on or 'these inputs'}",
+            ) from error
+
+
+@contextmanager
+def _fast_path(enabled: bool) -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

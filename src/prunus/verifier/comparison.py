@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from prunus.errors import PrunusError
 from prunus.exchange import relative_error
@@ -23,20 +25,29 @@ class Comparison:
     reason: str = ""
 
 
-def compare(case: Case) -> Comparison:
+def compare(case: Case, *, fast_path: bool = False) -> Comparison:
     """The pruned model's own forward on the case's inputs, against the replay with units silenced.
 
     Raises
     ------
     PrunusError
-        If the masked original can't be computed, or the plan can't be applied.
+        If the masked original can't be computed, the plan can't be applied, or the model itself
+        does not run on these inputs either.
     """
-    masked = case.masked
+    return compare_with(case.masked, case, fast_path=fast_path)
+
+
+def compare_with(
+    masked: Mapping[str, Tensor], case: Case, *, fast_path: bool = False
+) -> Comparison:
+    """The same against outputs of a masked original that was computed in another way."""
     try:
-        answer = case.run(case.pruned)
+        answer = case.run(case.pruned, fast_path=fast_path)
     except PrunusError:
         raise
     except Exception as failure:  # the pruned model's own forward may raise anything
+        with case.blaming_the_model():
+            case.run(case.original, fast_path=fast_path)
         return Comparison(
             float("inf"),
             f"the pruned model's forward raised {type(failure).__name__} "

@@ -1,0 +1,76 @@
+"""What modules hold beside their tensors is what it was, but for what the plan edits.
+
+A forward in eval mode reads neither a dropout's ``p`` nor a batch norm's ``momentum``, and does not
+show that a hook is gone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from prunus.plan_json import CLASS
+from prunus.verifier.case import Case
+
+_HOOKS = tuple(
+    name
+    for name, value in vars(nn.Module()).items()
+    if isinstance(value, dict) and name not in ("_parameters", "_buffers", "_modules")
+)
+_PLAIN = (bool, int, float, str, type(None))
+_LOST = object()
+
+
+def other_attributes(case: Case) -> str:
+    """A module, attribute or hook that differs and is in no edit of the plan; empty if none."""
+    before = dict(case.original.named_modules(remove_duplicate=False))
+    after = dict(case.pruned.named_modules(remove_duplicate=False))
+    for path in (*before, *after):
+        if path not in before or path not in after:
+            return f"{path}: one of the models has no such module"
+    edited: dict[str, set[str]] = {}
+    for edit in case.plan.edits:
+        edited.setdefault(edit.module, set()).add(edit.attribute)
+    for path, module in before.items():
+        reason = _differs(module, after[path], edited.get(path, set()))
+        if reason:
+            return f"{path or 'the model'}: {reason}"
+    return ""
+
+
+def _differs(before: nn.Module, after: nn.Module, edits: set[str]) -> str:
+    if type(before) is not type(after) and CLASS not in edits:
+        return f"it is a {type(after).__name__}, and was a {type(before).__name__}"
+    had, has = vars(before), vars(after)
+    if set(had["_non_persistent_buffers_set"]) != set(has["_non_persistent_buffers_set"]):
+        return "other buffers are left out of its state_dict"
+    for name in _HOOKS:
+        if list(map(_kind, had[name].values())) != list(map(_kind, has[name].values())):
+            return f"its {name} are others than they were"
+    changed = {edit.partition(".")[0].partition("[")[0] for edit in edits}
+    for name, value in had.items():
+        if name in changed or name in _HOOKS or not _is_plain(value):
+            continue
+        found = has.get(name, _LOST)
+        if found is _LOST:
+            return f"it has lost {name}, which was {value!r}"
+        if not _same(value, found):
+            return f"{name} is {found!r}, and was {value!r}; the plan does not edit it"
+    return ""
+
+
+def _kind(hook: Any) -> Any:
+    return getattr(hook, "__qualname__", type(hook))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
+    return type(a) is type(b) and (a == b or (a != a and b != b))

@@ -274,11 +274,13 @@ def _output_shapes(model: nn.Module, args: Any, kwargs: Any, *, fake: bool) -> d
     if not fake:
         return _run_shapes(duplicate(model), args, kwargs, nullcontext())
     run = FakeRun()
+    watch = run.watch
     try:
         with unlogged():
             return _run_shapes(stand_in(model).model, args, kwargs, run)
     finally:
-        run.watch.settle()
+        del run  # which holds the fakes that it has made
+        watch.settle()
 
 
 def _run_shapes(

@@ -200,7 +200,7 @@ def test_observers_that_were_empty_are_filled(prune: bool, tmp_path: Path) -> No
     model(x)
     model.eval()
     if prune:
-        prunus.shrink(model, x, ratio=0.5)
+        prunus.apply(prunus.plan(prunus.trace(model, x), model, ratio=0.5), model)
     prunus.save(model, tmp_path / "m.safetensors")
     loaded = prunus.load(tmp_path / "m.safetensors", build=_quantization_aware).eval()
     assert torch.equal(loaded(x), model(x))

@@ -15,10 +15,13 @@ from prunus.errors import DataError
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
-    """Call the model on one batch of a loader, moved to the model's device."""
+    """Call the model on a copy of one batch of a loader, on the model's device.
+
+    A forward may write into its input, and batches are read several times.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(batch, dict):
-        return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+        return model(**{k: _copied(v, device) for k, v in batch.items()})
     if isinstance(batch, (list, tuple)):
         if not batch:
             raise DataError("a calibration batch is empty", fix="give at least the input")
@@ -29,7 +32,11 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
             why="a batch is a tensor, a tuple whose first entry is one, or a mapping of keywords",
             fix="give forward_fn=lambda model, batch: model(...)",
         )
-    return model(batch.to(device))
+    return model(_copied(batch, device))
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
 
 
 def labels_of(batch: Any) -> Tensor | None:

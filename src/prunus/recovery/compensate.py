@@ -289,7 +289,7 @@ def _warn_of_few(repairs: Iterable[Repair]) -> None:
         f"{worst.tensor} has {worst.kept} columns that stay, and is fitted to {worst.samples} "
         f"samples{others}. The ridge was raised to what so few allow; more calibration data "
         "repair more",
-        stacklevel=4,  # the caller's line: compensate() checks its options in between
+        stacklevel=5,  # the caller's line: compensate() is wrapped twice
     )
 
 

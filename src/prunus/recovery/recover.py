@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -164,7 +165,7 @@ def _cut_and_refresh(
 
 
 def _run_call(model: nn.Module, call: Call) -> Any:
-    args, kwargs = call
+    args, kwargs = copy.deepcopy(call)  # a forward may write into its input
     return model(*args, **kwargs)
 
 

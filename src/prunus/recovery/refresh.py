@@ -10,6 +10,7 @@ and the spread s that random inputs have there.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,7 +67,8 @@ def moments_of(model: nn.Module, calls: Sequence[Call]) -> Moments:
         for name, one in sums.items():
             model.get_submodule(name).register_forward_pre_hook(one, with_kwargs=True)
         with quiet_run(model):
-            for args, kwargs in calls:
+            for call in calls:
+                args, kwargs = copy.deepcopy(call)  # a forward may write into its input
                 model(*args, **kwargs)
     finally:
         before.restore()

@@ -41,7 +41,6 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @checks_options
-@uncollected()
 @all_or_nothing
 def apply(
     plan: Plan,

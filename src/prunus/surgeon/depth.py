@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prunus.errors import ApplyError, ModelError, PlanError
 from prunus.surgeon.layer_count import Change, find_counts
-from prunus.surgeon.own_copies import own_copies_of_configs
+from prunus.surgeon.own_copies import own_dicts
 from prunus.surgeon.snapshot import Snapshot, all_or_nothing
 
 _ORDINAL = re.compile(r"layer|block|depth|number|ind?e?x|id$", re.IGNORECASE)
@@ -39,12 +39,12 @@ def drop_blocks(model: nn.Module, names: Sequence[str]) -> None:
         If its children are named in a way that can't close up.
     """
     stacks = find_places(model, names)
-    own_copies_of_configs(model)
     for path, gone in stacks.items():
         changes = [*_numbering(_child(model, path), gone), *find_counts(model, path, gone)]
         _close_up(_child(model, path), gone, path)
+        owned = own_dicts(model, [change.holder for change in changes])
         for change in changes:
-            change.holder[change.key] = change.value
+            owned.get(id(change.holder), change.holder)[change.key] = change.value
 
 
 @contextmanager

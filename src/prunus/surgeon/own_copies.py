@@ -15,8 +15,6 @@ from prunus.tracer.provenance import is_config
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
-_DEEPEST = 6
-
 
 def own_copies(model: nn.Module, edits: Iterable[Edit]) -> None:
     """Replace every object that edits write into by a copy, in all modules that hold it.
@@ -26,8 +24,7 @@ def own_copies(model: nn.Module, edits: Iterable[Edit]) -> None:
     Raises
     ------
     ApplyError
-        If an edit would write into an object that the model only reaches, and does not hold: that
-        of a property, or a variable of a Python module.
+        If such an object can't be copied.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     inside = [(edit, modules[edit.module]) for edit in edits if edit.module in modules]
@@ -37,73 +34,96 @@ def own_copies(model: nn.Module, edits: Iterable[Edit]) -> None:
         written.update((id(h), h) for h in holders if not isinstance(h, (tuple, nn.Module)))
     if not written:
         return
-    _Copies(written).replace_in(model)
+    _Held(model).replace(written)
     for edit, module in inside:
         if any(id(holder) in written for holder in holders_of(module, edit.attribute)[1:]):
             raise ApplyError(
-                f"{edit.module}.{edit.attribute} is in an object that the model does not hold",
+                f"{edit.module}.{edit.attribute} is in an object that can't be copied",
                 where=edit.module,
-                why="changing it would change every model that reads it",
-                fix="keep the object in an attribute of the module",
+                why="another model may hold it as well, and would change with it",
+                fix="keep the number in an attribute of the module, or let copy.copy() work",
             )
 
 
-def own_copies_of_configs(model: nn.Module) -> None:
-    """Replace every config that modules hold by a copy."""
-    configs: dict[int, Any] = {}
+def own_dicts(model: nn.Module, written: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Attribute dicts to write into instead of those of objects that the model may share.
 
-    def find(value: Any, depth: int) -> None:
-        if is_config(value) and id(value) not in configs and depth < _DEEPEST:
-            configs[id(value)] = value
-            for item in vars(value).values():
-                find(item, depth + 1)
-
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if name not in _OF_EVERY_MODULE:
-                find(value, 0)
-    _Copies(configs).replace_in(model)
+    Returns
+    -------
+    dict
+        By the ids of the dicts that were given; attributes of modules are not among them.
+    """
+    held = _Held(model)
+    ids = {id(attributes) for attributes in written}
+    objects = [key for key, value in held.known.items() if id(_attributes(value)) in ids]
+    later = held.replace(objects)
+    return {id(_attributes(held.known[key])): vars(later[key]) for key in objects}
 
 
-class _Copies:
-    """Copies of objects, and of all that holds them, made as they are met."""
+def _attributes(value: Any) -> Any:
+    return getattr(value, "__dict__", None)
 
-    def __init__(self, wanted: dict[int, Any]) -> None:
-        self._wanted = wanted
-        self._made: dict[int, Any] = {}
-        self._kept: dict[int, Any] = {}  # alive, so that no other object gets its id
 
-    def replace_in(self, model: nn.Module) -> None:
-        for module in model.modules():
-            for name, value in list(vars(module).items()):
-                if name not in _OF_EVERY_MODULE:
-                    later = self._of(value, 0)
-                    if later is not value:
-                        vars(module)[name] = later
+class _Held:
+    """Configs, dicts, lists and tuples that modules hold, and those that are in them."""
 
-    def _of(self, value: Any, depth: int) -> Any:
-        """The object itself, or a copy where it is written into or holds what is."""
-        if id(value) in self._made:
-            return self._made[id(value)]
-        holds = isinstance(value, (dict, list, tuple)) or is_config(value)
-        if not holds or id(value) in self._kept or depth > _DEEPEST:
-            return value
-        self._kept[id(value)] = value
-        if id(value) in self._wanted:  # first, as what it holds may point back at it
-            self._made[id(value)] = _copy_of(value)
-        later = {key: self._of(item, depth + 1) for key, item in _items(value)}
-        changed = {key: later[key] for key, item in _items(value) if later[key] is not item}
-        if not changed:
-            return self._made.get(id(value), value)
-        if isinstance(value, tuple):
-            items = [changed.get(key, item) for key, item in enumerate(value)]
-            made = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-            return self._made.setdefault(id(value), made)
-        made = self._made.setdefault(id(value), _copy_of(value))
-        entries = made if isinstance(made, (dict, list)) else vars(made)
-        for key, new in changed.items():
-            entries[key] = new
-        return made
+    def __init__(self, model: nn.Module) -> None:
+        self._stores = [vars(module) for module in model.modules()]
+        self.known: dict[int, Any] = {}
+        self._holders: dict[int, set[int]] = {}
+        waiting = [item for store in self._stores for item in _own(store).values()]
+        for value in waiting:
+            if not _holds(value) or id(value) in self.known:
+                continue
+            self.known[id(value)] = value
+            for _, item in _items(value):
+                if _holds(item):
+                    self._holders.setdefault(id(item), set()).add(id(value))
+                    waiting.append(item)
+
+    def replace(self, wanted: Iterable[int]) -> dict[int, Any]:
+        """Put copies in the place of some, by their ids, and of all that holds them; the copies."""
+        copied: set[int] = set()
+        waiting = [key for key in wanted if key in self.known]
+        for key in waiting:
+            if key not in copied:
+                copied.add(key)
+                waiting += self._holders.get(key, ())
+        later = {
+            key: _copy_of(self.known[key])
+            for key in copied
+            if not isinstance(self.known[key], tuple)
+        }
+        made = list(later.values())
+
+        def replaced(value: Any) -> Any:
+            if id(value) in later:
+                return later[id(value)]
+            if id(value) not in copied:
+                return value
+            items = [replaced(item) for item in value]  # a tuple: no cycle leads through them alone
+            again = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+            return later.setdefault(id(value), again)
+
+        for holder in made:
+            entries = holder if isinstance(holder, (dict, list)) else vars(holder)
+            for name, item in _items(holder):
+                if id(item) in copied:
+                    entries[name] = replaced(item)
+        for store in self._stores:
+            for name, item in _own(store).items():
+                if id(item) in copied:
+                    store[name] = replaced(item)
+        return later
+
+
+def _own(store: dict[str, Any]) -> dict[str, Any]:
+    """Attributes of a module that are not those of every module."""
+    return {name: value for name, value in store.items() if name not in _OF_EVERY_MODULE}
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, (dict, list, tuple)) or is_config(value)
 
 
 def _items(value: Any) -> list[tuple[Any, Any]]:

@@ -16,6 +16,7 @@ from prunus.plans import Edit, Plan
 from prunus.surgeon.apply import check_edits
 from prunus.surgeon.biases import add_biases
 from prunus.surgeon.depth import drop_blocks
+from prunus.surgeon.own_copies import own_copies
 from prunus.surgeon.reach import OF_EVERY_MODULE, write_attribute
 from prunus.tracer.program import state_of
 
@@ -110,6 +111,8 @@ def restore(model: nn.Module, tensors: Tensors, plan: Plan | None) -> None:
         first: [name for name in known if _has_place(modules, name, places[name], written)]
         for first, known in tensors.names().items()
     }
+    if plan is not None:
+        own_copies(model, plan.edits)
     for edit in plan.edits if plan is not None else ():
         _write(modules[edit.module], edit)
     old, holders = _by_any_name(fresh), _names_by_object(fresh)

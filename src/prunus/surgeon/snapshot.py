@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from prunus.surgeon.applied import Applied, applied_to, set_applied
 from prunus.surgeon.switches import Switches, signals_deferred
+from prunus.tracer.contents import Contents, is_odd
 from prunus.tracer.provenance import is_config
 
 P = ParamSpec("P")
@@ -43,17 +45,25 @@ def all_or_nothing(verb: Callable[P, Result]) -> Callable[P, Result]:
         try:
             try:
                 return verb(*args, **kwargs)
-            except BaseException:
-                before.restore()
-                switches.restore()
+            except BaseException as error:
+                _put_back(error, switches, before)
                 raise
-        except BaseException:
+        except BaseException as error:
             # A second interrupt may have come before or during the above: restoring is idempotent.
-            before.restore()
-            switches.restore()
+            _put_back(error, switches, before)
             raise
 
     return whole
+
+
+def _put_back(error: BaseException, switches: Switches, before: Snapshot) -> None:
+    """Undo all of a call that raised an error."""
+    if not isinstance(error, Exception):
+        # An interrupt may fall between the start of a context manager and the block that it guards.
+        # Such a generator ends, with what it holds, when the frame that started it is cleared.
+        traceback.clear_frames(error.__traceback__)
+    switches.restore()  # first, as a mode that is left on would see what follows
+    before.restore()
 
 
 class Snapshot:
@@ -75,14 +85,7 @@ class Snapshot:
         for module, _ in self._modules:
             walk.into(vars(module), 0)
         self._tensors = [_Memory(tensor) for tensor in walk.tensors.values()]
-        written = [t for t in walk.tensors.values() if not isinstance(t, nn.Parameter)]
-        written += (
-            weight
-            for module, _ in self._modules
-            if vars(module).get("max_norm") is not None
-            and isinstance(weight := module._parameters.get("weight"), Tensor)
-        )
-        self._contents = list(_contents(written))
+        self._contents = Contents(module for module, _ in self._modules)
         if optimizer is not None:
             walk.into(optimizer, 0)
         self._containers = walk.containers
@@ -97,8 +100,7 @@ class Snapshot:
                 _refill(container, content)
             for memory in self._tensors:
                 memory.restore()
-            for storage, values in self._contents:
-                storage.copy_(values)
+            self._contents.restore()
             set_applied(self._model, self._applied)
 
 
@@ -200,27 +202,10 @@ def own_data(tensor: Tensor) -> Tensor:
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     if (a.dtype, a.shape, a.layout, a.device) != (b.dtype, b.shape, b.layout, b.device):
         return False
-    if _is_odd(a):
+    if is_odd(a):
         return False
     return (a.stride(), a.storage_offset(), a.untyped_storage()._cdata) == (
         b.stride(),
         b.storage_offset(),
         b.untyped_storage()._cdata,
     )
-
-
-def _is_odd(tensor: Tensor) -> bool:
-    """Whether it is not one strided array in one storage."""
-    return tensor.layout != torch.strided or tensor.is_nested
-
-
-def _contents(tensors: Iterable[Tensor]) -> Iterable[tuple[Any, Any]]:
-    """The memory of tensors, byte for byte, each once."""
-    seen: set[int] = set()
-    for tensor in tensors:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or _is_odd(tensor):
-            continue
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            yield storage, storage.clone()

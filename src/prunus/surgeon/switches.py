@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.utils._python_dispatch as dispatch
 from torch.nn.modules import module as modules
 
 
@@ -30,6 +31,8 @@ class Switches:
         self._gradients = torch.is_grad_enabled()
         self._random = torch.get_rng_state()
         self._modes = torch._C._len_torch_dispatch_stack()
+        self._in_modes = {n: v for n, v in vars(dispatch).items() if isinstance(v, bool)}
+        self._only_lift = torch._C._only_lift_cpu_tensors()
         self._function_modes = torch._C._len_torch_function_stack()
         self._filters = list(warnings.filters)
         self._loggers = [
@@ -46,6 +49,8 @@ class Switches:
                 torch._C._pop_torch_dispatch_stack()
             while torch._C._len_torch_function_stack() > self._function_modes:
                 torch._C._pop_torch_function_stack()
+            vars(dispatch).update(self._in_modes)
+            torch._C._set_only_lift_cpu_tensors(self._only_lift)
             if self._collecting != gc.isenabled():
                 (gc.enable if self._collecting else gc.disable)()
             torch.backends.mha.set_fastpath_enabled(self._fast)

@@ -44,9 +44,15 @@ def set_applied(model: nn.Module, applied: Applied | None) -> None:
 
 
 def copy_config(model: nn.Module) -> Any:
-    """A copy of the config that a model keeps, before it is cut; None if it keeps none."""
+    """A copy of the config that a model keeps, before it is cut.
+
+    None if it keeps none, or one that can't be copied.
+    """
     config = getattr(model, "__dict__", {}).get("config")
-    return copy.deepcopy(config) if is_config(config) else None
+    try:
+        return copy.deepcopy(config) if is_config(config) else None
+    except Exception:  # a class may refuse with any error
+        return None
 
 
 def config_before(model: nn.Module) -> Any:

@@ -635,7 +635,7 @@ def plant_wrong_block(monkeypatch) -> None:
 
 
 def plant_stale_numbers(monkeypatch) -> None:
-    monkeypatch.setattr(depth, "_numbering", lambda container, gone: iter(()))
+    monkeypatch.setattr(depth, "find_numbers", lambda *_: iter(()))
 
 
 def plant_stale_config(monkeypatch) -> None:
@@ -843,3 +843,94 @@ def test_statistics_of_the_whole_model_are_refused_where_blocks_go() -> None:
     with pytest.raises(PlanError, match="can't be given where blocks are dropped"):
         prunus.shrink(model, x, **options)
     assert len(model.layers) == 4
+
+
+class Windowed(nn.Module):
+    """A layer with a window, or without: which, the others say in one way or another."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.layer_idx, self.window = number, 99
+        self.qkv, self.o = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.sliding, self.windows = [0, 2], [99, 5, 99, 5]
+
+    def slides(self) -> bool:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        i = torch.arange(x.shape[1])
+        mask = i[:, None] >= i[None]
+        if self.slides():
+            mask = mask & (i[:, None] - i[None] < self.window)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return x + self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.7))
+
+
+class ByRemainder(Windowed):
+    def slides(self) -> bool:
+        return self.layer_idx % 2 == 0
+
+
+class ByMembership(Windowed):
+    def slides(self) -> bool:
+        return self.layer_idx in self.sliding
+
+
+class ByBeingFirst(Windowed):
+    def slides(self) -> bool:
+        return not self.layer_idx
+
+
+class BySubscript(Windowed):
+    def slides(self) -> bool:
+        return self.windows[self.layer_idx] < 9
+
+
+class ByVariable(Windowed):
+    def slides(self) -> bool:
+        number = self.layer_idx
+        return number % 2 == 1
+
+
+class WithCache(Windowed):
+    def slides(self) -> bool:
+        {}.setdefault(self.layer_idx, self)
+        return self.layer_idx % 2 == 0
+
+
+class WindowedStack(nn.Module):
+    def __init__(self, kind: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.e, self.out = nn.Linear(4, 16), nn.Linear(16, 3)
+        self.layers = nn.ModuleList(kind(i) for i in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.e(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("kind", [ByRemainder, ByMembership, ByBeingFirst, BySubscript, ByVariable])
+@pytest.mark.parametrize("gone", [[0], [1], [1, 2]])
+def test_a_number_that_the_code_computes_with_changes_nothing(kind: Any, gone: list[int]) -> None:
+    torch.manual_seed(0)
+    model = WindowedStack(kind).eval()
+    skipping = copy.deepcopy(model)
+    for place in gone:
+        skipping.layers[place].forward = lambda x: x
+    result = prunus.drop_layers(model, gone, torch.randn(2, 6, 4))
+    assert result.certificate.verdict == "exact"
+    x = torch.randn(1, 150, 4)  # beyond the window, which no verification reached
+    with torch.no_grad():
+        assert torch.allclose(model(x), skipping(x), atol=1e-5)
+
+
+def test_a_number_that_is_computed_with_and_numbers_a_cache_is_refused_by_name() -> None:
+    torch.manual_seed(0)
+    model = WindowedStack(WithCache).eval()
+    with pytest.raises(prunus.PrunusError, match=r"computes with 'layer_idx'"):
+        prunus.drop_layers(model, [1], torch.randn(2, 6, 4))
+    assert len(model.layers) == 4
+    prunus.drop_layers(model, [1, 2], torch.randn(2, 6, 4))
+    assert [layer.layer_idx for layer in model.layers] == [0, 1]

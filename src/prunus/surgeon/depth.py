@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
 from prunus.errors import ApplyError, ModelError, PlanError
-from prunus.surgeon.layer_count import Change, find_counts
+from prunus.surgeon.layer_count import find_counts
+from prunus.surgeon.numbering import find_numbers
 from prunus.surgeon.own_copies import own_dicts
 from prunus.surgeon.snapshot import Snapshot, all_or_nothing
-
-_ORDINAL = re.compile(r"layer|block|depth|number|ind?e?x|id$", re.IGNORECASE)
-"""What an attribute has to be called in a list of two: 0 and 1 may mean anything."""
 
 
 @all_or_nothing
@@ -34,13 +30,16 @@ def drop_blocks(model: nn.Module, names: Sequence[str]) -> None:
     Raises
     ------
     PlanError
-        If the model has no such child, a name is given twice, or nothing would stay of a list.
+        If the model has no such child, a name is given twice, nothing would stay of a list, or
+        the code computes with numbers of layers that a cache needs renumbered.
     ApplyError
         If its children are named in a way that can't close up.
     """
     stacks = find_places(model, names)
     for path, gone in stacks.items():
-        changes = [*_numbering(_child(model, path), gone), *find_counts(model, path, gone)]
+        counts = [*find_counts(model, path, gone)]
+        lists = {change.key for change in counts if type(change.value) is not int}
+        changes = [*find_numbers(model, _child(model, path), gone, lists), *counts]
         _close_up(_child(model, path), gone, path)
         owned = own_dicts(model, [change.holder for change in changes])
         for change in changes:
@@ -122,35 +121,6 @@ def _close_up(container: nn.Module, gone: Sequence[int], path: str) -> None:
 
     children.clear()
     children.update(kept)
-
-
-def _numbering(container: nn.Module, gone: Sequence[int]) -> Iterator[Change]:
-    """Attributes of the children that stay, and of their parts, that state the child's place.
-
-    An attribute does if it is in every child, wherever, and always equal to the child's place.
-    """
-    found: list[dict[str, list[dict[str, Any]]]] = []
-    wrong: set[str] = set()
-    for place, child in enumerate(container._modules.values()):
-        own: dict[str, list[dict[str, Any]]] = {}
-        for module in child.modules() if child is not None else ():
-            for name, value in vars(module).items():
-                if type(value) is int:
-                    own.setdefault(name, []).append(vars(module))
-                    if value != place:
-                        wrong.add(name)
-        found.append(own)
-    everywhere = set.intersection(*map(set, found)) - wrong
-    if len(found) == 2:
-        everywhere = {name for name in everywhere if _ORDINAL.search(name)}
-    later = 0
-    for place, own in enumerate(found):
-        if place in gone or len(found) < 2:
-            continue
-        for name in sorted(everywhere):
-            for holder in own[name]:
-                yield Change(holder, name, later)
-        later += 1
 
 
 def refuse_quantized(model: nn.Module) -> None:

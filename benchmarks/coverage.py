@@ -16,6 +16,7 @@ Of ours two plans are held to the exactness line: about 30 % of the units of eve
 and half of the parameters asked for as a user would.  The shadow run (``tests/shadow.py``, which
 shares nothing with the engine) judges all groups at once; where it is undecided, and with
 ``--witness`` everywhere, the second witness judges those that nothing mixes.
+``shapes`` says on how many shapes of inputs the pruned and the masked model were compared.
 ``seconds`` are those of trace, plan, proof and cut, ``forward_s`` those of one plain forward, both
 in processor time on one thread, so that other work on the machine does not count;
 ``peak_mb`` is what the process took beyond the imported libraries.
@@ -61,7 +62,8 @@ ALONE_SECONDS = 3
 FIELDS = (
     "engine", "library", "model", "status", "verdict", "moved", "param_ratio", "prunable_share",
     "seconds", "peak_mb", "reason", "line_ratio", "rel_err", "moved_min", "not_verified",
-    "witness", "shadow", "forward_s", "groups", "units", "unknown", "pins", "version", "commit",
+    "shapes", "witness", "shadow", "forward_s", "groups", "units", "unknown", "pins", "version",
+    "commit",
 )  # fmt: skip
 EXPECTED_PINS = ("a convolution needs every position", "keeps its shape")
 
@@ -150,6 +152,7 @@ def examine(model: Any, args: Any, kwargs: Any, row: Row, *, witness: bool) -> N
         "param_ratio": f"{proof.params[1] / proof.params[0]:.3f}",
         "verdict": proof.verdict,
         "rel_err": f"{proof.rel_err:.1e}",
+        "shapes": str(_count_shapes(proof.inputs)),
     }
     if not _answers_alike(model, half.model, args, kwargs, graph.kept_outputs):
         row |= {"status": "shape changed"}
@@ -210,6 +213,13 @@ def _halve(model: Any, args: Any, kwargs: Any) -> Any:
         except prunus.BudgetError:
             continue
     return prunus.shrink(model, args, kwargs, ratio=0.6, importance="random", each_group=False)
+
+
+def _count_shapes(inputs: Sequence[str]) -> int:
+    """On how many shapes of inputs the certificate compared: the example's, and perhaps another."""
+    example = ("given inputs", "as traced")
+    others = (line for line in inputs if not line.startswith((*example, "not compared")))
+    return any(line.startswith(example) for line in inputs) + sum(1 for _ in others)
 
 
 def _answers_alike(model: Any, pruned: Any, args: Any, kwargs: Any, outputs: Iterable[str]) -> bool:

@@ -22,7 +22,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
 from prunus.tracer.outputs import answer_of
 from prunus.tracer.program import duplicate, state_of
-from prunus.tracer.randomness import random_nodes
+from prunus.tracer.randomness import tied_nodes
 from prunus.tracer.trace import quiet_run
 from prunus.verifier.draws import Draws
 
@@ -78,7 +78,7 @@ class _Pair:
 
     def __init__(self, graph: CouplingGraph, place: Places) -> None:
         self._program = graph.program
-        self.random = bool(random_nodes(graph.program))
+        self.random = bool(tied_nodes(graph.program))
         self._kept = graph.kept_outputs
         self._place = place
 

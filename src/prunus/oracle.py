@@ -27,7 +27,7 @@ from prunus.surgeon.fit import fit_plan
 from prunus.tracer.entry import ForwardFn, entered_as_traced
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.program import duplicate, state_of, tensors_of
-from prunus.tracer.randomness import random_nodes, say_draws
+from prunus.tracer.randomness import say_draws, tied_nodes
 from prunus.tracer.trace import forget_caches
 from prunus.verifier.case import Case
 from prunus.verifier.comparison import tolerance
@@ -274,7 +274,7 @@ def _with_weights(
     """The case of the same plan on other weights; traced again only where the program differs."""
     for graph in (own.graph, None):
         case = task.case(original, source, graph, "randomised weights")
-        if answer is not None and not random_nodes(case.graph.program):
+        if answer is not None and not tied_nodes(case.graph.program):
             case.whole = answer
         try:
             if task.each_group:

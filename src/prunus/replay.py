@@ -20,7 +20,7 @@ from prunus.graph.axis import Label, Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.tracer.compress import lay, run_on_kept
 from prunus.tracer.program import Node, Program, Ref, refs_in
-from prunus.tracer.randomness import copy_of, draw, random_nodes
+from prunus.tracer.randomness import copy_of, draw, tied_nodes
 from prunus.tracer.registry import call_bound
 
 Silence = Mask | Tensor
@@ -40,8 +40,14 @@ class Replay:
         self._state = state
         self._inputs = list(inputs)
         self._last_use = _last_uses(self._program)
-        self._order = {id(node): n for n, node in enumerate(random_nodes(self._program))}
+        self._order = {id(node): n for n, node in enumerate(tied_nodes(self._program))}
         self._written = _written_to(self._program)
+
+    @property
+    def writes(self) -> frozenset[str]:
+        """Names of the model's tensors that its forward writes to."""
+        state = self._program.state
+        return frozenset(state[number] for number in self._written if number in state)
 
     def run(self, kept: Mask, watch: Watch | None = None) -> dict[str, Tensor]:
         """Outputs by name, with the given units kept.
@@ -84,20 +90,21 @@ class Replay:
         self, node: Node, values: dict[int, Any], silence: Silence, watch: Watch | None
     ) -> None:
         bound = {name: _fetch(value, values) for name, value in node.args.items()}
-        result = None
-        if id(node) in self._order:
+        order, before, result = self._order.get(id(node)), list[Tensor](), None
+        if order is not None and watch is not None:
             before = copy_of(bound)
-            result = draw(node.target, bound, self._order[id(node)])
-            if watch is not None:
-                watch(node, before, result)
-        elif not isinstance(silence, Tensor):
+        if not isinstance(silence, Tensor):
             result = run_on_kept(node, bound, self._program, silence)
-        if result is None:
+        if result is None and order is not None:
+            result = draw(node.target, bound, order)
+        elif result is None:
             if isinstance(silence, Tensor):
                 bound = self._gated(node, bound, silence)
             else:
                 bound = self._silenced(node, bound, silence)
             result = _call_anyhow(node.target, bound)
+        if order is not None and watch is not None:
+            watch(node, before, result)
         tensors = [t for t in _leaves(result) if isinstance(t, Tensor)]
         if len(tensors) != len(node.outputs):
             raise VerifyError(

@@ -1,8 +1,11 @@
-"""Operators that draw random numbers, and draws that runs of one program share.
+"""Operators that draw random numbers or round to a grid, and outcomes that runs share.
 
 Fewer units draw fewer numbers, so the streams of a model and of its pruned copy differ.  They are
 comparable once the draws are tied: the n-th random operator of every run at full size starts from
 the same seed, and the pruned copy gets the kept positions of what it drew there.
+
+Fake quantization is tied likewise: the last bit of a sum decides to which side a number is rounded,
+and one step of the grid is much more than an error that counts.
 """
 
 from __future__ import annotations
@@ -29,6 +32,16 @@ FREE = frozenset(
 )
 """Operators whose draws don't depend on the content of any tensor."""
 
+ROUNDED = frozenset(
+    (
+        "_fused_moving_avg_obs_fq_helper",
+        "fake_quantize_per_tensor_affine_cachemask",
+        "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+        "fake_quantize_per_channel_affine_cachemask",
+    )
+)
+"""Operators that round to a grid."""
+
 DRAWS = "the forward draws random numbers"
 
 
@@ -47,13 +60,18 @@ def is_free(target: OpOverload) -> bool:
     return name in FREE or f"{name}.{target._overloadname}" in FREE
 
 
-def random_nodes(program: Program) -> list[Node]:
-    """The operators of a program that draw random numbers, in order."""
-    return [node for node in program.nodes if is_random(node.target, node.args)]
+def is_tied(target: OpOverload, bound: Mapping[str, Any]) -> bool:
+    """Whether the outcome of a call is handed from one run to another."""
+    return is_random(target, bound) or str(target._schema.name).partition("::")[2] in ROUNDED
+
+
+def tied_nodes(program: Program) -> list[Node]:
+    """The operators of a program whose outcomes runs share, in order."""
+    return [node for node in program.nodes if is_tied(node.target, node.args)]
 
 
 def draw(target: OpOverload, bound: Mapping[str, Any], order: int) -> Any:
-    """Run a random operator from a seed of its own, whatever generator the forward gave it."""
+    """Run an operator from a seed of its own, whatever generator the forward gave it."""
     if "generator" in bound:
         bound = {**bound, "generator": None}
     devices = [tensor.device for _, tensor in tensors_in(bound)]
@@ -78,7 +96,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 def say_draws(program: Program) -> str:
     """That, and where, a program draws random numbers; empty if it does not."""
-    node = next(iter(random_nodes(program)), None)
+    node = next((node for node in program.nodes if is_random(node.target, node.args)), None)
     if node is None:
         return ""
     return f"{DRAWS}: {node.target} in {node.module or 'the model'} ({node.source})"

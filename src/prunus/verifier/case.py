@@ -6,7 +6,7 @@ read is run a single time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,7 @@ from prunus.replay import Replay
 from prunus.surgeon import apply
 from prunus.tracer.outputs import answer_of
 from prunus.tracer.program import Node, duplicate, state_of, tensors_of
-from prunus.tracer.randomness import is_free, random_nodes
+from prunus.tracer.randomness import is_free, tied_nodes
 from prunus.tracer.sources import find_line
 from prunus.tracer.trace import quiet_run, trace
 from prunus.verifier.draws import Drawn, Draws
@@ -69,6 +69,7 @@ class Case:
         self.args, self.kwargs, self.outputs, self.on = args, kwargs, outputs, on
         self.gradients: Tensor | None = None  # by projection and unit, if they were taken
         self._drawn: list[Drawn] = []
+        self._drawn_dense: list[Drawn] = []
         if graph is not None:
             self.graph = graph
 
@@ -100,16 +101,20 @@ class Case:
     @cached_property
     def dense(self) -> dict[str, Tensor]:
         """Outputs of the traced program with every unit kept."""
-        return self.replay.run(self.graph.all_kept)
+        return self.replay.run(self.graph.all_kept, self._remember_in(self._drawn_dense))
 
     @cached_property
     def masked(self) -> dict[str, Tensor]:
         """Outputs of the masked original."""
-        return self.replay.run(self.kept, self._remember)
+        return self.replay.run(self.kept, self._remember_in(self._drawn))
 
-    def _remember(self, node: Node, before: list[Tensor], result: Any) -> None:
-        drawn = [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self._drawn.append(Drawn([] if is_free(node.target) else before, drawn))
+    @staticmethod
+    def _remember_in(drawn: list[Drawn]) -> Callable[[Node, list[Tensor], Any], None]:
+        def remember(node: Node, before: list[Tensor], result: Any) -> None:
+            outcome = [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            drawn.append(Drawn([] if is_free(node.target) else before, outcome))
+
+        return remember
 
     @cached_property
     def whole(self) -> dict[str, Tensor]:
@@ -131,18 +136,19 @@ class Case:
         """What a model answers to the inputs, in eval mode and without gradients.
 
         PyTorch's attention fast path is off, as in a trace, unless it is asked for.  Where the
-        forward draws random numbers, the pruned model gets the kept positions of those that the
-        masked original drew.
+        forward draws random numbers or rounds to a grid, the pruned model gets the kept positions
+        of what came out in the masked original.
         """
         tied = self._tied(cut=model is not self.original)
         with quiet_run(model), _fast_path(fast_path), tied:
             return answer_of(model(*self.args, **self.kwargs))
 
     def _tied(self, *, cut: bool) -> AbstractContextManager[Any]:
-        if not random_nodes(self.graph.program):
+        if not tied_nodes(self.graph.program):
             return nullcontext()
         if not cut:
-            return Draws(self.graph.program)
+            _ = self.dense
+            return Draws(self.graph.program, self._drawn_dense, lambda label: np.arange(len(label)))
         _ = self.masked
         return Draws(
             self.graph.program, self._drawn, lambda label: kept_positions(label, self.kept)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from prunus.errors import VerifyError
 from prunus.graph.axis import Label
 from prunus.tracer.program import Node, Program, refs_in
-from prunus.tracer.randomness import copy_of, draw, is_free, is_random, random_nodes, say_draws
+from prunus.tracer.randomness import copy_of, draw, is_free, is_tied, say_draws, tied_nodes
 from prunus.tracer.registry import bind
 
 SAME = 1e-3
@@ -50,7 +50,7 @@ class Draws(TorchDispatchMode):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.drawn: list[Drawn] = []
-        self._program, self._nodes = program, random_nodes(program)
+        self._program, self._nodes = program, tied_nodes(program)
         self._given, self._place = given, place
 
     def __torch_dispatch__(
@@ -58,7 +58,7 @@ class Draws(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         bound = bind(func, args, kwargs)
-        if not is_random(func, bound):
+        if not is_tied(func, bound):
             return func(*args, **kwargs)
         order = len(self.drawn)
         node = self._nodes[order] if order < len(self._nodes) else None
@@ -67,7 +67,7 @@ class Draws(TorchDispatchMode):
         inputs = [] if is_free(func) else copy_of(bound)
         out = draw(func, bound, order)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if self._place is not None:
+        if self._place is not None and order < len(self._given):
             self._take(node, self._given[order], inputs, outputs)
         self.drawn.append(Drawn(inputs, [tensor.clone() for tensor in outputs]))
         return out
@@ -97,7 +97,7 @@ class Draws(TorchDispatchMode):
 
     def _untied(self, why: str) -> VerifyError:
         return VerifyError(
-            say_draws(self._program) or "the forward draws random numbers",
+            say_draws(self._program) or "the forward rounds to a grid",
             why=f"the draws of two runs can't be tied: {why}",
             fix="let the forward draw none while it is pruned (a probability of 0, the mean in "
             "place of a sample)",

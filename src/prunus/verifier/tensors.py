@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunus.graph.axis import Axis
 from prunus.tracer.program import state_of
+from prunus.tracer.weight_norm import find_weight_norms, norms_of
 from prunus.verifier.case import Case
 
 _ROUNDED = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""How far a value may be off that was multiplied by a factor of the plan."""
+"""How far a value may be off that was multiplied by a factor."""
 
 
 def other_tensors(case: Case) -> str:
@@ -67,6 +69,8 @@ def _differs(case: Case, name: str, before: Tensor, after: Tensor) -> str:
         return f"has the shape {tuple(after.shape)}, not {tuple(expected.shape)}"
     if _order(before) != _order(after):
         return "lies in memory in another order of its dims"
+    if name in case.replay.writes:
+        return ""  # statistics of an observer, say, which the runs since have changed
     return "" if _equal(case, name, expected, after.detach()) else "has other values than it had"
 
 
@@ -82,8 +86,8 @@ def _equal(case: Case, name: str, expected: Tensor, after: Tensor) -> bool:
 
 
 def _factors(case: Case, name: str, expected: Tensor) -> Tensor | None:
-    """The plan's factors on the kept positions; None where it has none for the tensor."""
-    found: Tensor | None = None
+    """The factors on the kept positions, of the plan or a weight norm; None without any."""
+    found = _made_up(case, name)
     keep = {axis.dim: stay for axis, stay in case.plan.keep.items() if axis.tensor == name}
     for scaling in case.plan.scalings:
         if scaling.tensor != name:
@@ -95,6 +99,21 @@ def _factors(case: Case, name: str, expected: Tensor) -> Tensor | None:
         shape = [-1 if dim == scaling.dim else 1 for dim in range(expected.dim())]
         found = own.reshape(shape) if found is None else found * own.reshape(shape)
     return found
+
+
+def _made_up(case: Case, name: str) -> Tensor | None:
+    """What the magnitude of a weight norm is multiplied by, since its direction became shorter."""
+    before, after = state_of(case.original)[0], state_of(case.pruned)[0]
+    for norm in find_weight_norms(case.original, before):
+        if norm.magnitude == name and before[norm.direction].shape != after[norm.direction].shape:
+            whole = norms_of(before[norm.direction], norm.dim)
+            for axis, stay in case.plan.keep.items():
+                if axis == Axis(norm.direction, norm.dim):
+                    index = torch.as_tensor(np.asarray(stay, dtype=np.int64), device=whole.device)
+                    whole = whole.index_select(norm.dim, index)
+            ratio = norms_of(after[norm.direction], norm.dim) / whole
+            return ratio.nan_to_num(1.0, 1.0).reshape(after[name].shape)
+    return None
 
 
 def _order(tensor: Tensor) -> str:

@@ -149,14 +149,14 @@ POINTS = [
 @pytest.mark.parametrize(("name", "verb", "points"), POINTS)
 def test_an_error_at_any_line(name: str, verb: str, points: int) -> None:
     run = VERBS[verb]
-    counted = MODELS[name]()
-    lines = lines_of(lambda: run(counted))
+    counted = [MODELS[name](), MODELS[name]()]  # the first one fills caches of Python's functions
+    lines = [lines_of(lambda one=one: run(one)) for one in counted][-1]
     tried = MODELS[name]()
     before = fingerprint(tried.model, tried.optimizer)
     failed = 0
     chosen = random.Random(verb).sample(range(1, lines), points - 2)
     for line in (*chosen, lines - 1, lines):  # the last are behind the cut
-        error = random.Random(line).choice([KeyboardInterrupt, KeyboardInterrupt, MemoryError])
+        error = MemoryError if line == chosen[0] else KeyboardInterrupt
         try:
             with Interrupted(line, error):
                 run(tried)
@@ -166,7 +166,7 @@ def test_an_error_at_any_line(name: str, verb: str, points: int) -> None:
         else:  # a run on fake tensors may fail, and the real one goes on
             tried = MODELS[name]()
             before = fingerprint(tried.model, tried.optimizer)
-    assert failed > points / 2
+    assert failed >= points - 2
     run(tried)
     assert fingerprint(tried.model, tried.optimizer) != before
 

@@ -29,6 +29,7 @@ from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.program import duplicate, state_of, tensors_of
 from prunus.tracer.randomness import say_draws, tied_nodes
 from prunus.tracer.trace import forget_caches
+from prunus.tracer.wrappers import unwraps
 from prunus.verifier.case import Case
 from prunus.verifier.comparison import tolerance
 from prunus.verifier.effect import MOVED, each_alone, open_gates
@@ -109,6 +110,7 @@ class Certificate:
 
 
 @checks_options
+@unwraps
 def verify(
     plan: Plan,
     model: nn.Module,

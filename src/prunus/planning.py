@@ -29,12 +29,14 @@ from prunus.planner.solvers import Solver
 from prunus.plans import Plan
 from prunus.surgeon.depth import refuse_quantized
 from prunus.tracer.entry import entered_by
+from prunus.tracer.wrappers import unwraps
 from prunus.width_planning import TRIALS, plan_widths
 
 Globs = str | Sequence[str]
 
 
 @checks_options
+@unwraps
 def plan(
     graph: CouplingGraph,
     model: nn.Module,

@@ -24,12 +24,14 @@ from prunus.loose_groups import find_loose, score_once
 from prunus.planning import Globs
 from prunus.sensitivity_table import Sensitivity, check_loss, units_at
 from prunus.tracer.program import state_of
+from prunus.tracer.wrappers import unwraps
 from prunus.width_planning import plan_of_mask, plan_widths
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @checks_options
+@unwraps
 def sensitivity(
     graph: CouplingGraph,
     model: nn.Module,

@@ -31,6 +31,7 @@ from prunus.tracer.adapters import adapted
 from prunus.tracer.entry import entered_by
 from prunus.tracer.program import state_of
 from prunus.tracer.trace import follow_modules, plain_kernels, quiet_run
+from prunus.tracer.wrappers import unwraps
 
 NEEDS = {
     "gradient": "weight × gradient over all that a unit owns, sample by sample",
@@ -117,6 +118,7 @@ class Statistics:
 
 
 @checks_options
+@unwraps
 def collect(
     model: nn.Module,
     graph: CouplingGraph,

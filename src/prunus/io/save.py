@@ -15,9 +15,11 @@ from prunus.plans import Plan
 from prunus.surgeon import applied_plan
 from prunus.surgeon.reach import check_kind, value_of
 from prunus.surgeon.restore import Tensors, check_cut, collect
+from prunus.tracer.wrappers import unwraps
 
 
 @checks_options
+@unwraps
 def save(model: nn.Module, path: str | os.PathLike[str], plan: Plan | None = None) -> None:
     """Write parameters, buffers, tensor attributes and the plan into one safetensors file.
 

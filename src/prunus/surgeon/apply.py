@@ -36,6 +36,7 @@ from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.outputs import answer_of
 from prunus.tracer.program import state_of
 from prunus.tracer.trace import quiet_run, uncollected
+from prunus.tracer.wrappers import warn_of_wrappers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,8 +61,14 @@ def apply(
     ----------
     plan
         Made for a model with the same tensors.
+    model
+        Of a wrapper (``DistributedDataParallel``, ``DataParallel``, ``torch.compile``) the module
+        inside is cut, and returned.  A ``DistributedDataParallel`` has to be made anew afterwards,
+        which a warning says.
     optimizer
-        Its per-parameter state (momenta) is sliced along; parameters of dropped blocks leave it.
+        Its state is cut along, axis by axis; parameters of dropped blocks leave it.  LBFGS starts
+        without history, with a warning; what shapes don't tell is refused by name.  Biases that
+        layers get are in no group.
     check
         Run the smaller model once on fake tensors and compare the shapes of its outputs with
         those that the plan recorded; on any difference the model is put back.
@@ -116,6 +123,7 @@ def cut(
         write_state(moments)
         forget_dropped(optimizer, before, model)
     _renew(model.modules())
+    warn_of_wrappers(model)
     remember(model, whole, config)
 
 

@@ -34,9 +34,11 @@ from prunus.tracer.entry import ForwardFn, entered_as_traced
 from prunus.tracer.program import Node, Program, state_of
 from prunus.tracer.registry import bind, call_bound
 from prunus.tracer.trace import plain_kernels, quiet_run, trace
+from prunus.tracer.wrappers import unwraps
 
 
 @checks_options
+@unwraps
 @contextmanager
 def mask(
     plan: Plan,

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from prunus.surgeon.applied import Applied, applied_to, set_applied
 from prunus.surgeon.switches import Switches, signals_deferred
+from prunus.tracer.alone import LOCK
 from prunus.tracer.contents import Contents, is_odd
 from prunus.tracer.provenance import is_config
+from prunus.tracer.wrappers import unwraps
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -31,26 +33,32 @@ def all_or_nothing(verb: Callable[P, Result]) -> Callable[P, Result]:
 
     Whatever is raised within, ``KeyboardInterrupt`` and ``MemoryError`` included, the model is then
     as it was before the call, and so is the ``optimizer`` if the function is given one.  The call
-    has succeeded once the function returns.
+    has succeeded once the function returns.  One thread at a time is in such a call; wrappers
+    around the model are taken off (:mod:`prunus.tracer.wrappers`).
     """
     names = list(inspect.signature(verb).parameters)
     place = names.index("model")
 
+    @unwraps
     @wraps(verb)
     def whole(*args: P.args, **kwargs: P.kwargs) -> Result:
         model: Any = args[place] if len(args) > place else kwargs.get("model")
         if not issubclass(type(model), nn.Module):
             return verb(*args, **kwargs)  # which says itself what is wrong
-        switches, before = Switches(), Snapshot(model, kwargs.get("optimizer"))
+        found: list[Any] = []
         try:
-            try:
-                return verb(*args, **kwargs)
-            except BaseException as error:
-                _put_back(error, switches, before)
-                raise
+            with LOCK:  # switches are those of the whole process
+                found += [Switches(), Snapshot(model, kwargs.get("optimizer"))]
+                try:
+                    return verb(*args, **kwargs)
+                except BaseException as error:
+                    _put_back(error, *found)
+                    raise
         except BaseException as error:
             # A second interrupt may have come before or during the above: restoring is idempotent.
-            _put_back(error, switches, before)
+            with LOCK:
+                if found:
+                    _put_back(error, *found)
             raise
 
     return whole

@@ -14,20 +14,20 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-_lock = threading.RLock()
+LOCK = threading.RLock()
 
 
 @contextmanager
 def alone() -> Iterator[None]:
     """Within the context, and as a decorator, no other thread is in such a context."""
-    with _lock:
+    with LOCK:
         yield
 
 
 @contextmanager
 def same_draws() -> Iterator[None]:
     """Python's, NumPy's and PyTorch's random numbers go on afterwards where they stood before."""
-    with _lock:
+    with LOCK:
         python, arrays = random.getstate(), np.random.get_state()
         try:
             with torch.random.fork_rng(devices=[]):

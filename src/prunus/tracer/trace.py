@@ -49,9 +49,11 @@ from prunus.tracer.quiet import uncollected as uncollected
 from prunus.tracer.refusals import refuse_untraceable, scripted
 from prunus.tracer.renormalised import find_renormalised, names_of
 from prunus.tracer.watch import Watch
+from prunus.tracer.wrappers import unwraps
 
 
 @checks_options
+@unwraps
 def trace(
     model: nn.Module,
     args: Any = (),

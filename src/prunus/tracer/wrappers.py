@@ -1,0 +1,83 @@
+"""Wrappers around a model: the module inside is traced and cut, or they are refused by name."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from prunus.errors import ModelError
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+_SHARDED = ("FullyShardedDataParallel", "FSDPModule")
+
+
+def unwrapped(model: Any) -> Any:
+    """The module inside of ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``.
+
+    Raises
+    ------
+    ModelError
+        If its parameters are sharded: a shard does not have the positions that a plan speaks of.
+    """
+    while True:
+        kinds = {kind.__name__ for kind in type(model).__mro__ if kind.__module__[:6] == "torch."}
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif "OptimizedModule" in kinds:
+            model = model._orig_mod
+        else:
+            break
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        for kind in type(module).__mro__:
+            if kind.__name__ in _SHARDED and kind.__module__.startswith("torch."):
+                raise ModelError(
+                    f"the model is sharded ({kind.__name__})",
+                    where=path or type(module).__name__,
+                    why="each process has only a part of every tensor",
+                    fix="prune the plain model first, then shard it",
+                )
+    return model
+
+
+def unwraps(verb: Callable[P, Result]) -> Callable[P, Result]:
+    """Let a function with an argument ``model`` get the module inside of wrappers."""
+    place = list(inspect.signature(verb).parameters).index("model")
+
+    @wraps(verb)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> Result:
+        given: list[Any] = list(args)
+        if len(given) > place and issubclass(type(given[place]), nn.Module):
+            given[place] = unwrapped(given[place])
+        elif issubclass(type(kwargs.get("model")), nn.Module):
+            kwargs["model"] = unwrapped(kwargs["model"])
+        return verb(*given, **kwargs)
+
+    return inside
+
+
+def warn_of_wrappers(model: nn.Module) -> None:
+    """Warn where a ``DistributedDataParallel`` holds parameters of a model that was just cut.
+
+    Its buckets are made for the gradients that there were.  Nothing leads from a module to its
+    wrapper, so that all objects are looked through; but there can be one only in a process group.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    own = {id(parameter) for parameter in model.parameters()}
+    wrappers = [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
+    if any(not own.isdisjoint(map(id, one.module.parameters())) for one in wrappers):
+        warnings.warn(
+            "a DistributedDataParallel holds parameters that were cut, and fails at its next "
+            "steps: wrap the model anew, DistributedDataParallel(model)",
+            stacklevel=2,
+        )

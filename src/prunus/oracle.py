@@ -361,6 +361,7 @@ def _compare_depth(task: _Task, pairs: Sequence[tuple[nn.Module, nn.Module]]) ->
         outputs=tuple(depth.outputs),
         reason=reason,
         inputs=(*lines, *elsewhere.inputs[1:]),
+        unread=task.plan.traced.unread if task.plan.traced else (),
     )
 
 
@@ -405,6 +406,7 @@ def _verify_widths(task: _Task, own: Case, other: Case | None) -> Certificate:
             *(case.on for case in (own, other) if case is not None),
             *elsewhere.inputs[1:],
         ),
+        unread=elsewhere.still(own.graph.traced["unread"]),
     )
 
 

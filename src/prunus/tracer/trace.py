@@ -48,6 +48,7 @@ from prunus.tracer.quiet import same_modes
 from prunus.tracer.quiet import uncollected as uncollected
 from prunus.tracer.refusals import refuse_untraceable, scripted
 from prunus.tracer.renormalised import find_renormalised, names_of
+from prunus.tracer.unread import tie_unread
 from prunus.tracer.watch import Watch
 from prunus.tracer.wrappers import unwraps
 
@@ -282,6 +283,9 @@ class _Run:
         left = set(written) - set(recorder.state.values())  # by an earlier run, and not read
         state = {name: tensor for name, tensor in state.items() if name not in left}
         aliases = {name: first for name, first in aliases.items() if first in state}
+        known = {name: copied.of(tensor) for name, tensor in state.items()}
+        trained = {name for name, tensor in state.items() if isinstance(tensor, nn.Parameter)}
+        unread = tie_unread(recorder, task.model, known, trained)
         graph, resolve = build_graph(recorder, task.model, state, aliases, tuple(kept))
         blocks, obstacles = find_blocks(children, recorder, resolve, kept)
         program = Program(
@@ -305,6 +309,7 @@ class _Run:
             "outputs": {name: list(tensor.shape) for name, tensor in chosen},
             "caches": caches,
             "released": released,
+            "unread": unread,
             "written": written,
         }
         entry = entry_of(task.model) if task.forward_fn is None else task.forward_fn

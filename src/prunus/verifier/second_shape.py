@@ -47,11 +47,18 @@ class Elsewhere:
         Why the two do not agree; empty if they do, or were not compared.
     inputs
         A line for each input that was compared, or why there is none.
+    unread
+        Parameters that the forward did not read there; None where it did not run.
     """
 
     rel_err: float
     reason: str
     inputs: tuple[str, ...]
+    unread: tuple[str, ...] | None = None
+
+    def still(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Which parameters that the first forward did not read this one did not either."""
+        return tuple(n for n in names if self.unread is None or n in self.unread)
 
 
 def compare_elsewhere(case: Case) -> Elsewhere:
@@ -76,8 +83,9 @@ def compare_elsewhere(case: Case) -> Elsewhere:
         reason = f"the outputs differ by {error:.1e}"
     if not reason:
         second, reason = _far(case, thresholds) or (second, "")
-    lines = (traced, str(second)) if not reason else (traced,)
-    return Elsewhere(error, f"at {second}: {reason}" if reason else "", (*lines, *_also(why)))
+    lines = (traced, str(second), *_also(why)) if not reason else (traced, *_also(why))
+    said = f"at {second}: {reason}" if reason else ""
+    return Elsewhere(error, said, lines, tuple(other.graph.traced["unread"]))
 
 
 def depth_elsewhere(original: nn.Module, without: nn.Module, case: Case) -> Elsewhere:

@@ -1,0 +1,141 @@
+"""Parameters that the traced forward never read: an expert that no token visited, a spare head.
+
+The next input may read them.  Where they stand in a list beside modules of the same class that
+ran, those show what they are tied to; elsewhere whatever may be tied to them stays whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Set
+
+import numpy as np
+from torch import Tensor, nn
+
+from prunus.graph.axis import Label
+from prunus.graph.constraints import Pin
+from prunus.tracer.capture import Recorder
+from prunus.tracer.program import refs_in
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def tie_unread(
+    recorder: Recorder, model: nn.Module, state: Mapping[str, Tensor], trained: Set[str]
+) -> list[str]:
+    """Tie what was not read as its siblings are, or pin; returns the names of such parameters.
+
+    Buffers of the same modules are tied along.
+
+    Parameters
+    ----------
+    state
+        The tensors that the recorder knows, by name.
+    trained
+        Names of those that are parameters.
+    """
+    numbers = {ref.value for node in recorder.nodes for ref in refs_in(node.args)}
+    read = {name for number, name in recorder.state.items() if number in numbers}
+    unread = [name for name in state if name not in read and state[name].dim()]
+    parameters = [name for name in unread if name in trained]
+    if not parameters:
+        return []
+    ties = _Ties(recorder, model, state, read)
+    for name in unread:
+        if not ties.follow(name) and name in parameters:
+            ties.pin(name)
+    return parameters
+
+
+class _Ties:
+    """What the tensors that were read show of those that were not."""
+
+    def __init__(
+        self, recorder: Recorder, model: nn.Module, state: Mapping[str, Tensor], read: set[str]
+    ) -> None:
+        self._recorder, self._state, self._read = recorder, state, read
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._ran = {name.rpartition(".")[0] for name in read}
+
+    def follow(self, name: str) -> bool:
+        """Tie a tensor like its siblings'; False if it has none that was read."""
+        for prefix, siblings in self._siblings(name):
+            algebra = self._recorder.algebra
+            own = self._labels(name)
+            why = Pin("not read by this run, tied as its siblings are", "", prefix, "")
+            for dim, label in enumerate(own):
+                theirs = [algebra.canonical(self._labels(one)[dim]) for one in siblings]
+                if self._are_shared(siblings, theirs):
+                    algebra.unify(label, theirs[0], why)
+                else:
+                    algebra.pin(label, why)
+            return True
+        return False
+
+    def pin(self, name: str) -> None:
+        """Keep whole what a tensor without siblings may be tied to: of its sizes, beside it."""
+        path = name.rpartition(".")[0]
+        while path and path not in self._ran and not self._ran_inside(path):
+            path = path.rpartition(".")[0]
+        why = Pin(f"{name}, which this run did not read, may be tied to it", "", path, "")
+        beside = [one for one in self._read if self._is_beside(one, path)]
+        for size in {size for size in self._state[name].shape if size > 1}:
+            for one in beside:
+                for label in self._labels(one):
+                    if label is not None and len(label) == size:
+                        self._recorder.algebra.pin(label, why)
+
+    def _ran_inside(self, path: str) -> bool:
+        return any(f"{one}.".startswith(f"{path}.") for one in self._ran)
+
+    def _is_beside(self, name: str, path: str) -> bool:
+        """Whether a tensor is the module's own, or that of a layer which is its child."""
+        owner = name.rpartition(".")[0]
+        return owner == path or (owner.rpartition(".")[0] == path and owner != path)
+
+    def _labels(self, name: str) -> tuple[Label | None, ...]:
+        number = self._recorder.value_of(self._state[name])
+        return self._recorder.labels[number]
+
+    def _siblings(self, name: str) -> Iterator[tuple[str, list[str]]]:
+        """Tensors at the same place of modules of one class in one list, innermost list first."""
+        parts = name.split(".")
+        for at in range(len(parts) - 2, -1, -1):
+            path, key, rest = ".".join(parts[:at]), parts[at], parts[at + 1 :]
+            container = self._modules.get(path)
+            if not isinstance(container, _CONTAINERS) or key not in container._modules:
+                continue
+            kind = type(container._modules[key])
+            found = []
+            for other, module in container._modules.items():
+                one = ".".join([*parts[:at], other, *rest])
+                fits = one in self._read and self._state[one].shape == self._state[name].shape
+                if type(module) is kind and fits:
+                    found.append(one)
+            if found and rest:
+                yield ".".join(parts[: at + 1]), found
+
+    def _are_shared(self, siblings: list[str], labels: list[Label | None]) -> bool:
+        """Whether a dim of all siblings is one and the same, as that of a residual stream is."""
+        first = labels[0]
+        if first is None:
+            return False
+        if len(labels) > 1:
+            return all(
+                label is not None and label.shape == first.shape and (label == first).all()
+                for label in labels
+            )
+        return any(
+            np.isin(first, canonical).all()
+            for name in self._read
+            if not self._is_part(name, siblings[0])
+            for label in self._labels(name)
+            if (canonical := self._recorder.algebra.canonical(label)) is not None
+        )
+
+    def _is_part(self, name: str, sibling: str) -> bool:
+        """Whether a tensor is inside the same child of a list as a sibling's."""
+        parts, others = name.split("."), sibling.split(".")
+        for at in range(len(others) - 1, 0, -1):
+            if isinstance(self._modules.get(".".join(others[: at - 1])), _CONTAINERS):
+                return parts[:at] == others[:at]
+        return False

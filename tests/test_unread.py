@@ -1,0 +1,89 @@
+"""Parameters that the traced forward never read: experts without tokens, spare heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import prunus
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(self.norm(x)).relu())
+
+
+class Mixture(nn.Module):
+    """Every token goes to the expert that its first entry says."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.inp, self.out = nn.Linear(4, 16), nn.Linear(16, 3)
+        self.experts = nn.ModuleList(Expert() for _ in range(experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, 0].long()
+        h = self.inp(x)
+        for number, expert in enumerate(self.experts):
+            rows = torch.where(chosen == number)[0]
+            if len(rows):
+                h = h.index_add(0, rows, expert(h[rows]))
+        return self.out(h)
+
+
+def tokens(*experts: int) -> Tensor:
+    x = torch.randn(len(experts), 4)
+    x[:, 0] = torch.tensor(experts)
+    return x
+
+
+@pytest.mark.parametrize("visited", [(0, 1, 0), (2, 2, 2)])
+def test_an_expert_that_no_token_visits_is_cut_as_the_others(visited: Any) -> None:
+    torch.manual_seed(0)
+    model = Mixture(4).eval()
+    graph = prunus.trace(model, tokens(*visited))
+    assert not graph.why_pinned("inp.weight[0]")
+    plan = prunus.plan(graph, model, ratio=0.5, importance="random")
+    assert plan.traced is not None
+    unread = set(plan.traced.unread)
+    assert "experts.3.up.weight" in unread
+    assert f"experts.{visited[0]}.up.weight" not in unread
+    assert set(prunus.verify(plan, model, tokens(*visited)).unread) == unread
+    with prunus.mask(plan, model), torch.no_grad():
+        wanted = model(tokens(*visited))
+    assert wanted.shape == (3, 3)
+    prunus.apply(plan, model)
+    assert model.experts[3].up.in_features == model.inp.out_features == 8
+    assert model.experts[3].up.out_features == 24
+    assert model(tokens(0, 1, 2, 3)).shape == (4, 3)
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.out, self.spare = nn.Linear(4, 16), nn.Linear(16, 3), nn.Linear(16, 5)
+        self.hidden = nn.Linear(3, 20)
+        self.last = nn.Linear(20, 2)
+
+    def forward(self, x: Tensor, spare: bool = False) -> Tensor:
+        h = self.inp(x).relu()
+        if spare:
+            return self.spare(h)
+        return self.last(self.hidden(self.out(h)).relu())
+
+
+def test_what_a_spare_head_may_read_stays_whole() -> None:
+    torch.manual_seed(0)
+    model, x = Branch().eval(), torch.randn(2, 4)
+    result = prunus.shrink(model, x, ratio=0.5, recover="none")
+    assert result.certificate.unread == ("spare.weight", "spare.bias")
+    assert any("spare" in str(pin) for _, pin in result.graph.why_pinned("inp.weight[0]"))
+    assert model.hidden.out_features == 10
+    assert model(x, spare=True).shape == (2, 5)

@@ -117,6 +117,24 @@ def test_the_certificate_says_on_which_inputs() -> None:
     )
 
 
+class Flattens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        return self.b(x.view(-1, x.shape[1] * 64))
+
+
+def test_an_image_that_the_model_takes_for_several_is_not_another_resolution() -> None:
+    torch.manual_seed(0)
+    model, x = Flattens().eval(), torch.randn(2, 3, 8, 8)
+    result = prunus.shrink(model, x, ratio=0.5, recover="none")
+    assert model.a.out_channels == 4
+    assert "answers for 4 samples" in result.certificate.inputs[-1]
+
+
 def test_a_shape_that_the_model_does_not_take_is_said() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(800, 4)).eval()

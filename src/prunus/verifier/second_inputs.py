@@ -113,6 +113,12 @@ def _other_batch(tensors: Sequence[Tensor]) -> _Change:
     return _Change("batch 1" if count > 1 else "batch 2", apply)
 
 
+def samples_in(args: Any, kwargs: Any) -> int | None:
+    """How many samples a call is given; None where no tensor says so."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return int(_main(tensors).shape[0]) if any(tensor.dim() for tensor in tensors) else None
+
+
 def _main(tensors: Sequence[Tensor]) -> Tensor:
     """The tensor that says how many samples there are."""
     deep = (one for one in tensors if one.dim() > 1)

@@ -7,7 +7,7 @@ take another path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from prunus.verifier.case import Case
 from prunus.verifier.comparison import compare, tolerance
 from prunus.verifier.paths import other_path
 from prunus.verifier.rounding import error_in_float64
-from prunus.verifier.second_inputs import Inputs, other_inputs, shape_of
+from prunus.verifier.second_inputs import Inputs, other_inputs, samples_in, shape_of
 from prunus.verifier.structure import other_positions
 
 MOST_TRIES = 6
@@ -129,14 +129,31 @@ def second_inputs(
             said = f"the model itself raises {type(failure).__name__} at {place}"
             why = why or f"not compared at {inputs.what}: {said}"
             continue
-        if all(map(_is_finite, found.values())):
+        said = _no_answer(case, inputs, found)
+        if not said:
             return inputs, why
-        why = why or f"not compared at {inputs.what}: the model's outputs are not finite"
+        why = why or f"not compared at {inputs.what}: {said}"
     return None, why or "not compared at another shape: the inputs have no dim that may change"
 
 
 def _also(why: str) -> tuple[str, ...]:
     return (why,) if why else ()
+
+
+def _no_answer(case: Case, inputs: Inputs, found: Mapping[str, Tensor]) -> str:
+    """Why outputs say nothing, though the model ran; empty if they do.
+
+    ``view(-1, 9 * channels)`` takes images of other sizes, and makes several samples of each.
+    """
+    if not all(map(_is_finite, found.values())):
+        return "the model's outputs are not finite"
+    before = case.plan.traced.outputs if case.plan.traced else {}
+    samples = samples_in(case.args, case.kwargs), samples_in(inputs.args, inputs.kwargs)
+    for name, tensor in found.items():
+        shape = before.get(name, ())
+        if shape and tensor.dim() and shape[0] == samples[0] and tensor.shape[0] != samples[1]:
+            return f"the model answers for {tensor.shape[0]} samples, and is given {samples[1]}"
+    return ""
 
 
 def _is_finite(tensor: Tensor) -> bool:

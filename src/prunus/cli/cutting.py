@@ -165,12 +165,25 @@ def show_certificate(certificate: Certificate, fix: str) -> None:
         f"Proof: {certificate.verdict}. Pruned and masked outputs differ by "
         f"{certificate.rel_err:.1e}; the removal moved them by {certificate.moved:.1e}."
     )
+    for line in certificate.inputs:
+        show(f"  {'' if line.startswith('not compared') else 'compared on '}{line}")
+    if certificate.unread:
+        show(f"Not verified, since no forward read them: {spell_places(certificate.unread)}")
+    if certificate.renormalised:
+        names, worst = list(certificate.renormalised), max(certificate.renormalised.values())
+        show(
+            f"Kept weights change with what is removed: {spell_places(names)}; "
+            f"outputs are up to {worst:.1e} from plain silencing"
+        )
+    if certificate.released:
+        show(f"Outputs that may shrink: {', '.join(certificate.released)}")
     if certificate.stale:
         show("Not changed, and read by no forward that ran: " + "; ".join(certificate.stale))
     if certificate.renormalised:
         show(f"Kept weights change with what is removed: {spell_renormalised(certificate)}")
     if certificate.unverified:
-        show(f"Nothing is proven of: {spell_places(certificate.unverified)}")
+        still = spell_places(certificate.unverified)
+        show(f"Not verified, since removing them moves no output: {still}")
 
 
 def spell_renormalised(certificate: Certificate) -> str:

@@ -21,6 +21,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from prunus.tracer.alone import same_draws
+
 CONTRACTIONS = {
     *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "convolution"),
     *(
@@ -246,15 +248,15 @@ class Noise:
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no fused encoder; the models that run here are our own copies."""
-    fused = torch.backends.mha.get_fastpath_enabled()
     model.eval()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with same_draws(), torch.no_grad():
+        fused = torch.backends.mha.get_fastpath_enabled()
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
             torch.manual_seed(0)
             yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def fetch(model: nn.Module, name: str) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from prunus.tracer.alone import alone
+
 
 @contextmanager
 def full_precision() -> Iterator[None]:
@@ -20,11 +22,12 @@ def full_precision() -> Iterator[None]:
         backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn,
         backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn,
     ]  # fmt: skip
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
+    with alone():
+        before = [setting.fp32_precision for setting in settings]
+        try:
+            for setting in settings:
+                setting.fp32_precision = "ieee"
+            yield
+        finally:
+            for setting, precision in zip(settings, before, strict=True):
+                setting.fp32_precision = precision

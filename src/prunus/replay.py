@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from prunus.errors import PrunusError, VerifyError
 from prunus.graph.axis import Label, Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
+from prunus.tracer.alone import same_draws
 from prunus.tracer.compress import lay, run_on_kept
 from prunus.tracer.program import Node, Program, Ref, refs_in
 from prunus.tracer.randomness import copy_of, draw, tied_nodes
@@ -74,7 +75,7 @@ class Replay:
         values.update(zip(program.inputs, (t.clone() for t in self._inputs), strict=True))
         values.update({n: self._own(n, self._state[name]) for n, name in program.state.items()})
         values.update({n: self._own(n, tensor) for n, tensor in program.constants.items()})
-        with torch.random.fork_rng(devices=[]):
+        with same_draws():
             for index, node in enumerate(program.nodes):
                 with _blaming(node):
                     self._step(node, values, silence, watch)

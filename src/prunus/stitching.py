@@ -22,6 +22,7 @@ from prunus.importance.batches import first_batches
 from prunus.plans import Plan
 from prunus.recovery import LOOKED_AT, answers_of, compensate, distance, recalibrate
 from prunus.recovery.norms import batch_norms
+from prunus.tracer.alone import alone
 from prunus.tracer.entry import entered_by
 from prunus.tracer.program import duplicate
 
@@ -68,7 +69,7 @@ class Stitcher:
 
         Batch norms are measured again where that brings the outputs nearer.
         """
-        with entered_by(self._model, self._graph.forward_fn), warnings.catch_warnings():
+        with alone(), entered_by(self._model, self._graph.forward_fn), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of few samples: it is said once, at the end
             smaller = duplicate(self._model)
             compensate(smaller, plan, self._graph, statistics=self._statistics, check=False)

@@ -24,6 +24,7 @@ from prunus.graph.groups import Group
 from prunus.importance import Context, Importance, name_of
 from prunus.importance.magnitude import places_of
 from prunus.importance.registry import Scores
+from prunus.tracer.alone import same_draws
 
 Index = NDArray[np.int64]
 
@@ -107,7 +108,7 @@ class TorchPruning:
 
     def _scored(self, asked: Any, group: Group, context: Context) -> Any:
         digest = hashlib.sha256(f"{context.seed}:{group.name}".encode()).digest()
-        with torch.random.fork_rng(devices=[]):
+        with same_draws():
             torch.manual_seed(int.from_bytes(digest[:8], "little"))
             return self._criterion(asked)
 

@@ -21,6 +21,7 @@ from prunus.plans import Plan
 from prunus.surgeon import remember, restore
 from prunus.surgeon.applied import copy_config
 from prunus.surgeon.restore import Kind, Tensors
+from prunus.tracer.alone import alone, same_draws
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -108,7 +109,7 @@ def _on_meta(
 ) -> Model | None:
     """The finished model, or None if it takes one that was built on the CPU."""
     try:
-        with torch.device("meta"), warnings.catch_warnings():
+        with alone(), torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = _built(build)
     except Exception:  # whatever a constructor may do with values: on the CPU it has them
@@ -121,7 +122,7 @@ def _on_meta(
 
 
 def _built(build: Callable[[], Model]) -> Model:
-    with torch.random.fork_rng(devices=[]):
+    with same_draws():
         model = build()
     if not isinstance(model, nn.Module):
         raise ModelError(

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from prunus.drops import Renaming
+from prunus.tracer.alone import same_draws
 from prunus.tracer.provenance import is_config
 
 _TELLING = re.compile(r"layer|depth|block", re.IGNORECASE)
@@ -235,7 +236,7 @@ def _build(owner: nn.Module, config: Any) -> nn.Module | None:
         ]
         if len(required) != 1:
             return None
-        with torch.random.fork_rng(devices=[]), torch.device("meta"), _silence():
+        with same_draws(), torch.device("meta"), _silence():
             return kind(copy.deepcopy(config))
     except Exception:  # a constructor may raise anything: then nothing is proven
         return None

@@ -93,7 +93,7 @@ def _silenced(plan: Plan, model: nn.Module, traces: dict[Any, CouplingGraph]) ->
         if depth > 1:  # the model's forward calls the model
             return
         if not plan.keep:  # blocks are gone, and all that is left stays
-            running.enter_context(quiet_run(model))
+            running.enter_context(quiet_run(model, users_own=True))
             return
         key = str(tree_map(_signature, (args, kwargs)))
         if key not in traces:
@@ -102,7 +102,7 @@ def _silenced(plan: Plan, model: nn.Module, traces: dict[Any, CouplingGraph]) ->
         found = traces[key]
         kept = found.mask_from_positions(kept_axes(plan))
         _check_same(plan, dict(found.positions(kept)))
-        running.enter_context(quiet_run(model))
+        running.enter_context(quiet_run(model, users_own=True))
         running.enter_context(plain_kernels())
         running.enter_context(Silencer(found.program, kept))
 

@@ -275,24 +275,22 @@ class _Copier:
 
     def _renamed(self, function: Any) -> dict[str, Any]:
         """The global variables of a function by which it comes to modules of the model."""
-        found = {}
-        for name, value in globals_of(function):
-            held = list(value.values()) if type(value) is dict else value
-            several: Any = held if isinstance(held, (list, tuple)) else (value,)
-            direct = any(id(item) in self._own for item in several)
-            if direct or self._reaches(value, function):
-                found[name] = value
-        return found
+        return {
+            name: value
+            for name, value in globals_of(function)
+            if self._reaches(value, function.__globals__, {id(function)})
+        }
 
-    def _reaches(self, function: Any, caller: Any) -> bool:
-        """Whether a helper in the same file comes to the model's modules in turn."""
-        if (
-            not isinstance(function, types.FunctionType)
-            or function is caller
-            or function.__globals__ is not caller.__globals__
-        ):
-            return False
-        return any(id(value) in self._own for _, value in globals_of(function))
+    def _reaches(self, value: Any, space: Any, seen: set[int]) -> bool:
+        """Whether it is a module of the model, holds one, or is a helper that names one."""
+        if isinstance(value, types.FunctionType):
+            if id(value) in seen or value.__globals__ is not space:
+                return False
+            seen.add(id(value))
+            return any(self._reaches(one, space, seen) for _, one in globals_of(value))
+        held = list(value.values()) if type(value) is dict else value
+        several: Any = held if isinstance(held, (list, tuple)) else (value,)
+        return any(id(item) in self._own for item in several)
 
     def _object(self, value: Any) -> Any:
         """An object of some class with attributes; whatever can't be copied is shared."""

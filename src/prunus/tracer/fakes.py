@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from prunus.tracer.alone import alone
 from prunus.tracer.watch import Watch
 
 _PLAIN = {
@@ -105,11 +106,13 @@ class Fakes:
 def unlogged() -> Iterator[None]:
     """Without PyTorch's account of every fake kernel that fails: a run on real tensors decides."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
+    with alone():
+        before = logger.disabled
+        try:
+            logger.disabled = True
+            yield
+        finally:
+            logger.disabled = before
 
 
 class FakeRun(TorchDispatchMode):

@@ -14,10 +14,11 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from prunus.tracer.copies import globals_of, names_in
+from prunus.tracer.provenance import Provenance
 from prunus.tracer.watch import LRU
 
 MOST = 2000
@@ -34,9 +35,17 @@ class Outside:
     """The containers and variables outside of a model that its forward can name, as they are now.
 
     Found by following the functions that a forward, its hooks and its helpers name.
+
+    Attributes
+    ----------
+    spaces
+        Variables of the files in which these functions stand, by the id of the dict.
+    memos
+        Functions behind ``functools.lru_cache``.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.spaces: dict[int, dict[str, Any]] = {}
         self._variables: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         self._contents: dict[int, tuple[Any, Any]] = {}
         self._classes: list[tuple[type, frozenset[str]]] = []
@@ -56,16 +65,21 @@ class Outside:
             present = _get(space, name)
             if present is not value:
                 _set(space, name, value)
+        self._forget((FakeTensor, Provenance))
         for container, content in self._contents.values():
             if not _same(container, content):
                 _refill(container, content)
 
     def forget_tensors(self) -> None:
-        """Clear the ``functools.lru_cache`` functions that hold tensors: a run makes them anew."""
+        """Clear the caches of functions that hold tensors: a run makes the entries anew."""
+        self._forget(Tensor)
+
+    def _forget(self, kinds: Any) -> None:
         for cached in self.memos:
             held = gc.get_referents(cached)
-            items = [*held, *(item for one in held if type(one) is dict for item in one.values())]
-            if any(map(_has_tensor, items)):
+            tables = [one for one in held if type(one) is dict]
+            items = [item for table in tables for entry in table.items() for item in entry]
+            if any(_has(item, kinds) for item in (*held, *items)):
                 cached.cache_clear()
 
     def _enter_class(self, kind: type, seen: set[int]) -> None:
@@ -105,12 +119,15 @@ class Outside:
                 if id(inner) in seen or _is_torch(inner.__module__ or ""):
                     continue
                 seen.add(id(inner))
+                space = inner.__globals__
+                if id(space) not in self.spaces:
+                    self.spaces[id(space)] = dict(space)
                 for item in _bound_to(inner):
                     self._remember(item)
                     if callable(item):
                         waiting.append((item, owner))
                 for name, found in globals_of(inner):
-                    waiting += self._variable(inner.__globals__, name, found, owner)
+                    waiting += self._variable(space, name, found, owner)
                 for name in names_in(code):
                     method = getattr(owner, name, None)
                     if isinstance(method, (*_FUNCTIONS, LRU)):
@@ -121,10 +138,14 @@ class Outside:
     ) -> list[tuple[Any, type]]:
         if isinstance(value, (*_FUNCTIONS, LRU)):
             return [(value, owner)]
-        if not isinstance(value, (type, types.ModuleType)):
-            self._variables[id(space), name] = (space, name, value)
-            self._remember(value)
-        return []
+        if isinstance(value, (type, types.ModuleType)):
+            return []
+        self._variables[id(space), name] = (space, name, value)
+        self._remember(value)
+        held = list(value.values()) if type(value) is dict else value
+        if not isinstance(held, (list, tuple)) or len(held) > NESTED:
+            return []
+        return [(one, owner) for one in held if isinstance(one, (*_FUNCTIONS, LRU))]
 
     def _remember(self, value: Any, depth: int = 0) -> None:
         if isinstance(value, _CONTAINERS) and id(value) not in self._contents:
@@ -217,7 +238,10 @@ def _set(space: Any, name: str, value: Any) -> None:
         setattr(space, name, value)
 
 
-def _has_tensor(value: Any) -> bool:
+def _has(value: Any, kinds: Any) -> bool:
+    """Whether it is of a kind, or a container that holds such a thing."""
     if isinstance(value, (tuple, list)):
-        return any(map(_has_tensor, value))
-    return isinstance(value, torch.Tensor)
+        return any(_has(item, kinds) for item in value)
+    if type(value) is dict:
+        return any(_has(item, kinds) for item in value.values())
+    return isinstance(value, kinds)

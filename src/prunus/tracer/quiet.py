@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map
 
 from prunus.tracer.alone import alone, same_draws
 from prunus.tracer.outside import Outside
@@ -39,13 +41,16 @@ def quiet_run(model: nn.Module, *, users_own: bool = False) -> Iterator[None]:
     """Eval mode, no gradients, no fast path; everything touched is put back afterwards.
 
     Modules that cache tensors during a forward get their attributes back, hooks and functions
-    the containers that they have filled; not so where the run is the user's own.
+    the containers that they have filled, and the model gets copies of its inputs, since it may
+    write to them; not so where the run is the user's own.
     """
     modes = {module: module.training for module in model.modules()}
     snapshots = [_Snapshot(module) for module in modes]
     settings = [(values, dict(values)) for values in marked_objects(model)]
     outside = None if users_own else Outside(model)
     try:
+        if not users_own and not isinstance(model, torch.jit.ScriptModule):
+            model.register_forward_pre_hook(_copy_inputs, prepend=True, with_kwargs=True)
         with quiet():
             model.eval()
             yield
@@ -59,6 +64,19 @@ def quiet_run(model: nn.Module, *, users_own: bool = False) -> Iterator[None]:
             module.training = mode
         if outside is not None:
             outside.restore()
+
+
+def _copy_inputs(_: nn.Module, args: Any, kwargs: Any) -> Any:
+    """The same containers of other tensors; one that is given twice stays one."""
+    copies: dict[int, Tensor] = {}
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, Tensor) and id(value) not in copies:
+            copies[id(value)] = value.detach().clone()
+        return copies.get(id(value), value)
+
+    with _disable_current_modes():  # which count what the forward does
+        return tree_map(copy, (args, kwargs))
 
 
 @contextmanager

@@ -192,14 +192,18 @@ class _Run:
         self._real = real
         self._apart = apart
         self._watch = Watch()
+        self._spaces: dict[int, dict[str, Any]] = {}
         self.hashed = False
         self.clean = False
         self.answer: dict[str, Tensor] = {}
 
     def capture(self) -> CouplingGraph | None:
         """The graph; None where the forward raised an error, and another run may do better."""
+        failed = True
         try:
-            return self._capture()
+            graph = self._capture()
+            failed = False
+            return graph
         except PrunusError:
             raise
         except Exception as error:  # a forward may raise anything
@@ -207,8 +211,9 @@ class _Run:
             if not another and not (self.hashed and self._apart):
                 raise
             traceback.clear_frames(error.__traceback__)
+            failed = False
         finally:
-            self.clean = self._watch.settle()
+            self.clean = self._watch.settle(self._spaces, failed=failed)
         return None
 
     def _capture(self) -> CouplingGraph:
@@ -220,6 +225,7 @@ class _Run:
         for module in modules:
             self._watch.add(module)
         outside = Outside(copied.model)
+        self._spaces = outside.spaces
         outside.forget_tensors()
         state, _ = state_of(task.model)
         theirs = {name: copied.of(tensor) for name, tensor in state.items()}

@@ -12,7 +12,7 @@ import gc
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, MutableMapping, MutableSequence
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence
 from typing import Any
 
 from prunus.tracer.marks import Mark
@@ -20,6 +20,8 @@ from prunus.tracer.provenance import Provenance
 
 LRU: Any = type(functools.lru_cache(lambda: None))
 """The class of functions behind ``functools.lru_cache``."""
+
+Spaces = Mapping[int, Mapping[str, Any]]
 
 ROUNDS = 4
 """How often survivors are taken out of what holds them, before a trace is given up."""
@@ -39,21 +41,26 @@ class Watch:
         """Whether everything that was watched is dead."""
         return all(reference() is None for reference in self._made)
 
-    def settle(self) -> bool:
-        """Take survivors out of whatever holds them; whether all is dead then."""
-        if self.is_clean():
-            return True
-        for generation in (0, 2):  # cycles among what is new, then among all there is
-            gc.collect(generation)
-            if self.is_clean():
-                return True
+    def settle(self, before: Spaces | None = None, *, failed: bool = False) -> bool:
+        """Take survivors out of whatever holds them; whether all is dead then.
+
+        Parameters
+        ----------
+        before
+            The id of a dict → what it held, which is put back in the place of a survivor.
+        failed
+            An error is on its way, whose traceback keeps what its frames hold.
+        """
         for _ in range(ROUNDS):
-            if not _release(self._survivors()):
-                break
-            gc.collect(0)
             if self.is_clean():
                 return True
-        gc.collect()
+            gc.collect(0)  # cycles: what a trace makes is new, since nothing is collected meanwhile
+            if self.is_clean():
+                return True
+            if not _release(self._survivors(), before or {}, frames=not failed) or failed:
+                break
+        if not (failed or self.is_clean()):
+            gc.collect()
         return self.is_clean()
 
     def _survivors(self) -> list[Any]:
@@ -67,7 +74,7 @@ class Watch:
         return survivors
 
 
-def _release(survivors: list[Any]) -> bool:
+def _release(survivors: list[Any], before: Spaces, *, frames: bool) -> bool:
     """Remove survivors from the containers that hold them; whether anything was removed."""
     level, removed = survivors, False
     ours = {id(survivors)}
@@ -76,11 +83,15 @@ def _release(survivors: list[Any]) -> bool:
         holders = gc.get_referrers(*level)
         ours |= {id(level), id(holders)}
         above = []
+        owners = _owners(holders)
         for holder in holders:
-            if id(holder) in ours:
+            if id(holder) in ours or (isinstance(holder, types.FrameType) and not frames):
                 continue
             remove = next((act for kinds, act in _REMOVERS if isinstance(holder, kinds)), None)
-            if remove is not None:
+            if isinstance(holder, (dict, MutableMapping)):
+                was = before.get(id(holder), {})
+                removed |= _forget(holder, targets, was, owners.get(id(holder)))
+            elif remove is not None:
                 removed |= remove(holder, targets)
             elif isinstance(holder, (tuple, frozenset)):
                 above.append(holder)
@@ -88,19 +99,25 @@ def _release(survivors: list[Any]) -> bool:
     return removed
 
 
-def _forget(holder: Any, targets: set[int]) -> bool:
-    owners = gc.get_referrers(holder)
-    unbounded = [one for one in owners if isinstance(one, LRU)]
-    for cached in unbounded:  # which keep their entries in a dict
-        cached.cache_clear()
+def _owners(holders: list[Any]) -> dict[int, Any]:
+    """The id of a dict → the class whose attributes it is, or the unbounded cache."""
+    dicts = [holder for holder in holders if type(holder) is dict]
+    owners = [one for one in gc.get_referrers(*dicts) if isinstance(one, (type, LRU))]
+    return {id(held): owner for owner in owners for held in gc.get_referents(owner)}
+
+
+def _forget(holder: Any, targets: set[int], was: Mapping[str, Any], owner: Any) -> bool:
     keys = [k for k, v in list(holder.items()) if id(k) in targets or id(v) in targets]
-    kind = next((one for one in owners if isinstance(one, type)), None)
     for key in keys:
-        if kind is not None and key in vars(kind):
-            delattr(kind, key)  # classes remember what they have looked up
+        if key in was and id(was[key]) not in targets:
+            holder[key] = was[key]
+        elif isinstance(owner, type):
+            delattr(owner, key)  # classes remember what they have looked up
+        elif isinstance(owner, LRU):
+            owner.cache_clear()
         else:
             holder.pop(key, None)
-    return bool(keys or unbounded)
+    return bool(keys)
 
 
 def _drop(holder: Any, targets: set[int]) -> bool:
@@ -142,7 +159,6 @@ def _finish(holder: Any, targets: set[int]) -> bool:
 
 _REMOVERS: tuple[tuple[Any, Callable[[Any, set[int]], bool]], ...] = (
     (LRU, _clear),
-    ((dict, MutableMapping), _forget),
     ((list, deque, MutableSequence), _drop),
     (set, _discard),
     (types.CellType, _empty),

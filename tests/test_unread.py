@@ -87,3 +87,30 @@ def test_what_a_spare_head_may_read_stays_whole() -> None:
     assert any("spare" in str(pin) for _, pin in result.graph.why_pinned("inp.weight[0]"))
     assert model.hidden.out_features == 10
     assert model(x, spare=True).shape == (2, 5)
+
+
+class Auxiliary(nn.Module):
+    """A head for training alone, deep enough that no size beside it says what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 16), nn.ReLU())
+        self.second = nn.Sequential(nn.Sequential(nn.Linear(16, 20)))
+        self.third = nn.Linear(20, 3)
+        self.aux = nn.Sequential(nn.Sequential(nn.Linear(16, 7)), nn.Linear(7, 3))
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.first(x)
+        y = self.third(self.second(h).relu())
+        return (y, self.aux(h)) if self.training else y
+
+
+def test_a_head_for_training_still_runs_there() -> None:
+    torch.manual_seed(0)
+    model, x = Auxiliary().eval(), torch.randn(2, 4)
+    result = prunus.shrink(model, x, ratio=0.5, recover="none")
+    assert result.certificate.verdict == "exact"
+    assert "aux.1.weight" in result.certificate.unread
+    assert any("training mode" in why for why in result.held.values())
+    assert tuple(model.second[0][0].weight.shape) == (10, 16)
+    model.train()(x)

@@ -37,6 +37,7 @@ from prunus.verifier.judgement import Judgement, judge, judge_as_users_run
 from prunus.verifier.other_ways import stale_integers
 from prunus.verifier.renormalised import renormalised_groups
 from prunus.verifier.second_shape import Elsewhere, compare_elsewhere, depth_elsewhere
+from prunus.verifier.training import breaks_in_training
 
 Verdict = Literal["exact", "inexact", "not verified"]
 
@@ -378,6 +379,7 @@ def _verify_widths(task: _Task, own: Case, other: Case | None) -> Certificate:
         reason = reason or NOT_INTERCHANGEABLE
     if not relative_error(main.dense, main.whole) <= tolerance(main.dtype):
         reason = reason or NOT_THE_MODEL
+    reason = reason or breaks_in_training(own)
     moved = relative_error(main.dense, main.masked)
     verdict: Verdict = "exact" if moved > MOVED else "not verified"
     elsewhere = Elsewhere(0.0, "", ())

@@ -130,7 +130,8 @@ def ours(study: Study, seed: int, importances: Sequence[str]) -> Iterator[dict[s
         chosen = cell["importance"], cell["level"]
         if chosen not in plans:
             budget = prunus.Budget(macs=cell["level"])
-            plans[chosen] = dense.plan(chosen[0], budget=budget, scope=SCOPE, seed=seed)
+            options: Any = {"budget": budget, "scope": SCOPE, "seed": seed, "round_to": 1}
+            plans[chosen] = dense.plan(chosen[0], **options)
         yield study.row(oneshot_grid.RECOVERIES[cell["recovery"]](dense, plans[chosen]), **cell)
 
 

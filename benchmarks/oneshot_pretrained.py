@@ -246,7 +246,8 @@ def ours(subject: Subject, missing: Callable[..., bool]) -> Iterator[dict[str, A
     for cell in cells:
         chosen: Any = cell["importance"], cell["level"]
         if chosen not in plans:
-            options: Any = {"budget": prunus.Budget(macs=chosen[1]), "scope": SCOPE, "seed": SEED}
+            budget = prunus.Budget(macs=chosen[1])
+            options: Any = {"budget": budget, "scope": SCOPE, "seed": SEED, "round_to": 1}
             plans[chosen] = dense.plan(chosen[0], include=subject.include, **options)
         recovery: Any = cell["recovery"]
         yield cell | {"model": oneshot_grid.RECOVERIES[recovery](dense, plans[chosen])}

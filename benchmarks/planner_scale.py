@@ -58,6 +58,7 @@ def measure(layers: int, solver: Any) -> dict[str, Any]:
     begun = time.process_time()
     plan = prunus.plan(
         graph, model, budget=prunus.Budget(params=SHARE), scope="global", solver=solver,
+        round_to=1, max_ratio=1.0,
         importance=lambda group, _: scores[group.units],
     )  # fmt: skip
     return {

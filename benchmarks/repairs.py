@@ -53,7 +53,8 @@ def fashion(study: Study, seed: int) -> Iterator[dict[str, Any]]:
     for level in LEVELS:
         for (importance, repair), chosen in REPAIRS.items():
             model = copy.deepcopy(study.model)
-            options: dict[str, Any] = {"budget": prunus.Budget(macs=level), "seed": seed}
+            budget = prunus.Budget(macs=level)
+            options: dict[str, Any] = {"budget": budget, "round_to": 1, "seed": seed}
             if importance == "obs":
                 seen = prunus.collect(study.model, study.graph, batches, "second_moment")
                 options["statistics"] = seen

@@ -80,7 +80,7 @@ class Study:
         budget = prunus.Budget(macs=level)
         how, _, repaired = ratios.partition(" ")
         if how == "equal":
-            return prunus.plan(self.graph, self.model, budget=budget), 0
+            return prunus.plan(self.graph, self.model, budget=budget, round_to=1), 0
         if how == "sensitivity":
             table = tables[bool(repaired)]
             found = prunus.plan_by_sensitivity(table, self.graph, self.model, budget)

@@ -54,7 +54,7 @@ def measure(study: Study, seed: int) -> Iterator[dict[str, Any]]:
             started = time.perf_counter()
             plan = dense.plan(
                 "obs", budget=prunus.Budget(macs=level), data=batches, trials=TRIALS, seed=seed,
-                **options,
+                round_to=1, max_ratio=1.0, **options,
             )  # fmt: skip
             seconds = time.perf_counter() - started
             model = oneshot_grid.RECOVERIES["least squares + recalibrated"](dense, plan)

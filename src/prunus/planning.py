@@ -53,8 +53,8 @@ def plan(
     solver: Solver | Literal["spdy"] | None = None,
     trials: int = TRIALS,
     min_width: int | Mapping[str, int] = 1,
-    max_ratio: float | Mapping[str, float] = 1.0,
-    round_to: RoundTo | Literal["latency"] = 1,
+    max_ratio: float | Mapping[str, float] | None = None,
+    round_to: RoundTo | Literal["latency"] | None = None,
     include: Globs | None = None,
     exclude: Globs = (),
     hold: Collection[str] = (),
@@ -120,12 +120,17 @@ def plan(
         How many smaller models ``"spdy"`` makes and compares.
     min_width, max_ratio
         Floors: units that every group keeps, and the largest ratio it may lose; one number, or
-        numbers by globs.
+        numbers by globs.  If nothing is said, a budget in the global scope takes at most 0.8 of a
+        group, so that no layer collapses.
     round_to
-        Every pruned width becomes a multiple of this; one number, or numbers by kind of layer and
-        by globs: ``{"linear": 32, "conv": 8, "head.*": 1, "*": 4}``.  A group narrower than twice
-        the number is rounded to half of it, and so on, down to 16: 32 is for groups at least 64
-        wide.  Where several globs fit a group, the most specific one decides.  ``"latency"``: the
+        If nothing is said, widths of channels and FFNs of 32 and more become multiples of 8 under
+        a budget, or finer ones of groups of which a step of 8 would miss the bound by more than
+        2 % of the dense cost; ``plan.origin["round_to"]`` says which.  Heads, experts, blocks and
+        what ``ratios`` say are never rounded; ``round_to=1`` rounds nothing.  Otherwise every
+        pruned width becomes a multiple of this; one number, or numbers by kind of layer and by
+        globs: ``{"linear": 32, "conv": 8, "head.*": 1, "*": 4}``.  A group narrower than twice the
+        number is rounded to half of it, and so on, down to 16: 32 is for groups at least 64 wide.
+        Where several globs fit a group, the most specific one decides.  ``"latency"``: the
         number at which the time of most contractions steps, by the latency table.
     include, exclude
         Globs over group names and tensor names.

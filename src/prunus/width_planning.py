@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from prunus.anatomy import structures
 from prunus.budget import Budget
-from prunus.errors import DataError, PlanError
+from prunus.errors import BudgetError, DataError, PlanError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance import Importance, Statistics, collect, name_of, needs_of, score
@@ -30,8 +32,10 @@ from prunus.latency_planning import (
     resolve_rounding,
 )
 from prunus.planner import Selection, select, thin
+from prunus.planner.alignment import wide_groups
 from prunus.planner.allocate import check_share, normalised
 from prunus.planner.culprits import nothing_removed
+from prunus.planner.default_rounding import choose_rounded
 from prunus.planner.filters import spread
 from prunus.planner.peak import hold_peak
 from prunus.plans import Plan
@@ -42,6 +46,12 @@ from prunus.tracer.entry import entered_by
 from prunus.tracer.program import state_of
 from prunus.tracer.trace import uncollected
 from prunus.verifier.other_ways import follow_other_ways
+
+GLOBAL_RATIO = 0.8
+"""What a group may lose at most where all compete, unless somebody says otherwise."""
+
+_ROUNDED = ("channels", "ffn", "hidden", "other")
+"""Kinds of groups whose widths are rounded unless somebody says otherwise."""
 
 TRIALS = 60
 """Smaller models that ``solver="spdy"`` looks at."""
@@ -84,6 +94,7 @@ def plan_widths(
     needs = needs_to_plan(importance, exchange, options["solver"])
     if statistics is None and data is not None and needs:
         statistics = collect(model, graph, data, needs, loss=loss, seed=seed)
+    automatic = _set_automatic(graph, options, budget, ratio, hold)
     names = ("ratios", "scope", "normalise", "min_width", "max_ratio", "round_to")
     said = {name: options[name] for name in names}
     if options["normalise"] is None and ratio is None:
@@ -98,28 +109,44 @@ def plan_widths(
         if exchange:
             check_statistics(graph, "obs", statistics)
 
-    def choose(one: CouplingGraph, bounds: Budget | Mapping[str, int] | None) -> Selection:
-        return _choose(one, scores, bounds, ratio, hold, **options)
+    def choose(
+        one: CouplingGraph,
+        bounds: Budget | Mapping[str, int] | None,
+        weights: NDArray[np.float64] = scores,
+        **changed: Any,
+    ) -> Selection:
+        given = {**options, **changed}
+        if "round_to" not in automatic:
+            return _choose(one, weights, bounds, ratio, hold, **given)
+        limits = bounds.limits(one) if isinstance(bounds, Budget) else bounds or {}
+        return choose_rounded(
+            *(one, limits, automatic["round_to"]),
+            lambda multiples: _choose(
+                *(one, weights, bounds, ratio, hold), **{**given, "round_to": multiples}
+            ),
+        )
 
+    by_clock = isinstance(budget, Budget) and budget.latency is not None and ratio is None
     timed: Timed | None = None
     searched: dict[str, Any] = {}
-    if options["solver"] == "spdy" and ratio is None:
-        assert data is not None
-        assert statistics is not None
-        stitcher = Stitcher(graph, model, first_batches(data, LOOKED_AT), statistics)
-        each = {**options, "normalise": "none", "solver": "dynamic"}
-        found, searched = _search(
-            graph,
-            normalised(graph, scores, options["normalise"]),
-            lambda scaled: _choose(graph, scaled, budget, None, hold, **each),
-            lambda one: stitcher.build(plan_of_mask(graph, model, one.kept, {}))[1],
-            *(trials, seed, progress),
-        )
-    elif latency is not None and isinstance(budget, Budget) and budget.latency and ratio is None:
-        timed = _keep_time(graph, model, budget, latency, choose, seed)
-        found = timed.selection
-    else:
-        found = choose(graph, budget)
+    with _naming_floor(automatic):
+        if options["solver"] == "spdy" and ratio is None:
+            assert data is not None
+            assert statistics is not None
+            stitcher = Stitcher(graph, model, first_batches(data, LOOKED_AT), statistics)
+            found, searched = _search(
+                graph,
+                normalised(graph, scores, options["normalise"]),
+                lambda scaled: choose(graph, budget, scaled, normalise="none", solver="dynamic"),
+                lambda one: stitcher.build(plan_of_mask(graph, model, one.kept, {}))[1],
+                *(trials, seed, progress),
+            )
+        elif latency is not None and by_clock:
+            assert isinstance(budget, Budget)
+            timed = _keep_time(graph, model, budget, latency, choose, seed)
+            found = timed.selection
+        else:
+            found = choose(graph, budget)
     if found.kept.all() and not may_remove_nothing:
         _refuse_nothing(graph, scores, ratio, options["ratios"], {**found.stopped, **hold})
     if exchange:
@@ -133,6 +160,7 @@ def plan_widths(
         "budget": budget.requested if isinstance(budget, Budget) else budget,
         "ratio": ratio,
         **said,
+        **_told_automatic(automatic, found),
         "hold": sorted(hold),
         **searched,
         **({"exchange": True} if exchange else {}),
@@ -148,6 +176,69 @@ def plan_widths(
     chosen = replace(chosen, costs={**chosen.costs, **parts})
     chosen = follow_other_ways(chosen, graph, model, found.kept)
     return chosen if latency is None or timed is None else timed.told_in(chosen, latency)
+
+
+def _set_automatic(
+    graph: CouplingGraph,
+    options: dict[str, Any],
+    budget: Budget | Mapping[str, int] | None,
+    ratio: float | None,
+    hold: Collection[str],
+) -> dict[str, Any]:
+    """Set options of which nothing is said; those that a budget decides, with what is decided.
+
+    Returns
+    -------
+    dict
+        ``"round_to"``: names of the groups whose widths are rounded; ``"max_ratio"``: the floor.
+    """
+    automatic: dict[str, Any] = {}
+    shared = budget is not None and ratio is None
+    given = spread(graph, options["ratios"] or {}, "ratios", check_share) if shared else {}
+    if options["max_ratio"] is None:
+        options["max_ratio"] = 1.0
+        if shared and options["scope"] == "global":
+            automatic["max_ratio"] = options["max_ratio"] = GLOBAL_RATIO
+            if given:
+                options["max_ratio"] = {"*": GLOBAL_RATIO, **dict.fromkeys(given, 1.0)}
+    if options["round_to"] is None:
+        options["round_to"] = 1
+        if shared:
+            kinds = {one.group: one.kind for one in structures(graph).structures}
+            names = [n for n, kind in kinds.items() if kind in _ROUNDED]
+            free = [name for name in names if name not in given and name not in hold]
+            automatic["round_to"] = wide_groups(graph, free)
+    return automatic
+
+
+@contextmanager
+def _naming_floor(automatic: Mapping[str, Any]) -> Iterator[None]:
+    """Let a budget's refusal say of a floor that nobody asked for how to lift it."""
+    try:
+        yield
+    except BudgetError as error:
+        if "max_ratio" not in automatic:
+            raise
+        raise BudgetError(
+            error.what,
+            where=error.where,
+            why=error.why,
+            fix=f"{error.fix}; scope='global' takes at most {automatic['max_ratio']:g} of a group "
+            "unless told otherwise: max_ratio=1.0 lifts that floor",
+        ) from error
+
+
+def _told_automatic(automatic: Mapping[str, Any], found: Selection) -> dict[str, Any]:
+    """What the plan says of the options that were not given."""
+    if not automatic:
+        return {}
+    told: dict[str, Any] = {"automatic": sorted(automatic)}
+    if "round_to" in automatic:
+        most = max(found.rounded.values(), default=1)
+        each = {name: found.rounded.get(name, 1) for name in automatic["round_to"]}
+        finer = {name: multiple for name, multiple in each.items() if multiple < most}
+        told["round_to"] = {"*": most, **finer} if finer else most
+    return told
 
 
 def _refuse_nothing(
@@ -245,8 +336,8 @@ _OPTIONS: Mapping[str, Any] = {
     "normalise": None,
     "solver": None,
     "min_width": 1,
-    "max_ratio": 1.0,
-    "round_to": 1,
+    "max_ratio": None,
+    "round_to": None,
     "include": None,
     "exclude": (),
 }

@@ -20,9 +20,9 @@ _ALONE: dict[str, Any] = {
     "scope": "local",
     "normalise": None,
     "solver": None,
-    "round_to": 1,
+    "round_to": None,
     "min_width": 1,
-    "max_ratio": 1.0,
+    "max_ratio": None,
 }
 """Options that say how much every group loses, as the table does, with what they are by default."""
 

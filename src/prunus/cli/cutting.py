@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunus.cli import NOT_PROVEN
 from prunus.cli import options as shared
-from prunus.cli.plan import told_of, told_of_time
+from prunus.cli.plan import told_of, told_of_rounding, told_of_time
 from prunus.errors import require
 
 if TYPE_CHECKING:
@@ -199,7 +199,8 @@ def _show(outcome: Outcome, options: argparse.Namespace) -> None:
     from prunus.report.tables import choices_table
 
     show_stages(outcome.document["stages"])
-    show(choices_table(outcome.plan), *told_of(outcome.plan), *told_of_time(outcome.plan))
+    show(choices_table(outcome.plan), *told_of(outcome.plan))
+    show(*told_of_rounding(outcome.plan), *told_of_time(outcome.plan))
     if outcome.certificate is None:
         show("Not proven: --no-verify was given.")
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from prunus.cli import options as shared
@@ -66,14 +66,15 @@ def run(options: argparse.Namespace) -> int:
         "budget": None if budget is None else budget.requested,
         "costs": costs,
         "drops": list(plan.drops),
-        **{name: plan.origin.get(name) for name in ("solver", "retained", "bound")},
+        **{name: plan.origin.get(name) for name in ("round_to", "solver", "retained", "bound")},
         "groups": describe_choices(plan),
         "files": {"out": str(options.out)} if options.out else {},
     }
 
     def tell() -> None:
         show(costs_table(costs), widths_table(plan))
-        show(*told_of(plan), *_told_of_bounds(costs), *_told_of_worth(plan), *told_of_time(plan))
+        show(*told_of(plan), *told_of_rounding(plan))
+        show(*_told_of_bounds(costs), *_told_of_worth(plan), *told_of_time(plan))
         show(f"wrote out: {options.out}" if options.out else "Nothing was written: --dry-run.")
 
     shared.answer(options, document, tell)
@@ -187,6 +188,23 @@ def measure_for(
 def told_of(plan: Plan) -> list[str]:
     """Which blocks go, in a sentence."""
     return [f"Dropped: {', '.join(plan.drops)}"] if plan.drops else []
+
+
+def told_of_rounding(plan: Plan) -> list[str]:
+    """Of what widths are multiples where nobody said so, in a sentence."""
+    if "round_to" not in plan.origin.get("automatic", ()):
+        return []
+    multiple = plan.origin["round_to"]
+    finer = ""
+    if isinstance(multiple, Mapping):
+        finer = f", {len(multiple) - 1} of them of less, for which that is too coarse a step"
+        multiple = multiple["*"]
+    if multiple == 1:
+        return ["Widths are not rounded: a step of 8 is too coarse for these bounds."]
+    return [
+        f"Widths of 32 and more are multiples of {multiple} by default{finer}; --round-to 1 rounds "
+        "nothing."
+    ]
 
 
 def told_of_time(plan: Plan) -> list[str]:

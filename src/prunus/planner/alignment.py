@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from math import lcm
 from typing import Any
 
@@ -15,7 +16,26 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.planner.filters import spread
 from prunus.tracer.program import Ref
 
-RoundTo = int | Mapping[str, int]
+WIDE = 32
+"""Narrower widths are not rounded unless somebody asks for it."""
+
+
+@dataclass(frozen=True)
+class Default:
+    """Multiples where nobody asked for any, by names of groups; others are not rounded.
+
+    Only what is made has to be a multiple, the widths of 32 and more of channels and of FFNs: an
+    input that is read beside what a group makes, three channels of an image say, keeps no group
+    from being cut.
+    """
+
+    multiples: Mapping[str, int]
+
+    def __str__(self) -> str:
+        return f"{max(self.multiples.values())} by default" if self.multiples else "1"
+
+
+RoundTo = int | Mapping[str, int] | Default
 """One number for all, or numbers by kind of layer (``"linear"``, ``"conv"``) and by glob."""
 
 KINDS = ("conv", "linear")
@@ -43,6 +63,8 @@ def aligned_labels(
         rounded to half of it, and so on, down to 16: 32 is for groups at least 64 wide.
     """
     found = [(c.label, c.multiple) for c in graph.constraints if isinstance(c, Aligned)]
+    if isinstance(round_to, Default):
+        return [*found, *_default_labels(graph, untouched, round_to.multiples)]
     by_glob, by_kind = _read(graph, round_to)
     if not by_glob and set(by_kind.values()) <= {1}:
         return found
@@ -67,7 +89,50 @@ def aligned_labels(
     return [*found, *strict.values()]
 
 
-def _read(graph: CouplingGraph, round_to: RoundTo) -> tuple[dict[str, int], dict[str, int]]:
+def _default_labels(
+    graph: CouplingGraph, untouched: Mapping[str, str], multiples: Mapping[str, int]
+) -> Iterator[tuple[Label, int]]:
+    """Units of every wide group, and wide axes that several groups make together, side by side or
+    as blocks times what is in each.
+
+    An axis counts where it is a multiple for certain once its groups are: not where one of them is
+    not rounded, or where what always stays is no multiple.
+    """
+    of_unit = np.ones(graph.unit_count + 1, dtype=np.int64)
+    live = np.zeros(graph.unit_count + 1, dtype=np.bool_)
+    for group in graph.groups:
+        live[group.units] = group.name not in untouched
+        of_unit[group.units] = multiple = multiples.get(group.name, 1)
+        if group.name not in untouched and multiple > 1 and group.size >= WIDE:
+            yield group.units[:, None], multiple
+    seen: set[bytes] = set()
+    for group in graph.groups:
+        for axis in (axis for axis, role in group.axes if role is Role.PRODUCER):
+            label = graph.labels[axis]
+            units = label[live[label]]
+            several = len(np.setdiff1d(units, group.units)) > 0
+            if len(label) < WIDE or not several:
+                continue
+            multiple = int(of_unit[units].min())
+            fixed = int((~live[label]).all(axis=1).sum())
+            if multiple > 1 and fixed % multiple == 0 and label.tobytes() not in seen:
+                seen.add(label.tobytes())
+                yield label, multiple
+
+
+def wide_groups(graph: CouplingGraph, names: Collection[str]) -> list[str]:
+    """Those of 32 units and more, or that make an axis of 32 and more together with others."""
+    widths = _widths(graph)
+    return [
+        group.name
+        for group in graph.groups
+        if group.name in names and (group.size >= WIDE or widths[group.units].max() >= WIDE)
+    ]
+
+
+def _read(
+    graph: CouplingGraph, round_to: int | Mapping[str, int]
+) -> tuple[dict[str, int], dict[str, int]]:
     """Multiples by group, where a glob says so, and by kind of layer with ``"*"`` for the rest."""
     if not isinstance(round_to, Mapping):
         check_count("round_to", round_to)

@@ -54,6 +54,8 @@ class Selection(NamedTuple):
         No choice under the same budget retains more; None where no solver looked for the best.
     solver
         Which one did.
+    rounded
+        By names of groups: of what their widths are multiples without anybody asking for it.
     """
 
     kept: Mask
@@ -61,6 +63,7 @@ class Selection(NamedTuple):
     retained: float | None = None
     bound: float | None = None
     solver: Solver | Literal["spdy"] | None = None
+    rounded: Mapping[str, int] = {}
 
 
 def select(

@@ -52,8 +52,9 @@ def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     check_scope(options["scope"], options["normalise"])
     check_solver(options["scope"], options["solver"], (*get_args(Solver), "spdy"))
     _check_each("min_width", options["min_width"], check_count)
-    _check_each("max_ratio", options["max_ratio"], check_ratio)
-    if options["round_to"] != "latency":
+    if options["max_ratio"] is not None:
+        _check_each("max_ratio", options["max_ratio"], check_ratio)
+    if options["round_to"] not in (None, "latency"):
         _check_each("round_to", options["round_to"], check_count)
     _check_each("ratios", options["ratios"] or {}, check_share)
     _check_amount(options)

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import queue
+import socket
+import tempfile
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import pytest
@@ -200,3 +209,71 @@ def test_data_that_ends_is_taken_whole_and_without_a_warning() -> None:
         warnings.simplefilter("error")
         assert len(list(bounded(torch.ones(100, 2) for _ in range(5)))) == 5
         assert len(list(bounded([torch.ones(600, 2)] * 3))) == 3
+
+
+class Guarded(Net):
+    """Runs under a lock of its own, through a pool, and keeps what can't be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock, self.pool = threading.RLock(), ThreadPoolExecutor(1)
+        self.me, self.log = weakref.ref(self), logging.getLogger("guarded")
+        self.kept = {"lock": [threading.Lock()], "socket": socket.socket(), "counter": count()}
+        self.random, self.stream = torch.Generator(), iter([1])
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115
+        self.queue: Any = queue.Queue()
+
+    def forward(self, x: Tensor) -> Any:
+        with self.lock:
+            self.pool.submit(int, 3).result(10)
+            next(self.kept["counter"])
+            return self.me().c(self.hidden(x))  # type: ignore[union-attr]
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("there is one of these only")
+
+
+def test_locks_pools_streams_and_generators_as_attributes() -> None:
+    model = Guarded().eval()
+    held = {name: value for name, value in vars(model).items() if not name.startswith("_")}
+    shrunk = prunus.shrink(model, X, ratio=0.5)
+    assert shrunk.certificate.verdict == "exact"
+    assert all(vars(model)[name] is value for name, value in held.items())
+    model.pool.shutdown()
+    model.file.close()
+    model.kept["socket"].close()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_torch_compile_is_refused(inside: bool) -> None:
+    model = Net().eval()
+    if inside:
+        model.b.compile()
+    compiled: Any = model if inside else torch.compile(model)
+    with pytest.raises(TraceError, match="is compiled") as refused:
+        prunus.trace(compiled, X)
+    assert refused.value.where == ("b" if inside else "")
+
+
+def test_tensors_in_an_object_that_a_forward_takes() -> None:
+    @dataclass
+    class Batch:
+        x: Tensor
+
+    class Takes(Net):
+        def forward(self, batch: Batch) -> Any:  # type: ignore[override]
+            return super().forward(batch.x)
+
+    shrunk = prunus.shrink(Takes().eval(), (Batch(X),), ratio=0.5)
+    assert shrunk.certificate.verdict == "exact"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_coroutine_is_refused() -> None:
+    class Later(Net):
+        async def forward(self, x: Tensor) -> Any:
+            return self.c(self.hidden(x))
+
+    with pytest.raises(TraceError, match="can't be searched") as refused:
+        prunus.trace(Later().eval(), X)
+    assert "coroutine" in refused.value.why

@@ -13,6 +13,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -30,7 +31,10 @@ _ATOMIC = frozenset(_ATOMS)
 
 Made = TypeVar("Made")
 
-_SHARED = ("torch.fx", "torch._", "torch.jit", "logging", "threading", "_thread", "builtins")
+_SHARED = (
+    *("torch.fx", "torch._", "torch.jit", "logging", "threading", "_thread", "builtins"),
+    *("concurrent", "multiprocessing", "asyncio", "queue", "subprocess", "socket", "sqlite3"),
+)
 """Packages whose objects are not entered: graphs of nodes, and names of the interpreter's own."""
 
 DEEPEST = 4
@@ -133,8 +137,9 @@ class _Copier:
         special = theirs is not None and not str(theirs.__module__).startswith("torch.")
         special = special or isinstance(module, torch.jit.ScriptModule)
         if special and self._make is _clone:
-            self._memo[id(module)] = copy.deepcopy(module, self._memo)
-            return
+            with suppress(Exception):  # a class may refuse to be copied with any error
+                self._memo[id(module)] = copy.deepcopy(module, self._memo)
+                return
         try:
             scripted = isinstance(module, torch.jit.ScriptModule)
             self._memo[id(module)] = module if scripted else object.__new__(kind)

@@ -25,6 +25,14 @@ def refuse_untraceable(model: nn.Module) -> None:
             why="its code is compiled, and its layers can be neither followed nor changed",
             fix="prune the Python model, and script or trace what comes out",
         )
+    compiled = [name for name, module in model.named_modules() if _is_compiled(module)]
+    if compiled:
+        raise TraceError(
+            "the model is compiled" if compiled[0] == "" else "a part of the model is compiled",
+            where=", ".join(filter(None, compiled[:_NAMED])),
+            why="torch.compile runs other code than the forward, made for the present shapes",
+            fix="prune the model as it was before torch.compile (model._orig_mod), then compile it",
+        )
     lazy = [
         name
         for tensors in (model.named_parameters(), model.named_buffers())
@@ -39,6 +47,11 @@ def refuse_untraceable(model: nn.Module) -> None:
             why="their parameters have no shape before the first forward",
             fix="run the model once on real inputs: model(*args)",
         )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    wrapped = type(module).__module__ == "torch._dynamo.eval_frame"
+    return wrapped or vars(module).get("_compiled_call_impl") is not None
 
 
 def refuse_nested(operator: str, module: str, source: str) -> None:

@@ -24,7 +24,7 @@ from prunus.plans import Plan
 from prunus.replay import Replay
 from prunus.surgeon import apply
 from prunus.tracer.outputs import answer_of
-from prunus.tracer.program import Node, duplicate, state_of, tensors_of
+from prunus.tracer.program import Node, duplicate, state_of
 from prunus.tracer.randomness import is_free, tied_nodes
 from prunus.tracer.sources import find_line
 from prunus.tracer.trace import quiet_run, trace
@@ -95,7 +95,9 @@ class Case:
     @cached_property
     def replay(self) -> Replay:
         """The traced program on these inputs."""
-        inputs = [tensor.detach() for _, tensor in tensors_of([self.args, self.kwargs])]
+        inputs = [
+            t.detach() for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)
+        ]
         return Replay(self.graph, state_of(self.original)[0], inputs)
 
     @cached_property

@@ -736,6 +736,7 @@ rows(
 )
 rows("_fft_c2r", case("a . -> a .", COMPLEX, [1], 0, 10))
 rows("_fft_c2c", case(". a -> . a", COMPLEX, [0], 0, True))
+rows("resize_", case("a b -> a b", X(4, 6), [4, 6]))
 rows("unfold", case("a . -> a . .", X(2, 6), 1, 3, 1), case(". a -> . a .", X(6, 2), -2, 2, 2))
 rows(
     "im2col",

@@ -40,14 +40,15 @@ def uncollected() -> Iterator[None]:
 def quiet_run(model: nn.Module, *, users_own: bool = False) -> Iterator[None]:
     """Eval mode, no gradients, no fast path; everything touched is put back afterwards.
 
-    Modules that cache tensors during a forward get their attributes back, hooks and functions
-    the containers that they have filled, and the model gets copies of its inputs, since it may
-    write to them; not so where the run is the user's own.
+    Modules that cache tensors during a forward get their attributes back, small buffers their
+    values, hooks and functions the containers that they have filled, and the model gets copies of
+    its inputs, since it may write to them; not so where the run is the user's own.
     """
     modes = {module: module.training for module in model.modules()}
     snapshots = [_Snapshot(module) for module in modes]
     settings = [(values, dict(values)) for values in marked_objects(model)]
     outside = None if users_own else Outside(model)
+    buffers = None if users_own else _Buffers(model)
     try:
         if not users_own and not isinstance(model, torch.jit.ScriptModule):
             model.register_forward_pre_hook(_copy_inputs, prepend=True, with_kwargs=True)
@@ -57,6 +58,8 @@ def quiet_run(model: nn.Module, *, users_own: bool = False) -> Iterator[None]:
     finally:
         for snapshot in snapshots:
             snapshot.restore()
+        if buffers is not None:
+            buffers.restore()
         for values, saved in settings:
             values.clear()
             values.update(saved)
@@ -127,6 +130,32 @@ def _same(container: Any, content: Any) -> bool:
             container
         ) == list(content)
     return bool(container == content)
+
+
+class _Buffers:
+    """Small buffers that a forward may write to even in eval mode, as the observers of QAT do."""
+
+    LARGEST = 1 << 16
+
+    def __init__(self, model: nn.Module) -> None:
+        self._saved = [
+            (buffer, buffer.detach().clone())
+            for buffer in model.buffers()
+            if buffer.layout == torch.strided
+            and buffer.numel() <= self.LARGEST
+            and not buffer.is_inference()
+            and not buffer.is_meta
+        ]
+
+    def restore(self) -> None:
+        """Put back the values of those that were written to.
+
+        Fused observers don't count up the version of what they write.
+        """
+        with torch.no_grad():
+            for buffer, value in self._saved:
+                if not torch.equal(buffer, value):
+                    buffer.resize_(value.shape).copy_(value)
 
 
 class _Snapshot:

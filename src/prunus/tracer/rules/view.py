@@ -477,6 +477,19 @@ def as_strided(call: Call) -> Effect:
     return Effect(call.unlabelled())
 
 
+@rule("resize_")
+def resize(call: Call) -> Effect:
+    """Passes where the size is as before, as where an observer takes down what it has seen."""
+    labels, out = call.labels("self"), call.outputs[0]
+    fits = len(labels) == out.dim() and all(
+        label is None or len(label) == size for label, size in zip(labels, out.shape, strict=True)
+    )
+    if not fits:
+        call.pin_all("memory is given another size")
+        labels = call.unlabelled()[0]
+    return Effect((labels,), sizes={"size": list(zip(out.shape, labels, strict=True))})
+
+
 @rule("unfold")
 def windows(call: Call) -> Effect:
     """Overlapping windows of a dim need all of it."""

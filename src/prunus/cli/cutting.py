@@ -179,19 +179,9 @@ def show_certificate(certificate: Certificate, fix: str) -> None:
         show(f"Outputs that may shrink: {', '.join(certificate.released)}")
     if certificate.stale:
         show("Not changed, and read by no forward that ran: " + "; ".join(certificate.stale))
-    if certificate.renormalised:
-        show(f"Kept weights change with what is removed: {spell_renormalised(certificate)}")
     if certificate.unverified:
         still = spell_places(certificate.unverified)
         show(f"Not verified, since removing them moves no output: {still}")
-
-
-def spell_renormalised(certificate: Certificate) -> str:
-    """Groups of weights computed from weights, with their distance from plain silencing."""
-    return "; ".join(
-        f"{name} (outputs differ by {by:.1%} from plain silencing)"
-        for name, by in certificate.renormalised.items()
-    )
 
 
 def _show(outcome: Outcome, options: argparse.Namespace) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import hashlib
 import json
 import os
 import pickle
@@ -33,6 +32,7 @@ from prunus.io import container
 from prunus.io.load import without_values
 from prunus.plans import Edit, Plan
 from prunus.tracer.program import tensors_of
+from tests.file_attacks import resign, rewrite
 
 # Every model as a function without arguments, so that another process can build it again.
 BUILDERS = """
@@ -401,28 +401,6 @@ def test_another_architecture_is_refused(tmp_path, build, error, text) -> None:
         prunus.load(tmp_path / "m.st", build=build)
     if error is not ModelError:
         assert "m.st" in caught.value.where
-
-
-def resign(data: bytes) -> bytes:
-    """A changed file with the right digest: what somebody does who means it."""
-    length = int.from_bytes(data[:8], "little")
-    header = data[8 : 8 + length]
-    at = header.find(b'"digest":"') + len(b'"digest":"')
-    if at < 10 or len(header) < at + 64:
-        return data
-    zeros = header[:at] + b"0" * 64 + header[at + 64 :]
-    digest = hashlib.sha256(data[:8] + zeros + data[8 + length :]).hexdigest().encode()
-    return data[:8] + header[:at] + digest + header[at + 64 :] + data[8 + length :]
-
-
-def rewrite(data: bytes, change: Callable[[dict], None]) -> bytes:
-    """The file with its header changed as JSON, and signed again."""
-    length = int.from_bytes(data[:8], "little")
-    document = json.loads(data[8 : 8 + length])
-    change(document)
-    header = json.dumps(document, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return resign(len(header).to_bytes(8, "little") + header + data[8 + length :])
 
 
 def in_metadata(entry: str, change: Callable[[dict], None]) -> Callable[[dict], None]:

@@ -114,7 +114,7 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_a_plan_names_no_method_that_is_run(in_tmp: Path, use: str, method: str, args: Any) -> None:
     changed = copy.deepcopy(DOCUMENT)
     changed["origin"]["traced"].update(
-        forward_fn={"method": method}, outputs={}, inputs={"args": args, "kwargs": {}}
+        forward_fn={"method": method}, inputs={"args": args, "kwargs": {}}
     )
     error = refused(changed, build(), use)
     assert any(text in str(error) for text in ("taken from the caller only", "give args="))
@@ -158,6 +158,7 @@ GARBAGE: list[Any] = [
     {"inputs": 5, "outputs": O},
     {"inputs": T},
     {"inputs": T, "outputs": 5},
+    {"inputs": T, "outputs": {}},
     {"inputs": T, "outputs": {"output": 7}},
     {"inputs": T, "outputs": {"output": [5, -3]}},
     {"inputs": T, "outputs": O, "more": 1},

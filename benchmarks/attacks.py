@@ -1,0 +1,95 @@
+"""Attacks on the engine, counted: files from strangers, and what else may happen to a call.
+
+    OMP_NUM_THREADS=1 python benchmarks/attacks.py            # all kinds, about ten minutes
+    OMP_NUM_THREADS=1 python benchmarks/attacks.py --kind files --count 200
+
+``results/attacks.csv`` has one row for each kind: how many attacks were tried, and how many held.
+One holds where nothing but Prunus' own errors comes out, what was refused leaves the model as it
+was, and nothing outside the model changes; ``tests/attacks.py`` says how that is seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rows import ROOT, replace
+
+RESULTS = Path(__file__).with_name("results") / "attacks.csv"
+FIELDS = ("kind", "tried", "held")
+
+CHUNK = 250
+"""Attacks between two looks at the table: what was tried is never lost."""
+
+Attack = Callable[[int, int], Any]
+"""Called with how many to try and a seed; returns a ``tests.attacks.Tally``."""
+
+
+def _plans(count: int, seed: int) -> Any:
+    from tests.attacks import Observer
+    from tests.plan_attacks import attack_with_plans
+
+    return attack_with_plans(count, Observer(), seed)
+
+
+def _files(count: int, seed: int) -> Any:
+    from tests.attacks import Observer
+    from tests.file_attacks import attack_with_files
+
+    return attack_with_files(count, Observer(), seed)
+
+
+KINDS: dict[str, tuple[str, int, Attack]] = {
+    "plans": ("structural mutations of plans", 10_000, _plans),
+    "files": ("structural mutations of files", 2_000, _files),
+}
+"""Name on the command line → what the table calls it, how many are tried, and what tries them."""
+
+
+def main() -> int:
+    """Run the kinds that were asked for; 1 if an attack got through."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--kind", action="append", choices=KINDS, help="only these; all by default")
+    parser.add_argument("--count", type=int, help="how many of each; the table's number by default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    broken = 0
+    for name in options.kind or KINDS:
+        title, count, attack = KINDS[name]
+        attack(10, options.seed + 1)  # which imports all that is needed
+        gc.freeze()  # traces look through all that is alive
+        broken += _try(title, options.count or count, attack, options)
+    return 1 if broken else 0
+
+
+def _try(title: str, count: int, attack: Attack, options: argparse.Namespace) -> int:
+    """Try one kind, a chunk after the other; how many got through."""
+    tried = held = 0
+    notes: Counter[str] = Counter()
+    started = time.perf_counter()
+    while tried < count:
+        tally = attack(min(CHUNK, count - tried), options.seed * 1_000 + tried // CHUNK)
+        tried, held = tried + tally.tried, held + tally.held
+        notes += tally.notes
+        for problem in tally.broken:
+            print(f"  {problem}")
+        told = ", ".join(f"{n} {what}" for what, n in sorted(notes.items()))
+        seconds = time.perf_counter() - started
+        print(f"{title}: {held} of {tried} held ({told}); {seconds:.0f} s", flush=True)
+        row = {"kind": title, "tried": tried, "held": held}
+        replace(options.out, FIELDS, ["kind"], [row])
+    return tried - held
+
+
+if __name__ == "__main__":
+    sys.exit(main())

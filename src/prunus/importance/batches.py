@@ -77,7 +77,7 @@ def bounded(data: Iterable[Any]) -> Iterable[Any]:
     Warns
     -----
     UserWarning
-        If it was stopped there, with the number of batches that were taken.
+        If there were more, with the number of batches that were taken.
 
     >>> bounded([1, 2]), len(list(bounded(torch.zeros(2, 3) for _ in range(4))))
     ([1, 2], 4)
@@ -90,10 +90,13 @@ def bounded(data: Iterable[Any]) -> Iterable[Any]:
         return data
     taken: list[Any] = []
     samples = 0
-    for batch in data:
+    more = iter(data)
+    for batch in more:
         taken.append(batch)
         samples += count_samples(batch)
         if samples >= SAMPLES:
+            if next(more, more) is more:  # that was all
+                break
             warnings.warn(
                 f"the calibration data has no length: its first {len(taken)} batches "
                 f"({samples} samples) were taken; give a list or a DataLoader for another number",

@@ -30,7 +30,7 @@ from prunus.graph.expressions import (
 from prunus.tracer.labels import COUNT_TRIALS, Algebra
 from prunus.tracer.marks import key_of
 from prunus.tracer.provenance import Ratio, expression_of
-from prunus.tracer.sources import code_frame, find_source
+from prunus.tracer.sources import code_frame, find_source, users_frame
 
 COMPUTED = "the code computes with this size"
 WHOLE = "the code takes as many positions as another size says, here all of them"
@@ -63,6 +63,8 @@ class Sizes:
         if isinstance(expression, int):
             cast = self._cast_of(expression, label)
             if cast is None:
+                if _is_computed(expression):
+                    return
                 self._algebra.pin(label, replace(why, reason="the code fixes this size"))
                 return
             expression = cast
@@ -262,6 +264,17 @@ def _may_depend_on_inputs(
     if op == "==":
         return mixed and not outcome and other > 1
     return mixed or (other > 1 and not constant)
+
+
+def _is_computed(value: int) -> bool:
+    """Whether the line that states a size computes it by ``shape.numel()``, which nobody hears of.
+
+    The check of the cut model tells if it does not.
+    """
+    frame = users_frame(sys._getframe(1))
+    return frame is not None and (
+        "numel" in frame.f_code.co_names and value not in frame.f_code.co_consts
+    )
 
 
 def _is_constant(frame: Any) -> bool:

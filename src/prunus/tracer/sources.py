@@ -35,11 +35,15 @@ def _spoken(frame: Any, line: int) -> str:
 
 def find_source(frame: Any) -> str:
     """``file.py:line`` of the innermost frame that is neither PyTorch's nor ours."""
-    while frame is not None:
-        if _is_foreign(frame):
-            return _spoken(frame, frame.f_lineno)
+    frame = users_frame(frame)
+    return "" if frame is None else _spoken(frame, frame.f_lineno)
+
+
+def users_frame(frame: Any) -> Any:
+    """The innermost frame that is neither PyTorch's nor ours; None without one."""
+    while frame is not None and not _is_foreign(frame):
         frame = frame.f_back
-    return ""
+    return frame
 
 
 def code_frame(frame: Any) -> Any:

@@ -31,8 +31,11 @@ from prunus.verifier.structure import other_positions
 MOST_TRIES = 6
 """Shapes that are tried; a model refuses most of them at once."""
 
-LONGEST = 1024
-"""Sequences up to this length are run to pass a threshold; beyond, they are only traced."""
+REACH = 4
+"""Sequences up to so many times as long are run to pass a threshold; longer ones are traced."""
+
+MOST_FAR = 3
+"""Thresholds out of reach that are traced."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,14 @@ class Elsewhere:
 
 def compare_elsewhere(case: Case) -> Elsewhere:
     """Compare on one more batch size and, where the model takes it, resolution or length."""
-    thresholds = sorted(find_thresholds(case.graph))
+    near, far = find_thresholds(case.graph)
     traced = as_traced(case.args, case.kwargs)
-    second, why = second_inputs(case.original, case, [n + 1 for n in thresholds if n < LONGEST])
+    second, why = second_inputs(case.original, case, [n + 1 for n in near])
     if second is None:
         return Elsewhere(0.0, "", (traced, why))
     other = _at(case, second)
     try:
-        reason = other_positions(other) or other_path(other)
+        reason = _other_couplings(other) or other_path(other)
         compared = compare(other)
     except Exception as failure:  # what a model does at another shape may be beyond the tracer
         return Elsewhere(0.0, "", (traced, f"not compared at {second}: {failure}"))
@@ -82,7 +85,7 @@ def compare_elsewhere(case: Case) -> Elsewhere:
     if not reason and not error <= tolerance(other.dtype):
         reason = f"the outputs differ by {error:.1e}"
     if not reason:
-        second, reason = _far(case, thresholds) or (second, "")
+        second, reason = _far(case, far) or (second, "")
     lines = (traced, str(second), *_also(why)) if not reason else (traced, *_also(why))
     said = f"at {second}: {reason}" if reason else ""
     return Elsewhere(error, said, lines, tuple(other.graph.traced["unread"]))
@@ -168,36 +171,50 @@ def _at(case: Case, inputs: Inputs) -> Case:
     return other
 
 
+def _other_couplings(case: Case) -> str:
+    """Where a plan fits these inputs' couplings not, with what pins there; empty if it does."""
+    reason = other_positions(case)
+    if reason:
+        implied = dict(case.graph.positions(case.kept))
+        for axis in case.plan.keep:
+            pins = case.graph.why_pinned(axis) if axis not in implied else ()
+            if pins:
+                return f"{reason}: {pins[0][1]}"
+    return reason
+
+
 def _far(case: Case, thresholds: Sequence[int]) -> tuple[Inputs, str] | None:
     """What a trace alone says beyond thresholds that are too far to run: nothing is computed."""
-    far = [n + 1 for n in thresholds if n >= LONGEST]
-    for length in far[:1]:
-        for inputs in other_inputs(case.args, dict(case.kwargs), [length]):
-            if inputs.what.startswith(f"length {length}"):
+    for threshold in thresholds[:MOST_FAR]:
+        length = f"length {threshold + 1}"
+        for inputs in other_inputs(case.args, dict(case.kwargs), [threshold + 1]):
+            if inputs.what.startswith(length):
                 other = _at(case, inputs)
                 try:
-                    reason = other_positions(other)
+                    reason = _other_couplings(other)
                 except Exception:  # the model takes no such length
                     continue
-                return (inputs, reason) if reason else None
+                if reason:
+                    return inputs, reason
     return None
 
 
-def find_thresholds(graph: CouplingGraph) -> set[int]:
-    """Lengths beyond which the code may do something else: what it compares them with.
+def find_thresholds(graph: CouplingGraph) -> tuple[list[int], list[int]]:
+    """Lengths beyond which the code may do something else, those within reach and the others.
 
     Sizes of tables and attributes with which a plain int is compared, and the lengths of tables
     that no parameter is, of which the beginning is taken.
     """
-    found: set[int] = set()
+    found: set[tuple[int, int]] = set(_tables(graph))
     for condition in graph.conditions:
         if condition.op == "==":
             continue
         for one, other in ((condition.left, condition.right), (condition.right, condition.left)):
             value = _size_of(graph, one)
             if isinstance(other, int) and value is not None and value >= other > 1:
-                found.add(value)
-    return found | set(_tables(graph))
+                found.add((value, other))
+    near = {value for value, length in found if value <= REACH * length}
+    return sorted(near), sorted({value for value, _ in found} - near)
 
 
 def _size_of(graph: CouplingGraph, expression: Expression) -> int | None:
@@ -206,7 +223,8 @@ def _size_of(graph: CouplingGraph, expression: Expression) -> int | None:
     return expression.size if isinstance(expression, Width) else None
 
 
-def _tables(graph: CouplingGraph) -> Iterator[int]:
+def _tables(graph: CouplingGraph) -> Iterator[tuple[int, int]]:
+    """Lengths of tables, and how much of each was taken."""
     program = graph.program
     for node in program.nodes:
         source = node.args.get("self")
@@ -216,5 +234,6 @@ def _tables(graph: CouplingGraph) -> Iterator[int]:
         own = name is not None and name not in graph.parameters
         if own or source.value in program.constants:
             size = program.shapes[source.value][node.args["dim"]]
-            if node.args["start"] in (None, 0) and (node.args["end"] or size) < size:
-                yield size
+            taken = node.args["end"] or size
+            if node.args["start"] in (None, 0) and 1 < taken < size <= REACH * taken:
+                yield size, taken

@@ -29,6 +29,8 @@ _ATOMS = (
 
 _ATOMIC = frozenset(_ATOMS)
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
 Made = TypeVar("Made")
 
 _SHARED = (
@@ -83,8 +85,9 @@ def _clone_data(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 
 def _alias(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     """Another tensor of the same memory; special kinds of tensors are shared as they are."""
+    made: Tensor
     if type(tensor) is nn.Parameter:
-        made: Tensor = nn.Parameter(tensor.detach(), tensor.requires_grad)
+        made = Tensor._make_subclass(nn.Parameter, tensor, tensor.requires_grad)
     elif type(tensor) is Tensor:
         made = tensor.detach()
     else:
@@ -148,9 +151,17 @@ class _Copier:
 
     def _fill(self, module: nn.Module) -> None:
         made = self._memo[id(module)]
-        if made is not module and not vars(made):
-            for name, value in vars(module).items():
-                vars(made)[name] = self._copy(value)
+        if made is module or vars(made):
+            return
+        own = vars(made)
+        for name, value in vars(module).items():
+            kind = type(value)
+            if kind in _ATOMIC:
+                own[name] = value
+            elif name not in _OF_EVERY_MODULE:
+                own[name] = self._copy(value)
+            else:
+                own[name] = self._copy(value) if value else kind()  # no other module's
 
     def _copy(self, value: Any) -> Any:
         kind = type(value)

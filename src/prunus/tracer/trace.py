@@ -220,8 +220,9 @@ class _Run:
         task, started = self._task, time.perf_counter()
         copied = (deep_copy if self._real else stand_in)(task.model)
         own = set(map(id, task.model.modules()))
-        shared = [module for module in copied.model.modules() if id(module) in own]
-        modules = [module for module in copied.model.modules() if id(module) not in own]
+        every = list(copied.model.modules())
+        shared = [module for module in every if id(module) in own]
+        modules = [module for module in every if id(module) not in own]
         for module in modules:
             self._watch.add(module)
         outside = Outside(copied.model)

@@ -141,13 +141,28 @@ class _Copier:
         special = special or isinstance(module, torch.jit.ScriptModule)
         if special and self._make is _clone:
             with suppress(Exception):  # a class may refuse to be copied with any error
-                self._memo[id(module)] = copy.deepcopy(module, self._memo)
+                self._memo[id(module)] = made = copy.deepcopy(module, self._memo)
+                if isinstance(module, torch.jit.ScriptModule):
+                    self._pair(module, made)
                 return
         try:
-            scripted = isinstance(module, torch.jit.ScriptModule)
-            self._memo[id(module)] = module if scripted else object.__new__(kind)
+            if isinstance(module, torch.jit.ScriptModule):
+                self._memo[id(module)] = module
+                self._pair(module, module)
+            else:
+                self._memo[id(module)] = object.__new__(kind)
         except TypeError:  # a class that is something else beside a module
             self._memo[id(module)] = module
+
+    def _pair(self, module: nn.Module, made: nn.Module) -> None:
+        """What stands for the parts and tensors of a ScriptModule: those that its copy runs on."""
+        for (_, one), (_, other) in zip(module.named_modules(), made.named_modules(), strict=True):
+            self._keep(one, other)
+            for name in ("_parameters", "_buffers"):
+                theirs = dict(getattr(other, name).items())
+                for key, tensor in getattr(one, name).items():
+                    if tensor is not None:
+                        self._keep(tensor, theirs[key])
 
     def _fill(self, module: nn.Module) -> None:
         made = self._memo[id(module)]

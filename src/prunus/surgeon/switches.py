@@ -30,7 +30,7 @@ class Switches:
         self._cudnn = torch._C._get_cudnn_enabled()
         self._gradients = torch.is_grad_enabled()
         self._random = torch.get_rng_state()
-        self._modes = torch._C._len_torch_dispatch_stack()
+        self._modes = [id(mode) for mode in dispatch._get_current_dispatch_mode_stack()]
         self._in_modes = {n: v for n, v in vars(dispatch).items() if isinstance(v, bool)}
         self._only_lift = torch._C._only_lift_cpu_tensors()
         self._function_modes = torch._C._len_torch_function_stack()
@@ -45,8 +45,9 @@ class Switches:
     def restore(self) -> None:
         """Set what has changed back; may be called again."""
         with signals_deferred():
-            while torch._C._len_torch_dispatch_stack() > self._modes:
-                torch._C._pop_torch_dispatch_stack()
+            for mode in reversed(dispatch._get_current_dispatch_mode_stack()):
+                if id(mode) not in self._modes:
+                    _leave(mode)
             while torch._C._len_torch_function_stack() > self._function_modes:
                 torch._C._pop_torch_function_stack()
             vars(dispatch).update(self._in_modes)
@@ -68,6 +69,15 @@ class Switches:
                 if list(hooks) != list(before):
                     hooks.clear()
                     hooks.update(before)
+
+
+def _leave(mode: Any) -> None:
+    """Take a mode off that was entered and never left; PyTorch's own have places by their kind."""
+    key = getattr(mode, "_mode_key", None)
+    if key is None:
+        torch._C._pop_torch_dispatch_stack(None)
+    else:
+        torch._C._unset_dispatch_mode(key)
 
 
 def _hooks_of_all_modules() -> list[dict[int, Any]]:

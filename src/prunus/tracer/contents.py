@@ -25,6 +25,8 @@ class Contents:
     def restore(self) -> None:
         """Put the bytes back; may be called again."""
         for storage, values in self._saved:
+            if storage.nbytes() != values.nbytes():  # the observers of QAT resize their buffers
+                storage.resize_(values.nbytes())
             storage.copy_(values)
 
 

@@ -133,14 +133,22 @@ def _same(container: Any, content: Any) -> bool:
 
 
 class _Buffers:
-    """Small buffers that a forward may write to even in eval mode, as the observers of QAT do."""
+    """Small buffers that a forward may write to even in eval mode, as the observers of QAT do.
+
+    Embeddings with ``max_norm`` write their weight.
+    """
 
     LARGEST = 1 << 16
 
     def __init__(self, model: nn.Module) -> None:
+        weights = (
+            module._parameters["weight"]
+            for module in model.modules()
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+        )
         self._saved = [
             (buffer, buffer.detach().clone())
-            for buffer in model.buffers()
+            for buffer in (*model.buffers(), *(weight for weight in weights if weight is not None))
             if buffer.layout == torch.strided
             and buffer.numel() <= self.LARGEST
             and not buffer.is_inference()
@@ -155,7 +163,9 @@ class _Buffers:
         with torch.no_grad():
             for buffer, value in self._saved:
                 if not torch.equal(buffer, value):
-                    buffer.resize_(value.shape).copy_(value)
+                    if buffer.shape != value.shape:
+                        buffer.resize_(value.shape)
+                    buffer.copy_(value)
 
 
 class _Snapshot:

@@ -179,6 +179,9 @@ class Trial:
         self._labels = [*own, *effect.outputs]
         values = (*(tensor for _, tensor in tensors_in(self._before)), *outputs)
         self._shapes = tuple(tuple(tensor.shape) for tensor in values)
+        self._strides = tuple(
+            tensor.stride() if tensor.layout == torch.strided else () for tensor in values
+        )
         self._resolved: dict[int, tuple[Label, Label | None]] = {}
         counted = (label for _, label in effect.counted)
         dims = (d for labels in self._labels for d in labels)
@@ -309,6 +312,7 @@ class Trial:
             labels=tuple(self._labels),
             shapes=self._shapes,
             resolve=self.resolve,
+            strides=self._strides,
         )
         try:
             values = Replay(SimpleNamespace(program=program), {}, originals).run(kept)  # type: ignore[arg-type]

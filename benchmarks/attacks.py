@@ -45,9 +45,28 @@ def _files(count: int, seed: int) -> Any:
     return attack_with_files(count, Observer(), seed)
 
 
+def _interrupts(name: str) -> Attack:
+    def attack(count: int, seed: int) -> Any:
+        from tests import interrupt_attacks
+        from tests.attacks import Tally
+
+        tally = Tally()
+        getattr(interrupt_attacks, name)(count, seed, tally.add)
+        return tally
+
+    return attack
+
+
 KINDS: dict[str, tuple[str, int, Attack]] = {
     "plans": ("structural mutations of plans", 10_000, _plans),
     "files": ("structural mutations of files", 2_000, _files),
+    "lines": ("errors at random lines of apply and shrink", 250, _interrupts("interrupt_lines")),
+    "signals": (
+        "signals at random moments of apply and shrink",
+        250,
+        _interrupts("interrupt_by_signals"),
+    ),
+    "threads": ("threads that shrink and answer at once", 16, _interrupts("shrink_in_threads")),
 }
 """Name on the command line → what the table calls it, how many are tried, and what tries them."""
 

@@ -65,7 +65,7 @@ def _interrupt(
 ) -> None:
     """An attack may come too late, or be caught where a second way leads on: then all is done."""
     chance = random.Random(seed)
-    for name, verb in TARGETS:
+    for place, (name, verb) in enumerate(TARGETS):
         run, build = VERBS[verb], MODELS[name]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -74,7 +74,7 @@ def _interrupt(
             case = build()
             before = fingerprint(case.model, case.optimizer)
             tried = 0
-            while tried < -(-count // len(TARGETS)):
+            while tried < share_of(count, place):
                 share, done = chance.random(), False
                 try:
                     with attack(share, extent):
@@ -92,6 +92,11 @@ def _interrupt(
                 if not same:
                     case = build()
                     before = fingerprint(case.model, case.optimizer)
+
+
+def share_of(count: int, place: int) -> int:
+    """How many of the points fall to one of the targets."""
+    return count // len(TARGETS) + (place < count % len(TARGETS))
 
 
 def shrink_in_threads(count: int, seed: int, tell: Problem) -> None:

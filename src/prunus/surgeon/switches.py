@@ -30,7 +30,7 @@ class Switches:
         self._cudnn = torch._C._get_cudnn_enabled()
         self._gradients = torch.is_grad_enabled()
         self._random = torch.get_rng_state()
-        self._modes = [id(mode) for mode in dispatch._get_current_dispatch_mode_stack()]
+        self._modes = list(dispatch._get_current_dispatch_mode_stack())
         self._in_modes = {n: v for n, v in vars(dispatch).items() if isinstance(v, bool)}
         self._only_lift = torch._C._only_lift_cpu_tensors()
         self._function_modes = torch._C._len_torch_function_stack()
@@ -46,8 +46,9 @@ class Switches:
         """Set what has changed back; may be called again."""
         with signals_deferred():
             for mode in reversed(dispatch._get_current_dispatch_mode_stack()):
-                if id(mode) not in self._modes:
+                if not any(mode is one for one in self._modes):
                     _leave(mode)
+            _enter_again(self._modes)
             while torch._C._len_torch_function_stack() > self._function_modes:
                 torch._C._pop_torch_function_stack()
             vars(dispatch).update(self._in_modes)
@@ -78,6 +79,15 @@ def _leave(mode: Any) -> None:
         torch._C._pop_torch_dispatch_stack(None)
     else:
         torch._C._unset_dispatch_mode(key)
+
+
+def _enter_again(modes: list[Any]) -> None:
+    """A mode of PyTorch's own takes the place of another of its kind, until it is left."""
+    now = dispatch._get_current_dispatch_mode_stack()
+    for mode in modes:
+        own = getattr(mode, "_mode_key", None) is not None
+        if own and not any(mode is one for one in now):
+            torch._C._set_dispatch_mode(mode)
 
 
 def _hooks_of_all_modules() -> list[dict[int, Any]]:

@@ -20,7 +20,7 @@ from prunus.errors import VerifyError
 from prunus.exchange import relative_error
 from prunus.graph.axis import Axis
 from prunus.graph.coupling import CouplingGraph
-from prunus.listening import listen
+from prunus.listening import listen, randomise
 from prunus.oracle import verify
 from prunus.plans import Edit, Plan
 from prunus.replay import Replay
@@ -396,3 +396,17 @@ def test_a_path_that_hangs_on_values_is_refused_with_its_line() -> None:
         shrink(model, x, **options)
     assert "test_oracle.py" in caught.value.where
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_randomise_returns_is_what_the_model_answers() -> None:
+    """Statistics that were drawn in a run of ours have to outlive it."""
+    torch.manual_seed(0)
+    norms = nn.BatchNorm2d(8), nn.BatchNorm2d(6)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), norms[0], nn.ReLU(), nn.Conv2d(8, 6, 3), norms[1], nn.Flatten(1)
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    answer = randomise(model, (x,), {})
+    assert answer is not None
+    assert all(norm.running_mean.any() for norm in norms)
+    torch.testing.assert_close(answer["output"], model(x))

@@ -162,6 +162,7 @@ def _settle_batch_norms(
     answer again, if each has run once; else None is returned.
     """
     settled: Counter[nn.Module] = Counter()
+    statistics: dict[Any, tuple[Tensor, Tensor]] = {}
     answer: dict[str, Tensor] | None = None
 
     def settle(module: Any, inputs: tuple[Any, ...]) -> None:
@@ -173,6 +174,7 @@ def _settle_batch_norms(
                 module.running_mean.copy_(mean)
                 module.running_var.copy_(variance + 0.1 * variance.mean() + 1e-6)
                 _perturb(module, generator)
+                statistics[module] = module.running_mean.clone(), module.running_var.clone()
                 settled[module] += 1
 
     normalising = [module for module in _hookable(model) if _has_statistics(module)]
@@ -184,6 +186,9 @@ def _settle_batch_norms(
     finally:
         for handle in handles:
             handle.remove()
+    for module, (mean, variance) in statistics.items():  # a quiet run puts back what it wrote
+        module.running_mean.copy_(mean)
+        module.running_var.copy_(variance)
     for module in normalising:
         if module not in settled:
             _perturb(module, generator)

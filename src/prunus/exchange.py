@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from prunus.graph.axis import Label
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
+from prunus.tracer.compress import lay
 from prunus.tracer.outputs import answer_of
 from prunus.tracer.program import duplicate, state_of
 from prunus.tracer.randomness import tied_nodes
@@ -133,7 +134,7 @@ def _exchange(graph: CouplingGraph, model: nn.Module, place: Places) -> None:
                 tensor = tensors[axis.tensor]
                 index = torch.as_tensor(take, device=tensor.device)
                 # Other memory, since a parameter's own is that of the model that was copied.
-                tensor.data = torch.empty_like(tensor).copy_(tensor.index_select(axis.dim, index))
+                tensor.data = lay(tensor.detach().index_select(axis.dim, index), tensor.stride())
 
 
 def _permute(graph: CouplingGraph, groups: Iterable[Group], seed: int) -> Places:

@@ -217,9 +217,11 @@ class _Task:
         self, original: nn.Module, source: nn.Module, graph: CouplingGraph | None, weights: str
     ) -> Case:
         """``original`` lacks the blocks that the plan drops; ``source`` has them."""
-        add_biases(original, self.plan.biases)
+        if self.plan.biases:
+            add_biases(original, self.plan.biases)
+        plan = fit_plan(self.plan, state_of(original)[0]) if self.plan.written else self.plan
         return Case(
-            fit_plan(self.plan, state_of(original)[0]),
+            plan,
             original,
             source,
             self.args,

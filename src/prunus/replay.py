@@ -40,6 +40,7 @@ class Replay:
         self._program: Program = found.program
         self._state = state
         self._inputs = list(inputs)
+        self._places: dict[int, list[tuple[str, int, Label]]] = {}
         self._last_use = _last_uses(self._program)
         self._order = {id(node): n for n, node in enumerate(tied_nodes(self._program))}
         self._written = _written_to(self._program)
@@ -124,7 +125,7 @@ class Replay:
         values.update(zip(node.outputs, tensors, strict=True))
 
     def _silenced(self, node: Node, bound: dict[str, Any], kept: Mask) -> dict[str, Any]:
-        """Every contracted operand, zeroed where a unit is gone, in the memory layout it had."""
+        """What contractions read, zeroed where a unit is gone, in the memory layout it had."""
         for name, dim, label in self._contracted(node):
             gone = np.setdiff1d(np.arange(len(label)), kept_positions(label, kept))
             if len(gone):
@@ -134,14 +135,9 @@ class Replay:
         return bound
 
     def _gated(self, node: Node, bound: dict[str, Any], gates: Tensor) -> dict[str, Any]:
-        """One operand of each contraction, multiplied by the gates; data rather than weights."""
-        done: list[Label] = []
-        places = sorted(self._contracted(node), key=lambda p: self._is_weight(node.args[p[0]]))
-        for name, dim, label in places:
+        """What contractions read, multiplied by the gates."""
+        for name, dim, label in self._contracted(node):
             operand = bound[name]
-            if any(np.array_equal(label, other) for other in done):
-                continue
-            done.append(label)
             if operand.is_floating_point():
                 units = torch.as_tensor(label)
                 gate = gates[units].prod(1).to(operand)
@@ -150,13 +146,24 @@ class Replay:
         return bound
 
     def _contracted(self, node: Node) -> list[tuple[str, int, Label]]:
-        """Operands that are summed over a labelled dim: name, dim, and label."""
-        places = node.effect.contracted if node.effect else ()
-        found = [
-            (str(name), dim, self._program.value_label(node.args[str(name)], dim))
-            for (name, *_), dim in places
-        ]
-        return [(name, dim, label) for name, dim, label in found if label is not None]
+        """Operands that are summed over a labelled dim: name, dim, and label.
+
+        Of several with one label only the first, data rather than weights: what is zero there adds
+        nothing, whatever it is multiplied by.
+        """
+        if id(node) in self._places:
+            return self._places[id(node)]
+        places = (
+            [(str(name), dim) for (name, *_), dim in node.effect.contracted] if node.effect else []
+        )
+        places.sort(key=lambda place: self._is_weight(node.args[place[0]]))
+        found: list[tuple[str, int, Label]] = []
+        for name, dim in places:
+            label = self._program.value_label(node.args[name], dim)
+            if label is not None and not any(np.array_equal(label, one[2]) for one in found):
+                found.append((name, dim, label))
+        self._places[id(node)] = found
+        return found
 
     def _is_weight(self, reference: Any) -> bool:
         return isinstance(reference, Ref) and reference.value in self._weights

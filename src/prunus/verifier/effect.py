@@ -48,7 +48,7 @@ def open_gates(case: Case) -> None:
         try:
             gates, outputs = case.replay.run_gated()
             case.dense = {name: tensor.detach() for name, tensor in outputs.items()}
-            case.gradients = _gradients(gates, outputs)
+            case.gradients = _gradients(case, gates, outputs)
         except (RuntimeError, NotImplementedError, PrunusError):  # an operator has no derivative
             case.gradients = torch.zeros(PROJECTIONS, case.graph.unit_count + 1)
 
@@ -59,16 +59,19 @@ def _first_order(case: Case) -> dict[str, float]:
     The measure never exceeds the relative change of the outputs by more than chance: it is the
     change along a random direction, divided by the root of the number of elements.
     """
+    return {} if case.gradients is None else _changes(case, case.gradients)
+
+
+def _changes(case: Case, gradients: Tensor) -> dict[str, float]:
+    """By touched group: the sum over its removed units, along the direction where it is largest."""
     found: dict[str, float] = {}
-    if case.gradients is not None:
-        for group in case.touched:
-            gone = group.units[~case.kept[group.units]]
-            changes = case.gradients[:, torch.as_tensor(gone)].sum(1).abs()
-            found[group.name] = float(changes.max())
+    for group in case.touched:
+        gone = group.units[~case.kept[group.units]]
+        found[group.name] = float(gradients[:, torch.as_tensor(gone)].sum(1).abs().max())
     return found
 
 
-def _gradients(gates: Tensor, outputs: dict[str, Tensor]) -> Tensor:
+def _gradients(case: Case, gates: Tensor, outputs: dict[str, Tensor]) -> Tensor:
     """Of random projections of the outputs, scaled to their size; (projections, units + 1)."""
     generator = torch.Generator().manual_seed(0)
     reached = [t for t in outputs.values() if t.requires_grad and t.numel()]
@@ -85,4 +88,6 @@ def _gradients(gates: Tensor, outputs: dict[str, Tensor]) -> Tensor:
             reached, gates, directions, retain_graph=index + 1 < PROJECTIONS
         )
         found[index] = gradient.nan_to_num()
+        if min(_changes(case, found).values(), default=0.0) > CLEAR * MOVED:
+            break
     return found

@@ -6,6 +6,8 @@ kernel that a small image reads in the middle only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -25,13 +27,13 @@ def other_tensors(case: Case) -> str:
     if ties != tied:
         changed = next(iter(set(ties.items()) ^ set(tied.items())))
         return f"{changed[0]} and {changed[1]} are one tensor in one of the models only"
-    forgotten = _forgotten(case)
+    forgotten, factors = _forgotten(case), _made_up(case, before, after)
     for name, tensor in before.items():
         if name in forgotten:
             continue
         if name not in after:
             return f"the pruned model has no {name}"
-        reason = _differs(case, name, tensor, after[name])
+        reason = _differs(case, name, tensor, after[name], factors.get(name))
         if reason:
             return f"{name} {reason}"
     added = [name for name in after if name not in before and name not in forgotten]
@@ -49,7 +51,7 @@ def _forgotten(case: Case) -> set[str]:
     return names
 
 
-def _differs(case: Case, name: str, before: Tensor, after: Tensor) -> str:
+def _differs(case: Case, name: str, before: Tensor, after: Tensor, made_up: Tensor | None) -> str:
     kinds = (("type", before.dtype, after.dtype), ("device", before.device, after.device))
     for what, had, has in kinds:
         if had != has:
@@ -71,11 +73,11 @@ def _differs(case: Case, name: str, before: Tensor, after: Tensor) -> str:
         return "lies in memory in another order of its dims"
     if name in case.replay.writes:
         return ""  # statistics of an observer, say, which the runs since have changed
-    return "" if _equal(case, name, expected, after.detach()) else "has other values than it had"
+    factors = _factors(case, name, expected, made_up)
+    return "" if _equal(expected, after.detach(), factors) else "has other values than it had"
 
 
-def _equal(case: Case, name: str, expected: Tensor, after: Tensor) -> bool:
-    factors = _factors(case, name, expected)
+def _equal(expected: Tensor, after: Tensor, factors: Tensor | None) -> bool:
     if factors is None:
         if torch.equal(expected, after):
             return True
@@ -85,9 +87,9 @@ def _equal(case: Case, name: str, expected: Tensor, after: Tensor) -> bool:
     return bool(((after.double() - scaled).abs() <= limit * scaled.abs() + 1e-30).all())
 
 
-def _factors(case: Case, name: str, expected: Tensor) -> Tensor | None:
+def _factors(case: Case, name: str, expected: Tensor, made_up: Tensor | None) -> Tensor | None:
     """The factors on the kept positions, of the plan or a weight norm; None without any."""
-    found = _made_up(case, name)
+    found = made_up
     keep = {axis.dim: stay for axis, stay in case.plan.keep.items() if axis.tensor == name}
     for scaling in case.plan.scalings:
         if scaling.tensor != name:
@@ -101,19 +103,24 @@ def _factors(case: Case, name: str, expected: Tensor) -> Tensor | None:
     return found
 
 
-def _made_up(case: Case, name: str) -> Tensor | None:
-    """What the magnitude of a weight norm is multiplied by, since its direction became shorter."""
-    before, after = state_of(case.original)[0], state_of(case.pruned)[0]
-    for norm in find_weight_norms(case.original, before):
-        if norm.magnitude == name and before[norm.direction].shape != after[norm.direction].shape:
+def _made_up(
+    case: Case, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What magnitudes of weight norms are multiplied by, whose directions became shorter."""
+    found: dict[str, Tensor] = {}
+    for norm in find_weight_norms(case.original, dict(before)):
+        name = norm.magnitude
+        if norm.direction not in after or name not in after:
+            continue
+        if before[norm.direction].shape != after[norm.direction].shape:
             whole = norms_of(before[norm.direction], norm.dim)
             for axis, stay in case.plan.keep.items():
                 if axis == Axis(norm.direction, norm.dim):
                     index = torch.as_tensor(np.asarray(stay, dtype=np.int64), device=whole.device)
                     whole = whole.index_select(norm.dim, index)
             ratio = norms_of(after[norm.direction], norm.dim) / whole
-            return ratio.nan_to_num(1.0, 1.0).reshape(after[name].shape)
-    return None
+            found[name] = ratio.nan_to_num(1.0, 1.0).reshape(after[name].shape)
+    return found
 
 
 def _order(tensor: Tensor) -> str:

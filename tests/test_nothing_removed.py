@@ -34,8 +34,8 @@ class Comparing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
-        b = self.b(a if hash(a.shape[1]) == 16 else 2 * a)
-        return self.c(b if hash(b.shape[1]) == 8 else 2 * b)
+        b = self.b(a if str(a.shape[1]) == "16" else 2 * a)
+        return self.c(b if str(b.shape[1]) == "8" else 2 * b)
 
 
 class Thin(nn.Module):
@@ -124,7 +124,7 @@ def test_what_is_held_after_a_rejected_cut_is_named_with_the_reason() -> None:
     class Half(Comparing):
         def forward(self, x: Tensor) -> Tensor:
             a = self.a(x)
-            return self.c(torch.sort(self.b(a if hash(a.shape[1]) == 16 else 2 * a), dim=1)[0])
+            return self.c(torch.sort(self.b(a if str(a.shape[1]) == "16" else 2 * a), dim=1)[0])
 
     with pytest.raises((VerifyError, BudgetError), match=r"a.weight\[0\]: .*outputs differ"):
         prunus.shrink(Half().eval(), X, ratio=0.5)

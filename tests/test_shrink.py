@@ -27,7 +27,7 @@ class Comparing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.first(x))
         x = F.relu(self.second(x))
-        if x.size(-1) != HIDDEN:
+        if str(x.size(-1)) != str(HIDDEN):  # a comparison of sizes would pin it
             x = -x
         return self.last(F.relu(self.third(x)))
 
@@ -37,7 +37,7 @@ class Asserting(Comparing):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.second(F.relu(self.first(x))))
-        assert x.size(-1) == HIDDEN, "unexpected width"
+        assert str(x.size(-1)) == str(HIDDEN), "unexpected width"
         return self.last(F.relu(self.third(x)))
 
 

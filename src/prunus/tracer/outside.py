@@ -30,6 +30,8 @@ NESTED = 256
 _CONTAINERS = (dict, list, set, deque)
 _MISSING: Any = object()
 
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made
+
 
 class Outside:
     """The containers and variables outside of a model that its forward can name, as they are now.
@@ -48,6 +50,7 @@ class Outside:
         self.spaces: dict[int, dict[str, Any]] = {}
         self._variables: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         self._contents: dict[int, tuple[Any, Any]] = {}
+        self._cells: list[tuple[types.CellType, Any]] = []
         self._classes: list[tuple[type, frozenset[str]]] = []
         self.memos: list[Any] = []
         seen: set[int] = set()
@@ -65,6 +68,9 @@ class Outside:
             present = _get(space, name)
             if present is not value:
                 _set(space, name, value)
+        for cell, value in self._cells:
+            if value is not _MISSING and _inside(cell) is not value:
+                cell.cell_contents = value
         self._forget((FakeTensor, Provenance))
         for container, content in self._contents.values():
             if not _same(container, content):
@@ -87,16 +93,23 @@ class Outside:
             if _is_torch(base.__module__) or base is object or id(base) in seen:
                 continue
             seen.add(id(base))
-            self._classes.append((base, frozenset(vars(base))))
-            for name, value in list(vars(base).items()):
-                if isinstance(value, types.FunctionType):
-                    continue
-                if isinstance(value, LRU):
-                    self._enter(value, kind, seen)
-                elif not name.startswith("__") and not isinstance(value, _DESCRIPTORS):
-                    self._variables[id(base), name] = (base, name, value)
-                    self._remember(value)
+            for memo in self._attributes(base):
+                self._enter(memo, kind, seen)
         self._enter(getattr(kind, "forward", None), kind, seen)
+
+    def _attributes(self, kind: type) -> list[Any]:
+        """Remember a class's own attributes that a forward may set; returns its memos."""
+        self._classes.append((kind, frozenset(vars(kind))))
+        memos = []
+        for name, value in list(vars(kind).items()):
+            if isinstance(value, LRU):
+                memos.append(value)
+            elif not name.startswith("__") and not isinstance(
+                value, (types.FunctionType, *_DESCRIPTORS)
+            ):
+                self._variables[id(kind), name] = (kind, name, value)
+                self._remember(value)
+        return memos
 
     def _enter_instance(self, module: nn.Module, seen: set[int]) -> None:
         own = vars(module)
@@ -126,12 +139,22 @@ class Outside:
                     self._remember(item)
                     if callable(item):
                         waiting.append((item, owner))
+                self._cells += [(cell, _inside(cell)) for cell in inner.__closure__ or ()]
                 for name, found in globals_of(inner):
+                    if isinstance(found, type) and id(found) not in seen:
+                        seen.add(id(found))
+                        waiting += self._class(found)
                     waiting += self._variable(space, name, found, owner)
                 for name in names_in(code):
                     method = getattr(owner, name, None)
                     if isinstance(method, (*_FUNCTIONS, LRU)):
                         waiting.append((method, owner))
+
+    def _class(self, kind: type) -> list[tuple[Any, type]]:
+        """Of a class that a function names, in whose attributes it may keep something."""
+        if _is_torch(kind.__module__) or issubclass(kind, nn.Module) or not _is_open(kind):
+            return []
+        return [(memo, kind) for memo in self._attributes(kind)]
 
     def _variable(
         self, space: dict[str, Any], name: str, value: Any, owner: type
@@ -194,15 +217,25 @@ def _unwrap(value: Any) -> Iterator[Any]:
 
 def _bound_to(function: Any) -> Iterator[Any]:
     """What a function refers to beside its module's variables."""
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # a variable that was not set yet
-            continue
+    found = (_inside(cell) for cell in function.__closure__ or ())
+    yield from (value for value in found if value is not _MISSING)
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
     if vars(function):
         yield vars(function)
+
+
+def _inside(cell: types.CellType) -> Any:
+    """The value of a closure's variable."""
+    try:
+        return cell.cell_contents
+    except ValueError:  # it was not set yet
+        return _MISSING
+
+
+def _is_open(kind: type) -> bool:
+    """Whether attributes of the class can be set: not so of those written in C."""
+    return bool(kind.__flags__ & _HEAP_TYPE)
 
 
 def _content_of(container: Any) -> Any:

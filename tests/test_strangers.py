@@ -306,3 +306,21 @@ def test_only_dicts_of_tensors_are_emptied_as_caches(cache: str) -> None:
     assert model.a.weight.shape == (6, 4)
     assert model.config.width == 8
     assert list(model.a._forward_hooks) == [handle.id]
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("keep", [True, False])
+def test_blocks_that_the_model_needs_are_not_dropped(use: str, keep: bool) -> None:
+    """A plan may drop any child of a list: where the rest does not fit, the error is ours."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    model = make()
+    changed = json.loads(prunus.plan(prunus.trace(model, X), model, ratio=0.3).to_json())
+    changed["drops"] = ["0"]
+    changed["shapes"] = {"1.weight": [3, 8], "1.bias": [3]}
+    changed |= {"edits": [], "groups": [], "keep": {"1.weight[1]": [[0, 6]]} if keep else {}}
+    error = refused(changed, model, use)
+    assert "run" in str(error)

@@ -258,7 +258,7 @@ def _check_outputs(plan: Plan, model: nn.Module) -> None:
     for fake in (True, False):
         args, kwargs = rebuild_inputs(spec, model, varied=False)  # a run may change them
         try:
-            shapes = _output_shapes(model, args, kwargs, fake=fake)
+            shapes = output_shapes(model, args, kwargs, fake=fake)
             break
         except Exception as error:
             if not fake or meta:
@@ -276,7 +276,7 @@ def _check_outputs(plan: Plan, model: nn.Module) -> None:
             )
 
 
-def _output_shapes(model: nn.Module, args: Any, kwargs: Any, *, fake: bool) -> dict[str, list[int]]:
+def output_shapes(model: nn.Module, args: Any, kwargs: Any, *, fake: bool) -> dict[str, list[int]]:
     """Shapes by name; a copy runs, and no fake tensor is left anywhere."""
     if not fake:
         return _run_shapes(duplicate(model), args, kwargs, nullcontext())

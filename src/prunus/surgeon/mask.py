@@ -23,7 +23,7 @@ from prunus.errors import ApplyError, checks_options
 from prunus.graph.axis import Axis, Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.plans import Plan
-from prunus.surgeon.apply import check_model, kept_axes
+from prunus.surgeon.apply import check_model, kept_axes, output_shapes
 from prunus.surgeon.biases import with_biases
 from prunus.surgeon.depth import without_blocks
 from prunus.surgeon.fit import fit_plan
@@ -93,9 +93,14 @@ def _silenced(plan: Plan, model: nn.Module, traces: dict[Any, CouplingGraph]) ->
         if depth > 1:  # the model's forward calls the model
             return
         if not plan.keep:  # blocks are gone, and all that is left stays
+            with _paused(handles):
+                _check_runs(model, args, kwargs)
             running.enter_context(quiet_run(model, users_own=True))
             return
         key = str(tree_map(_signature, (args, kwargs)))
+        if plan.drops and key not in traces:
+            with _paused(handles):
+                _check_runs(model, args, kwargs)
         if key not in traces:
             with _paused(handles):
                 traces[key] = trace(model, args, kwargs, real=True)
@@ -120,6 +125,22 @@ def _silenced(plan: Plan, model: nn.Module, traces: dict[Any, CouplingGraph]) ->
     finally:
         handles.detach()
         running.close()
+
+
+def _check_runs(model: nn.Module, args: Any, kwargs: Any) -> None:
+    """Refuse a model that can't do without the blocks that are gone; what runs is a copy."""
+    for fake in (True, False):
+        try:
+            output_shapes(model, args, kwargs, fake=fake)
+        except Exception as error:  # a forward may raise anything
+            if not fake:
+                raise ApplyError(
+                    "the model does not run without the blocks that the plan drops",
+                    why=f"its own forward raised {type(error).__name__}: {error}",
+                    fix="drop blocks of `prunus.trace(model, inputs).blocks`, and check the inputs",
+                ) from error
+        else:
+            return
 
 
 def _check_same(plan: Plan, implied: Mapping[Axis, NDArray[np.int64]]) -> None:

@@ -504,3 +504,11 @@ def test_models_with_real_weights_are_measured_on_enough_inputs() -> None:
     assert all(int(row["inputs"]) >= 100 for row in rows)
     assert all(float(row["macs_ratio"]) <= float(row["level"]) for row in rows)
     assert not [row for row in rows if "+" in row["commit"]]
+
+
+def test_every_attack_was_held() -> None:
+    rows = read("attacks.csv")
+    assert {"structural mutations of plans", "structural mutations of files"} <= {
+        row["kind"] for row in rows
+    }
+    assert [row for row in rows if row["tried"] != row["held"] or int(row["tried"]) < 500] == []

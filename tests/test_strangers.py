@@ -158,7 +158,6 @@ GARBAGE: list[Any] = [
     {"inputs": 5, "outputs": O},
     {"inputs": T},
     {"inputs": T, "outputs": 5},
-    {"inputs": T, "outputs": {}},
     {"inputs": T, "outputs": {"output": 7}},
     {"inputs": T, "outputs": {"output": [5, -3]}},
     {"inputs": T, "outputs": O, "more": 1},

@@ -438,7 +438,7 @@ def _exchanged(case: Case, seed: int) -> float:
 
 
 def _kept_outputs(plan: Plan) -> list[str] | None:
-    return None if plan.traced is None else list(plan.traced.outputs)
+    return None if plan.traced is None else list(plan.traced.outputs) or None
 
 
 def _released(plan: Plan, case: Case) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ class Traced(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     inputs: Any
-    outputs: Annotated[dict[str, tuple[int, ...]], msgspec.Meta(min_length=1)]
+    outputs: dict[str, tuple[int, ...]]
     released: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     written: tuple[str, ...] = ()

@@ -379,7 +379,7 @@ def _trace_again(model: nn.Module, plan: Plan) -> CouplingGraph:
             fix="give graph=prunus.trace(model, args)",
         )
     args, kwargs = rebuild_inputs(traced.inputs, model)
-    return trace(model, args, kwargs, outputs=list(traced.outputs))
+    return trace(model, args, kwargs, outputs=list(traced.outputs) or None)
 
 
 def _write(model: nn.Module, plan: Plan, change: _Change) -> Plan:

@@ -267,6 +267,19 @@ def test_layer_is_pruned_exactly(name: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) <= 0.6 * before
 
 
+@pytest.mark.parametrize("name", ["bilinear", "radial basis", "embedding bag, mean"])
+def test_layer_under_a_mask(name: str) -> None:
+    build, inputs = LAYERS[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    plan = prunus.plan(prunus.trace(model, inputs), model, ratio=0.5)
+    with prunus.mask(plan, model):
+        masked = model(*inputs)
+    prunus.apply(plan, model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(*inputs), masked)
+
+
 def test_a_sparse_attribute_is_no_part_of_the_file(tmp_path: Any) -> None:
     torch.manual_seed(0)
     model = Graph(torch.sparse.mm, compressed=False).eval()

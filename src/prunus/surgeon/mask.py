@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from prunus.errors import ApplyError, checks_options
-from prunus.graph.axis import Axis, Mask, kept_positions
+from prunus.graph.axis import Axis, Label, Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.plans import Plan
 from prunus.surgeon.apply import check_model, kept_axes, output_shapes
@@ -190,22 +190,23 @@ class Silencer(TorchDispatchMode):
         return self._program.nodes[self._next]
 
     def _silence(self, node: Node, bound: dict[str, Any]) -> dict[str, Any] | None:
-        """Arguments with the last contracted operand zeroed where a unit is gone."""
-        if node.effect is None or not node.effect.contracted:
-            return None
-        (name, *_), dim = node.effect.contracted[-1]
-        reference = node.args[str(name)]
-        label = self._program.value_label(reference, dim)
-        if label is None:
-            return None
-        stay = kept_positions(label, self._kept)
-        if len(stay) == len(label):
-            return None
-        operand: Tensor = bound[str(name)]
-        silent = torch.zeros_like(operand)
-        index = torch.as_tensor(stay, device=operand.device)
-        silent.index_copy_(dim, index, operand.index_select(dim, index))
-        return {**bound, str(name): silent}
+        """Arguments with an operand of every contraction, the last, zeroed where a unit is gone."""
+        silent, done = dict(bound), list[Label]()
+        for (name, *_), dim in reversed(node.effect.contracted if node.effect else ()):
+            label = self._program.value_label(node.args[str(name)], dim)
+            if label is None or any(np.array_equal(label, other) for other in done):
+                continue
+            done.append(label)
+            stay = kept_positions(label, self._kept)
+            if len(stay) == len(label):
+                continue
+            operand: Tensor = silent[str(name)]
+            zeroed = torch.zeros_like(operand)
+            index = torch.as_tensor(stay, device=operand.device)
+            zeroed.index_copy_(dim, index, operand.index_select(dim, index))
+            silent[str(name)] = zeroed
+        changed = any(silent[name] is not value for name, value in bound.items())
+        return silent if changed else None
 
 
 class _Hooks:

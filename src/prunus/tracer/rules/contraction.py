@@ -182,7 +182,7 @@ def distances(call: Call) -> Effect:
     dims = tuple(len(shape) - 1 for shape in shapes)
     return Effect(
         (labels,),
-        contracted=((("x1",), dims[0]), (("x2",), dims[1])),
+        mixing=((("x1",), dims[0]), (("x2",), dims[1])),  # no product: zeros in one won't do
         produced=((("x1",), dims[0] - 1), (("x2",), dims[1] - 1)),
         spans=((*zip(call.outputs[0].shape, labels, strict=True), (shapes[0][-1], inner)),),
     )
@@ -198,7 +198,7 @@ def distance(call: Call) -> Effect:
     for one, other in zip(first, second, strict=True):
         call.unify(one, other)
     places = tuple(((name,), dim) for name in ("self", "other") for dim in range(len(first)))
-    return Effect(((),), contracted=places)
+    return Effect(((),), mixing=places)
 
 
 @rule("_pdist_forward")
@@ -209,7 +209,7 @@ def distances_within(call: Call) -> Effect:
     count, width = call.args["self"].shape
     return Effect(
         ((None,),),
-        contracted=((("self",), 1),),
+        mixing=((("self",), 1),),
         spans=(((count * (count - 1) // 2, None), (width, inner)),),
     )
 

@@ -24,8 +24,12 @@ TABLES: dict[Any, Tensor] = {}
 LAST: Any = None
 
 
+_OLD: list[int] = []
+
+
 @pytest.fixture(autouse=True)
 def _cold() -> Any:
+    _OLD[:] = [id(one) for one in _traced()]
     yield
     for held in (FEATURES, BY_NAME, TABLES, Classy.tables):
         held.clear()
@@ -34,10 +38,17 @@ def _cold() -> Any:
         cached.cache_clear()
 
 
-def survivors() -> list[str]:
-    """Fake tensors and traced integers that are alive anywhere in the process."""
+def _traced() -> list[Any]:
     gc.collect()
-    return [type(one).__name__ for one in gc.get_objects() if type(one) in (FakeTensor, Provenance)]
+    return [one for one in gc.get_objects() if type(one) in (FakeTensor, Provenance)]
+
+
+def survivors() -> list[str]:
+    """Fake tensors and traced integers that this test has left anywhere in the process.
+
+    Those of a test that failed before live on in its traceback.
+    """
+    return [type(one).__name__ for one in _traced() if id(one) not in _OLD]
 
 
 @functools.lru_cache
@@ -119,6 +130,26 @@ def by_size(self: Any, x: Tensor) -> Tensor:
     return TABLES[x.shape[1]]
 
 
+class Tables(dict[str, Any]):
+    """Answers with an instance of what it holds, as tables of activations do."""
+
+    def __getitem__(self, name: str) -> Any:
+        return super().__getitem__(name)()
+
+
+ACTIVATIONS = Tables(relu=nn.ReLU)
+
+
+def by_table(self: Any, x: Tensor) -> Tensor:
+    h: Tensor = ACTIVATIONS["relu"](x)
+    return h
+
+
+def test_a_container_that_answers_with_something_else_is_left_alone() -> None:
+    prunus.trace(Classy("table").eval(), torch.randn(2, 5, 4))
+    assert dict(ACTIVATIONS.items()) == {"relu": nn.ReLU}
+
+
 class Registry:
     """Not a module: a class that functions name, and that keeps what they made."""
 
@@ -146,6 +177,7 @@ def _remembering() -> Any:
 _WAYS: dict[str, Any] = {
     "another class": by_another_class,
     "closure": _remembering(),
+    "table": by_table,
     "lru_cache": lambda self, x: _positions(x.shape[1], 4),
     "unbounded": lambda self, x: _unbounded(x.shape[1], 4)[0],
     "method": lambda self, x: self.table_of(x.shape[1]),

@@ -10,7 +10,7 @@ import functools
 import gc
 import inspect
 import types
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +27,8 @@ MOST = 2000
 NESTED = 256
 """Containers with more items than this are put back, and what their items hold is not."""
 
-_CONTAINERS = (dict, list, set, deque)
+_CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict, Counter)
+"""Types whose contents can be read and put back; a subclass may answer with something else."""
 _MISSING: Any = object()
 
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made
@@ -171,7 +172,7 @@ class Outside:
         return [(one, owner) for one in held if isinstance(one, (*_FUNCTIONS, LRU))]
 
     def _remember(self, value: Any, depth: int = 0) -> None:
-        if isinstance(value, _CONTAINERS) and id(value) not in self._contents:
+        if type(value) in _CONTAINERS and id(value) not in self._contents:
             self._contents[id(value)] = (value, _content_of(value))
             if depth < 3 and len(value) <= NESTED and not isinstance(value, set):
                 for item in list(value.values()) if isinstance(value, dict) else list(value):

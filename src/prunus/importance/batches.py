@@ -82,28 +82,38 @@ def bounded(data: Iterable[Any]) -> Iterable[Any]:
     >>> bounded([1, 2]), len(list(bounded(torch.zeros(2, 3) for _ in range(4))))
     ([1, 2], 4)
     """
+    return data if has_length(data) else list(limited(data))
+
+
+def has_length(data: Iterable[Any]) -> bool:
+    """Whether an iterable says how long it is, so that it ends."""
     try:
         len(data)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError, AttributeError):
-        pass
-    else:
-        return data
-    taken: list[Any] = []
-    samples = 0
+        return False
+    return True
+
+
+def limited(data: Iterable[Any]) -> Iterator[Any]:
+    """The same batches as :func:`bounded`, for one pass: each is read when it is needed."""
+    if has_length(data):
+        yield from data
+        return
+    taken = samples = 0
     more = iter(data)
     for batch in more:
-        taken.append(batch)
+        yield batch
+        taken += 1
         samples += count_samples(batch)
         if samples >= SAMPLES:
-            if next(more, more) is more:  # that was all
-                break
-            warnings.warn(
-                f"the calibration data has no length: its first {len(taken)} batches "
-                f"({samples} samples) were taken; give a list or a DataLoader for another number",
-                stacklevel=3,
-            )
-            break
-    return taken
+            if next(more, more) is not more:  # that was not all
+                warnings.warn(
+                    f"the calibration data has no length: its first {taken} batches "
+                    f"({samples} samples) were taken; give a list or a DataLoader for another "
+                    "number",
+                    stacklevel=4,
+                )
+            return
 
 
 def count_samples(batch: Any) -> int:

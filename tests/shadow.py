@@ -406,9 +406,8 @@ def gated(s: Shadow, func: Any, own: Tensor, dim: int = -1) -> Tensor:
 
 @handles("_weight_norm_interface")
 def weight_norm(s: Shadow, func: Any, v: Tensor, g: Tensor, dim: int = 0) -> Any:
-    dims = [d for d in range(v.dim()) if d != dim % v.dim()]
-    norm = s.there(v).square().sum(dims, True).sqrt()
-    result = v * g / norm
+    """Kept weights keep their values: the magnitude of what is cut makes up for its direction."""
+    result, norm = func(v, g, dim)
     s.set(result, s.mask(v) * s.mask(g))
     return result, norm
 

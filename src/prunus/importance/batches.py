@@ -99,11 +99,9 @@ def limited(data: Iterable[Any]) -> Iterator[Any]:
     if has_length(data):
         yield from data
         return
-    taken = samples = 0
-    more = iter(data)
-    for batch in more:
+    samples, more = 0, iter(data)
+    for taken, batch in enumerate(more, start=1):
         yield batch
-        taken += 1
         samples += count_samples(batch)
         if samples >= SAMPLES:
             if next(more, more) is not more:  # that was not all

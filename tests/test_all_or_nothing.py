@@ -360,6 +360,7 @@ class Tower(nn.Module):
 SHARED: dict[str, tuple[Callable[[], Any], Callable[[Any], int]]] = {
     "object": (Config, lambda c: c.heads),
     "dict": (lambda: {"heads": 4}, lambda c: c["heads"]),
+    "list": (lambda: [1, 4], lambda c: c[1]),
     "tuple of dicts": (lambda: ({"heads": 4},), lambda c: c[0]["heads"]),
     "namespace": (lambda: types.SimpleNamespace(heads=4), lambda c: c.heads),
 }

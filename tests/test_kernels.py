@@ -79,7 +79,7 @@ def test_multiples_of_a_kernel_and_of_the_user_hold_together() -> None:
             assert len(stay) % 12 == 0
 
 
-@pytest.mark.parametrize("ratio", [0.1, 0.33, 0.9])
+@pytest.mark.parametrize("ratio", [0.2, 0.33, 0.9])
 def test_a_ratio_keeps_to_the_multiples(ratio: float) -> None:
     model = mixture().eval()
     graph = prunus.trace(model, TOKENS)
@@ -88,6 +88,12 @@ def test_a_ratio_keeps_to_the_multiples(ratio: float) -> None:
     for one in graph.constraints:
         if isinstance(one, Aligned):
             assert len(kept_positions(one.label, kept)) % one.multiple == 0
+
+
+def test_a_ratio_less_than_any_multiple_is_refused_with_the_kernel() -> None:
+    model = mixture().eval()
+    with pytest.raises(prunus.PrunusError, match=r"0.05 removes nothing[^$]*multiples of 4"):
+        prunus.plan(prunus.trace(model, TOKENS), model, ratio=0.05, importance="random")
 
 
 class Odd(nn.Module):
@@ -107,7 +113,8 @@ class Odd(nn.Module):
 def test_a_width_that_is_no_multiple_even_whole_stays() -> None:
     model = Odd().eval()
     graph = prunus.trace(model, TOKENS)
-    prunus.plan(graph, model, ratio=0.1, importance="random")
+    with pytest.raises(prunus.PrunusError, match=r"removes nothing[^$]*multiples of 4"):
+        prunus.plan(graph, model, ratio=0.1, importance="random")
     plan = prunus.plan(graph, model, ratio=0.4, importance="random")
     assert prunus.verify(plan, model, TOKENS).verdict == "exact"
 

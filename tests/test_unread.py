@@ -89,6 +89,51 @@ def test_what_a_spare_head_may_read_stays_whole() -> None:
     assert model(x, spare=True).shape == (2, 5)
 
 
+class Encoding(nn.Module):
+    """A part of it, another model, and a head that only the forward reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.out, self.head = nn.Linear(4, 16), nn.Linear(16, 3), nn.Linear(16, 5)
+        self.part = Branch()
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.out(self.inp(x).relu()).sum(1) + self.part(x).sum(1)
+
+    def encode_by_forward(self, x: Tensor) -> Tensor:
+        return self.forward(x, spare=False)
+
+    def forward(self, x: Tensor, spare: bool = True) -> Tensor:
+        return self.head(self.inp(x).relu()) if spare else self.encode(x)
+
+
+def encoded(model: Any, x: Tensor) -> Tensor:
+    out: Tensor = model.encode(x)
+    return out
+
+
+@pytest.mark.parametrize("entry", ["encode", encoded])
+def test_what_only_an_unused_forward_reads_holds_nothing(entry: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Encoding().eval(), torch.randn(2, 4)
+    result = prunus.shrink(model, x, ratio=0.5, recover="none", forward_fn=entry)
+    assert result.certificate.verdict == "exact"
+    assert model.inp.out_features == 8
+    assert model.part.inp.out_features == 16  # its own forward ran, which may read the spare head
+    assert {"head.weight", "part.spare.weight"} <= set(result.certificate.unread)
+
+
+@pytest.mark.parametrize("entry", ["encode_by_forward", lambda m, x: m(x, spare=False)])
+@pytest.mark.parametrize("patched", [False, True])
+def test_a_forward_that_an_entry_calls_may_read_its_other_parts(entry: Any, patched: bool) -> None:
+    model, x = Encoding().eval(), torch.randn(2, 4)
+    if patched:
+        forward = model.forward
+        model.forward = lambda *a, **k: forward(*a, **k)  # type: ignore[method-assign]
+    graph = prunus.trace(model, x, forward_fn=entry)
+    assert any("head" in str(pin) for _, pin in graph.why_pinned("inp.weight[0]"))
+
+
 class Auxiliary(nn.Module):
     """A head for training alone, deep enough that no size beside it says what it reads."""
 

@@ -21,7 +21,8 @@ from prunus.latency.race import race
 from prunus.latency.samples import Samples, choose_widths, relate
 from prunus.latency.table import LatencyTable
 from prunus.tracer.entry import entered_by
-from prunus.tracer.trace import quiet_run, trace
+from prunus.tracer.quiet import copied_inputs, quiet_run
+from prunus.tracer.trace import trace
 
 BackendName = Literal["eager", "compile", "onnxruntime"]
 
@@ -94,7 +95,8 @@ def measure(
     invocations, _ = find_invocations(found, dtype, runner.absorbs)
     operators = {i.operator.key: i.operator for i in invocations}
     cache = Cache(default_folder() if folder is None else folder, runner)
-    with entered_by(model, found.forward_fn), quiet_run(model):
+    args, kwargs = copied_inputs((args, kwargs))  # once: the copying is not to be timed
+    with entered_by(model, found.forward_fn), quiet_run(model, copies=False):
         run = runner.prepare(model, args, kwargs)
         before = race([run], rounds, runner.device)
         unmeasured = _fill(cache, runner, operators, rounds, progress)

@@ -95,7 +95,7 @@ def measure_activation(
     fake_args, fake_kwargs = tree_map(twin, (args, dict(kwargs or {})))
     for tensor in tree_leaves((fake_args, fake_kwargs)):
         live.add(tensor)
-    with quiet_run(model), plain_kernels(), fake, live, _OneKernel():
+    with quiet_run(model, copies=False), plain_kernels(), fake, live, _OneKernel():
         functional_call(model, state, fake_args, fake_kwargs)
     return live.peak
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -18,14 +20,17 @@ ForwardFn = str | Callable[..., Any]
 class _Entry:
     """Stands in for the forward of the model that holds it; a copied model gets its own."""
 
-    __slots__ = ("forward_fn", "model")
+    __slots__ = ("forward_fn", "model", "own")
 
-    def __init__(self, model: nn.Module, forward_fn: ForwardFn) -> None:
+    def __init__(self, model: nn.Module, forward_fn: ForwardFn, own: Any) -> None:
         self.model = model
         self.forward_fn = forward_fn
+        self.own = own  # a forward that was patched onto the model before; None for its class's
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _without_entry(self.model):  # so that the function may call the model itself
+            if self.own is not None:
+                vars(self.model)["forward"] = self.own
             if isinstance(self.forward_fn, str):
                 return getattr(self.model, self.forward_fn)(*args, **kwargs)
             return self.forward_fn(self.model, *args, **kwargs)
@@ -49,9 +54,37 @@ def entered_by(model: nn.Module, forward_fn: ForwardFn | None) -> Iterator[None]
             where="forward_fn=",
             fix="give the name of a method, or a function that is called with the model",
         )
+    own = vars(model).get("forward")
+    own = own.own if isinstance(own, _Entry) else own
     with _without_entry(model):
-        vars(model)["forward"] = _Entry(model, forward_fn)
+        vars(model)["forward"] = _Entry(model, forward_fn, own)
         yield
+
+
+@contextmanager
+def own_forward_seen(model: nn.Module) -> Iterator[list[bool]]:
+    """A list that is not empty once the model's own forward has run; at once where that is called.
+
+    What :func:`entered_by` puts in its place may call it, or do without.
+    """
+    entry = vars(model).get("forward")
+    if not isinstance(entry, _Entry):
+        yield [True]
+        return
+    seen: list[bool] = []
+    before = entry.own
+    own = MethodType(type(model).forward, model) if before is None else before
+
+    @wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.append(True)
+        return own(*args, **kwargs)
+
+    entry.own = forward
+    try:
+        yield seen
+    finally:
+        entry.own = before
 
 
 @contextmanager

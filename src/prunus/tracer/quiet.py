@@ -37,12 +37,18 @@ def uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def quiet_run(model: nn.Module, *, users_own: bool = False) -> Iterator[None]:
+def quiet_run(model: nn.Module, *, users_own: bool = False, copies: bool = True) -> Iterator[None]:
     """Eval mode, no gradients, no fast path; everything touched is put back afterwards.
 
     Modules that cache tensors during a forward get their attributes back, small buffers their
     values, hooks and functions the containers that they have filled, and the model gets copies of
     its inputs, since it may write to them; not so where the run is the user's own.
+
+    Parameters
+    ----------
+    copies
+        False for who gives the model copies anyway: those that are made at every call take time
+        and memory that what is measured would count, and a trace can't follow them.
     """
     modes = {module: module.training for module in model.modules()}
     snapshots = [_Snapshot(module) for module in modes]
@@ -50,7 +56,7 @@ def quiet_run(model: nn.Module, *, users_own: bool = False) -> Iterator[None]:
     outside = None if users_own else Outside(model)
     buffers = None if users_own else _Buffers(model)
     try:
-        if not users_own and not isinstance(model, torch.jit.ScriptModule):
+        if copies and not users_own and not isinstance(model, torch.jit.ScriptModule):
             model.register_forward_pre_hook(_copy_inputs, prepend=True, with_kwargs=True)
         with quiet():
             model.eval()
@@ -70,6 +76,11 @@ def quiet_run(model: nn.Module, *, users_own: bool = False) -> Iterator[None]:
 
 
 def _copy_inputs(_: nn.Module, args: Any, kwargs: Any) -> Any:
+    """For a forward to write to."""
+    return copied_inputs((args, kwargs))
+
+
+def copied_inputs(inputs: Any) -> Any:
     """The same containers of other tensors; one that is given twice stays one."""
     copies: dict[int, Tensor] = {}
 
@@ -79,7 +90,7 @@ def _copy_inputs(_: nn.Module, args: Any, kwargs: Any) -> Any:
         return copies.get(id(value), value)
 
     with _disable_current_modes():  # which count what the forward does
-        return tree_map(copy, (args, kwargs))
+        return tree_map(copy, inputs)
 
 
 @contextmanager

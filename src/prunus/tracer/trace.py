@@ -30,7 +30,7 @@ from prunus.tracer.caches import (
 )
 from prunus.tracer.capture import Recorder
 from prunus.tracer.copies import Copy, deep_copy, stand_in
-from prunus.tracer.entry import ForwardFn, describe_entry, entered_by, entry_of
+from prunus.tracer.entry import ForwardFn, describe_entry, entered_by, entry_of, own_forward_seen
 from prunus.tracer.fakes import unlogged
 from prunus.tracer.inputs import describe_inputs, find_rows
 from prunus.tracer.loops import follow_loops
@@ -263,6 +263,7 @@ class _Run:
             adapted(model),
             same_modes(shared),
             entered_by(model, copied.of(task.forward_fn)),
+            own_forward_seen(model) as forwards,
             follow_modules(model, recorder.stack),
             marking(recorder.run),
         ):
@@ -292,7 +293,7 @@ class _Run:
         aliases = {name: first for name, first in aliases.items() if first in state}
         known = {name: copied.of(tensor) for name, tensor in state.items()}
         trained = {name for name, tensor in state.items() if isinstance(tensor, nn.Parameter)}
-        unread = tie_unread(recorder, task.model, known, trained)
+        unread = tie_unread(recorder, task.model, known, trained, forward_ran=bool(forwards))
         graph, resolve = build_graph(recorder, task.model, state, aliases, tuple(kept))
         blocks, obstacles = find_blocks(children, recorder, resolve, kept)
         program = Program(

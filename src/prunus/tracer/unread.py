@@ -1,7 +1,9 @@
 """Parameters that the traced forward never read: an expert that no token visited, a spare head.
 
 The next input may read them.  Where they stand in a list beside modules of the same class that
-ran, those show what they are tied to; elsewhere whatever may be tied to them stays whole.
+ran, those show what they are tied to; elsewhere whatever may be tied to them stays whole.  A model
+that is entered by a method of its instead of its forward is used by that method: what only the
+forward reads holds nothing of it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 def tie_unread(
-    recorder: Recorder, model: nn.Module, state: Mapping[str, Tensor], trained: Set[str]
+    recorder: Recorder,
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    trained: Set[str],
+    *,
+    forward_ran: bool = True,
 ) -> list[str]:
     """Tie what was not read as its siblings are, or pin; returns the names of such parameters.
 
@@ -32,6 +39,8 @@ def tie_unread(
         The tensors that the recorder knows, by name.
     trained
         Names of those that are parameters.
+    forward_ran
+        Whether the model's own forward was run, and not only a method in its place.
     """
     numbers = {ref.value for node in recorder.nodes for ref in refs_in(node.args)}
     read = {name for number, name in recorder.state.items() if number in numbers}
@@ -42,7 +51,7 @@ def tie_unread(
     ties = _Ties(recorder, model, state, read)
     for name in unread:
         if not ties.follow(name) and name in parameters:
-            ties.pin(name)
+            ties.pin(name, forward_ran=forward_ran)
     return parameters
 
 
@@ -71,11 +80,13 @@ class _Ties:
             return True
         return False
 
-    def pin(self, name: str) -> None:
+    def pin(self, name: str, *, forward_ran: bool) -> None:
         """Keep whole what a tensor without siblings may be tied to: of its sizes, beside it."""
         path = name.rpartition(".")[0]
         while path and path not in self._ran and not self._ran_inside(path):
             path = path.rpartition(".")[0]
+        if not path and not forward_ran:
+            return
         why = Pin(f"{name}, which this run did not read, may be tied to it", "", path, "")
         beside = [one for one in self._read if self._is_beside(one, path)]
         for size in {size for size in self._state[name].shape if size > 1}:

@@ -1165,7 +1165,7 @@ def tied_embeddings() -> nn.Module:
     return TiedModel()
 
 
-@case("60", "_orig_mod.first.weight")
+@case("60", "first.weight")
 def compiled() -> nn.Module:
     """``torch.compile``d, by the backend that needs no C++ compiler."""
     model: Any = torch.compile(simple(F.relu), backend="eager")

@@ -21,6 +21,7 @@ from prunus.plans import Plan
 from prunus.surgeon import apply
 from prunus.surgeon.attributes import find_edits
 from prunus.tracer.trace import trace
+from prunus.tracer.wrappers import unwrapped
 from prunus.witness import Testimony, testify
 
 
@@ -42,7 +43,7 @@ def without_mixing(graph: CouplingGraph, kept: Mask) -> Mask:
 def plan_for(graph: CouplingGraph, model: nn.Module, kept: Mask) -> Plan:
     """The plan of a mask, with its edits and its inputs, as ``prunus.plan`` makes it."""
     plan = Plan.from_mask(graph, kept, origin={"traced": graph.traced})
-    return replace(plan, edits=find_edits(model, graph, kept))
+    return replace(plan, edits=find_edits(unwrapped(model), graph, kept))
 
 
 def cut(plan: Plan, model: nn.Module) -> nn.Module:

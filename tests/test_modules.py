@@ -139,7 +139,9 @@ def encoder(layers: int = 1, **options: Any) -> Build:
         nested = options["batch_first"] and not options.get("norm_first", False)
         nested = nested and options.get("bias", True)
         stack = nn.TransformerEncoder(layer, layers, enable_nested_tensor=nested)
-        return Wrapped(stack, lambda module, x: module(x, src_key_padding_mask=PADDING))
+        # Where tensors are nested, padded positions become zeros: another function, refused.
+        mask = None if nested else PADDING
+        return Wrapped(stack, lambda module, x: module(x, src_key_padding_mask=mask))
 
     return build
 

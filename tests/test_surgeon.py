@@ -241,7 +241,9 @@ def test_an_output_of_another_shape_puts_everything_back() -> None:
     class Sizes(Asserting):
         def forward(self, x: Tensor) -> Any:
             x = self.bn(self.first(x))
-            return self.head(self.second(x)), torch.ones(int(x.shape[1])) * self.offset
+            return self.head(self.second(x)), torch.ones(
+                int(str(x.shape[1]))
+            ) * self.offset  # not traced
 
         offset = 1.0
 

@@ -1,14 +1,41 @@
-"""Float32 that is float32."""
+"""What belongs to the whole process: precision of float32, random state, and who may set them.
+
+The fast path of attention, oneDNN, cuDNN, the random state, the collector and warnings are the
+process's.  Two threads that each put back what they found would leave them changed for good.
+"""
 
 from __future__ import annotations
 
+import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
-from prunus.tracer.alone import alone
+LOCK = threading.RLock()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the context, and as a decorator, no other thread is in such a context."""
+    with LOCK:
+        yield
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Python's, NumPy's and PyTorch's random numbers go on afterwards where they stood before."""
+    with LOCK:
+        python, arrays = random.getstate(), np.random.get_state()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
 
 
 @contextmanager
@@ -22,7 +49,7 @@ def full_precision() -> Iterator[None]:
         backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn,
         backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn,
     ]  # fmt: skip
-    with alone():
+    with LOCK:
         before = [setting.fp32_precision for setting in settings]
         try:
             for setting in settings:

@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from prunus.errors import PrunusError, VerifyError
 from prunus.graph.axis import Label, Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
-from prunus.tracer.alone import same_draws
+from prunus.precision import same_draws
 from prunus.tracer.compress import lay, run_on_kept
 from prunus.tracer.program import Node, Program, Ref, refs_in
 from prunus.tracer.randomness import copy_of, draw, tied_nodes

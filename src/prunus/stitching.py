@@ -20,9 +20,9 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.importance import Statistics
 from prunus.importance.batches import first_batches
 from prunus.plans import Plan
+from prunus.precision import alone
 from prunus.recovery import LOOKED_AT, answers_of, compensate, distance, recalibrate
 from prunus.recovery.norms import batch_norms
-from prunus.tracer.alone import alone
 from prunus.tracer.entry import entered_by
 from prunus.tracer.program import duplicate
 

@@ -24,7 +24,7 @@ from prunus.graph.groups import Group
 from prunus.importance import Context, Importance, name_of
 from prunus.importance.magnitude import places_of
 from prunus.importance.registry import Scores
-from prunus.tracer.alone import same_draws
+from prunus.precision import same_draws
 
 Index = NDArray[np.int64]
 

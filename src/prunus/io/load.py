@@ -18,10 +18,10 @@ from prunus.errors import ModelError, PrunusError, checks_options
 from prunus.io.container import open_container
 from prunus.io.document import check_schema, read_document
 from prunus.plans import Plan
+from prunus.precision import alone, same_draws
 from prunus.surgeon import remember, restore
 from prunus.surgeon.applied import copy_config
 from prunus.surgeon.restore import Kind, Tensors
-from prunus.tracer.alone import alone, same_draws
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -151,13 +151,13 @@ def _cut_and_refresh(
     try:
         if calls:
             dense = moments_of(model, calls)
-            answers = answers_of(model, calls[:1], _run_call)
+            answers = answers_of(model, calls[:LOOKED_AT], _run_call)
     except Exception:  # a model's code may refuse random values with any error
         calls = []
     cut(plan, model, optimizer=optimizer)
     if not calls:
         return ()
-    bench = _Bench(model, calls, calls[:1], answers, (), None, _run_call)
+    bench = _Bench(model, calls, calls[:LOOKED_AT], answers, (), None, _run_call)
     step = Step("cut", bench.distance())
     if math.isnan(step.error):
         return (step,)

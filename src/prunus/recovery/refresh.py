@@ -25,8 +25,8 @@ from prunus.surgeon.snapshot import Snapshot
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.trace import quiet_run
 
-BATCHES = 4
-"""Of random inputs, in the traced shapes; shrinking without data costs little more than these."""
+BATCHES = 8
+"""Of random inputs, in the traced shapes."""
 
 FEW = 16
 """Of fewer values per channel a batch norm does not take the statistics that it normalises by."""

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from prunus.drops import Renaming
-from prunus.tracer.alone import same_draws
+from prunus.precision import same_draws
 from prunus.tracer.provenance import is_config
 
 _TELLING = re.compile(r"layer|depth|block", re.IGNORECASE)

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_map
 
 from prunus.errors import PrunusError, checks_options
 from prunus.graph.coupling import CouplingGraph
+from prunus.precision import same_draws as same_draws
 from prunus.tracer.adapters import adapted
-from prunus.tracer.alone import same_draws as same_draws
 from prunus.tracer.blocks import find_blocks, follow_blocks
 from prunus.tracer.build import build_graph
 from prunus.tracer.caches import (

@@ -99,8 +99,17 @@ def _other_list(value: Any) -> Any:
 
 
 def _other_batch(tensors: Sequence[Tensor]) -> _Change:
-    """One sample instead of several, two instead of one."""
-    count = _main(tensors).shape[0]
+    """One sample instead of several, two instead of one.
+
+    Two or three where the first dim may also be a length, as in recurrent modules: a sequence of
+    one step reads no recurrent weight.
+    """
+    main = _main(tensors)
+    count = main.shape[0]
+    tokens = main.dim() == 2 and not main.is_floating_point()
+    if count > 1 and (main.dim() == 3 or tokens):
+        fewer = 2 if count > 2 else 3
+        return _Change(f"batch {fewer}", lambda t: _with_samples(t, count, fewer))
 
     def apply(tensor: Tensor) -> Tensor:
         if not tensor.dim() or tensor.shape[0] != count:
@@ -111,6 +120,10 @@ def _other_batch(tensors: Sequence[Tensor]) -> _Change:
         return torch.cat([tensor, tensor.roll(1, -1) if moved else tensor])
 
     return _Change("batch 1" if count > 1 else "batch 2", apply)
+
+
+def _with_samples(tensor: Tensor, before: int, after: int) -> Tensor:
+    return extended(tensor, 0, after) if tensor.dim() and tensor.shape[0] == before else tensor
 
 
 def samples_in(args: Any, kwargs: Any) -> int | None:
@@ -143,7 +156,7 @@ def _other_sizes(
         beyond = [max(n, longer) for n in sorted(lengths) if n > length]
         tried = dict.fromkeys([*beyond, longer, (length + 1) // 2])
         for other in tried:
-            if other != length:
+            if other != length and other > 1:
                 yield _Change(f"length {other}", _relengthed(sequence, dim, other))
 
 

@@ -173,7 +173,7 @@ def _at(case: Case, inputs: Inputs) -> Case:
 
 def _other_couplings(case: Case) -> str:
     """Where a plan fits these inputs' couplings not, with what pins there; empty if it does."""
-    reason = other_positions(case)
+    reason = other_positions(case, elsewhere=True)
     if reason:
         implied = dict(case.graph.positions(case.kept))
         for axis in case.plan.keep:

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from prunus.graph.axis import Axis
 from prunus.tracer.program import stored
 from prunus.tracer.trace import quiet_run
 from prunus.verifier.case import Case
@@ -27,14 +28,26 @@ _STATED: tuple[tuple[Any, Callable[[Any], tuple[int, ...]]], ...] = (
 """What standard modules say of the first dims of their weight, or of their running mean."""
 
 
-def other_positions(case: Case) -> str:
-    """Why the plan's index maps are no consistent choice of units; empty if they are."""
+def other_positions(case: Case, *, elsewhere: bool = False) -> str:
+    """Why the plan's index maps are no consistent choice of units; empty if they are.
+
+    ``elsewhere``: the case's inputs are others than the plan's.  What they leave unused is then
+    no contradiction: a recurrent weight reads only zeros in the first of one step.
+    """
     keep, implied = case.plan.keep, dict(case.graph.positions(case.kept))
     for axis in (*keep, *implied):
         asked, want = keep.get(axis), implied.get(axis)
+        if elsewhere and want is None and _is_unused(case, axis):
+            continue
         if asked is None or want is None or list(asked) != list(want):
             return f"the plan keeps other positions on {axis} than its couplings demand"
     return ""
+
+
+def _is_unused(case: Case, axis: Axis) -> bool:
+    """Whether nothing on these inputs labels an axis, and nothing pins it either."""
+    label = case.graph.labels.get(axis)
+    return (label is None or not label.any()) and not case.graph.why_pinned(axis)
 
 
 def stale_attribute(case: Case) -> str:

@@ -6,6 +6,7 @@ show that a hook is gone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -32,14 +33,39 @@ def other_attributes(case: Case) -> str:
     edited: dict[str, set[str]] = {}
     for edit in case.plan.edits:
         edited.setdefault(edit.module, set()).add(edit.attribute)
+    shared: dict[int, Any] = {}
+    for path, edits in edited.items():
+        for name in map(_root, edits):
+            if path in before and name in vars(before[path]):
+                _pair_lists(vars(before[path])[name], vars(after[path]).get(name), shared)
     for path, module in before.items():
-        reason = _differs(module, after[path], edited.get(path, set()))
+        reason = _differs(module, after[path], edited.get(path, set()), shared)
         if reason:
             return f"{path or 'the model'}: {reason}"
     return ""
 
 
-def _differs(before: nn.Module, after: nn.Module, edits: set[str]) -> str:
+def _root(edit: str) -> str:
+    """The attribute of the module that an edit is in.
+
+    >>> _root("config[1].heads")
+    'config'
+    """
+    return edit.partition(".")[0].partition("[")[0]
+
+
+def _pair_lists(before: Any, after: Any, found: dict[int, Any]) -> None:
+    """What became of lists in an edited attribute, by id: other modules may hold the same ones."""
+    if isinstance(before, (list, tuple)) and type(before) is type(after):
+        if isinstance(before, list):
+            found[id(before)] = after
+        for one, other in zip(before, after, strict=False):
+            _pair_lists(one, other, found)
+
+
+def _differs(
+    before: nn.Module, after: nn.Module, edits: set[str], shared: Mapping[int, Any]
+) -> str:
     if type(before) is not type(after) and CLASS not in edits:
         return f"it is a {type(after).__name__}, and was a {type(before).__name__}"
     had, has = vars(before), vars(after)
@@ -48,13 +74,15 @@ def _differs(before: nn.Module, after: nn.Module, edits: set[str]) -> str:
     for name in _HOOKS:
         if list(map(_kind, had[name].values())) != list(map(_kind, has[name].values())):
             return f"its {name} are others than they were"
-    changed = {edit.partition(".")[0].partition("[")[0] for edit in edits}
+    changed = set(map(_root, edits))
     for name, value in had.items():
         if name in changed or name in _HOOKS or not _is_plain(value):
             continue
         found = has.get(name, _LOST)
         if found is _LOST:
             return f"it has lost {name}, which was {value!r}"
+        if id(value) in shared and found is shared[id(value)]:
+            continue  # the very list that was edited
         if not _same(value, found):
             return f"{name} is {found!r}, and was {value!r}; the plan does not edit it"
     return ""

@@ -451,6 +451,39 @@ class InPlace(nn.Module):
         return self.b(self.a(x.sub_(0.5) + more["y"]).relu())
 
 
+class Cache:
+    """An object among the inputs that grows with every run, as a cache of keys and values."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+        self.total = torch.zeros(12)
+
+
+class Caching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        h = self.first(x).relu()
+        cache.seen.append(h)
+        cache.total += h.detach().sum(0).mean()
+        return self.last(h * len(cache.seen))
+
+
+def test_objects_among_the_inputs_are_as_they_were() -> None:
+    torch.manual_seed(0)
+    model, x, cache = Caching().eval(), torch.randn(2, 4), Cache()
+    graph = prunus.trace(model, (x, cache))
+    plan = prunus.plan(graph, model, ratio=0.4)
+    assert prunus.verify(plan, model, (x, cache)).verdict == "exact"
+    shrunk = prunus.shrink(model, (x, cache), ratio=0.4, recover="none")
+    assert shrunk.certificate is not None
+    assert shrunk.certificate.verdict == "exact"
+    assert cache.seen == []
+    assert not cache.total.any()
+
+
 def test_example_inputs_are_as_they_were() -> None:
     model = InPlace().eval()
     x, more = torch.randn(3, 4), {"y": torch.randn(3, 4)}

@@ -301,7 +301,7 @@ def _verify_depth(
         models.append(_listening(task, own, None)[0])
     pairs = []
     for model in models:
-        without = duplicate(model, share=True)
+        without = duplicate(model)  # so that a cut that writes in place is seen
         drop_blocks(without, task.plan.drops)
         pairs.append((model, without))
     certificate = _compare_depth(task, pairs)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -81,16 +84,31 @@ def _copy_inputs(_: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 def copied_inputs(inputs: Any) -> Any:
-    """The same containers of other tensors; one that is given twice stays one."""
-    copies: dict[int, Tensor] = {}
+    """The same containers of other tensors and objects; one that is given twice stays one.
 
-    def copy(value: Any) -> Any:
-        if isinstance(value, Tensor) and id(value) not in copies:
-            copies[id(value)] = value.detach().clone()
-        return copies.get(id(value), value)
+    A forward may write to an object as well: a cache of keys and values grows with every run.
+    """
+    memo: dict[int, Any] = {}
+
+    def copied(value: Any) -> Any:
+        if id(value) not in memo and isinstance(value, Tensor):
+            memo[id(value)] = value.detach().clone()
+        elif id(value) not in memo and not isinstance(value, _SHARED):
+            try:
+                return copy.deepcopy(value, memo)
+            except Exception:  # locks, handles, tensors with a history: not everything has a copy
+                return value
+        return memo.get(id(value), value)
 
     with _disable_current_modes():  # which count what the forward does
-        return tree_map(copy, inputs)
+        return tree_map(copied, inputs)
+
+
+_SHARED = (
+    *(type(None), bool, int, float, complex, str, bytes, type, Enum, range, slice),
+    *(torch.dtype, torch.device, torch.Generator, nn.Module, FunctionType, MethodType),
+)
+"""Inputs that a forward does not change, or that stand for themselves."""
 
 
 @contextmanager

@@ -126,8 +126,11 @@ class Case:
 
     @cached_property
     def pruned(self) -> nn.Module:
-        """A copy that the surgeon has cut; its forward was not tried."""
-        return apply(self.plan, duplicate(self.source, share=True), check=False)
+        """A copy that the surgeon has cut; its forward was not tried.
+
+        It has memory of its own, so that a cut that writes in place is seen.
+        """
+        return apply(self.plan, duplicate(self.source), check=False)
 
     @property
     def dtype(self) -> torch.dtype:

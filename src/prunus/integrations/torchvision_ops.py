@@ -1,4 +1,7 @@
-"""Let torchvision be imported where its compiled operators cannot be loaded."""
+"""Let torchvision be imported where its compiled operators cannot be loaded.
+
+Imports nothing of Prunus: a process that does without it may load this file alone.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,12 @@ import sys
 
 import torch
 
-from prunus.errors import checks_options
-
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 
 
-@checks_options
 def declare_missing_ops() -> None:
     """Declare the operators without which ``import torchvision`` fails on a CPU torch.
 

@@ -8,6 +8,8 @@ import gc
 import itertools
 import random
 import signal
+import subprocess
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,7 @@ from prunus.plans import Edit
 from prunus.surgeon.own_copies import own_copies
 from prunus.surgeon.slicing import slice_tensor
 from prunus.surgeon.switches import Switches, signals_deferred
+from prunus.tracer import registry
 from tests.interrupts import (
     Interrupted,
     fingerprint,
@@ -475,3 +478,30 @@ def test_modes_that_an_interrupt_left_on_are_taken_off() -> None:
         assert switches() == before
         assert _get_current_dispatch_mode() is users
     assert gc.isenabled()
+
+
+_INTERRUPTED = """
+import sys, signal
+import prunus.tracer.registry as registry
+
+def stop(frame, event, argument):
+    if "rules" in frame.f_code.co_filename and frame.f_lineno > 40:
+        sys.settrace(None)
+        raise KeyboardInterrupt
+    return stop
+
+sys.settrace(stop)
+try:
+    registry.registered()
+except KeyboardInterrupt:
+    print("interrupted")
+print(len(registry.registered()))
+"""
+
+
+def test_an_interrupt_while_rules_are_imported_loses_none() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED], capture_output=True, text=True, check=True
+    )
+    ours = [r for r in registry.registered().values() if r.__module__.startswith("prunus.")]
+    assert found.stdout.split() == ["interrupted", str(len(ours))]

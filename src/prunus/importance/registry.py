@@ -15,6 +15,7 @@ from prunus.graph.axis import Axis
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
 from prunus.importance.statistics import NEEDS, Statistics
+from prunus.tracer.registry import is_imported_again
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +110,7 @@ def importance(
         )
 
     def register(function: Importance) -> Importance:
-        if name in _known:
+        if name in _known and not is_imported_again(_known[name], function):
             raise PlanError(
                 f"an importance called {name!r} exists already", fix="choose another name"
             )

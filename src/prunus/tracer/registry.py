@@ -197,9 +197,10 @@ def rule(*overloads: str) -> Callable[[Rule], Rule]:
     def register(function: Rule) -> Rule:
         for text in overloads:
             target = find_overload(text)
-            if target in _RULES:
+            known = _RULES.get(target)
+            if known is not None and not is_imported_again(known, function):
                 raise RuleError(
-                    f"{text} has a rule already: {_RULES[target].__name__}",
+                    f"{text} has a rule already: {known.__name__}",
                     where=function.__name__,
                     fix="extend that rule, or take the name off one of the two",
                 )
@@ -207,6 +208,13 @@ def rule(*overloads: str) -> Callable[[Rule], Rule]:
         return function
 
     return register
+
+
+def is_imported_again(known: Any, function: Any) -> bool:
+    """Whether one is the other from an import of the same file that was interrupted."""
+    names = ("__module__", "__qualname__", "__code__")
+    first, second = ([getattr(one, name, None) for name in names] for one in (known, function))
+    return None not in first and first == second
 
 
 def rule_for_tag(tag: torch.Tag) -> Callable[[Rule], Rule]:
@@ -286,7 +294,7 @@ _imported = False
 def _import_rules() -> None:
     global _imported
     if not _imported:
-        _imported = True
         rules = importlib.import_module("prunus.tracer.rules")
         for module in pkgutil.iter_modules(rules.__path__):
             importlib.import_module(f"{rules.__name__}.{module.name}")
+        _imported = True  # last, for an interrupt may come in the middle

@@ -214,7 +214,7 @@ def is_imported_again(known: Any, function: Any) -> bool:
     """Whether one is the other from an import of the same file that was interrupted."""
     names = ("__module__", "__qualname__", "__code__")
     first, second = ([getattr(one, name, None) for name in names] for one in (known, function))
-    return None not in first and first == second
+    return known is not function and None not in first and first == second
 
 
 def rule_for_tag(tag: torch.Tag) -> Callable[[Rule], Rule]:

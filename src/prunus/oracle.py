@@ -28,7 +28,7 @@ from prunus.tracer.entry import ForwardFn, entered_as_traced
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.program import duplicate, state_of, tensors_of
 from prunus.tracer.randomness import say_draws, tied_nodes
-from prunus.tracer.trace import forget_caches
+from prunus.tracer.trace import forget_caches, uncollected
 from prunus.tracer.wrappers import unwraps
 from prunus.verifier.case import Case
 from prunus.verifier.comparison import tolerance
@@ -191,7 +191,7 @@ def verify_traced(
         seed,
         torch.backends.mha.get_fastpath_enabled(),
     )
-    with entered_as_traced(model, plan.traced, forward_fn), full_precision():
+    with entered_as_traced(model, plan.traced, forward_fn), full_precision(), uncollected():
         own = duplicate(model, share=True)  # entered as the model is
         forget_caches(own, args, kwargs)
         if plan.drops:

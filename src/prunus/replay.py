@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from prunus.errors import PrunusError, VerifyError
-from prunus.graph.axis import Label, Mask, kept_positions
+from prunus.graph.axis import Label, Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.precision import same_draws
 from prunus.tracer.compress import lay, run_on_kept
@@ -24,8 +24,8 @@ from prunus.tracer.program import Node, Program, Ref, refs_in
 from prunus.tracer.randomness import copy_of, draw, tied_nodes
 from prunus.tracer.registry import call_bound
 
-Silence = Mask | Tensor
-"""Which units are kept, or a gate for each unit, by which what reads it is multiplied."""
+Silence = Mask | Tensor | None
+"""Which units are kept, or a gate for each unit, by which what reads it is multiplied; or none."""
 
 Watch = Callable[[Node, list[Tensor], Any], None]
 
@@ -58,7 +58,7 @@ class Replay:
         draws the same (:mod:`prunus.tracer.randomness`).
         """
         with torch.no_grad():
-            return self._run(kept, watch)
+            return self._run(None if kept.all() else kept, watch)
 
     def run_gated(self) -> tuple[Tensor, dict[str, Tensor]]:
         """A gate of one for every unit, (units + 1,), and the outputs as functions of them.
@@ -95,14 +95,14 @@ class Replay:
         order, before, result = self._order.get(id(node)), list[Tensor](), None
         if order is not None and watch is not None:
             before = copy_of(bound)
-        if not isinstance(silence, Tensor):
+        if isinstance(silence, np.ndarray):
             result = run_on_kept(node, bound, self._program, silence)
         if result is None and order is not None:
             result = draw(node.target, bound, order)
         elif result is None:
             if isinstance(silence, Tensor):
                 bound = self._gated(node, bound, silence)
-            else:
+            elif silence is not None:
                 bound = self._silenced(node, bound, silence)
             result = _call_anyhow(node.target, bound)
         if order is not None and watch is not None:
@@ -127,7 +127,7 @@ class Replay:
     def _silenced(self, node: Node, bound: dict[str, Any], kept: Mask) -> dict[str, Any]:
         """What contractions read, zeroed where a unit is gone, in the memory layout it had."""
         for name, dim, label in self._contracted(node):
-            gone = np.setdiff1d(np.arange(len(label)), kept_positions(label, kept))
+            gone = np.flatnonzero(~kept[label].all(axis=1))
             if len(gone):
                 operand = bound[name]
                 index = torch.as_tensor(gone, device=operand.device)

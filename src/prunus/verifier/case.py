@@ -22,7 +22,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
 from prunus.plans import Plan
 from prunus.replay import Replay
-from prunus.surgeon import apply
+from prunus.surgeon.apply import cut_own
 from prunus.tracer.outputs import answer_of
 from prunus.tracer.program import Node, duplicate, state_of
 from prunus.tracer.randomness import is_free, tied_nodes
@@ -130,7 +130,7 @@ class Case:
 
         It has memory of its own, so that a cut that writes in place is seen.
         """
-        return apply(self.plan, duplicate(self.source), check=False)
+        return cut_own(self.plan, duplicate(self.source))
 
     @property
     def dtype(self) -> torch.dtype:

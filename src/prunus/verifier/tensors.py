@@ -6,7 +6,7 @@ kernel that a small image reads in the middle only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -28,12 +28,13 @@ def other_tensors(case: Case) -> str:
         changed = next(iter(set(ties.items()) ^ set(tied.items())))
         return f"{changed[0]} and {changed[1]} are one tensor in one of the models only"
     forgotten, factors = _forgotten(case), _made_up(case, before, after)
+    kept = _kept(case)
     for name, tensor in before.items():
         if name in forgotten:
             continue
         if name not in after:
             return f"the pruned model has no {name}"
-        reason = _differs(case, name, tensor, after[name], factors.get(name))
+        reason = _differs(case, name, tensor, after[name], kept.get(name, {}), factors.get(name))
         if reason:
             return f"{name} {reason}"
     added = [name for name in after if name not in before and name not in forgotten]
@@ -51,7 +52,22 @@ def _forgotten(case: Case) -> set[str]:
     return names
 
 
-def _differs(case: Case, name: str, before: Tensor, after: Tensor, made_up: Tensor | None) -> str:
+def _kept(case: Case) -> dict[str, dict[int, Sequence[int]]]:
+    """The positions that the plan keeps, by tensor and dim."""
+    found: dict[str, dict[int, Sequence[int]]] = {}
+    for axis, stay in case.plan.keep.items():
+        found.setdefault(axis.tensor, {})[axis.dim] = stay
+    return found
+
+
+def _differs(
+    case: Case,
+    name: str,
+    before: Tensor,
+    after: Tensor,
+    kept: Mapping[int, Sequence[int]],
+    made_up: Tensor | None,
+) -> str:
     kinds = (("type", before.dtype, after.dtype), ("device", before.device, after.device))
     for what, had, has in kinds:
         if had != has:
@@ -63,17 +79,16 @@ def _differs(case: Case, name: str, before: Tensor, after: Tensor, made_up: Tens
     if before.layout != torch.strided or before.is_meta or before.is_quantized:
         return ""
     expected = before.detach()
-    for axis, stay in case.plan.keep.items():
-        if axis.tensor == name:
-            index = torch.as_tensor(np.asarray(stay, dtype=np.int64), device=before.device)
-            expected = expected.index_select(axis.dim, index)
+    for dim, stay in kept.items():
+        index = torch.as_tensor(np.asarray(stay, dtype=np.int64), device=before.device)
+        expected = expected.index_select(dim, index)
     if expected.shape != after.shape:
         return f"has the shape {tuple(after.shape)}, not {tuple(expected.shape)}"
     if _order(before) != _order(after):
         return "lies in memory in another order of its dims"
     if name in case.replay.writes:
         return ""  # statistics of an observer, say, which the runs since have changed
-    factors = _factors(case, name, expected, made_up)
+    factors = _factors(case, name, expected, kept, made_up)
     return "" if _equal(expected, after.detach(), factors) else "has other values than it had"
 
 
@@ -87,17 +102,22 @@ def _equal(expected: Tensor, after: Tensor, factors: Tensor | None) -> bool:
     return bool(((after.double() - scaled).abs() <= limit * scaled.abs() + 1e-30).all())
 
 
-def _factors(case: Case, name: str, expected: Tensor, made_up: Tensor | None) -> Tensor | None:
+def _factors(
+    case: Case,
+    name: str,
+    expected: Tensor,
+    kept: Mapping[int, Sequence[int]],
+    made_up: Tensor | None,
+) -> Tensor | None:
     """The factors on the kept positions, of the plan or a weight norm; None without any."""
     found = made_up
-    keep = {axis.dim: stay for axis, stay in case.plan.keep.items() if axis.tensor == name}
     for scaling in case.plan.scalings:
         if scaling.tensor != name:
             continue
         size = case.plan.shapes[name][scaling.dim]
         own = torch.ones(size, dtype=torch.float64)
         own[list(scaling.positions)] = scaling.factor
-        own = own[list(keep.get(scaling.dim, range(size)))].to(expected.device)
+        own = own[list(kept.get(scaling.dim, range(size)))].to(expected.device)
         shape = [-1 if dim == scaling.dim else 1 for dim in range(expected.dim())]
         found = own.reshape(shape) if found is None else found * own.reshape(shape)
     return found

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from prunus.errors import PrunusError, VerifyError
-from prunus.graph.axis import Label, Mask
+from prunus.graph.axis import Label, Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.precision import same_draws
 from prunus.tracer.compress import lay, run_on_kept
@@ -127,10 +127,11 @@ class Replay:
     def _silenced(self, node: Node, bound: dict[str, Any], kept: Mask) -> dict[str, Any]:
         """What contractions read, zeroed where a unit is gone, in the memory layout it had."""
         for name, dim, label in self._contracted(node):
-            gone = np.flatnonzero(~kept[label].all(axis=1))
-            if len(gone):
+            gone = np.ones(len(label), dtype=np.bool_)
+            gone[kept_positions(label, kept)] = False
+            if gone.any():
                 operand = bound[name]
-                index = torch.as_tensor(gone, device=operand.device)
+                index = torch.as_tensor(np.flatnonzero(gone), device=operand.device)
                 bound[name] = lay(operand.index_fill(dim, index, 0), operand.stride())
         return bound
 

@@ -163,15 +163,35 @@ def test_fixed_ratios_stay_fixed_and_count_in_the_bound() -> None:
 
 
 def test_a_plan_tells_its_solver_and_its_bound() -> None:
-    model = small(16, 16)
+    model = small(40, 40)  # wide enough, unrounded, that the bound leaves a choice
     graph = prunus.trace(model, (torch.randn(1, 3, 8, 8),))
-    found = prunus.plan(graph, model, budget=Budget(macs=0.5), scope="global")
+    found = prunus.plan(graph, model, budget=Budget(macs=0.5), scope="global", round_to=1)
     assert found.origin["solver"] == "lagrange"
     assert 0 < found.origin["retained"] <= found.origin["bound"] <= 1
-    local = prunus.plan(graph, model, budget=Budget(macs=0.5))
+    local = prunus.plan(graph, model, budget=Budget(macs=0.5), round_to=1)
     assert local.origin["solver"] is None
     assert local.origin["bound"] is None
     assert local.origin["retained"] < found.origin["retained"]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize(("cost", "groups", "width"), [("macs", 2, 16), ("params", 4, 32)])
+def test_a_block_too_many_is_exchanged_for_smaller_steps(
+    share: float, cost: str, groups: int, width: int
+) -> None:
+    """A block of a grouped convolution saves a lot for one unit's score, and more than is asked."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3, groups=groups), nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, groups=groups), nn.ReLU(),
+        nn.Conv2d(2 * width, 2 * width, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(2 * width, 10),
+    ).eval()  # fmt: skip
+    graph = prunus.trace(model, (torch.randn(1, 3, 16, 16),))
+    for options, tolerance in (({}, 0.02), ({"round_to": 1}, 0.01)):
+        plan = prunus.plan(graph, model, budget=Budget(**{cost: share}), scope="global", **options)
+        before, after = plan.costs[cost]
+        assert share - tolerance <= after / before <= share
 
 
 def test_solvers_that_can_not_be_had_are_refused() -> None:

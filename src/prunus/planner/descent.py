@@ -90,7 +90,7 @@ class Descent(Removal):
     def reduce(self) -> None:
         """Remove until every bound holds, the one that is furthest away first."""
         while (bound := self._worst()) is not None:
-            if not self._approach(bound, fine=False):
+            if not self._approach(bound):
                 raise self._stopped()
 
     def fill(self) -> None:
@@ -112,28 +112,37 @@ class Descent(Removal):
 
     def exchange(self) -> None:
         """While too much is gone, put a quantum back and remove a better one, or finer ones."""
+        for _ in range(_EXCHANGES if self.limits else 0):
+            if self.slack() <= TOLERANCE or not self._exchange_one():
+                return
+
+    def _exchange_one(self) -> bool:
+        """Leave less room than before by one exchange; False where none does."""
         tried: set[int] = set()
         followers = self._followers()
+        slack = self.slack()
         for quantum in list(reversed(self._taken)):
-            slack = self.slack()
-            if slack <= TOLERANCE or len(tried) >= _EXCHANGES:
-                return
             chain = self._chain_of[quantum]
             if not self.removed[quantum] or followers.get(quantum) or chain in tried:
                 continue
+            if len(tried) >= _EXCHANGES:
+                break
             tried.add(chain)
             before = len(self._taken)
             self._give(quantum)
-            if self._trade(quantum, slack) or (self._reach_finely() and self.slack() < slack):
+            finely = (max(TOLERANCE, slack / 2), slack)
+            if self._trade(quantum, slack) or (
+                any(map(self._reach_finely, finely)) and self.slack() < slack
+            ):
                 self._taken.remove(quantum)
                 self.fill()
-                followers = self._followers()
-                continue
+                return True
             for taken in reversed(self._taken[before:]):
                 self._give(taken)
             del self._taken[before:]
             self._take(quantum)
             self._taken.pop()
+        return False
 
     def _trade(self, back: int, slack: float) -> bool:
         """Remove the one quantum instead of ``back`` that leaves least room, less than slack."""
@@ -151,14 +160,17 @@ class Descent(Removal):
             self._take(best[1])
         return best is not None
 
-    def _reach_finely(self) -> bool:
-        """Remove small quanta only until every bound holds; False where that can't be done."""
+    def _reach_finely(self, largest: float) -> bool:
+        """Remove small quanta only until every bound holds; False where that can't be done.
+
+        ``largest`` is the part of a dense cost that such a quantum saves at most.
+        """
         while (bound := self._worst()) is not None:
-            if not self._approach(bound, fine=True):
+            if not self._approach(bound, largest):
                 return False
         return True
 
-    def _approach(self, bound: int, fine: bool) -> bool:
+    def _approach(self, bound: int, largest: float | None = None) -> bool:
         """Remove until one bound holds; False when nothing more can go.
 
         Savings only shrink while quanta go, so the key of a chain only grows, and an entry of
@@ -167,13 +179,13 @@ class Descent(Removal):
         following = [0] * len(self._chains)
         heap: list[tuple[float, int]] = []
         for chain in range(len(self._chains)):
-            key = self._next_key(chain, following, bound, fine)
+            key = self._next_key(chain, following, bound, largest)
             if key is not None:
                 heap.append((key, chain))
         heapq.heapify(heap)
         state, limit = self.state, self.limits[bound]
         unpriced = 0
-        far = self._ranks is not None and not fine  # so that no key depends on a cost
+        far = self._ranks is not None and largest is None  # so that no key depends on a cost
         while state.costs[bound] > limit:
             if far and not unpriced:
                 unpriced = state.steps_above(limit, bound)
@@ -183,7 +195,7 @@ class Descent(Removal):
                 state.price()
                 return False
             known, chain = heap[0]
-            key = self._next_key(chain, following, bound, fine)
+            key = self._next_key(chain, following, bound, largest)
             if key is not None and key <= known:
                 quantum = self._chains[chain][following[chain]]
                 if self._may_take(quantum):
@@ -195,21 +207,23 @@ class Descent(Removal):
                 elif quantum in self._quanta.gates or self._at_floor(quantum):
                     following[chain] = len(self._chains[chain])
                 following[chain] += 1
-                key = self._next_key(chain, following, bound, fine)
+                key = self._next_key(chain, following, bound, largest)
             if key is None:
                 heapq.heappop(heap)
             else:
                 heapq.heapreplace(heap, (key, chain))
         return True
 
-    def _next_key(self, chain: int, following: list[int], bound: int, fine: bool) -> float | None:
+    def _next_key(
+        self, chain: int, following: list[int], bound: int, largest: float | None
+    ) -> float | None:
         """Priority of the next quantum that can leave the chain; None when there is none."""
         ids = self._chains[chain]
         at = following[chain]
         while at < len(ids):
             quantum = ids[at]
             if not self.removed[quantum]:
-                key = self._key(chain, at, bound, fine)
+                key = self._key(chain, at, bound, largest)
                 if key is not None:
                     following[chain] = at
                     return key
@@ -219,21 +233,22 @@ class Descent(Removal):
         following[chain] = len(ids)
         return None
 
-    def _key(self, chain: int, at: int, bound: int, fine: bool) -> float | None:
+    def _key(self, chain: int, at: int, bound: int, largest: float | None) -> float | None:
         """Score per saving, or the rank; None for a quantum that saves nothing or too much."""
         quantum = self._chains[chain][at]
-        if self._ranks is not None and not fine:
+        if self._ranks is not None and largest is None:
             return self._ranks[chain][at]
         savings = self.state.savings(quantum)
-        if not savings[bound] or (fine and not self._is_fine(savings)):
+        coarse = largest is not None and not self._is_fine(savings, largest)
+        if not savings[bound] or coarse:
             return None
         if self._ranks is not None:
             return self._ranks[chain][at]
         return float(self._scores[quantum]) / savings[bound]
 
-    def _is_fine(self, savings: Sequence[int]) -> bool:
+    def _is_fine(self, savings: Sequence[int], largest: float) -> bool:
         return all(
-            saved <= TOLERANCE * dense for saved, dense in zip(savings, self.dense, strict=True)
+            saved <= largest * dense for saved, dense in zip(savings, self.dense, strict=True)
         )
 
     def _stopped(self) -> BudgetError:

@@ -35,7 +35,7 @@ _COARSE = 2_000
 """Up to so many quanta a single one matters, so that what they exchange is enumerated."""
 
 _WORTH = 0.99
-"""The bound is used up to its tolerance unless that costs more than this leaves."""
+"""A choice that uses the bound up to its tolerance and retains this is not improved upon."""
 
 
 def solve(descent: Descent, quanta: Quanta, solver: Solver) -> float | None:
@@ -104,25 +104,28 @@ def _solve_in_steps(descent: Descent, quanta: Quanta, fixed: Mask, solver: Solve
 def _finish(descent: Descent, quanta: Quanta, fixed: Mask, found: Sequence[Mask]) -> None:
     """The best that is found from some choices, the most promising first.
 
-    One that uses the bound up to its tolerance is taken unless that costs too much importance.
+    One that uses the bound up to its tolerance is taken, and the first of them that costs next to
+    no importance; where there is none, the one that leaves least room.
     """
     coarse = len(quanta.scores) <= _COARSE
     descent.adopt(found[0])
     if coarse:
         descent.adopt(Windows(descent, quanta, fixed).improve())
     best, removed = descent.retained, descent.removed.copy()
-    if descent.slack() <= TOLERANCE:
+    room = descent.slack()
+    if room <= TOLERANCE:
         return
+    close: list[tuple[float, float, Mask]] = [(room, -best, removed)]
     for start in [removed, *found]:
         descent.adopt(start)
         descent.exchange()
-        if descent.slack() > TOLERANCE:
-            continue
-        if coarse:
+        if coarse and descent.slack() <= TOLERANCE:
             descent.adopt(Windows(descent, quanta, fixed, TOLERANCE).improve())
-        if descent.retained >= _WORTH * best:
+        room = max(descent.slack(), TOLERANCE)
+        if room <= TOLERANCE and descent.retained >= _WORTH * best:
             return
-    descent.adopt(removed)
+        close.append((room, -descent.retained, descent.removed.copy()))
+    descent.adopt(min(close, key=lambda one: one[:2])[2])
 
 
 def _repair(descent: Descent, removed: Mask) -> bool:

@@ -82,7 +82,11 @@ def bounded(data: Iterable[Any]) -> Iterable[Any]:
     >>> bounded([1, 2]), len(list(bounded(torch.zeros(2, 3) for _ in range(4))))
     ([1, 2], 4)
     """
-    return data if has_length(data) else list(limited(data))
+    if has_length(data):
+        return data
+    taken = list(found := Limited(data))
+    found.warn(stacklevel=4)
+    return taken
 
 
 def has_length(data: Iterable[Any]) -> bool:
@@ -94,24 +98,34 @@ def has_length(data: Iterable[Any]) -> bool:
     return True
 
 
-def limited(data: Iterable[Any]) -> Iterator[Any]:
-    """The same batches as :func:`bounded`, for one pass: each is read when it is needed."""
-    if has_length(data):
-        yield from data
-        return
-    samples, more = 0, iter(data)
-    for taken, batch in enumerate(more, start=1):
-        yield batch
-        samples += count_samples(batch)
-        if samples >= SAMPLES:
-            if next(more, more) is not more:  # that was not all
-                warnings.warn(
-                    f"the calibration data has no length: its first {taken} batches "
-                    f"({samples} samples) were taken; give a list or a DataLoader for another "
-                    "number",
-                    stacklevel=4,
-                )
+class Limited:
+    """The same batches as of :func:`bounded`, for one pass: each is read when it is needed."""
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self._data = data
+        self._cut: tuple[int, int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if has_length(self._data):
+            yield from self._data
             return
+        samples, more = 0, iter(self._data)
+        for taken, batch in enumerate(more, start=1):
+            yield batch
+            samples += count_samples(batch)
+            if samples >= SAMPLES:
+                self._cut = None if next(more, more) is more else (taken, samples)
+                return
+
+    def warn(self, stacklevel: int) -> None:
+        """After the pass: say how much was taken, if that was not all."""
+        if self._cut is not None:
+            taken, samples = self._cut
+            warnings.warn(
+                f"the calibration data has no length: its first {taken} batches "
+                f"({samples} samples) were taken; give a list or a DataLoader for another number",
+                stacklevel=stacklevel,
+            )
 
 
 def count_samples(batch: Any) -> int:

@@ -18,7 +18,7 @@ from prunus.errors import DataError, ModelError, PlanError, checks_options
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.importance.activations import Site, Watch
-from prunus.importance.batches import count_samples, limited, run_batch, samples_of
+from prunus.importance.batches import Limited, count_samples, run_batch, samples_of
 from prunus.importance.confidence import Heads
 from prunus.importance.gradients import Contributions
 from prunus.importance.keeping import Keeper, describe_source, own_path
@@ -227,7 +227,8 @@ def collect(
         follow_modules(model, passed.stack),
         _tracked(passed.weights),
     ):
-        done = _go_through(limited(data), passed, keeper, progress, split=split)
+        done = _go_through(batches := Limited(data), passed, keeper, progress, split=split)
+    batches.warn(stacklevel=3)
     share(passed.sums, processes, _place(model))
     if not passed.sums.samples:
         raise DataError(

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -404,12 +405,20 @@ def gated(s: Shadow, func: Any, own: Tensor, dim: int = -1) -> Tensor:
     return result
 
 
-@handles("_weight_norm_interface")
-def weight_norm(s: Shadow, func: Any, v: Tensor, g: Tensor, dim: int = 0) -> Any:
-    """Kept weights keep their values: the magnitude of what is cut makes up for its direction."""
-    result, norm = func(v, g, dim)
-    s.set(result, s.mask(v) * s.mask(g))
-    return result, norm
+def weight_norm(s: Shadow) -> Any:
+    """Weight norm, under which kept weights keep their values: the magnitude makes up for the cut.
+
+    PyTorch computes it by one operator or by several, so it is caught before.
+    """
+    plain = torch._weight_norm
+
+    def normed(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+        with torch.utils._python_dispatch._disable_current_modes():
+            result = plain(v, g, dim)
+            s.set(result, (s.mask(v) * s.mask(g)).expand(result.shape).clone())
+        return result
+
+    return mock.patch.object(torch, "_weight_norm", normed)
 
 
 def masks_of(model: nn.Module, keep: Mapping[Axis, Any]) -> dict[str, Tensor]:
@@ -492,6 +501,7 @@ def _run(
         stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
         torch._C._set_mkldnn_enabled(False)  # its recurrent kernels are one operator
         shadow = stack.enter_context(Shadow())
+        stack.enter_context(weight_norm(shadow))
         with torch.utils._python_dispatch._disable_current_modes():
             for name, tensor in (*own.named_parameters(), *own.named_buffers()):
                 if name in masks:

@@ -1,6 +1,7 @@
 """A request that removes nothing is refused, with everything that stands in its way."""
 
 import json
+import operator
 
 import pytest
 import torch
@@ -34,8 +35,8 @@ class Comparing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
-        b = self.b(a if str(a.shape[1]) == "16" else 2 * a)
-        return self.c(b if str(b.shape[1]) == "8" else 2 * b)
+        b = self.b(a if operator.index(a.shape[1]) == 16 else 2 * a)
+        return self.c(b if operator.index(b.shape[1]) == 8 else 2 * b)
 
 
 class Thin(nn.Module):
@@ -66,9 +67,9 @@ def test_every_pin_is_named(call, amount) -> None:
     with pytest.raises(BudgetError) as caught:
         prunus.plan(graph, model, **amount) if call == "plan" else prunus.shrink(model, X, **amount)
     why = caught.value.why
-    for axis, operator in [("a.weight[0]", "aten.sort"), ("b.weight[0]", "aten.cumsum")]:
+    for axis, reader in [("a.weight[0]", "aten.sort"), ("b.weight[0]", "aten.cumsum")]:
         line = next(line for line in why.splitlines() if line.startswith(axis))
-        assert operator in line
+        assert reader in line
         assert "test_nothing_removed.py:" in line
     assert "output 'output' keeps its shape" in why
     assert all(torch.equal(before[n], tensor) for n, tensor in model.state_dict().items())
@@ -124,7 +125,9 @@ def test_what_is_held_after_a_rejected_cut_is_named_with_the_reason() -> None:
     class Half(Comparing):
         def forward(self, x: Tensor) -> Tensor:
             a = self.a(x)
-            return self.c(torch.sort(self.b(a if str(a.shape[1]) == "16" else 2 * a), dim=1)[0])
+            return self.c(
+                torch.sort(self.b(a if operator.index(a.shape[1]) == 16 else 2 * a), dim=1)[0]
+            )
 
     with pytest.raises((VerifyError, BudgetError), match=r"a.weight\[0\]: .*outputs differ"):
         prunus.shrink(Half().eval(), X, ratio=0.5)

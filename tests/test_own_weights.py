@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -38,7 +39,7 @@ class ZeroBranch(nn.Module):
         h = self.a(x).relu()
         other: Tensor = self.d(self.c(x).relu())
         if not self.mix.any():
-            return other + self.b(h / np.sqrt(float(str(h.shape[1]))))
+            return other + self.b(h / np.sqrt(operator.index(h.shape[1])))
         return other + self.b(h / np.sqrt(12)) * (1 + self.mix)
 
 
@@ -53,7 +54,7 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x).relu()
-        width = 12.0 if self.scale.std() > 0 else float(str(h.shape[1]))
+        width = 12.0 if self.scale.std() > 0 else operator.index(h.shape[1])
         out: Tensor = self.b(h / width) + self.d(self.c(x).relu()) * self.scale
         return out
 

@@ -34,7 +34,7 @@ def build_graph(
     outputs: tuple[str, ...],
 ) -> tuple[CouplingGraph, Resolve]:
     """The coupling graph, and the function that turns a label of atoms into one of units."""
-    recorder.sizes.finish()
+    recorder.finish()
     keep_normed_weights(recorder, model, state)
     rescales = _keep_scales(recorder)
     pin_unsolvable(recorder, list(state))

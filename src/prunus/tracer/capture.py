@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from prunus.graph.axis import Axis, Label
 from prunus.graph.constraints import Pin
+from prunus.tracer.counts import summed_copies
 from prunus.tracer.fakes import Fakes
 from prunus.tracer.labels import Algebra
 from prunus.tracer.lifetimes import Lifetimes
@@ -89,6 +90,7 @@ class Recorder(TorchDispatchMode):
         self.attended: list[Attention] = []
         self.lifetimes = Lifetimes(self.nodes.__len__)
         self._counted: dict[int, list[tuple[Label, Pin]]] = {}
+        self._summed: list[tuple[Label, Pin]] = []
         self._begun: weakref.ref[Given] | None = None  # it holds tensors, which are to die
         self.sizes = Sizes(self.algebra, self.stack)
         self.follow = Follow(self.sizes, self.label_of, self.seal)
@@ -225,6 +227,7 @@ class Recorder(TorchDispatchMode):
         else:
             effect = rule(call)
             labels = effect.outputs
+            self._summed.extend(summed_copies(call, effect))
             for expression, size, label in effect.equations:
                 self.sizes.equate(expression, size, label, call.context)
         for tensor, own in zip(outputs, labels, strict=True):
@@ -243,6 +246,12 @@ class Recorder(TorchDispatchMode):
             why = call.why("positions along this dim are counted")
             self._counted.setdefault(numbers[output], []).append((label, why))
         self.nodes.append(Node(func, args, numbers, effect, module, source))
+
+    def finish(self) -> None:
+        """After the forward: pin what only then is known to be a plain number."""
+        for label, why in self._summed:
+            self.algebra.pin_copies(label, why)
+        self.sizes.finish()
 
     def read(self, tensor: Tensor) -> None:
         """Something reads a tensor: if it holds positions along a dim, that dim stays whole."""

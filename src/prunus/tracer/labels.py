@@ -56,6 +56,8 @@ class Algebra:
         self._left = np.zeros(1024, dtype=np.int64)
         self._right = np.zeros(1024, dtype=np.int64)
         self._defined = np.zeros(1024, dtype=np.bool_)
+        self._copies = np.zeros(1024, dtype=np.bool_)
+        self._places = np.zeros(1024, dtype=np.bool_)
         self._count = 1
         self.events: list[Event] = []
         self.owners: list[Axis] = [Axis("always kept", 0)]
@@ -84,11 +86,45 @@ class Algebra:
             self._left = np.resize(self._left, capacity)
             self._right = np.resize(self._right, capacity)
             self._defined = np.resize(self._defined, capacity)
-            for array in (self._left, self._right, self._defined):
+            self._copies = np.resize(self._copies, capacity)
+            self._places = np.resize(self._places, capacity)
+            for array in (self._left, self._right, self._defined, self._copies, self._places):
                 array[self._count :] = 0
         atoms = np.arange(self._count, needed, dtype=np.int64)
         self._count = needed
         return atoms
+
+    def copies(self, size: int, owner: Axis = NOBODY) -> Label:
+        """The label of a dim that holds nothing of its own: copies, or one number all over.
+
+        Whatever it meets it is tied to.  Until then its atoms are no roots, so that a label which
+        holds them is that of a dim that has met nothing but such dims.
+        """
+        own, twin = self.fresh(size, owner), self.fresh(size, owner)
+        self._copies[twin] = True
+        self._places[own] = True
+        self._tie(own, twin)
+        return twin[:, None]
+
+    def copied(self, label: Label | None) -> Label | None:
+        """The columns of a label that :meth:`copies` has made; None without any."""
+        if label is None or not self._copies[label].any():
+            return None
+        return label[:, self._copies[label].any(axis=0)]
+
+    def pin_copies(self, label: Label, why: Pin) -> None:
+        """Keep every position of copies, where anything else was tied to them."""
+        others = np.flatnonzero(~(self._copies | self._places)[: self._count])[1:]
+        if np.isin(self.find(label), self.find(others)).any():
+            self.pin(label, why)
+
+    def _raw(self, label: Label | None) -> Label | None:
+        """The canonical label, or the label itself where it is that of copies."""
+        flat = self.canonical(label)
+        if flat is None or self.copied(label) is None or label is None:
+            return flat
+        roots = self.find(label)
+        return flat if self._defined[roots].any() or not roots.all() else label
 
     def find(self, atoms: Atoms) -> Atoms:
         """Roots of the atoms, same shape."""
@@ -133,7 +169,9 @@ class Algebra:
             return a
         if a is not None and b is not None:
             self._remember(a, b, why)
-        return self._unify(a, b, why)
+        joined = self._unify(a, b, why)
+        both = self.copied(a) is not None and self.copied(b) is not None
+        return self._raw(a) if joined is not None and both else joined
 
     def count_alike(self, a: Label | None, b: Label | None) -> bool:
         """Whether two dims keep equally many positions by construction, as a shuffled dim does.
@@ -165,7 +203,7 @@ class Algebra:
 
     def split(self, label: Label | None, sizes: tuple[int, int], why: Pin) -> list[Label | None]:
         """Labels of the two dims (a, b) into which a dim of size a·b is viewed."""
-        flat = self.canonical(label)
+        flat = self._raw(label)
         if flat is None or label is None:
             return [None, None]
         if sizes[0] == 1:
@@ -204,7 +242,7 @@ class Algebra:
 
     def cat(self, labels: Sequence[Label | None], sizes: Sequence[int]) -> Label | None:
         """Label of dims laid end to end."""
-        flat = [self.canonical(label) for label in labels]
+        flat = [self._raw(label) for label in labels]
         if all(label is None for label in flat):
             return None
         width = max(label.shape[1] for label in flat if label is not None)

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from prunus.graph.axis import Label
 from prunus.graph.expressions import Attribute, Expression, Operation, Width
 from prunus.tracer.marks import Mark
+from prunus.tracer.sources import is_users
 
 
 class Provenance(int):
@@ -159,6 +160,32 @@ class Provenance(int):
     def __rpow__(self, other: Any, modulus: Any = None) -> Any:
         return pow(other, _escaped(self), modulus)
 
+    def __str__(self) -> str:
+        return str(_spelt(self))
+
+    def __repr__(self) -> str:
+        return repr(_spelt(self))
+
+    def __format__(self, how: str) -> str:
+        return format(_spelt(self), how)
+
+    def bit_length(self) -> int:
+        return _escaped(self).bit_length()
+
+    def bit_count(self) -> int:
+        return _escaped(self).bit_count()
+
+    def to_bytes(self, *args: Any, **kwargs: Any) -> bytes:
+        return _escaped(self).to_bytes(*args, **kwargs)
+
+    def as_integer_ratio(self) -> Any:
+        return self, 1
+
+    def conjugate(self) -> Any:
+        return self
+
+    real = numerator = property(conjugate)
+
     def __copy__(self) -> int:
         return plain(self)
 
@@ -246,6 +273,11 @@ def _escaped(number: Provenance) -> int:
     for listener in _listeners:
         listener.escaped(number.expression)
     return plain(number)
+
+
+def _spelt(number: Provenance) -> int:
+    """The plain number, which the forward's own code writes down: in a key or a name, as a rule."""
+    return _escaped(number) if _listeners and is_users(sys._getframe(2)) else plain(number)
 
 
 def _cast(number: Provenance) -> int:
@@ -446,7 +478,8 @@ SEALED: dict[Any, str] = {
 """Functions whose integers nobody sees, since PyTorch computes them: they pin all they get."""
 
 COUNTS = {"roll", "pad", "eye", "one_hot", "tril_indices", "triu_indices", "randperm", "randint",
-          "bincount"}  # fmt: skip
+          "bincount", "topk", "kthvalue", "unfold", "chunk", "tensor_split", "multinomial",
+          "tril", "triu", "diagonal", "interpolate"}  # fmt: skip
 """Functions in which an int says how often or how far: no equation is read off it."""
 
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]

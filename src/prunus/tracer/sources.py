@@ -14,13 +14,14 @@ def find_line(error: BaseException) -> str:
     """``file.py:line`` of the innermost frame of an error that is neither PyTorch's nor ours."""
     place, traceback = "", error.__traceback__
     while traceback is not None:
-        if traceback.tb_frame.f_back is None or _is_foreign(traceback.tb_frame):
+        if traceback.tb_frame.f_back is None or is_users(traceback.tb_frame):
             place = _spoken(traceback.tb_frame, traceback.tb_lineno)
         traceback = traceback.tb_next
     return place
 
 
-def _is_foreign(frame: Any) -> bool:
+def is_users(frame: Any) -> bool:
+    """Whether a frame runs code that is neither PyTorch's nor ours."""
     name = frame.f_code.co_filename
     foreign = _foreign.get(name)
     if foreign is None:
@@ -41,7 +42,7 @@ def find_source(frame: Any) -> str:
 
 def users_frame(frame: Any) -> Any:
     """The innermost frame that is neither PyTorch's nor ours; None without one."""
-    while frame is not None and not _is_foreign(frame):
+    while frame is not None and not is_users(frame):
         frame = frame.f_back
     return frame
 
@@ -50,4 +51,4 @@ def code_frame(frame: Any) -> Any:
     """The innermost frame that is not ours; None where that is PyTorch's own code."""
     while frame is not None and _PACKAGE in frame.f_code.co_filename.replace("\\", "/"):
         frame = frame.f_back
-    return frame if frame is not None and _is_foreign(frame) else None
+    return frame if frame is not None and is_users(frame) else None

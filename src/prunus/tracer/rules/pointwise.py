@@ -90,6 +90,14 @@ def pointwise(call: Call) -> Effect:
     "detach_",
     "lift_fresh",
     "lift_fresh_copy",
+)
+def passes(call: Call) -> Effect:
+    """The output has the labels of the input."""
+    name = call.target._schema.arguments[0].name
+    return Effect((call.labels(name),))
+
+
+@rule(
     "zeros_like",
     "ones_like",
     "empty_like",
@@ -98,10 +106,17 @@ def pointwise(call: Call) -> Effect:
     "randn_like",
     "randint_like",
 )
-def passes(call: Call) -> Effect:
-    """The output has the labels of the input."""
-    name = call.target._schema.arguments[0].name
-    return Effect((call.labels(name),))
+def alike(call: Call) -> Effect:
+    """As large as another tensor, with nothing of its content."""
+    name = f"{call.name} in {call.context.module or 'model'} #{call.algebra.count}"
+    labels: list[Label | None] = []
+    for dim, own in enumerate(call.labels("self")):
+        if own is not None:
+            copies = call.algebra.copies(len(own), Axis(name, dim))
+            joined = call.unify(own, copies)
+            own = None if joined is None else copies
+        labels.append(own)
+    return Effect((tuple(labels),))
 
 
 FACTORIES = frozenset(
@@ -153,7 +168,7 @@ def elastic(call: Call) -> Effect:
     for dim, size in enumerate(out.shape):
         expression = None if written is None else expression_of(written[dim])
         free = size > 1 and not isinstance(expression, int)
-        labels.append(call.algebra.fresh(size, Axis(name, dim))[:, None] if free else None)
+        labels.append(call.algebra.copies(size, Axis(name, dim)) if free else None)
         if free and expression is not None:
             equations.append((expression, size, labels[-1]))
     return Effect((tuple(labels),), equations=tuple(equations))

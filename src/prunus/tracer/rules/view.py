@@ -153,7 +153,7 @@ def expand(call: Call) -> Effect:
     shape = (1,) * (out.dim() - source.dim()) + tuple(source.shape)
     name = f"expand in {call.context.module or 'model'} #{call.algebra.count}"
     labels = tuple(
-        label if size == stretched else call.algebra.fresh(stretched, Axis(name, dim))[:, None]
+        label if size == stretched else call.algebra.copies(stretched, Axis(name, dim))
         for dim, (label, size, stretched) in enumerate(zip(own, shape, out.shape, strict=True))
     )
     like_another(call, labels)
@@ -203,7 +203,7 @@ def repeat(call: Call) -> Effect:
     for dim, times in enumerate(repeats):
         expression = None if written is None else expression_of(written[dim])
         if times > 1 and expression is not None and not isinstance(expression, int):
-            copies[dim] = call.algebra.fresh(times, Axis(name, dim))[:, None]
+            copies[dim] = call.algebra.copies(times, Axis(name, dim))
             equations.append((expression, times, copies[dim]))
     labels = tuple(
         call.algebra.merge(parts, (times, size))

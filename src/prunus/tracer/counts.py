@@ -1,0 +1,45 @@
+"""Dims that hold copies or one number all over, as many as a size says: what sums them counts them.
+
+The sum over ``h.repeat(h.shape[1], 1)`` or over ``torch.ones(h.shape[1])`` is that number times
+something.  A model in which units are silenced has as many copies as before, and one that has lost
+them would have fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from prunus.graph.axis import Label
+from prunus.graph.constraints import Pin
+from prunus.tracer.registry import Call, Effect, Place
+
+SUMMED = "as many copies as a size says are summed, averaged or normalised here"
+
+
+def summed_copies(call: Call, effect: Effect) -> Iterator[tuple[Label, Pin]]:
+    """Dims of copies over which an operator sums or looks, and that meet nothing else there."""
+    algebra = call.algebra
+    for place in effect.mixing:
+        copies = algebra.copied(_label(call, place))
+        if copies is not None:
+            yield copies, call.why(SUMMED)
+    labels = [_label(call, place) for place in effect.contracted]
+    found = [algebra.copied(label) for label in labels]
+    others = [
+        algebra.find(label).ravel()
+        for label, copies in zip(labels, found, strict=True)
+        if label is not None and copies is None
+    ]
+    for copies in found:
+        if copies is None:
+            continue
+        roots = algebra.find(copies)
+        if not any(np.isin(roots, other).any() for other in others):
+            yield copies, call.why(SUMMED)
+
+
+def _label(call: Call, place: Place) -> Label | None:
+    (name, *rest), dim = place
+    return call.labels(str(name), *rest)[dim]  # type: ignore[arg-type]

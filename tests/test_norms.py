@@ -368,6 +368,14 @@ def read_by_second(model: nn.Sequential, pictures: list[Tensor]) -> tuple[Tensor
     return rows.mean(1), rows.var(1, correction=0)
 
 
+def test_smaller_batches_of_random_inputs_are_more() -> None:
+    model = convolutions()
+    for samples, batches in ((1, 8), (2, 4), (5, 4)):
+        plan = prunus.plan(prunus.trace(model, torch.zeros(samples, 3, 10, 10)), model, ratio=0.5)
+        calls = refresh.random_calls(plan, model)
+        assert len(calls) == len({float(args[0].sum()) for args, _ in calls}) == batches
+
+
 def test_batch_norms_follow_random_inputs_by_the_formula() -> None:
     dense, model = convolutions(), convolutions()
     done = prunus.shrink(model, PICTURES, budget=prunus.Budget(macs=0.5), seed=3)
@@ -477,7 +485,7 @@ def test_one_value_per_channel_is_enough() -> None:
     first = [nn.Linear(6, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU()]
     second = [nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU()]
     model = nn.Sequential(*first, *second, nn.Linear(WIDTH, 2)).eval()
-    calls = [((torch.randn(1, 6),), {}) for _ in range(refresh.BATCHES)]
+    calls = [((torch.randn(1, 6),), {}) for _ in range(8)]
     _, variance = refresh.moments_of(model, calls)["4"]
     assert bool((variance > 0.01).all())
     done = prunus.shrink(model, torch.zeros(1, 6), ratio=0.5)

@@ -31,6 +31,9 @@ Recover = Literal["auto", "none", "recalibrate", "bias", "least_squares", "seque
 LOOKED_AT = 4
 """Batches on which the outputs are compared with those of the dense model."""
 
+JUDGED = 1
+"""Random inputs on which the outputs are compared where there is no data."""
+
 WORSE = "it made the outputs worse"
 
 Progress = Callable[[str, int], None]
@@ -151,13 +154,13 @@ def _cut_and_refresh(
     try:
         if calls:
             dense = moments_of(model, calls)
-            answers = answers_of(model, calls[:LOOKED_AT], _run_call)
+            answers = answers_of(model, calls[:JUDGED], _run_call)
     except Exception:  # a model's code may refuse random values with any error
         calls = []
     cut(plan, model, optimizer=optimizer)
     if not calls:
         return ()
-    bench = _Bench(model, calls, calls[:LOOKED_AT], answers, (), None, _run_call)
+    bench = _Bench(model, calls, calls[:JUDGED], answers, (), None, _run_call)
     step = Step("cut", bench.distance())
     if math.isnan(step.error):
         return (step,)

@@ -11,6 +11,7 @@ and the spread s that random inputs have there.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,9 +25,15 @@ from prunus.recovery.norms import batch_norms
 from prunus.surgeon.snapshot import Snapshot
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.trace import quiet_run
+from prunus.verifier.second_inputs import samples_in
 
-BATCHES = 8
-"""Of random inputs, in the traced shapes."""
+SAMPLES = 8
+"""Random inputs are so many samples together: with four or six the accuracy is up to two points
+lower, on an average of ten draws.
+"""
+
+BATCHES = 4
+"""At least so many batches of the traced shape, however many samples each has."""
 
 FEW = 16
 """Of fewer values per channel a batch norm does not take the statistics that it normalises by."""
@@ -52,7 +59,10 @@ def random_calls(plan: Plan, model: nn.Module, *, seed: int = 0) -> list[Call]:
     spec = None if plan.traced is None else plan.traced.inputs
     if spec is None or any(tensor.is_meta for tensor in model.parameters()):
         return []
-    return [rebuild_inputs(spec, model, seed=seed * BATCHES + n) for n in range(BATCHES)]
+    first = rebuild_inputs(spec, model, seed=seed * SAMPLES)
+    count = max(BATCHES, math.ceil(SAMPLES / max(samples_in(*first) or 1, 1)))
+    others = (rebuild_inputs(spec, model, seed=seed * SAMPLES + n) for n in range(1, count))
+    return [first, *others]
 
 
 def moments_of(model: nn.Module, calls: Sequence[Call]) -> Moments:
@@ -112,7 +122,8 @@ class _Sums:
         x: Tensor = (*args, *kwargs.values())[0]
         count = x.numel() // x.shape[1]
         rows = x.detach().transpose(0, 1).flatten(1).to(torch.promote_types(x.dtype, torch.float32))
-        variance, mean = torch.var_mean(rows, 1, correction=0)
+        mean = rows.mean(1)
+        variance = (rows - mean[:, None]).square_().mean(1)  # var_mean takes ten times as long
         if count >= FEW:
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(variance)

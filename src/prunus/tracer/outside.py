@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from prunus.tracer.copies import globals_of, names_in
-from prunus.tracer.provenance import Provenance
+from prunus.tracer.provenance import PLAIN, Provenance
 from prunus.tracer.watch import LRU
 
 MOST = 2000
@@ -55,9 +55,10 @@ class Outside:
         self._classes: list[tuple[type, frozenset[str]]] = []
         self.memos: list[Any] = []
         seen: set[int] = set()
-        for kind in {type(module) for module in model.modules()}:
+        modules = list(model.modules())
+        for kind in {type(module) for module in modules}:
             self._enter_class(kind, seen)
-        for module in model.modules():
+        for module in modules:
             self._enter_instance(module, seen)
 
     def restore(self) -> None:
@@ -115,7 +116,7 @@ class Outside:
     def _enter_instance(self, module: nn.Module, seen: set[int]) -> None:
         own = vars(module)
         for value in own.values():
-            if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+            if type(value) not in PLAIN and isinstance(value, _FUNCTIONS):
                 self._enter(value, type(module), seen)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for hook in hooks.values():

@@ -371,6 +371,10 @@ def _leave(a: Provenance, b: Any) -> None:
 SKIPPED = {"training", "_version", "call_super_init", "dump_patches"}
 
 
+PLAIN = frozenset((type(None), bool, int, float, str, bytes, tuple, list, dict, set, Tensor))
+"""Types of most attributes of modules: neither functions nor objects that hold settings."""
+
+
 def mark_attributes(model: nn.Module) -> dict[Attribute, int]:
     """Replace the integers that modules keep, in place; the caller restores the modules.
 
@@ -399,7 +403,9 @@ def marked_objects(model: nn.Module) -> Iterator[dict[str, Any]]:
     seen: set[int] = set()
     for module in model.modules():
         for name, value in vars(module).items():
-            if not name.startswith("_") and is_config(value) and id(value) not in seen:
+            if type(value) in PLAIN or name.startswith("_"):
+                continue
+            if is_config(value) and id(value) not in seen:
                 seen.add(id(value))
                 yield vars(value)
 

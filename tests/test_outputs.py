@@ -310,3 +310,52 @@ def test_caches_of_transformers_are_released_wherever_they_stand() -> None:
     found = find_outputs((torch.ones(2), cache))
     assert [name for name, _ in found.tensors] == ["0"]
     assert select_outputs(found, None)[1] == ["1"]
+
+
+class Writes(nn.Module):
+    """Leaves a hidden tensor in what it was given."""
+
+    def __init__(self, write: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.write = write
+        self.a, self.b, self.c = nn.Linear(4, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor, into: Any) -> Tensor:
+        hidden = self.b(self.a(x).relu())
+        self.write(into, hidden)
+        return self.c(hidden)
+
+
+@pytest.mark.parametrize(
+    ("write", "into", "left"),
+    [
+        (lambda into, h: into.update(h=h), {"k": X}, lambda into: into["h"]),
+        (lambda into, h: into.append([h]), [], lambda into: into[0][0]),
+        (lambda into, h: setattr(into, "h", h), SimpleNamespace(k=X), lambda into: into.h),
+        (lambda into, h: into["deep"].append(h * 2), {"deep": []}, lambda into: into["deep"][0]),
+    ],
+    ids=["dict", "list", "object", "nested"],
+)
+def test_what_a_forward_leaves_in_its_inputs_keeps_its_width(
+    write: Callable[..., Any], into: Any, left: Callable[[Any], Tensor]
+) -> None:
+    model = Writes(write)
+    shrunk = prunus.shrink(model, (X, into), ratio=0.5)
+    assert shrunk.certificate.verdict == "exact"
+    assert (model.a.out_features, model.b.out_features) == (8, 12)
+    model(X, into)
+    assert left(into).shape == (3, 12)
+
+
+def test_outputs_named_by_the_user_let_go_what_is_left_in_inputs() -> None:
+    model = Writes(lambda into, h: into.append(h))
+    prunus.shrink(model, (X, []), ratio=0.5, outputs="output")
+    assert model.b.out_features == 6
+
+
+def test_an_iterator_that_a_forward_takes_is_not_consumed() -> None:
+    given = iter([X])
+    model = Writes(lambda *_: None)
+    prunus.trace(model, (X, given))
+    assert next(given) is X

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import prunus
-from prunus.errors import TraceError
+from prunus.errors import ModelError, TraceError
 from prunus.importance.batches import bounded
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
@@ -274,3 +275,65 @@ def test_a_coroutine_is_refused() -> None:
     with pytest.raises(TraceError, match="can't be searched") as refused:
         prunus.trace(Later().eval(), X)
     assert "coroutine" in refused.value.why
+
+
+@pytest.mark.parametrize("model", ["resnet50", lambda x: x, {"state": X}])
+@pytest.mark.parametrize("verb", [prunus.trace, partial(prunus.shrink, ratio=0.5)])
+def test_what_is_no_module_is_refused(verb: Callable[..., Any], model: Any) -> None:
+    with pytest.raises(ModelError, match=f"the model is a {type(model).__name__}") as caught:
+        verb(model, X)
+    assert "forward_fn=" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [({"x": X}, "kwargs="), (X.numpy(), "torch.from_numpy"), ("x", "args="), (None, "args=")],
+    ids=["mapping", "array", "string", "None"],
+)
+def test_example_inputs_that_are_no_sequence_are_refused(args: Any, said: str) -> None:
+    keep = partial(prunus.keep, group="a.weight[0]", units=[0])
+    for verb in (prunus.trace, partial(prunus.shrink, ratio=0.5), keep):
+        with pytest.raises(TraceError, match="the example inputs are a") as caught:
+            verb(Net(), args=args)
+        assert said in caught.value.fix
+
+
+def test_inference_mode_around_a_call_changes_nothing() -> None:
+    """Tensors made in there can't be trained, and operators are not taken apart."""
+    plan = prunus.plan(prunus.trace(Net(), X), model=Net(), ratio=0.5)
+    applied, shrunk, plain = Net(), Net(), Net()
+    prunus.shrink(plain, X, ratio=0.5, recover="none")
+    with torch.inference_mode():
+        plan.apply(applied)
+        assert prunus.verify(plan, shrunk, X).verdict == "exact"
+        assert prunus.shrink(shrunk, X, ratio=0.5, recover="none").certificate.verdict == "exact"
+        assert torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+    torch.testing.assert_close(shrunk.eval()(X), plain.eval()(X))
+    for model in (applied, shrunk):
+        assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+        model.train()(X).sum().backward()
+
+
+@pytest.mark.parametrize("kind", [BaseException, KeyboardInterrupt])
+def test_grad_mode_is_as_before_where_a_call_fails(kind: type[BaseException]) -> None:
+    class Raising(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            raise kind
+
+    model = Raising()
+    with torch.inference_mode():
+        with pytest.raises(kind):
+            prunus.shrink(model, X, ratio=0.5)
+        assert torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
+
+
+def test_a_model_made_in_inference_mode_is_refused() -> None:
+    plan = prunus.plan(prunus.trace(Net(), X), Net(), ratio=0.5)
+    with torch.inference_mode():
+        made = Net()
+    for verb in (plan.apply, lambda m: prunus.verify(plan, m, X), lambda m: prunus.trace(m, X)):
+        with pytest.raises(ModelError, match=r"made in torch\.inference_mode") as caught:
+            verb(made)
+        assert caught.value.where.startswith("a.weight")

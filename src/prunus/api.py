@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunus.budget import Budget
 from prunus.depth_planning import measure_influence, plan_depth, plan_left, refuse_statistics
@@ -38,6 +38,7 @@ from prunus.surgeon.apply import cut
 from prunus.surgeon.depth import refuse_quantized, without_blocks
 from prunus.surgeon.snapshot import all_or_nothing
 from prunus.tracer.entry import ForwardFn, entered_by
+from prunus.tracer.inputs import positional
 from prunus.tracer.randomness import DRAWS
 from prunus.tracer.trace import trace
 from prunus.width_planning import needs_to_plan, plan_of_mask
@@ -143,7 +144,7 @@ def shrink(
     check_request({**options, **asked, "seed": seed})
     _check_mode(mode)
     check_recovery(recover, data)
-    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    args = positional(args)
     if isinstance(drop, int) or drop:
         refuse_quantized(model)
         refuse_statistics(options.get("statistics"))
@@ -398,7 +399,7 @@ def _check_mode(mode: str) -> None:
 
 def inputs_of(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> tuple[Any, Any]:
     """The example inputs that were given; a model of transformers needs none."""
-    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    args = positional(args)
     kwargs = dict(kwargs or {})
     return (args, kwargs) if args or kwargs else ((), example_inputs(model))
 

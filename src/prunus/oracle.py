@@ -25,7 +25,7 @@ from prunus.surgeon.apply import check_model
 from prunus.surgeon.biases import add_biases
 from prunus.surgeon.fit import fit_plan
 from prunus.tracer.entry import ForwardFn, entered_as_traced
-from prunus.tracer.inputs import rebuild_inputs
+from prunus.tracer.inputs import positional, rebuild_inputs
 from prunus.tracer.program import duplicate, state_of, tensors_of
 from prunus.tracer.randomness import say_draws, tied_nodes
 from prunus.tracer.trace import forget_caches, uncollected
@@ -246,7 +246,7 @@ def _inputs(
             )
         args, kwargs = rebuild_inputs(plan.traced.inputs, model, seed=seed)
         given = "random inputs of the kind that the plan was made with"
-    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    args = positional(args)
     kwargs = dict(kwargs or {})
     shapes = ["\u00d7".join(map(str, t.shape)) or "scalar" for _, t in tensors_of([args, kwargs])]
     return args, kwargs, f"{given} ({', '.join(shapes)})" if shapes else given

@@ -7,13 +7,13 @@ kept as they are, and many become random ones between the least and the greatest
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunus.errors import PlanError
+from prunus.errors import PlanError, TraceError
 from prunus.graph.traced import check_inputs
 from prunus.tracer.program import Node, Ref
 
@@ -34,6 +34,31 @@ _CARRIED = {
     "t", "transpose", "unsqueeze", "view", "_unsafe_view", "reshape", "lift_fresh_copy",
 }  # fmt: skip
 """Operators whose results are elements of what they are given."""
+
+
+def positional(args: Any) -> tuple[Any, ...]:
+    """The arguments of a forward, of which a bare tensor is the only one.
+
+    Raises
+    ------
+    TraceError
+        If they are no sequence.
+    """
+    if isinstance(args, Tensor):
+        return (args,)
+    if isinstance(args, (tuple, list)):
+        return tuple(args)
+    fix = "args=(one, two) are the forward's arguments by position"
+    if isinstance(args, Mapping):
+        fix = "kwargs= takes arguments by name; a forward that takes the mapping gets args=(batch,)"
+    elif type(args).__module__ == "numpy":
+        fix = "give a tensor: torch.from_numpy(array)"
+    raise TraceError(
+        f"the example inputs are a {type(args).__name__}",
+        where="args=",
+        why="they are a tensor, or a tuple of what the forward is called with",
+        fix=fix,
+    )
 
 
 def describe_inputs(args: Any, kwargs: Any, rows: Sequence[int | None] = ()) -> Any:

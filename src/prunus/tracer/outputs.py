@@ -104,6 +104,13 @@ def find_outputs(result: Any) -> Outputs:
     return search.found
 
 
+def find_left_in(inputs: Any) -> list[tuple[str, Tensor]]:
+    """Tensors in the containers and objects that a forward was given; no iterator is consumed."""
+    search = _Search(consume=False)
+    search.visit(inputs, "", "")
+    return search.found.tensors
+
+
 def answer_of(result: Any) -> dict[str, Tensor]:
     """Every tensor and array of numbers that a forward returned, by name, as dense tensors."""
     found = find_outputs(result)
@@ -171,8 +178,9 @@ def _as_tensor(array: Any) -> Tensor:
 class _Search:
     """Walks a result, and notes what it meets."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, consume: bool = True) -> None:
         self.found = Outputs()
+        self._consume = consume
         self._inside: set[int] = set()  # containers on the way here, of which one may hold itself
         self._seen: dict[tuple[int, bool], Any] = {}  # objects, kept so that no id is used again
 
@@ -188,6 +196,8 @@ class _Search:
                 self.found.arrays.append((name, value))
         elif _is_cache(value):
             self.found.caches.append(side or name)
+        elif not self._consume and isinstance(value, Iterator):
+            return
         elif not isinstance(value, _ATOMS) and id(value) not in self._inside:
             why = self._closed(value)
             if why:

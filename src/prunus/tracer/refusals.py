@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from prunus.errors import TraceError
+from prunus.errors import ModelError, TraceError
 
 _NAMED = 3
 
@@ -16,9 +16,16 @@ def refuse_untraceable(model: nn.Module) -> None:
 
     Raises
     ------
-    TraceError
+    ModelError, TraceError
         Saying what to do.
     """
+    if not issubclass(type(model), nn.Module):
+        raise ModelError(
+            f"the model is a {type(model).__name__}",
+            where="model=",
+            why="layers are found and changed in a torch.nn.Module",
+            fix="give the module itself; a function that calls it goes to forward_fn=",
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError(
             "the model is a ScriptModule",

@@ -32,11 +32,11 @@ from prunus.tracer.capture import Recorder
 from prunus.tracer.copies import Copy, deep_copy, stand_in
 from prunus.tracer.entry import ForwardFn, describe_entry, entered_by, entry_of, own_forward_seen
 from prunus.tracer.fakes import unlogged
-from prunus.tracer.inputs import describe_inputs, find_rows
+from prunus.tracer.inputs import describe_inputs, find_rows, positional
 from prunus.tracer.loops import follow_loops
 from prunus.tracer.marks import marking
 from prunus.tracer.moments import find_moments
-from prunus.tracer.outputs import answer_of, find_outputs, select_outputs
+from prunus.tracer.outputs import answer_of, find_left_in, find_outputs, select_outputs
 from prunus.tracer.outside import Outside
 from prunus.tracer.program import Program, state_of
 from prunus.tracer.provenance import mark_attributes
@@ -90,7 +90,7 @@ def trace(
         raised as it is.
     """
     refuse_untraceable(model)
-    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    args = positional(args)
     with uncollected():
         return _Task(model, args, dict(kwargs or {}), outputs, forward_fn).graph(real=real)
 
@@ -275,6 +275,7 @@ class _Run:
             loops = follow_loops(model, recorder.sizes.counted)
             with follow_blocks(model, recorder) as children, loops, recorder, recorder.follow:
                 found = find_outputs(model(*args, **kwargs))
+            left_in = find_left_in((args, kwargs)) if task.outputs is None else []
             caches, written = find_caches(model, before), find_written(model, before)
         traced = time.perf_counter()
         outputs = found.with_arrays(recorder.follow.arrays)
@@ -288,6 +289,10 @@ class _Run:
             kept[name] = recorder.value_of(tensor)
             for label in recorder.labels[kept[name]]:
                 recorder.pin(label, f"output {name!r} keeps its shape")
+        for _, tensor in left_in:
+            for dim in range(tensor.dim()):
+                label = recorder.label_of(tensor, dim)
+                recorder.pin(label, "the forward leaves it in an input, where it keeps its shape")
         left = set(written) - set(recorder.state.values())  # by an earlier run, and not read
         state = {name: tensor for name, tensor in state.items() if name not in left}
         aliases = {name: first for name, first in aliases.items() if first in state}

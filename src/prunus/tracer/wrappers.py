@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
 
 from prunus.errors import ModelError
 
@@ -27,7 +28,8 @@ def unwrapped(model: Any) -> Any:
     Raises
     ------
     ModelError
-        If its parameters are sharded: a shard does not have the positions that a plan speaks of.
+        If its parameters are sharded, as a shard does not have the positions that a plan speaks of,
+        or if they were made in ``torch.inference_mode``, as PyTorch lets nobody change them then.
     """
     while True:
         kinds = {kind.__name__ for kind in type(model).__mro__ if kind.__module__[:6] == "torch."}
@@ -37,7 +39,9 @@ def unwrapped(model: Any) -> Any:
             model = model._orig_mod
         else:
             break
-    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+    if not isinstance(model, nn.Module):
+        return model
+    for path, module in model.named_modules():
         for kind in type(module).__mro__:
             if kind.__name__ in _SHARDED and kind.__module__.startswith("torch."):
                 raise ModelError(
@@ -46,11 +50,38 @@ def unwrapped(model: Any) -> Any:
                     why="each process has only a part of every tensor",
                     fix="prune the plain model first, then shard it",
                 )
+    frozen = _made_in_inference_mode(model)
+    if frozen:
+        raise ModelError(
+            "the model was made in torch.inference_mode",
+            where=", ".join(frozen[:3]),
+            why="such parameters can be neither changed nor trained outside of it",
+            fix="build or load it outside of torch.inference_mode; torch.no_grad() does no harm",
+        )
     return model
 
 
+def _made_in_inference_mode(model: nn.Module) -> list[str]:
+    """Names of such parameters; those of ScriptModules are not asked, which makes them anew."""
+    return [
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+        for name, parameter in module.named_parameters(recurse=False)
+        if not _is_unmade(parameter) and parameter.is_inference()
+    ]
+
+
+def _is_unmade(parameter: object) -> bool:
+    return isinstance(parameter, UninitializedParameter)
+
+
 def unwraps(verb: Callable[P, Result]) -> Callable[P, Result]:
-    """Let a function with an argument ``model`` get the module inside of wrappers."""
+    """Let a function with an argument ``model`` get the module inside of wrappers.
+
+    It runs outside of ``torch.inference_mode``: tensors that are made in there can't be trained,
+    and operators are not taken apart into those that are followed.
+    """
     place = list(inspect.signature(verb).parameters).index("model")
 
     @wraps(verb)
@@ -60,7 +91,10 @@ def unwraps(verb: Callable[P, Result]) -> Callable[P, Result]:
             given[place] = unwrapped(given[place])
         elif issubclass(type(kwargs.get("model")), nn.Module):
             kwargs["model"] = unwrapped(kwargs["model"])
-        return verb(*given, **kwargs)
+        if not torch.is_inference_mode_enabled():
+            return verb(*given, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return verb(*given, **kwargs)
 
     return inside
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunus.graph.axis import Axis
 from prunus.tracer.program import state_of
+from prunus.tracer.refusals import scripted
 from prunus.tracer.weight_norm import find_weight_norms, norms_of
 from prunus.verifier.case import Case
 
@@ -74,7 +75,8 @@ def _differs(
             return f"has the {what} {has}, and had {had}"
     if before.requires_grad != after.requires_grad and isinstance(before, nn.Parameter):
         return f"says requires_grad={after.requires_grad}, and said {before.requires_grad}"
-    if type(before) is not type(after):
+    sealed = name.rpartition(".")[0] in scripted(case.original)  # whose copies hold plain tensors
+    if type(before) is not type(after) and not sealed:
         return f"is a {type(after).__name__}, and was a {type(before).__name__}"
     if before.layout != torch.strided or before.is_meta or before.is_quantized:
         return ""

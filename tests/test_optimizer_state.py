@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -350,3 +351,45 @@ def test_dropped_blocks_leave_every_group(make: Callable[[Any], Any]) -> None:
         assert gone.isdisjoint(id(p) for group in one.param_groups for p in group["params"])
         assert gone.isdisjoint(map(id, one.state))
     step(model, optimizer)
+
+
+class Slow(torch.optim.Optimizer):
+    """Keeps averages in the state of optimizers that it holds under names of its own."""
+
+    def __init__(self, *inside: torch.optim.Optimizer, listed: bool) -> None:
+        self.param_groups = [group for one in inside for group in one.param_groups]
+        self.defaults: dict[str, Any] = {}
+        self.state = defaultdict(dict)
+        if listed:
+            self.parts = list(inside)
+        else:
+            (self._fast,) = inside
+
+    def step(self, closure: Any = None) -> None:
+        for one in self.parts if hasattr(self, "parts") else [self._fast]:
+            one.step()
+            for parameter in one.param_groups[0]["params"]:
+                slow = one.state[parameter].setdefault("slow", parameter.detach().clone())
+                parameter.data.copy_(slow.lerp_(parameter.detach(), 0.5))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_optimizers_inside_are_found_under_any_name(listed: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    first, second = list(model[0].parameters()), list(model[2].parameters())
+    if listed:
+        inside = [torch.optim.Adam(first), torch.optim.SGD(second, 0.1, momentum=0.9)]
+    else:
+        inside = [torch.optim.Adam(first + second)]
+    optimizer = Slow(*inside, listed=listed)
+    x = torch.randn(5, 4)
+    model(x).square().sum().backward()
+    optimizer.step()
+    prunus.shrink(model, x, ratio=0.5, optimizer=optimizer, recover="none")
+    for one in inside:
+        for parameter, state in one.state.items():
+            assert state["slow"].shape == parameter.shape
+            torch.testing.assert_close(state["slow"], parameter.detach())
+    model(x).square().sum().backward()
+    optimizer.step()

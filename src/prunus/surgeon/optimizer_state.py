@@ -22,7 +22,7 @@ Axes = Mapping[int, Tensor]
 """Dim → positions that stay."""
 
 _INNER = ("optimizer", "base_optimizer", "optim")
-"""Attributes under which wrappers (SAM, Lookahead, accelerate) keep the optimizer inside."""
+"""Attributes under which wrappers (SAM, accelerate) keep an optimizer, of whatever class it is."""
 
 _OF_EVERY_OPTIMIZER = frozenset(vars(torch.optim.SGD([nn.Parameter(torch.zeros(1))])))
 
@@ -123,7 +123,16 @@ def _optimizers(optimizer: Any) -> Iterator[Any]:
             continue
         seen.add(id(one))
         yield one
-        waiting += [inner for name in _INNER if (inner := vars(one).get(name)) is not None]
+        for name, value in vars(one).items():
+            if _is_inner(name, value):
+                waiting += value if isinstance(value, (list, tuple)) else [value]
+
+
+def _is_inner(name: str, value: Any) -> bool:
+    """Whether an attribute of an optimizer is another one inside of it, or a list of such."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(isinstance(one, torch.optim.Optimizer) for one in value)
+    return value is not None and (name in _INNER or isinstance(value, torch.optim.Optimizer))
 
 
 class _Slicer:
@@ -176,7 +185,9 @@ class _Slicer:
         """Tensors that a class keeps beside its state: by parameter, or in the order of groups."""
         found: list[Change] = []
         for name, value in vars(self._optimizer).items():
-            if name in _OF_EVERY_OPTIMIZER or name in _INNER or not self._has_tensors(value):
+            if name in _OF_EVERY_OPTIMIZER or _is_inner(name, value):
+                continue
+            if not self._has_tensors(value):
                 continue
             if isinstance(value, dict) and all(isinstance(key, Tensor) for key in value):
                 for parameter, entries in value.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from prunus.plan_json import CLASS
@@ -66,6 +67,8 @@ def _pair_lists(before: Any, after: Any, found: dict[int, Any]) -> None:
 def _differs(
     before: nn.Module, after: nn.Module, edits: set[str], shared: Mapping[int, Any]
 ) -> str:
+    if isinstance(before, torch.jit.ScriptModule):
+        return ""  # copies are of another class, and nothing edits its attributes
     if type(before) is not type(after) and CLASS not in edits:
         return f"it is a {type(after).__name__}, and was a {type(before).__name__}"
     had, has = vars(before), vars(after)

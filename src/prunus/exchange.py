@@ -154,14 +154,23 @@ def _alike(group: Group, labels: Iterable[Label]) -> list[Places]:
     """The group's units in classes that stand on the same axes equally often."""
     top = int(group.units[-1]) + 1
     owned = [label[label < top].ravel() for label in labels]
-    counts = [np.bincount(units, minlength=top)[group.units] for units in owned]
-    _, kind = np.unique(np.stack(counts), axis=1, return_inverse=True)
+    counts = np.stack([np.bincount(units, minlength=top)[group.units] for units in owned])
+    if (counts == counts[:, :1]).all():
+        return [group.units]
+    _, kind = np.unique(counts, axis=1, return_inverse=True)
     return [group.units[kind.ravel() == index] for index in range(int(kind.max()) + 1)]
 
 
 def _take(label: Label, place: Places) -> Places | None:
     """Which old position every new one takes; None if the exchange does not fit the axis."""
     target = place[label]
+    if label.shape[1] == 1:
+        own, wanted = label[:, 0], target[:, 0]
+        at = np.full(len(place), -1, dtype=np.int64)
+        at[own] = np.arange(len(own))
+        if np.array_equal(at[own], np.arange(len(own))):  # each unit stands there once: no sort
+            found = at[wanted]
+            return None if (found < 0).any() else found
     old, new = np.lexsort(label.T), np.lexsort(target.T)
     if not np.array_equal(label[old], target[new]):
         return None

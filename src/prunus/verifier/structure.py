@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,8 +54,7 @@ def _is_unused(case: Case, axis: Axis) -> bool:
 def stale_attribute(case: Case) -> str:
     """A standard module of the pruned model that says another size than its tensors have."""
     modules = dict(case.pruned.named_modules())
-    # Reading a computed weight may change state.
-    with quiet_run(case.original), quiet_run(case.pruned):
+    with _reading(case.original), _reading(case.pruned):
         for name, before in case.original.named_modules():
             said, shape = _stated(modules.get(name))
             said_before, shape_before = _stated(before)
@@ -71,6 +71,11 @@ def other_count(case: Case) -> str:
     if counts[0] - counts[1] != removed:
         return f"the cut removed {counts[0] - counts[1]} parameters, its couplings say {removed}"
     return ""
+
+
+def _reading(model: nn.Module) -> AbstractContextManager[None]:
+    """Reading a computed weight may change state, which is then put back."""
+    return quiet_run(model) if any(map(is_parametrized, model.modules())) else nullcontext()
 
 
 def _stated(module: nn.Module | None) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -680,15 +680,15 @@ def test_a_fault_in_the_widths_of_a_dropped_model_is_found(monkeypatch) -> None:
     model = Indexed().eval()
     plan = depth_plan(model, torch.randn(4, 3), ["layers.1"], ratio=0.3)
     assert prunus.verify(plan, model, torch.randn(4, 3)).verdict == "exact"
-    right = cases.apply
+    right = cases.cut_own
 
-    def wrong(plan: Plan, model: nn.Module, **options: Any) -> nn.Module:
-        right(plan, model, **options)
+    def wrong(plan: Plan, model: nn.Module) -> nn.Module:
+        right(plan, model)
         with torch.no_grad():
             model.layers[0].up.weight.copy_(model.layers[0].up.weight.flip(0))
         return model
 
-    monkeypatch.setattr(cases, "apply", wrong)
+    monkeypatch.setattr(cases, "cut_own", wrong)
     assert prunus.verify(plan, model, torch.randn(4, 3)).verdict == "inexact"
 
 

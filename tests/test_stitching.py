@@ -48,10 +48,11 @@ def test_a_search_is_never_worse_than_its_first_trial_and_tells_both(case: Case)
     model, graph, data = case
     told: list[str] = []
     options = {"budget": LESS, "scope": "global", "data": data, "importance": "obs"}
+    options |= {"round_to": 1, "max_ratio": 1.0}
     found = prunus.plan(graph, model, solver="spdy", trials=12, progress=told.append, **options)
     first = prunus.plan(graph, model, solver="dynamic", **options)
     search = found.origin["search"]
-    assert search["error"] < search["error_at_first"]
+    assert search["error"] <= search["error_at_first"]
     assert error_of(found, case) == pytest.approx(search["error"], rel=1e-3)
     assert error_of(first, case) == pytest.approx(search["error_at_first"], rel=1e-3)
     assert found.cost("macs").share <= 0.4

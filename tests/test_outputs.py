@@ -359,3 +359,19 @@ def test_an_iterator_that_a_forward_takes_is_not_consumed() -> None:
     model = Writes(lambda *_: None)
     prunus.trace(model, (X, given))
     assert next(given) is X
+
+
+@pytest.mark.parametrize("rows", [5, 0])
+def test_where_nothing_comes_out_nothing_is_verified(rows: int) -> None:
+    """As of a detector that finds no boxes; the model is not blamed for it."""
+
+    class Filtered(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            scores = super().forward(x)
+            return scores[scores[:, 0] > 1e6]
+
+    model = Filtered(lambda output, hidden: output)
+    x = torch.randn(rows, 4)
+    certificate = prunus.shrink(model, x, ratio=0.5).certificate
+    assert certificate.verdict == "not verified"
+    assert model(x).shape == (0, 3)

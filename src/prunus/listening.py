@@ -140,7 +140,9 @@ def _wake(
 
 def _is_asleep(answer: Mapping[str, Tensor]) -> bool:
     outputs = [tensor for tensor in answer.values() if tensor.is_floating_point()]
-    return bool(outputs) and all(bool((t == t.flatten()[:1]).all()) for t in outputs)
+    return bool(outputs) and all(
+        not t.numel() or bool((t == t.flatten()[0]).all()) for t in outputs
+    )
 
 
 def _hookable(model: nn.Module) -> list[nn.Module]:

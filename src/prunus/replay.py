@@ -192,8 +192,8 @@ def _blaming(node: Node) -> Iterator[None]:
             f"{node.target} does not run again as it was traced",
             where=_place(node),
             why=f"{type(error).__name__}: {error}",
-            fix="nothing can be verified of such a forward, and the model was not touched; please "
-            "report the case",
+            fix="the model was not touched; where sizes depend on values (as many boxes as are "
+            "found), prune the part of the model before that, and else please report the case",
         ) from error
 
 

@@ -129,7 +129,8 @@ def second_inputs(
                 found = answer_of(model(*inputs.args, **inputs.kwargs))
         except Exception as failure:  # a forward may raise anything at what it doesn't take
             place = find_line(failure)
-            said = f"the model itself raises {type(failure).__name__} at {place}"
+            said = f"the model itself raises {type(failure).__name__}"
+            said += f" at {place}" if place else ""
             why = why or f"not compared at {inputs.what}: {said}"
             continue
         said = _no_answer(case, inputs, found)

@@ -337,3 +337,22 @@ def test_a_model_made_in_inference_mode_is_refused() -> None:
         with pytest.raises(ModelError, match=r"made in torch\.inference_mode") as caught:
             verb(made)
         assert caught.value.where.startswith("a.weight")
+
+
+def test_a_masked_model_runs_in_inference_mode() -> None:
+    model = nn.Sequential(Net(), nn.Flatten(), nn.Linear(3, 2)).eval()
+    plan = prunus.plan(prunus.trace(model, X), model, ratio=0.5)
+    with plan.mask(model):
+        masked = model(X)
+    with plan.mask(model), torch.inference_mode():
+        torch.testing.assert_close(model(X), masked)
+        torch.testing.assert_close(model(X * 1.0), masked)  # an input that was made in there
+        assert torch.is_inference_mode_enabled()
+    with torch.inference_mode(), plan.mask(model):
+        torch.testing.assert_close(model(X), masked)
+        with pytest.raises(RuntimeError):
+            model(X[:, 1:])
+        assert torch.is_inference_mode_enabled()
+        torch.testing.assert_close(model(X), masked)
+    plan.apply(model)
+    torch.testing.assert_close(model(X), masked)

@@ -87,11 +87,22 @@ def _silenced(plan: Plan, model: nn.Module, traces: dict[Any, CouplingGraph]) ->
     running = ExitStack()
     depth = 0
 
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
         nonlocal depth
         depth += 1
         if depth > 1:  # the model's forward calls the model
-            return
+            return None
+        if not torch.is_inference_mode_enabled():
+            silence(args, kwargs)
+            return None
+        # In there operators come whole, and not as those that were traced.
+        running.enter_context(torch.inference_mode(False))
+        running.enter_context(torch.no_grad())
+        ordinary = tree_map(_ordinary, (args, kwargs))
+        silence(*ordinary)
+        return ordinary
+
+    def silence(args: Any, kwargs: Any) -> None:
         if not plan.keep:  # blocks are gone, and all that is left stays
             with _paused(handles):
                 _check_runs(model, args, kwargs)
@@ -234,6 +245,12 @@ def _paused(hooks: _Hooks) -> Iterator[None]:
         yield
     finally:
         hooks.attach()
+
+
+def _ordinary(value: Any) -> Any:
+    """A tensor that was made in inference mode as one that was not."""
+    made_there = isinstance(value, Tensor) and value.is_inference()
+    return value.clone() if made_there else value
 
 
 def _signature(value: Any) -> Any:

@@ -75,8 +75,9 @@ def _differs(
             return f"has the {what} {has}, and had {had}"
     if before.requires_grad != after.requires_grad and isinstance(before, nn.Parameter):
         return f"says requires_grad={after.requires_grad}, and said {before.requires_grad}"
-    sealed = name.rpartition(".")[0] in scripted(case.original)  # whose copies hold plain tensors
-    if type(before) is not type(after) and not sealed:
+    other = type(before) is not type(after)
+    # Copies of ScriptModules hold plain tensors.
+    if other and name.rpartition(".")[0] not in scripted(case.original):
         return f"is a {type(after).__name__}, and was a {type(before).__name__}"
     if before.layout != torch.strided or before.is_meta or before.is_quantized:
         return ""

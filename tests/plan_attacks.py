@@ -54,6 +54,7 @@ class PlanAttacks:
         return document
 
     def _ranges(self, size: int) -> list[list[int]]:
+        size = min(size, 1 << 16)  # a mutation before this one may have made it anything
         kept = sorted(self.dice.sample(range(size), self.dice.randint(1, size)))
         return [[at, at + 1] for at in kept]
 

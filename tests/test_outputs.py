@@ -375,3 +375,20 @@ def test_where_nothing_comes_out_nothing_is_verified(rows: int) -> None:
     certificate = prunus.shrink(model, x, ratio=0.5).certificate
     assert certificate.verdict == "not verified"
     assert model(x).shape == (0, 3)
+
+
+def test_a_width_among_the_outputs_stays() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner = nn.Linear(4, 12), nn.Linear(12, 10)
+            self.last = nn.Linear(10, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            h = self.first(x).relu()
+            return {"y": self.last(self.inner(h).relu()), "width": h.shape[1]}
+
+    model, x = Sized().eval(), torch.randn(2, 4)
+    prunus.shrink(model, x, ratio=0.4, recover="none")
+    assert (model.first.out_features, model.inner.out_features) == (12, 6)
+    assert model(x)["width"] == 12

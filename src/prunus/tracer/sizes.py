@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch.utils._pytree import tree_leaves
 
 from prunus.graph.axis import Label
 from prunus.graph.constraints import Pin
@@ -29,7 +30,7 @@ from prunus.graph.expressions import (
 )
 from prunus.tracer.labels import COUNT_TRIALS, Algebra
 from prunus.tracer.marks import key_of
-from prunus.tracer.provenance import Ratio, expression_of
+from prunus.tracer.provenance import Provenance, Ratio, expression_of
 from prunus.tracer.sources import code_frame, find_source, users_frame
 
 COMPUTED = "the code computes with this size"
@@ -85,6 +86,13 @@ class Sizes:
     def escaped(self, expression: Expression) -> None:
         """The forward computes with a size: neither it nor what governs it may change."""
         self._escape(expression, self._pin(COMPUTED))
+
+    def returned(self, answer: Any) -> Any:
+        """What the forward answers with: a size among it stays what it was."""
+        for leaf in tree_leaves(answer):
+            if isinstance(leaf, Provenance):
+                self._escape(leaf.expression, self._pin("the forward returns this size"))
+        return answer
 
     def counted(self, expression: Expression, value: int) -> None:
         """The forward does something that often: as often as before, whatever is removed."""

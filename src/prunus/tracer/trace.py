@@ -274,7 +274,7 @@ class _Run:
             before = remember_attributes(model)
             loops = follow_loops(model, recorder.sizes.counted)
             with follow_blocks(model, recorder) as children, loops, recorder, recorder.follow:
-                found = find_outputs(model(*args, **kwargs))
+                found = find_outputs(recorder.sizes.returned(model(*args, **kwargs)))
             left_in = find_left_in((args, kwargs)) if task.outputs is None else []
             caches, written = find_caches(model, before), find_written(model, before)
         traced = time.perf_counter()

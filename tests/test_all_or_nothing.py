@@ -27,6 +27,7 @@ import prunus
 from prunus.plans import Edit
 from prunus.surgeon.own_copies import own_copies
 from prunus.surgeon.slicing import slice_tensor
+from prunus.surgeon.snapshot import all_or_nothing
 from prunus.surgeon.switches import Switches, signals_deferred
 from prunus.tracer import registry
 from tests.interrupts import (
@@ -505,3 +506,16 @@ def test_an_interrupt_while_rules_are_imported_loses_none() -> None:
     )
     ours = [r for r in registry.registered().values() if r.__module__.startswith("prunus.")]
     assert found.stdout.split() == ["interrupted", str(len(ours))]
+
+
+def test_an_interrupt_that_pytorch_failed_over_comes_out_as_one() -> None:
+    source = "try:\n    raise KeyboardInterrupt\nexcept KeyboardInterrupt:\n    raise RuntimeError"
+
+    @all_or_nothing
+    def verb(model: nn.Module, file: str) -> None:
+        exec(compile(source, file, "exec"))
+
+    with pytest.raises(KeyboardInterrupt):
+        verb(nn.Linear(2, 2), torch.__file__)
+    with pytest.raises(RuntimeError):  # which is the user's own
+        verb(nn.Linear(2, 2), "model.py")

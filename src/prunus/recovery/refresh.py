@@ -23,9 +23,8 @@ from prunus.graph.axis import Axis
 from prunus.plans import Plan
 from prunus.recovery.norms import batch_norms
 from prunus.surgeon.snapshot import Snapshot
-from prunus.tracer.inputs import rebuild_inputs
+from prunus.tracer.inputs import rebuild_inputs, samples_in
 from prunus.tracer.trace import quiet_run
-from prunus.verifier.second_inputs import samples_in
 
 SAMPLES = 8
 """Random inputs are so many samples together: with four or six the accuracy is up to two points

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -24,6 +25,8 @@ Result = TypeVar("Result")
 
 _DEEPEST = 8
 """How many containers within containers are looked into."""
+
+_TORCH = os.path.dirname(torch.__file__)
 
 _PLAIN = (int, float, str, bool, bytes, type(None))
 
@@ -59,9 +62,21 @@ def all_or_nothing(verb: Callable[P, Result]) -> Callable[P, Result]:
             with LOCK:
                 if found:
                     _put_back(error, *found)
+            interrupt = _interrupt_behind(error)
+            if interrupt is not None:
+                raise interrupt from error
             raise
 
     return whole
+
+
+def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The interrupt that fell into PyTorch's own bookkeeping, which failed over it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if type(error) is not RuntimeError or not frames[-1].filename.startswith(_TORCH):
+        return None
+    before = error.__context__
+    return before if isinstance(before, KeyboardInterrupt) else None
 
 
 def _put_back(error: BaseException, switches: Switches, before: Snapshot) -> None:

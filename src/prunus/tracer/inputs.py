@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from prunus.errors import PlanError, TraceError
 from prunus.graph.traced import check_inputs
@@ -200,3 +201,15 @@ class _Builder:
         else:
             made = torch.full(shape, low)
         return made.to(self._device, dtype)
+
+
+def samples_in(args: Any, kwargs: Any) -> int | None:
+    """How many samples a call is given; None where no tensor says so."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return int(main_tensor(tensors).shape[0]) if any(tensor.dim() for tensor in tensors) else None
+
+
+def main_tensor(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensor that says how many samples there are."""
+    deep = (one for one in tensors if one.dim() > 1)
+    return next(deep, next(one for one in tensors if one.dim()))

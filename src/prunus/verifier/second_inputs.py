@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from prunus.tracer.inputs import main_tensor
+
 SMALL = 64
 """Images up to this side grow rather than shrink: much smaller ones hold too little."""
 
@@ -104,7 +106,7 @@ def _other_batch(tensors: Sequence[Tensor]) -> _Change:
     Two or three where the first dim may also be a length, as in recurrent modules: a sequence of
     one step reads no recurrent weight.
     """
-    main = _main(tensors)
+    main = main_tensor(tensors)
     count = main.shape[0]
     tokens = main.dim() == 2 and not main.is_floating_point()
     if count > 1 and (main.dim() == 3 or tokens):
@@ -124,18 +126,6 @@ def _other_batch(tensors: Sequence[Tensor]) -> _Change:
 
 def _with_samples(tensor: Tensor, before: int, after: int) -> Tensor:
     return extended(tensor, 0, after) if tensor.dim() and tensor.shape[0] == before else tensor
-
-
-def samples_in(args: Any, kwargs: Any) -> int | None:
-    """How many samples a call is given; None where no tensor says so."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    return int(_main(tensors).shape[0]) if any(tensor.dim() for tensor in tensors) else None
-
-
-def _main(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensor that says how many samples there are."""
-    deep = (one for one in tensors if one.dim() > 1)
-    return next(deep, next(one for one in tensors if one.dim()))
 
 
 def _other_sizes(

@@ -95,7 +95,6 @@ class Subject:
     """One model: its graph, and a twin without values to be cut."""
 
     def __init__(self, name: str) -> None:
-        prunus.declare_missing_ops()
         self.model, self.args, self.kwargs = MODELS[name]()
         self.graph = prunus.trace(self.model, self.args, self.kwargs)
         self.empty = copy.deepcopy(self.model).to("meta")

@@ -143,10 +143,7 @@ def prepare() -> Sequence[Any]:
     sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != here]
     import torch
 
-    import prunus
-
     torch.set_num_threads(1)
-    prunus.declare_missing_ops()
     for name in ("timm", "transformers", "ultralytics", "torch_pruning", "torch_kirigami.pruning"):
         importlib.import_module(name)
     sys.path.insert(0, here)

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import prunus
-
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 """A model in eval mode, and the arguments of its forward."""
 
@@ -71,7 +69,6 @@ HIDDEN_STATE = ("zoo:bert_tiny",)
 def build(name: str, seed: int = 0) -> Built:
     """A model by ``"library:name"``, seeded."""
     library, _, short = name.partition(":")
-    prunus.declare_missing_ops()
     torch.manual_seed(seed)
     model, args, kwargs = _BUILDERS[library](short)
     return model.eval(), args, kwargs

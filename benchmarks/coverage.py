@@ -116,9 +116,7 @@ def build(name: str, target: str | None) -> Any:
     """The model of a row, with its args and kwargs."""
     if target is None:
         return _models().build(name)
-    import prunus
 
-    prunus.declare_missing_ops()
     path, _, factory = target.rpartition(":")
     spec = importlib.util.spec_from_file_location("listed", path)
     if spec is None or spec.loader is None:
@@ -256,11 +254,13 @@ def _witness(graph: Any, model: Any, args: Any, kwargs: Any, held: Iterable[str]
     plan = prunus.plan(graph, model, ratio=RATIO, importance="random", hold=[*mixed, *held])
     if not plan.keep:
         return "none (all groups mix)"
+    from tests.witness import testify
+
     try:
         pruned = prunus.apply(plan, copy.deepcopy(model))
     except prunus.PrunusError as error:
         return _short(f"not asked: {error}")[:120]
-    found = prunus.testify(plan, model, pruned, args, kwargs, outputs=graph.kept_outputs)
+    found = testify(plan, model, pruned, args, kwargs, outputs=graph.kept_outputs)
     error = "" if math.isnan(found.rel_err) else f" {found.rel_err:.1e}"
     return _short(f"{found.verdict}{error} {found.reason}")[:120].strip()
 

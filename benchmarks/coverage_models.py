@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import prunus
-
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 """A model in eval mode, and the arguments of its forward."""
 
@@ -404,7 +402,6 @@ def build(name: str) -> Built:
     """A model by ``"library:name"``, seeded, with its inputs."""
     library, _, short = name.partition(":")
     _stay_offline()
-    prunus.declare_missing_ops()
     torch.manual_seed(0)
     model, args, kwargs = _BUILDERS[library](short)
     return model.eval(), args, kwargs
@@ -413,7 +410,6 @@ def build(name: str) -> Built:
 def import_libraries() -> None:
     """Import all of them, for a process that others are forked from."""
     _stay_offline()
-    prunus.declare_missing_ops()
     for library in ("timm", "torchvision.models", "transformers", "ultralytics.nn.tasks"):
         importlib.import_module(library)
 

@@ -127,11 +127,13 @@ def _as_double(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 def _witness(graph: prunus.CouplingGraph, model: Any, args: Any, kwargs: Any, seed: int) -> str:
     """What the second witness says of the groups that nothing mixes."""
+    from tests.witness import testify
+
     plan = prunus.plan(graph, model, ratio=RATIO, importance=unmixed, seed=seed)
     if not plan.keep:
         return "none (all groups mix)"
     pruned = prunus.apply(plan, copy.deepcopy(model))
-    found = prunus.testify(plan, model, pruned, args, kwargs, outputs=graph.kept_outputs)
+    found = testify(plan, model, pruned, args, kwargs, outputs=graph.kept_outputs)
     error = "" if math.isnan(found.rel_err) else f" {found.rel_err:.1e}"
     reason = f" ({found.reason[:80]})" if found.reason else ""
     return f"{found.verdict}{error}{reason}"

@@ -189,7 +189,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    prunus.declare_missing_ops()
     started = time.monotonic()
     for name, backend, left in wanted(options):
         print(f"{name} on {backend}", flush=True)

@@ -36,7 +36,6 @@ TOKENS = 128
 
 def llama(layers: int) -> torch.nn.Module:
     """LLaMA-3-8B's widths at a depth, on the meta device."""
-    prunus.declare_missing_ops()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -97,7 +97,6 @@ def _found(source: Source) -> Iterator[Path]:
         sys.path.append(folder)  # for good: transformers imports ``gguf`` when it needs it
     path = source.locate()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    prunus.declare_missing_ops()
     from transformers.utils import logging
 
     drawn = logging.is_progress_bar_enabled()

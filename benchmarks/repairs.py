@@ -77,7 +77,6 @@ def fashion(study: Study, seed: int) -> Iterator[dict[str, Any]]:
 
 def heads() -> Iterator[dict[str, Any]]:
     """What is left of the error when heads lose half of their dims."""
-    prunus.declare_missing_ops()
     import timm
 
     torch.manual_seed(0)

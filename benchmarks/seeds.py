@@ -140,7 +140,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    prunus.declare_missing_ops()
     done = {(r["recipe"], r["backend"]) for r in read(RESULTS) if r["commit"] == commit()}
     seeds = Seeds()
     for recipe in RECIPES:

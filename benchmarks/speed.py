@@ -97,7 +97,6 @@ def run_prunus(name: str, *, verified: bool = False) -> dict[str, Any]:
     """One round of ours, in this process."""
     import prunus
 
-    prunus.declare_missing_ops()
     model, args, kwargs = MODELS[name]()
     meta = name.endswith("meta")
     row: dict[str, Any] = {"fake_s": _fake_forward(model, args, kwargs)}
@@ -126,9 +125,6 @@ def run_torch_pruning(name: str, *, verified: bool = False) -> dict[str, Any]:
     import torch_pruning
     from torch import nn
 
-    import prunus
-
-    prunus.declare_missing_ops()
     model, args, kwargs = MODELS[name]()
     before = sum(parameter.numel() for parameter in model.parameters())
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -209,7 +205,6 @@ def profile(name: str) -> None:
 
     import prunus
 
-    prunus.declare_missing_ops()
     run_prunus("warm_up")
     model, args, kwargs = MODELS[name]()
     profiler = cProfile.Profile()

@@ -106,7 +106,7 @@ def examine(name: str, structure: str) -> dict[str, Any]:
         shrunk = prunus.shrink(model, (), inputs, drop=names)
         removed = f"{len(names)} of {named}"
     else:
-        parts = prunus.structures(graph).of(*KINDS[structure])  # type: ignore[arg-type]
+        parts = prunus.structures.find_structures(graph).of(*KINDS[structure])  # type: ignore[arg-type]
         named = sum(part.size for part in parts)
         own = {part.group for part in parts}
         hold = [group.name for group in graph.groups if group.name not in own]
@@ -128,7 +128,7 @@ def examine(name: str, structure: str) -> dict[str, Any]:
 def _layers(graph: Any) -> tuple[int, list[str]]:
     """All layers that hold an attention, and a random third of them, no first and no last."""
     dice = random.Random(0)
-    stacks = prunus.structures(graph).stacks
+    stacks = prunus.structures.find_structures(graph).stacks
     blocks = {block.name for block in graph.blocks}
     names: list[str] = []
     for layers in stacks.values():
@@ -226,5 +226,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    prunus.declare_missing_ops()
     main()

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
 from tests.format_models import MODELS
 
 

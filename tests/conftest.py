@@ -14,8 +14,6 @@ import pytest
 import torch
 from hypothesis import settings
 
-from prunus.integrations.torchvision_ops import declare_missing_ops
-
 # Read when these packages are first imported, so set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["YOLO_OFFLINE"] = "true"
@@ -28,7 +26,6 @@ atexit.register(shutil.rmtree, os.environ["YOLO_CONFIG_DIR"], ignore_errors=True
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-declare_missing_ops()
 
 # The same examples in every run, and no clock: tracing a model takes as long as it takes.
 settings.register_profile("prunus", deadline=None, derandomize=True, print_blob=True)

@@ -18,16 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.case_models import conv, head
-from prunus import oracle, replay
 from prunus.graph import coupling
 from prunus.graph.axis import Axis
 from prunus.graph.coupling import CouplingGraph
-from prunus.plans import Plan
+from prunus.graph.effect import Effect
+from prunus.graph.plans import Plan
 from prunus.tracer import adapters, capture, compress, registry
 from prunus.tracer.labels import Algebra
-from prunus.tracer.registry import Call, Effect, find_overload, find_rule
+from prunus.tracer.registry import Call, find_overload, find_rule
 from prunus.tracer.rules.pointwise import pointwise
-from prunus.verifier import comparison
+from prunus.verifier import comparison, replay
+from prunus.verifier import verify as oracle
 
 # ``prunus.surgeon.apply`` and ``prunus.tracer.trace.trace`` hide the modules of the same name.
 surgeon = importlib.import_module("prunus.surgeon.apply")

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from prunus.errors import PrunusError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.listening import listen
-from prunus.oracle import NOT_INTERCHANGEABLE, Certificate, verify
+from prunus.graph.plans import Plan
 from prunus.planner.thin import thin as take_lowest
-from prunus.plans import Plan
 from prunus.surgeon import apply
 from prunus.surgeon.attributes import find_edits
 from prunus.tracer.trace import trace
 from prunus.tracer.wrappers import unwrapped
-from prunus.witness import Testimony, testify
+from prunus.verifier.randomize import listen
+from prunus.verifier.verify import NOT_INTERCHANGEABLE, Certificate, verify
+from tests.witness import Testimony, testify
 
 
 def thin(graph: CouplingGraph, ratio: float = 0.3, seed: int = 0) -> Mask:

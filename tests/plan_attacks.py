@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import prunus
 from prunus.errors import PrunusError
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
 from tests.attacks import BUILDS, NAMES, Observer, Tally, inputs_of, outside, scramble
 from tests.file_attacks import saved, with_plan
 from tests.snapshots import same, snapshot

@@ -26,14 +26,11 @@ from torch._ops import OpOverload
 from prunus.errors import RuleError
 from prunus.graph.axis import Axis, Label, Mask, kept_positions
 from prunus.graph.constraints import Pin
-from prunus.replay import Replay
+from prunus.graph.effect import Effect, Labels, Path
+from prunus.graph.program import Node, Program, Ref
 from prunus.tracer.labels import Algebra
-from prunus.tracer.program import Node, Program, Ref
 from prunus.tracer.registry import (
     Call,
-    Effect,
-    Labels,
-    Path,
     Rule,
     bind,
     call_bound,
@@ -42,6 +39,7 @@ from prunus.tracer.registry import (
     registered,
     tensors_in,
 )
+from prunus.verifier.replay import Replay
 
 if __name__ == "__main__":  # a program finds what lies beside it, not the folder above
     sys.path.insert(0, str(Folder(__file__).parents[1]))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.tracer.program import state_of
+from prunus.graph.program import state_of
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import prunus
-from prunus.plans import Edit
+from prunus.graph.plans import Edit
 from prunus.surgeon.reach import read_attribute
 from prunus.verifier.other_ways import ways_of
 
@@ -57,7 +57,7 @@ class Halves(nn.Module):
 
 def cut(model: nn.Module, x: Tensor, **options: Any) -> prunus.Plan:
     plan = prunus.plan(prunus.trace(model, x), model, **(options or {"ratio": 0.4}))
-    plan.apply(model)
+    prunus.apply(plan, model)
     return plan
 
 
@@ -84,7 +84,7 @@ def test_an_integer_that_no_way_reads_is_reported_and_kept() -> None:
     certificate = prunus.verify(plan, model, X)
     assert (certificate.verdict, certificate.stale) == ("exact", tuple(plan.origin["stale"]))
     assert certificate.to_json()["stale"] == certificate.stale
-    plan.apply(model)
+    prunus.apply(plan, model)
     assert (model.hidden, model.kernel) == (12, 5)
 
 

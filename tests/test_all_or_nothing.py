@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 import prunus
-from prunus.plans import Edit
+from prunus.graph.plans import Edit
 from prunus.surgeon.own_copies import own_copies
 from prunus.surgeon.slicing import slice_tensor
 from prunus.surgeon.snapshot import all_or_nothing
@@ -321,7 +321,7 @@ def test_channels_last_stays(layer: Callable[[], nn.Module], form: Any, shape: A
     last: Any = type(first)(8, 4, 1)
     model, x = nn.Sequential(first, last), torch.randn(shape)
     was = last.weight.stride()
-    prunus.plan(prunus.trace(model, x), model, ratio=0.4).apply(model)
+    prunus.apply(prunus.plan(prunus.trace(model, x), model, ratio=0.4), model)
     strides = first.weight.stride()
     assert strides[1] == 1
     assert strides[0] == first.weight[0].numel()
@@ -410,7 +410,7 @@ def test_a_shared_config_is_back_after_a_failure() -> None:
     plan = prunus.plan(prunus.trace(model, x), model, ratio=0.4)
     plan.origin["traced"]["outputs"]["output"] = [1]
     with pytest.raises(prunus.PrunusError, match="it should be"):
-        plan.apply(model)
+        prunus.apply(plan, model)
     assert model.config is model.inner.config is config
     assert config == Config()
 
@@ -456,7 +456,7 @@ def test_what_can_not_be_copied_is_not_written(monkeypatch) -> None:
     before = fingerprint(model)
     monkeypatch.setattr(Single, "copies", False)
     with pytest.raises(prunus.PrunusError, match="heads is in an object that can't be copied"):
-        plan.apply(model)
+        prunus.apply(plan, model)
     assert fingerprint(model) == before
     assert config.heads == 4
 

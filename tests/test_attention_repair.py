@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import prunus
-from prunus.importance.statistics import kept_units
+from prunus.calibration.statistics import kept_units
+from prunus.graph.program import state_of
 from prunus.recovery.attention_rows import find_products, find_values, projections_of
 from prunus.recovery.compensate import repair_all
 from prunus.recovery.queries_keys import best_products, mix_products
 from prunus.recovery.values import turn_values
-from prunus.tracer.program import state_of
 
 HEADS, DIM, WIDTH = 3, 8, 20
 
@@ -194,7 +194,6 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_of_transformers(family: str, implementation: str) -> None:
     pytest.importorskip("transformers")
-    prunus.declare_missing_ops()
     import transformers
 
     kind, config, options = FAMILIES[family]

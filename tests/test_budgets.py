@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import prunus
-from prunus.budget import Budget
 from prunus.errors import BudgetError, PlanError
+from prunus.graph.budget import Budget
 from prunus.graph.constraints import Lockstep
 from prunus.planner import select
 from tests.test_planner import Draft, attention, chain, kept_in, residual, scores_for

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import prunus
 from prunus.graph.axis import Axis
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
 
 
 class Masks:
@@ -247,7 +247,7 @@ def compare(build: Callable[..., Any], seed: int) -> tuple[float, Plan]:
         prunus.trace(model, (), inputs), model, ratio=0.3, importance="random", seed=seed
     )
     masks = Masks(plan, model)
-    pruned = plan.apply(copy.deepcopy(model)).double()
+    pruned = prunus.apply(plan, copy.deepcopy(model)).double()
     wide = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()

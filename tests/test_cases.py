@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.case_models import CASES, IMAGE, Case, frozen_backbone, the_same_tensor_twice
 from prunus.graph.coupling import CouplingGraph
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
 from prunus.surgeon import apply
 from prunus.tracer.trace import trace
 from tests.pipeline import judge, plan_for, thin

@@ -665,7 +665,7 @@ def test_exit_code_1_when_nothing_is_proven(net, tmp_path, capsys, monkeypatch, 
         return replace(real(*args, **kwargs), verdict=verdict, rel_err=float("inf"))
 
     monkeypatch.setattr("prunus.verify", pretend, raising=False)
-    traced = prunus.oracle.verify_traced
+    traced = prunus.verifier.verify.verify_traced
     monkeypatch.setattr(
         "prunus.api.verify_traced",
         lambda *a, **k: replace(traced(*a, **k), verdict=verdict, rel_err=float("inf")),

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import prunus
-from prunus.graph.axis import kept_positions
-from prunus.importance.activations import Site
-from prunus.importance.statistics import kept_units
-from prunus.importance.windows import (
+from prunus.calibration.activations import Site
+from prunus.calibration.im2col import (
     Window,
     columns_of,
     find_sources,
@@ -24,8 +22,10 @@ from prunus.importance.windows import (
     weight_of,
     window_of,
 )
+from prunus.calibration.statistics import kept_units
+from prunus.graph.axis import kept_positions
+from prunus.planner.width_planning import plan_of_mask
 from prunus.recovery.compensate import repair_all
-from prunus.width_planning import plan_of_mask
 
 CLOSE: Any = {"rtol": 1e-6, "atol": 1e-8}
 
@@ -171,7 +171,7 @@ def test_predicted_error_is_the_measured_one(name: str, method: Any, new_biases:
     """On the positions that were looked at, with dense inputs; with a ridge, biases or none."""
     model, x, graph, plan = build(name)
     limit = 10
-    cut_model, small = plan.apply(copy.deepcopy(model)), copy.deepcopy(model)
+    cut_model, small = prunus.apply(plan, copy.deepcopy(model)), copy.deepcopy(model)
     done = prunus.compensate(
         *(small, plan, graph, [x[:5], x[5:]]),
         method=method,
@@ -350,10 +350,10 @@ def test_a_new_bias_is_part_of_the_plan(name: str, tmp_path) -> None:
     assert grown.costs["bytes"][1] == costs["bytes"]
     assert not plan.biases
     assert "biases" not in plan.to_json()
-    other = grown.apply(copy.deepcopy(model))
+    other = prunus.apply(grown, copy.deepcopy(model))
     assert not other.reader.bias.any()
-    torch.testing.assert_close(other(x), plan.apply(copy.deepcopy(model))(x))
-    with grown.mask(model):
+    torch.testing.assert_close(other(x), prunus.apply(plan, copy.deepcopy(model))(x))
+    with prunus.mask(grown, model):
         masked = model(x)
     torch.testing.assert_close(masked, other(x))
     assert model.reader.bias is None
@@ -365,7 +365,7 @@ def test_a_new_bias_is_part_of_the_plan(name: str, tmp_path) -> None:
     later_graph = prunus.trace(small, x)
     later = prunus.plan(later_graph, small, ratio=0.3)
     composed = grown.then(later)
-    later.apply(small)
+    prunus.apply(later, small)
     assert composed.resulting_shapes() == later.resulting_shapes()
     prunus.save(small, tmp_path / "smaller.safetensors")
     again = prunus.load(tmp_path / "smaller.safetensors", build=READERS[name][0])
@@ -395,7 +395,7 @@ def test_two_compensated_cuts_compose() -> None:
     assert [list(plan.biases) for plan in plans] == [["c.bias"], ["b.bias"]]
     both = plans[0].then(plans[1])
     assert both.shapes["b.bias"] == (8,)
-    other = both.apply(original)
+    other = prunus.apply(both, original)
     shapes = [{n: t.shape for n, t in m.state_dict().items()} for m in (other, model)]
     assert shapes[0] == shapes[1]
 

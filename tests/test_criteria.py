@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import prunus
+from prunus.calibration.statistics import NEEDS
 from prunus.errors import DataError, ModelError, PlanError
+from prunus.graph.program import state_of
 from prunus.importance import importance, names, needs_of, score
-from prunus.importance.statistics import NEEDS
-from prunus.tracer.program import state_of
 from tests.test_shrink import Comparing
 from tests.test_statistics import bert, tokens
 
@@ -131,7 +131,7 @@ def test_what_a_criterion_needs_is_collected_or_asked_for(criterion: str) -> Non
 def test_statistics_of_another_graph_are_refused() -> None:
     model, x = net(), images()
     found = prunus.collect(model, prunus.trace(model, x), [x], "gradient")
-    prunus.plan(prunus.trace(model, x), model, ratio=0.5).apply(model)
+    prunus.apply(prunus.plan(prunus.trace(model, x), model, ratio=0.5), model)
     graph = prunus.trace(model, x)
     with pytest.raises(PlanError, match="they speak of 10 units, and this one has 5"):
         prunus.plan(graph, model, ratio=0.5, importance="taylor", statistics=found)
@@ -152,7 +152,7 @@ def test_shrink_uses_its_data_for_importance_and_batch_norms(kind) -> None:
     graph = prunus.trace(twin, data[0])
     plan = prunus.plan(graph, twin, budget=budget, importance="taylor", data=data)
     assert done.plan == plan
-    plan.apply(twin)
+    prunus.apply(plan, twin)
     prunus.recalibrate(twin, data)
     assert torch.equal(model(data[0]), twin(data[0]))
     assert not torch.equal(model[1].running_mean, torch.zeros(len(model[1].running_mean)))
@@ -193,7 +193,7 @@ def test_calibration_does_not_stop_the_collector(monkeypatch) -> None:
         seen.append(gc.isenabled())
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("prunus.width_planning.collect", collect)
+    monkeypatch.setattr("prunus.planner.width_planning.collect", collect)
     graph = prunus.trace(model, x)
     prunus.plan(graph, model, ratio=0.3, importance="taylor", data=[x])
     assert seen == [True]

@@ -111,7 +111,7 @@ def test_heads_blocks_and_ratios_are_not_rounded() -> None:
     layer = nn.TransformerEncoderLayer(48, 6, 128, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     graph = prunus.trace(model, torch.randn(1, 5, 48))
-    kinds = {one.group: one.kind for one in prunus.structures(graph).structures}
+    kinds = {one.group: one.kind for one in prunus.structures.find_structures(graph).structures}
     plan = prunus.plan(graph, model, budget=Budget(macs=0.7))
     for choice in plan.groups:
         kept = choice.size - len(choice.removed)

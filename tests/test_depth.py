@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 import models_zoo
 import prunus
-from prunus.drops import Renaming
 from prunus.errors import ApplyError, ModelError, PlanError, VerifyError
-from prunus.plans import Plan
-from prunus.skipping import skip
+from prunus.graph.plans import Plan
+from prunus.graph.renaming import Renaming
 from prunus.surgeon import depth, drop_blocks
 from prunus.surgeon.depth import without_blocks
 from prunus.surgeon.layer_count import find_counts
 from prunus.verifier import case as cases
+from prunus.verifier.depth import skip
+from tests import witness
 
 TOKENS = torch.arange(14).reshape(2, 7) * 3 % 64
 WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 64}
@@ -417,10 +418,10 @@ def test_a_mask_generates() -> None:
     before = state(model)
     plan = depth_plan(model, (TOKENS,), ["model.layers.0"])
     ask = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(TOKENS)}
-    with plan.mask(model):
+    with prunus.mask(plan, model):
         masked = model.generate(TOKENS, **ask)
     assert_same(before, state(model))
-    assert torch.equal(masked, plan.apply(model).generate(TOKENS, **ask))
+    assert torch.equal(masked, prunus.apply(plan, model).generate(TOKENS, **ask))
 
 
 def test_a_plan_without_drops_reads_and_writes_as_ever() -> None:
@@ -476,14 +477,14 @@ def test_the_second_witness_speaks_of_the_widths_that_are_left() -> None:
     original = Indexed().eval()
     plan = depth_plan(original, x, ["layers.1"], ratio=0.3)
     cut = prunus.apply(plan, copy.deepcopy(original))
-    found = prunus.testify(plan, original, cut, x)
+    found = witness.testify(plan, original, cut, x)
     assert found.verdict == "undecided"
     assert "drops blocks" in found.reason
     drop_blocks(original, plan.drops)
-    assert prunus.testify(plan.widths, original, cut, x).verdict == "agrees"
+    assert witness.testify(plan.widths, original, cut, x).verdict == "agrees"
     with torch.no_grad():
         cut.layers[0].up.weight.mul_(1.5)
-    assert prunus.testify(plan.widths, original, cut, x).verdict == "disagrees"
+    assert witness.testify(plan.widths, original, cut, x).verdict == "disagrees"
 
 
 def test_a_later_plan_for_another_depth_is_refused() -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import prunus
+from prunus.checkpoint import container
 from prunus.cli import main
 from prunus.errors import (
     ApplyError,
@@ -33,8 +34,7 @@ from prunus.errors import (
     PlanError,
     TraceError,
 )
-from prunus.io import container
-from prunus.plans import Edit, Plan
+from prunus.graph.plans import Edit, Plan
 from tests.snapshots import same, snapshot
 
 NET = """
@@ -93,7 +93,7 @@ def shelf(tmp_path_factory) -> Path:
     stale = plan.to_json().replace('"before":8', '"before":9', 1)
     assert stale != sized
     (folder / "stale.json").write_text(stale)
-    plan.apply(model)
+    prunus.apply(plan, model)
     prunus.save(model, folder / "small.safetensors")
     whole = (folder / "small.safetensors").read_bytes()
     (folder / "short.safetensors").write_bytes(whole[:-5])

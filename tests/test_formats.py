@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import prunus
+from prunus.checkpoint.document import SCHEMA
 from prunus.errors import FormatError, PlanError
-from prunus.io.document import SCHEMA
-from prunus.plan_json import VERSION
-from prunus.plans import Plan
-from prunus.sensitivity_table import Sensitivity
+from prunus.graph.plan_json import VERSION
+from prunus.graph.plans import Plan
+from prunus.planner.search.sensitivity_table import Sensitivity
 from tests.format_models import MODELS, sample
 
 FIRST = Path(__file__).parent / "fixtures" / "v1"
@@ -52,7 +52,7 @@ def test_an_artefact_of_the_first_form_loads(name: str) -> None:
     model = prunus.load(FIRST / f"{name}.safetensors", build=MODELS[name])
     right = MODELS[name]()
     plan = Plan.load(PLANS["drops" if name == "blocks" else name])
-    plan.apply(right)
+    prunus.apply(plan, right)
     if name != "blocks":  # fitted to what went
         for a, b in zip(model.parameters(), right.parameters(), strict=True):
             assert torch.equal(a, b)

@@ -27,20 +27,18 @@ from torch import nn
 import models_zoo
 import prunus
 from prunus import files
+from prunus.checkpoint import container
+from prunus.checkpoint.load import without_values
 from prunus.errors import ApplyError, FileError, FormatError, ModelError, PlanError, PrunusError
-from prunus.io import container
-from prunus.io.load import without_values
-from prunus.plans import Edit, Plan
-from prunus.tracer.program import tensors_of
+from prunus.graph.plans import Edit, Plan
+from prunus.graph.program import tensors_of
 from tests.file_attacks import resign, rewrite
 
 # Every model as a function without arguments, so that another process can build it again.
 BUILDERS = """
 import torch
 import models_zoo
-from prunus.integrations.torchvision_ops import declare_missing_ops
 
-declare_missing_ops()
 
 def zoo(name):
     return lambda: models_zoo.build(name)
@@ -82,7 +80,7 @@ CHILD = (
 import sys
 from pathlib import Path
 import prunus
-from prunus.tracer.program import tensors_of
+from prunus.graph.program import tensors_of
 from safetensors.torch import load_file
 
 torch.set_num_threads(int(sys.argv[2]))
@@ -113,7 +111,7 @@ def pruned(name: str) -> nn.Module:
     model = BUILD[name]()
     for ratio in (0.3, 0.2) if name == "twice" else (0.3,):
         graph = prunus.trace(model, inputs_of(name))
-        prunus.plan(graph, model, ratio=ratio, importance="random").apply(model)
+        prunus.apply(prunus.plan(graph, model, ratio=ratio, importance="random"), model)
     return model
 
 
@@ -187,7 +185,7 @@ class Odd(nn.Module):
 def small() -> tuple[Odd, torch.Tensor]:
     model, ids = Odd(), torch.arange(5)
     graph = prunus.trace(model, ids)
-    prunus.plan(graph, model, ratio=0.3).apply(model)
+    prunus.apply(prunus.plan(graph, model, ratio=0.3), model)
     return model, ids
 
 
@@ -255,7 +253,7 @@ def test_loading_leaves_the_random_state_and_remembers_the_plan(tmp_path) -> Non
     other = prunus.load(tmp_path / "m.st", build=Odd)
     assert torch.equal(before, torch.get_rng_state())
     graph = prunus.trace(other, ids)
-    prunus.plan(graph, other, ratio=0.3).apply(other)
+    prunus.apply(prunus.plan(graph, other, ratio=0.3), other)
     prunus.save(other, tmp_path / "smaller.st")
     third = prunus.load(tmp_path / "smaller.st", build=Odd)
     assert torch.equal(other(ids), third(ids))
@@ -318,7 +316,7 @@ def test_what_save_refuses(tmp_path) -> None:
     plan = prunus.plan(prunus.trace(model, ids), model, ratio=0.3)
     extra = type("Extra", (nn.Linear,), {"get_extra_state": lambda self: {}})(2, 2)
     part = nn.Sequential(copy.deepcopy(model))
-    prunus.plan(prunus.trace(part[0], ids), part[0], ratio=0.2).apply(part[0])
+    prunus.apply(prunus.plan(prunus.trace(part[0], ids), part[0], ratio=0.2), part[0])
     for subject, given, error, text in [
         (nn.Linear(2, 2, device="meta"), None, FormatError, "on the meta device can't be saved"),
         (nn.Linear(2, 2, dtype=torch.complex128), None, FormatError, "complex128 can't be saved"),
@@ -348,7 +346,7 @@ def test_a_cut_that_is_undone_is_forgotten(tmp_path) -> None:
     plan = prunus.plan(prunus.trace(model, torch.arange(5)), model, ratio=0.3)
     bad = Plan(plan.keep, plan.shapes, plan.edits[:-1], origin=plan.origin)
     with pytest.raises(PrunusError):
-        Plan(plan.keep, plan.shapes, (*plan.edits, Edit("mid", "x", 1, 2))).apply(model)
+        prunus.apply(Plan(plan.keep, plan.shapes, (*plan.edits, Edit("mid", "x", 1, 2))), model)
     if bad.edits != plan.edits:
         prunus.save(model, tmp_path / "m.st")
         assert prunus.load(tmp_path / "m.st", build=Odd).mid.out_features == 8
@@ -548,7 +546,7 @@ def wide() -> nn.Module:
 def wide_file(folder: Path) -> bytes:
     """A pruned model in a file of 8.6 MB."""
     model = wide()
-    prunus.plan(prunus.trace(model, torch.ones(1, 1200)), model, ratio=0.25).apply(model)
+    prunus.apply(prunus.plan(prunus.trace(model, torch.ones(1, 1200)), model, ratio=0.25), model)
     prunus.save(model, folder / "wide.st")
     data = (folder / "wide.st").read_bytes()
     (folder / "wide.st").unlink()
@@ -651,7 +649,7 @@ def test_a_deep_model_of_few_numbers_is_no_bomb(tmp_path) -> None:
         return nn.Sequential(*(nn.Linear(2, 2) for _ in range(700)))
 
     model = build()
-    prunus.plan(prunus.trace(model, torch.ones(1, 2)), model, ratio=0.5).apply(model)
+    prunus.apply(prunus.plan(prunus.trace(model, torch.ones(1, 2)), model, ratio=0.5), model)
     prunus.save(model, tmp_path / "m.st")
     assert len(prunus.load(tmp_path / "m.st", build=build)) == 700
 
@@ -661,7 +659,7 @@ import resource, sys
 import torch
 from torch import nn
 import prunus
-from prunus.io.load import read_file
+from prunus.checkpoint.load import read_file
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

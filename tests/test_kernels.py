@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import prunus
-from prunus.budget import Budget
 from prunus.graph.axis import kept_positions
+from prunus.graph.budget import Budget
 from prunus.graph.constraints import Aligned
 from tests.faults import Net
 from tests.pipeline import judge

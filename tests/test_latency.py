@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 import prunus
-from prunus import latency_planning
-from prunus.budget import picoseconds
 from prunus.cli import main
 from prunus.errors import BudgetError, FormatError, ModelError, PlanError
+from prunus.graph.budget import picoseconds
 from prunus.latency import measuring, race
 from prunus.latency.cache import Cache
 from prunus.latency.eager import Eager
 from prunus.latency.measuring import make_backend
 from prunus.latency.operators import Operator, find_invocations
 from prunus.latency.samples import Samples, choose_widths
+from prunus.planner import latency_planning
 
 OVERHEAD = 400.0
 """Nanoseconds of every operator, whatever it does."""
@@ -497,7 +497,7 @@ def test_a_race_that_was_disturbed_is_run_again(net, machine, tmp_path, monkeypa
         races.append(times)
         return times
 
-    monkeypatch.setattr("prunus.latency_planning.race", disturb)
+    monkeypatch.setattr("prunus.planner.latency_planning.race", disturb)
     plan = prunus.plan(graph, net, budget=prunus.Budget(latency=0.6), latency=table)
     assert ratio_by(machine, net, plan) == pytest.approx(0.6, rel=0.05)
     assert len(races) == 2 * plan.origin["latency"]["measurements"]
@@ -506,7 +506,7 @@ def test_a_race_that_was_disturbed_is_run_again(net, machine, tmp_path, monkeypa
 def test_a_clock_that_agrees_with_no_plan_is_refused(net, machine, tmp_path, monkeypatch) -> None:
     graph, table = prunus.trace(net, IMAGES), table_of(net, tmp_path)
     times = np.tile([1000.0, 990.0, 1000.0], (15, 1))
-    monkeypatch.setattr("prunus.latency_planning.race", lambda *args: times)
+    monkeypatch.setattr("prunus.planner.latency_planning.race", lambda *args: times)
     with pytest.raises(BudgetError, match="by the clock") as caught:
         prunus.plan(graph, net, budget=prunus.Budget(latency=0.5), latency=table)
     assert "99.0%" in str(caught.value)

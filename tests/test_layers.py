@@ -18,53 +18,35 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Lowest layer first; each tuple is a room, whose modules may import one another.
-LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (("errors",),),
-    (("graph",), ("files",), ("precision",)),
-    (("plans", "plan_json", "plan_diff", "drops", "budget", "sensitivity_table"),),
-    (("tracer",),),
-    (("importance",), ("planner",), ("surgeon",), ("anatomy",), ("latency",)),
-    (
-        ("recovery",),
-        ("io",),
-        (
-            "oracle",
-            "replay",
-            "exchange",
-            "witness",
-            "hearing",
-            "listening",
-            "rollback",
-            "skipping",
-            "verifier",
-            "report",
-        ),
-    ),
-    (("integrations",),),
-    (
-        (
-            "__init__",
-            "planning",
-            "depth_planning",
-            "width_planning",
-            "latency_planning",
-            "stitching",
-            "api",
-            "choices",
-            "loose_groups",
-            "judging",
-            "sensing",
-            "ratio_search",
-        ),
-    ),
-    (("cli", "__main__"),),
+# Lowest level first.  A folder inside a package may be a room of its own, as ``planner.search``.
+LEVELS: tuple[tuple[str, ...], ...] = (
+    ("errors", "files"),
+    ("graph",),
+    ("tracer",),
+    ("surgeon", "calibration", "structures"),
+    ("importance", "recovery", "verifier", "checkpoint", "latency"),
+    ("planner",),
+    ("planner.search", "integrations"),
+    ("report", "api", "choices", "__init__"),
+    ("cli", "__main__"),
 )
-LAYER_OF = {name: n for n, rooms in enumerate(LAYERS) for room in rooms for name in room}
-ROOM_OF = {name: room for rooms in LAYERS for room in rooms for name in room}
+LEVEL_OF = {name: n for n, names in enumerate(LEVELS) for name in names}
 
-# The one exception: ``Plan.apply`` and ``Plan.mask`` are thin calls of the surgeon.
-EXCEPTION = ("prunus.plans", {"apply", "mask"}, "surgeon")
+LOOSE = {"__init__", "__main__", "api", "choices", "errors", "files"}
+"""The files at the top of the package."""
+
+PUBLIC_PACKAGES = {"importance", "integrations", "recovery", "report", "structures", "verifier"}
+"""What a user may import beside the names of the package itself."""
+
+WITHIN = {
+    ("files", "errors"),
+    ("choices", "api"),
+    ("__init__", "api"),
+    ("__init__", "choices"),
+    ("__init__", "report"),
+    ("__main__", "cli"),
+}
+"""Who may import whom on its own level: the ground, the public names, and the command's entry."""
 
 NO_FILE_IS_CALLED = {"utils", "util", "common", "helpers", "types", "base", "misc"}
 CORE_PACKAGES = {"torch", "networkx", "numpy", "scipy", "safetensors", "rich", "msgspec"}
@@ -127,41 +109,39 @@ def imports_of(module: str, path: Path, known: set[str]) -> Iterator[Import]:
 
 
 def place(module: str) -> str:
-    """The name under which a module of ``prunus`` stands in the table of layers."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else "__init__"
-
-
-def is_exception(module: str, item: Import) -> bool:
-    source, methods, room = EXCEPTION
-    return (
-        module == source
-        and item.lazy
-        and len(item.functions) == 2
-        and item.functions[1] in methods
-        and place(item.target) == room
-    )
+    """The name under which a module of ``prunus`` stands in the table of levels."""
+    parts = module.split(".")[1:3]
+    if ".".join(parts) in LEVEL_OF:
+        return ".".join(parts)
+    return parts[0] if parts else "__init__"
 
 
 def layer_violations(root: Path) -> Iterator[str]:
-    """Imports from a layer above, or from another room of the same layer."""
+    """Imports from a level above, or from another package of the same level."""
     modules = modules_in(root / "src" / "prunus")
     for module, path in modules.items():
         name = place(module)
-        if name not in LAYER_OF:
-            yield f"{module} has no layer: give '{name}' a place in LAYERS"
+        if name not in LEVEL_OF:
+            yield f"{module} has no level: give '{name}' a place in LEVELS"
             continue
         for item in imports_of(module, path, set(modules)):
-            if item.target.partition(".")[0] != "prunus" or is_exception(module, item):
+            if item.target.partition(".")[0] != "prunus":
                 continue
             other = place(item.target)
             # A public name taken from the package itself, ``from prunus import shrink``.
-            layer = LAYER_OF.get(other, LAYER_OF["__init__"])
-            if ROOM_OF[name] != ROOM_OF.get(other) and layer >= LAYER_OF[name]:
+            level = LEVEL_OF.get(other, LEVEL_OF["__init__"])
+            if name != other and level >= LEVEL_OF[name] and (name, other) not in WITHIN:
                 yield (
-                    f"{module}:{item.line} (layer {LAYER_OF[name]}) imports "
-                    f"{item.target} (layer {layer})"
+                    f"{module}:{item.line} (level {LEVEL_OF[name]}) imports "
+                    f"{item.target} (level {level})"
                 )
+
+
+def loose_violations(root: Path) -> Iterator[str]:
+    """Files at the top of the package beside those that stand there for a reason."""
+    for path in sorted((root / "src" / "prunus").glob("*.py")):
+        if path.stem not in LOOSE:
+            yield f"{path.name} stands alone: it belongs into a package"
 
 
 def cycle_violations(root: Path) -> Iterator[str]:
@@ -170,7 +150,7 @@ def cycle_violations(root: Path) -> Iterator[str]:
     graph = nx.DiGraph()
     for module, path in modules.items():
         for item in imports_of(module, path, set(modules)):
-            if item.target in modules and not is_exception(module, item):
+            if item.target in modules:
                 graph.add_edge(module, item.target)
     for ring in nx.strongly_connected_components(graph):
         if len(ring) > 1 or any(graph.has_edge(module, module) for module in ring):
@@ -203,14 +183,14 @@ def outside_violations(root: Path) -> Iterator[str]:
 
 
 def api_violations(root: Path) -> Iterator[str]:
-    """What models_zoo and benchmarks take from Prunus beside its public names and integrations."""
+    """What models_zoo and benchmarks take from Prunus beside its public names and packages."""
     init = root / "src" / "prunus" / "__init__.py"
     public = {*public_names(init), "__all__", "__version__"} if init.exists() else set()
     for folder in GUESTS:
         for path in sorted((root / folder).rglob("*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             for line, name in names_taken(tree):
-                if name not in public and name != "integrations":
+                if name.partition(".")[0] not in public | PUBLIC_PACKAGES:
                     yield f"{path.relative_to(root)}:{line} takes {name}, not in prunus.__all__"
 
 
@@ -252,6 +232,7 @@ def names_taken(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 CHECKS = [
     layer_violations,
+    loose_violations,
     cycle_violations,
     name_violations,
     outside_violations,
@@ -272,40 +253,33 @@ def test_house_is_not_empty() -> None:
 
 
 INIT = {"src/prunus/__init__.py": '__all__ = ["trace"]\n'}
-APPLY = "class Plan:\n    def {}(self):\n        from prunus.surgeon import run\n"
 
 # Each breaks one rule in one line; the text is what the check has to say about it.
 PLANTED = [
     (
         {"graph/axis.py": "import prunus.tracer"},
         layer_violations,
-        r"graph\.axis:1 \(layer 1\) imports prunus\.tracer \(layer 3\)",
+        r"graph\.axis:1 \(level 1\) imports prunus\.tracer \(level 2\)",
     ),
     ({"graph/axis.py": "from prunus import tracer"}, layer_violations, "imports prunus"),
-    ({"graph/axis.py": "from prunus import trace"}, layer_violations, r"prunus \(layer 7\)"),
+    ({"graph/axis.py": "from prunus import trace"}, layer_violations, r"prunus \(level 7\)"),
     ({"graph/axis.py": "from ..tracer.labels import L"}, layer_violations, "tracer.labels"),
     ({"graph/__init__.py": "from .. import tracer"}, layer_violations, "graph:1"),
-    ({"graph/axis.py": "def f():\n    import prunus.io"}, layer_violations, "graph.axis:2"),
+    ({"graph/axis.py": "def f():\n    import prunus.checkpoint"}, layer_violations, "graph.axis:2"),
     (
-        {"graph/axis.py": "if TYPE_CHECKING:\n    from prunus.io import save"},
+        {"graph/axis.py": "if TYPE_CHECKING:\n    from prunus.checkpoint import save"},
         layer_violations,
         "graph.axis:2",
     ),
     ({"graph/axis.py": "import_module('prunus.cli')"}, layer_violations, "prunus.cli"),
-    ({"graph/axis.py": "import prunus.plans"}, layer_violations, "layer 1.*layer 2"),
-    ({"planner/cost.py": "import prunus.surgeon.slice"}, layer_violations, "layer 4.*layer 4"),
-    ({"errors.py": "import prunus.budget"}, layer_violations, "layer 0.*layer 2"),
-    ({"__init__.py": "import prunus.cli"}, layer_violations, r"prunus:1 \(layer 7\)"),
+    ({"graph/plans.py": "import prunus.surgeon"}, layer_violations, "level 1.*level 3"),
+    ({"recovery/cost.py": "import prunus.verifier.case"}, layer_violations, "level 4.*level 4"),
+    ({"planner/cost.py": "import prunus.planner.search"}, layer_violations, "level 5.*level 6"),
+    ({"errors.py": "import prunus.files"}, layer_violations, "level 0.*level 0"),
+    ({"errors.py": "import prunus.graph"}, layer_violations, "level 0.*level 1"),
+    ({"__init__.py": "import prunus.cli"}, layer_violations, r"prunus:1 \(level 7\)"),
     ({"attic/old.py": ""}, layer_violations, "'attic' a place"),
-    ({"plans.py": "import prunus.surgeon"}, layer_violations, "plans:1"),
-    ({"plans.py": APPLY.format("save")}, layer_violations, "plans:3"),
-    ({"plans.py": "def apply():\n    import prunus.surgeon"}, layer_violations, "plans:2"),
-    (
-        {"plans.py": APPLY.format("apply").replace("surgeon", "tracer")},
-        layer_violations,
-        "plans:3",
-    ),
-    ({"budget.py": APPLY.format("apply")}, layer_violations, "budget:3"),
+    ({"old.py": ""}, loose_violations, "old.py.*belongs into a package"),
     (
         {"graph/a.py": "import prunus.graph.b", "graph/b.py": "from . import a"},
         cycle_violations,
@@ -326,11 +300,11 @@ PLANTED = [
         for name in ("utils", "common", "helpers", "types", "base", "misc")
     ),
     ({"utils/axis.py": ""}, name_violations, "'utils' says nothing"),
-    ({"io/save.py": "import timm"}, outside_violations, "timm outside a function"),
-    ({"io/save.py": "from timm.models import x"}, outside_violations, "timm outside"),
-    ({"io/save.py": "try:\n    import timm\nfinally: ..."}, outside_violations, "timm"),
-    ({"cli.py": "import models_zoo"}, outside_violations, "models_zoo outside a function"),
-    ({"cli.py": "def f():\n    import benchmarks.demo"}, outside_violations, "benchmarks"),
+    ({"checkpoint/save.py": "import timm"}, outside_violations, "timm outside a function"),
+    ({"checkpoint/save.py": "from timm.models import x"}, outside_violations, "timm outside"),
+    ({"checkpoint/save.py": "try:\n    import timm\nfinally: ..."}, outside_violations, "timm"),
+    ({"cli/a.py": "import models_zoo"}, outside_violations, "models_zoo outside a function"),
+    ({"cli/a.py": "def f():\n    import benchmarks.demo"}, outside_violations, "benchmarks"),
     *(
         ({f"../../{guest}/x.py": code}, api_violations, rf"{guest}.x.py:\d takes {name},")
         for guest in GUESTS
@@ -345,13 +319,12 @@ PLANTED = [
 ]
 
 ALLOWED = [
-    {"plans.py": APPLY.format("apply"), "surgeon/__init__.py": "from prunus.plans import Plan"},
-    {"plans.py": APPLY.format("mask") + "from prunus.budget import Budget\nimport prunus.errors"},
+    {"planner/search/a.py": "import prunus.planner.cost", "files.py": "import prunus.errors"},
     {"graph/a.py": "from prunus.graph.b import B", "graph/b.py": "import prunus.errors"},
     {"graph/__init__.py": "from prunus.graph.a import A", "graph/a.py": ""},
     {"tracer/rules/view.py": "from ..labels import L\nfrom prunus.graph import Axis\nimport torch"},
     {"integrations/timm.py": "def f():\n    import timm\n    import models_zoo"},
-    {"oracle.py": "import prunus.witness, prunus.tracer\nif TYPE_CHECKING:\n    import timm"},
+    {"verifier/a.py": "import prunus.tracer\nif TYPE_CHECKING:\n    import timm"},
     {"cli/shrink.py": "import prunus\nfrom prunus import trace\nimport prunus.report, argparse"},
     {"../../models_zoo/a.py": "from prunus import trace\nimport prunus as p, timm\np.trace()"},
     {"../../benchmarks/b.py": "import models_zoo.a\nfrom . import prunus_notes\nx.tracer.y"},

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from prunus.calibration.second_moments import Moments, fit_memory
 from prunus.errors import DataError
-from prunus.importance.moments import Moments, fit_memory
 from prunus.recovery.least_squares import fold, removed_of, ridge_of, solve_ridge
 
 CLOSE: Any = {"rtol": 1e-6, "atol": 1e-8}

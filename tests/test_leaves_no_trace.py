@@ -308,7 +308,7 @@ def test_a_dict_keyed_by_a_width_is_read_as_the_model_reads_it(how: str) -> None
     with torch.no_grad():
         want = model(x)
     assert not graph.groups  # the code computes with the width
-    replayed = prunus.replay.Replay(graph, dict(model.named_parameters()), [x])
+    replayed = prunus.verifier.replay.Replay(graph, dict(model.named_parameters()), [x])
     assert torch.allclose(replayed.run(graph.all_kept)["output"], want, atol=1e-6)
     assert survivors() == []
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import prunus
 from prunus.errors import FormatError, ModelError, PrunusError
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
 
 
 class Keeps(nn.Module):

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, rnn
 from torch.nn.utils.parametrize import register_parametrization
 
+from prunus.checkpoint import load, save
 from prunus.errors import ApplyError
-from prunus.io import load, save
-from prunus.oracle import verify
-from prunus.plans import Edit, Plan
+from prunus.graph.plans import Edit, Plan
+from prunus.graph.program import state_of
 from prunus.surgeon import apply, mask
 from prunus.tracer.adapters import SlimMultiheadAttention, adapted
-from prunus.tracer.program import state_of
 from prunus.tracer.trace import quiet_run, trace
+from prunus.verifier.verify import verify
 from tests.faults import Net
 from tests.pipeline import judge, plan_for, thin
 

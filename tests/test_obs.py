@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import prunus
 from prunus.errors import DataError
+from prunus.graph.program import state_of
 from prunus.importance.reconstruction import RIDGE, Reconstruction, exchange_units, removal_order
 from prunus.importance.registry import Scores, score
-from prunus.tracer.program import state_of
 
 UNITS, EACH, OUTPUTS, ROWS = 5, 2, 3, 60
 WIDTH = UNITS * EACH

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import prunus
 from prunus.errors import ApplyError
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
 from tests.snapshots import same, snapshot
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
@@ -178,7 +178,7 @@ def test_state_is_what_slicing_by_hand_gives_and_training_goes_on(name: str) -> 
         for n, p in model.named_parameters()
     }
     assert sum(t.numel() > 1 for _, found in before.values() for t in found) > 1
-    plan.apply(model, optimizer=optimizer)
+    prunus.apply(plan, model, optimizer=optimizer)
     for path, parameter in model.named_parameters():
         shape, old = before[path]
         keep = {a.dim: list(stay) for a, stay in plan.keep.items() if a.tensor == path}
@@ -201,7 +201,7 @@ def test_sparse_gradients() -> None:
     plan = prunus.plan(graph, model, ratio=0.5)
     average = optimizer.state[model[0].weight]["exp_avg"].clone()
     (stay,) = (stay for axis, stay in plan.keep.items() if axis.tensor == "0.weight")
-    plan.apply(model, optimizer=optimizer)
+    prunus.apply(plan, model, optimizer=optimizer)
     assert torch.equal(optimizer.state[model[0].weight]["exp_avg"], average[:, list(stay)])
     assert model[0].weight.grad.shape == model[0].weight.shape
     optimizer.zero_grad()
@@ -214,7 +214,7 @@ def test_lbfgs_begins_anew_and_says_so() -> None:
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
     step(model, optimizer)
     with pytest.warns(UserWarning, match="LBFGS: the history of earlier steps was dropped"):
-        halved(model).apply(model, optimizer=optimizer)
+        prunus.apply(halved(model), model, optimizer=optimizer)
     assert not any(optimizer.state.values())
     step(model, optimizer)
     step(model, optimizer)
@@ -228,7 +228,7 @@ def test_lbfgs_is_whole_after_a_failure() -> None:
     plan = halved(model)
     plan.origin["traced"]["outputs"]["output"] = [1]
     with pytest.raises(ApplyError), pytest.warns(UserWarning, match="history"):
-        plan.apply(model, optimizer=optimizer)
+        prunus.apply(plan, model, optimizer=optimizer)
     assert same(snapshot(model), before)
     assert same(optimizer.state_dict(), state)
     step(model, optimizer)
@@ -269,7 +269,7 @@ def test_what_shapes_do_not_tell_is_refused_by_name(name: str) -> None:
     plan = prunus.plan(graph, model, ratios={graph.groups[0].name: 0.5})
     before = snapshot(model)
     with pytest.raises(ApplyError, match="the state of Kept can't be cut along") as caught:
-        plan.apply(model, optimizer=optimizer)
+        prunus.apply(plan, model, optimizer=optimizer)
     message = str(caught.value)
     assert "more" in message
     assert "2.weight" in message
@@ -282,7 +282,7 @@ def test_a_vector_that_can_only_be_one_dim_follows() -> None:
     model = net(16, 20)
     optimizer = Kept(model.parameters(), lambda p: {"rows": torch.arange(20.0), "count": 3})
     plan = halved(model)
-    plan.apply(model, optimizer=optimizer)
+    prunus.apply(plan, model, optimizer=optimizer)
     stay = next(s for a, s in plan.keep.items() if (a.tensor, a.dim) == ("2.weight", 0))
     found = optimizer.state[model[2].weight]["more"]
     assert found["rows"].tolist() == list(stay)
@@ -294,10 +294,10 @@ def test_tensors_of_no_parameter_are_refused() -> None:
     optimizer = Lion(model.parameters())
     optimizer.trust = torch.ones(7)
     with pytest.raises(ApplyError, match="the state of Lion can't be cut along: 'trust'"):
-        halved(model).apply(model, optimizer=optimizer)
+        prunus.apply(halved(model), model, optimizer=optimizer)
     del optimizer.trust
     optimizer.known = list(model.parameters())[::-1]  # only its own parameters
-    halved(model).apply(model, optimizer=optimizer)
+    prunus.apply(halved(model), model, optimizer=optimizer)
 
 
 def test_the_optimizer_of_another_model_is_refused() -> None:
@@ -305,11 +305,11 @@ def test_the_optimizer_of_another_model_is_refused() -> None:
     before = snapshot(model)
     wrong = torch.optim.Adam(net().parameters())
     with pytest.raises(ApplyError, match=r"\(Adam\) holds none of the model's parameters"):
-        halved(model).apply(model, optimizer=wrong)
+        prunus.apply(halved(model), model, optimizer=wrong)
     assert same(snapshot(model), before)
     some = torch.optim.Adam(model[0].parameters())
     step(model, some)
-    halved(model).apply(model, optimizer=some)
+    prunus.apply(halved(model), model, optimizer=some)
     step(model, some)
 
 
@@ -344,9 +344,9 @@ def test_dropped_blocks_leave_every_group(make: Callable[[Any], Any]) -> None:
     plan = prunus.plan(prunus.trace(model, X), model, drop=["layers.1"])
     if make is torch.optim.LBFGS:
         with pytest.warns(UserWarning, match="history"):
-            plan.apply(model, optimizer=optimizer)
+            prunus.apply(plan, model, optimizer=optimizer)
     else:
-        plan.apply(model, optimizer=optimizer)
+        prunus.apply(plan, model, optimizer=optimizer)
     for one in (optimizer, getattr(optimizer, "base_optimizer", optimizer)):
         assert gone.isdisjoint(id(p) for group in one.param_groups for p in group["params"])
         assert gone.isdisjoint(map(id, one.state))

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 from prunus.api import shrink
 from prunus.errors import VerifyError
-from prunus.exchange import relative_error
 from prunus.graph.axis import Axis
 from prunus.graph.coupling import CouplingGraph
-from prunus.listening import listen, randomise
-from prunus.oracle import verify
-from prunus.plans import Edit, Plan
-from prunus.replay import Replay
+from prunus.graph.plans import Edit, Plan
+from prunus.graph.program import state_of, tensors_of
 from prunus.surgeon import apply, mask
-from prunus.tracer.program import state_of, tensors_of
 from prunus.tracer.trace import trace
+from prunus.verifier.permutation import relative_error
+from prunus.verifier.randomize import listen, randomise
+from prunus.verifier.replay import Replay
 from prunus.verifier.rounding import DOUBTFUL
+from prunus.verifier.verify import verify
 from tests import faults
 from tests.faults import Net, conv, head
 from tests.pipeline import cut, plan_for, thin

@@ -152,7 +152,7 @@ def test_what_leaves_keeps_its_width(name: str) -> None:
     assert prunus.verify(plan, net, X).verdict == "exact"
     with torch.no_grad():
         before = {name: list(t.shape) for name, t in answer_of(net(X)).items()}
-        plan.apply(net)
+        prunus.apply(plan, net)
         after = {name: list(t.shape) for name, t in answer_of(net(X)).items()}
     assert before == after
     assert net.a.out_features == 8

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import prunus
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
 from prunus.surgeon import apply
 from tests.faults import conv
 from tests.pipeline import plan_for, thin
@@ -181,7 +181,7 @@ def test_the_cut_is_not_blamed_where_the_model_itself_does_not_run() -> None:
 def test_a_kernel_that_fails_in_the_replay_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(5, 4)
     plan = prunus.plan(prunus.trace(model, x), model, ratio=0.4)
-    replay = importlib.import_module("prunus.replay")
+    replay = importlib.import_module("prunus.verifier.replay")
     right = replay.call_bound
 
     def faulty(target: Any, bound: Any) -> Any:

@@ -18,9 +18,9 @@ from prunus.errors import PlanError
 from prunus.graph.axis import Axis, Role
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import form_groups
+from prunus.graph.plan_json import VERSION, read_ranges, to_ranges
+from prunus.graph.plans import Edit, GroupChoice, Plan, Scaling
 from prunus.graph.polynomial import Monomial, Polynomial
-from prunus.plan_json import VERSION, read_ranges, to_ranges
-from prunus.plans import Edit, GroupChoice, Plan, Scaling
 
 
 def chain(*widths: int) -> CouplingGraph:

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunus import planner
-from prunus.budget import Budget
 from prunus.errors import BudgetError, PlanError
 from prunus.graph.axis import Axis, Role
+from prunus.graph.budget import Budget
 from prunus.graph.constraints import Constraint, Lockstep, Nonempty
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import form_groups

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import prunus
-from prunus.precision import full_precision
+from prunus.tracer.precision import full_precision
+from tests import witness
 
 BACKENDS: Any = torch.backends
 
@@ -67,5 +68,5 @@ def test_proof_and_witness_run_in_full_precision() -> None:
     taken()
     assert prunus.verify(plan, model, x).verdict == "exact"
     assert taken() == {"ieee"}
-    prunus.testify(plan, model, pruned, x)
+    witness.testify(plan, model, pruned, x)
     assert taken() == {"ieee"}

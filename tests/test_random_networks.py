@@ -24,8 +24,8 @@ import prunus
 from prunus.errors import PrunusError
 from prunus.graph.axis import Axis, Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.plans import Plan
-from tests import shadow
+from prunus.graph.plans import Plan
+from tests import shadow, witness
 from tests.pipeline import cut, plan_for, without_mixing
 from tests.random_networks import Recipe, build, from_seed, recipes
 
@@ -124,7 +124,7 @@ def _witness_objects(graph: CouplingGraph, plan: Plan, model: nn.Module, x: Tens
     if mask.all():
         return []
     part = plan_for(graph, model, mask)
-    told = prunus.testify(part, model, cut(part, model), x)
+    told = witness.testify(part, model, cut(part, model), x)
     return [f"the witness: {told}"] if told.verdict == "disagrees" else []
 
 

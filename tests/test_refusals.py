@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import prunus
+from prunus.calibration.batches import bounded
 from prunus.errors import ModelError, TraceError
-from prunus.importance.batches import bounded
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -304,7 +304,7 @@ def test_inference_mode_around_a_call_changes_nothing() -> None:
     applied, shrunk, plain = Net(), Net(), Net()
     prunus.shrink(plain, X, ratio=0.5, recover="none")
     with torch.inference_mode():
-        plan.apply(applied)
+        prunus.apply(plan, applied)
         assert prunus.verify(plan, shrunk, X).verdict == "exact"
         assert prunus.shrink(shrunk, X, ratio=0.5, recover="none").certificate.verdict == "exact"
         assert torch.is_inference_mode_enabled()
@@ -333,7 +333,12 @@ def test_a_model_made_in_inference_mode_is_refused() -> None:
     plan = prunus.plan(prunus.trace(Net(), X), Net(), ratio=0.5)
     with torch.inference_mode():
         made = Net()
-    for verb in (plan.apply, lambda m: prunus.verify(plan, m, X), lambda m: prunus.trace(m, X)):
+    verbs = (
+        lambda m: prunus.apply(plan, m),
+        lambda m: prunus.verify(plan, m, X),
+        lambda m: prunus.trace(m, X),
+    )
+    for verb in verbs:
         with pytest.raises(ModelError, match=r"made in torch\.inference_mode") as caught:
             verb(made)
         assert caught.value.where.startswith("a.weight")
@@ -342,17 +347,17 @@ def test_a_model_made_in_inference_mode_is_refused() -> None:
 def test_a_masked_model_runs_in_inference_mode() -> None:
     model = nn.Sequential(Net(), nn.Flatten(), nn.Linear(3, 2)).eval()
     plan = prunus.plan(prunus.trace(model, X), model, ratio=0.5)
-    with plan.mask(model):
+    with prunus.mask(plan, model):
         masked = model(X)
-    with plan.mask(model), torch.inference_mode():
+    with prunus.mask(plan, model), torch.inference_mode():
         torch.testing.assert_close(model(X), masked)
         torch.testing.assert_close(model(X * 1.0), masked)  # an input that was made in there
         assert torch.is_inference_mode_enabled()
-    with torch.inference_mode(), plan.mask(model):
+    with torch.inference_mode(), prunus.mask(plan, model):
         torch.testing.assert_close(model(X), masked)
         with pytest.raises(RuntimeError):
             model(X[:, 1:])
         assert torch.is_inference_mode_enabled()
         torch.testing.assert_close(model(X), masked)
-    plan.apply(model)
+    prunus.apply(plan, model)
     torch.testing.assert_close(model(X), masked)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import prunus
 from prunus.cli import main
 from prunus.errors import DataError, FormatError, PlanError
-from prunus.sensitivity_table import Sensitivity
+from prunus.planner.search.sensitivity_table import Sensitivity
 
 
 def draw(seed: int, count: int = 32) -> Tensor:

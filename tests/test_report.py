@@ -16,7 +16,7 @@ import prunus
 from prunus import files
 from prunus.errors import MissingExtraError
 from prunus.graph.axis import Axis
-from prunus.plans import GroupChoice, Plan
+from prunus.graph.plans import GroupChoice, Plan
 from prunus.report import console, documents, pictures, tables
 from prunus.report.counting import measure_costs, measure_latency
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunus.exchange import relative_error
 from prunus.graph.axis import Axis
-from prunus.replay import Replay
+from prunus.graph.effect import Effect
 from prunus.tracer import registry
-from prunus.tracer.registry import Call, Effect, Rule, find_overload, find_rule, rule
+from prunus.tracer.registry import Call, Rule, find_overload, find_rule, rule
 from prunus.tracer.rules.pointwise import broadcast
 from prunus.tracer.trace import trace
+from prunus.verifier.permutation import relative_error
+from prunus.verifier.replay import Replay
 from tests import rule_validator
 from tests.rule_table import ROWS, I, Row, X, case, pointwise_rows
 from tests.rule_validator import Finding, missing, report, validate

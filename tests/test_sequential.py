@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import prunus
+from prunus.calibration.cross import CrossMoments
+from prunus.calibration.statistics import kept_units
 from prunus.errors import DataError, ModelError, PlanError
-from prunus.importance.cross import CrossMoments
-from prunus.importance.statistics import kept_units
 from prunus.recovery.order import find_order
 from tests.snapshots import same, snapshot
 from tests.test_compensation import READERS

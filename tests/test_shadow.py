@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import prunus
 from prunus.graph.axis import Axis
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
 from tests import shadow
 from tests.faults import Net, between, conv, head
 from tests.pipeline import cut

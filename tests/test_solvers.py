@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import prunus
-from prunus.budget import Budget
 from prunus.errors import BudgetError, PlanError
+from prunus.graph.budget import Budget
 from prunus.planner import Selection, select
 from prunus.planner.curves import Curves
 from prunus.planner.knapsack import best_prefixes

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import prunus
+from prunus.calibration.activations import Site
+from prunus.calibration.statistics import check_traced
 from prunus.errors import DataError, ModelError, PlanError
 from prunus.graph.axis import Role
+from prunus.graph.program import state_of
 from prunus.importance import Context, score
-from prunus.importance.activations import Site
 from prunus.importance.magnitude import sum_by_unit
-from prunus.importance.statistics import check_traced
-from prunus.tracer.program import state_of
 
 VOCABULARY = 50
 CLOSE: Any = {"rtol": 1e-9, "atol": 1e-12}

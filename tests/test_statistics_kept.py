@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import prunus
+from prunus.calibration import keeping
+from prunus.calibration.activations import Site
+from prunus.calibration.confidence import Heads
+from prunus.calibration.second_moments import Moments
+from prunus.calibration.sharing import share
+from prunus.calibration.sums import Sums
 from prunus.errors import DataError, FileError, FormatError, PlanError
-from prunus.importance import keeping
-from prunus.importance.activations import Site
-from prunus.importance.confidence import Heads
-from prunus.importance.moments import Moments
-from prunus.importance.sharing import share
-from prunus.importance.sums import Sums
 
 GRADIENTS = ["gradient", "head_gradient"]
 INPUTS = ["activation", "second_moment"]

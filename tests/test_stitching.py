@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import prunus
-from prunus.budget import Budget
 from prunus.errors import DataError, PlanError
-from prunus.stitching import Stitcher, search_coefficients
+from prunus.graph.budget import Budget
+from prunus.planner.stitching import Stitcher, search_coefficients
 
 HALF = Budget(macs=0.5)
 LESS = Budget(macs=0.4)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import prunus
 from prunus.errors import PrunusError
-from prunus.plan_json import kind_of_edit
-from prunus.plans import Edit, Plan
+from prunus.graph.plan_json import kind_of_edit
+from prunus.graph.plans import Edit, Plan
 from prunus.tracer.inputs import rebuild_inputs
 from tests.snapshots import same, snapshot
 
@@ -262,8 +262,8 @@ def test_an_edit_reaches_nothing_but_settings(
     plan = Plan.from_json(json.dumps(DOCUMENT))
     evil = replace(plan, edits=(*plan.edits, Edit(module, attribute, before, after)))
     with pytest.raises(PrunusError):
-        evil.apply(model)
-    plan.apply(model)
+        prunus.apply(evil, model)
+    prunus.apply(plan, model)
     with pytest.raises(PrunusError):
         prunus.save(model, in_tmp / "m.safetensors", evil)
 

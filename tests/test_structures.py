@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import prunus
-from prunus.anatomy.attention import find_cores
 from prunus.errors import FormatError, ModelError, PlanError
-from prunus.integrations import hf, torchvision_ops
+from prunus.integrations import hf
+from prunus.tracer.attention import find_cores
 
-prunus.declare_missing_ops()
 transformers = pytest.importorskip("transformers")
 timm = pytest.importorskip("timm")
 
@@ -105,7 +104,7 @@ class ByHand(nn.Module):
 
 def anatomy(model: Any, *args: Any) -> Any:
     kwargs = {} if args else hf.example_inputs(model)
-    return prunus.structures(prunus.trace(model, args, kwargs))
+    return prunus.structures.find_structures(prunus.trace(model, args, kwargs))
 
 
 def in_layer(found: Any, layer: str) -> dict[str, int]:
@@ -285,12 +284,7 @@ def test_inputs_that_nobody_knows() -> None:
 # -- folders ---------------------------------------------------------------------------------------
 
 ALONE = """
-import importlib.util, sys, torch
-spec = importlib.util.spec_from_file_location("operators", sys.argv[5])
-operators = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(operators)
-operators.declare_missing_ops()
-import transformers
+import sys, torch, transformers
 kind = getattr(transformers, sys.argv[1])
 model = kind.from_pretrained(sys.argv[2], local_files_only=True).eval()
 inputs = torch.load(sys.argv[3], weights_only=True)
@@ -330,7 +324,6 @@ def test_uniform_results_load_without_prunus(
     torch.save(inputs, tmp_path / "inputs.pt")
     words = (
         type(model).__name__, tmp_path / "small", tmp_path / "inputs.pt", tmp_path / "out.pt",
-        torchvision_ops.__file__,
     )  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", ALONE, *map(str, words)],

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 import prunus
 from prunus.errors import ApplyError, PlanError
-from prunus.exchange import relative_error
 from prunus.graph.axis import Axis, Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.oracle import verify
-from prunus.plans import Plan
-from prunus.replay import Replay
+from prunus.graph.plans import Plan
+from prunus.graph.program import state_of, tensors_of
 from prunus.surgeon import apply
 from prunus.surgeon.apply import slice_tensor
-from prunus.tracer.program import state_of, tensors_of
 from prunus.tracer.trace import trace
+from prunus.verifier.permutation import relative_error
+from prunus.verifier.replay import Replay
+from prunus.verifier.verify import verify
 from tests import faults
 from tests.faults import Net, conv, head
 from tests.pipeline import cut, plan_for, thin

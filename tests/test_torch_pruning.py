@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import prunus
 from prunus.errors import ModelError, PlanError
+from prunus.graph.program import state_of
 from prunus.importance.registry import Context, Scores
-from prunus.integrations.torch_pruning import TorchPruning
-from prunus.tracer.program import state_of
+from prunus.importance.torch_pruning import TorchPruning
 
 tp = pytest.importorskip("torch_pruning")
 

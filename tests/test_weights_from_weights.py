@@ -17,8 +17,8 @@ from torch.nn.utils import parametrizations
 
 import prunus
 from prunus.cli.cutting import show_certificate
-from prunus.exchange import relative_error
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
+from prunus.verifier.permutation import relative_error
 
 WIDTH = 12
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))

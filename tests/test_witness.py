@@ -16,17 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models_zoo
-from prunus import (  # not ``testify``, which pytest takes for a test
-    errors,
-    hearing,
-    precision,
-    witness,
-)
+from prunus import errors
 from prunus.graph.axis import Axis
-from prunus.listening import listen
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
+from prunus.tracer import precision
 from prunus.tracer.trace import trace
-from tests import faults
+from prunus.verifier.randomize import listen
+from tests import faults, hearing, witness  # not ``testify``, which pytest takes for a test
 from tests.faults import Net, conv, head
 from tests.pipeline import cut, plan_for, thin, without_mixing
 
@@ -333,7 +329,7 @@ def test_knows_nothing_of_the_tracer() -> None:
         found = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
         return {name for name in found if name.startswith("prunus")}
 
-    own = {"errors", "graph.axis", "plans", "precision", "hearing"}
+    own = {"errors", "graph.axis", "graph.plans", "tracer.precision"}
     assert imported(witness) == {f"prunus.{name}" for name in own}
-    assert imported(hearing) == {"prunus.precision"}
+    assert imported(hearing) == {"prunus.tracer.precision"}
     assert imported(errors) == imported(precision) == set()

@@ -57,7 +57,7 @@ def test_a_wrapper_that_holds_a_part_is_found(group: None) -> None:
     graph = prunus.trace(body, X)
     plan = prunus.plan(graph, body, ratio=0.5)
     with pytest.warns(UserWarning, match="DistributedDataParallel holds parameters"):
-        plan.apply(body)
+        prunus.apply(plan, body)
     assert wrapper.module[0] is body
 
 

@@ -9,34 +9,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunus.anatomy import structures
     from prunus.api import Shrunk, drop_layers, shrink
-    from prunus.budget import Budget
+    from prunus.checkpoint import load, save
     from prunus.choices import keep, prune_heads
     from prunus.errors import BudgetError, PrunusError
     from prunus.graph.axis import Axis
     from prunus.graph.blocks import Block
+    from prunus.graph.budget import Budget
     from prunus.graph.coupling import CouplingGraph
+    from prunus.graph.plans import Plan
     from prunus.importance import Movement, Statistics, collect
     from prunus.importance.influence import block_influence
-    from prunus.integrations.torchvision_ops import declare_missing_ops
-    from prunus.io import load, save
     from prunus.latency import LatencyTable, measure
-    from prunus.listening import listen
-    from prunus.oracle import Certificate, verify
-    from prunus.planning import plan
-    from prunus.plans import Plan
-    from prunus.ratio_search import Found, plan_by_sensitivity, search_ratios
+    from prunus.planner.planning import plan
+    from prunus.planner.search.ratio_search import Found, plan_by_sensitivity, search_ratios
+    from prunus.planner.search.sensing import sensitivity
+    from prunus.planner.search.sensitivity_table import Sensitivity
     from prunus.recovery import Compensation, compensate, recalibrate
     from prunus.report.console import show_stages
     from prunus.report.counting import measure_activation, measure_costs, measure_latency
     from prunus.report.heat_map import draw_sensitivity
     from prunus.report.pictures import draw_channels
-    from prunus.sensing import sensitivity
-    from prunus.sensitivity_table import Sensitivity
     from prunus.surgeon import apply, mask
     from prunus.tracer.trace import trace
-    from prunus.witness import testify
+    from prunus.verifier.randomize import listen
+    from prunus.verifier.verify import Certificate, verify
 
 __version__ = "0.1.0"
 
@@ -60,7 +57,6 @@ __all__ = [
     "block_influence",
     "collect",
     "compensate",
-    "declare_missing_ops",
     "draw_channels",
     "draw_sensitivity",
     "drop_layers",
@@ -81,8 +77,6 @@ __all__ = [
     "sensitivity",
     "show_stages",
     "shrink",
-    "structures",
-    "testify",
     "trace",
     "verify",
 ]
@@ -90,52 +84,57 @@ __all__ = [
 _HOMES = {
     "Axis": "prunus.graph.axis",
     "Block": "prunus.graph.blocks",
-    "Budget": "prunus.budget",
+    "Budget": "prunus.graph.budget",
     "BudgetError": "prunus.errors",
-    "Certificate": "prunus.oracle",
+    "Certificate": "prunus.verifier.verify",
     "Compensation": "prunus.recovery",
     "CouplingGraph": "prunus.graph.coupling",
     "LatencyTable": "prunus.latency",
-    "Found": "prunus.ratio_search",
+    "Found": "prunus.planner.search.ratio_search",
     "Movement": "prunus.importance",
-    "Plan": "prunus.plans",
+    "Plan": "prunus.graph.plans",
     "PrunusError": "prunus.errors",
-    "Sensitivity": "prunus.sensitivity_table",
+    "Sensitivity": "prunus.planner.search.sensitivity_table",
     "Shrunk": "prunus.api",
     "Statistics": "prunus.importance",
     "apply": "prunus.surgeon",
     "block_influence": "prunus.importance.influence",
     "collect": "prunus.importance",
     "compensate": "prunus.recovery",
-    "declare_missing_ops": "prunus.integrations.torchvision_ops",
     "draw_channels": "prunus.report.pictures",
     "draw_sensitivity": "prunus.report.heat_map",
     "drop_layers": "prunus.api",
     "keep": "prunus.choices",
-    "listen": "prunus.listening",
-    "load": "prunus.io",
+    "listen": "prunus.verifier.randomize",
+    "load": "prunus.checkpoint",
     "mask": "prunus.surgeon",
     "measure": "prunus.latency",
     "measure_activation": "prunus.report.counting",
     "measure_costs": "prunus.report.counting",
     "measure_latency": "prunus.report.counting",
-    "plan": "prunus.planning",
-    "plan_by_sensitivity": "prunus.ratio_search",
+    "plan": "prunus.planner.planning",
+    "plan_by_sensitivity": "prunus.planner.search.ratio_search",
     "prune_heads": "prunus.choices",
     "recalibrate": "prunus.recovery",
-    "save": "prunus.io",
-    "search_ratios": "prunus.ratio_search",
-    "sensitivity": "prunus.sensing",
+    "save": "prunus.checkpoint",
+    "search_ratios": "prunus.planner.search.ratio_search",
+    "sensitivity": "prunus.planner.search.sensing",
     "show_stages": "prunus.report.console",
     "shrink": "prunus.api",
-    "structures": "prunus.anatomy",
-    "testify": "prunus.witness",
     "trace": "prunus.tracer.trace",
-    "verify": "prunus.oracle",
+    "verify": "prunus.verifier.verify",
 }
+
+_PACKAGES = {
+    "calibration", "checkpoint", "graph", "importance", "integrations", "planner", "recovery",
+    "report", "structures", "verifier",
+}  # fmt: skip
+"""What is rarely needed is taken from its package, ``prunus.structures.find_structures`` say."""
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"prunus.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'prunus' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

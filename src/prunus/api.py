@@ -11,20 +11,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from prunus.budget import Budget
-from prunus.depth_planning import measure_influence, plan_depth, plan_left, refuse_statistics
+from prunus.calibration.batches import bounded, first_batches
 from prunus.errors import PlanError, VerifyError, checks_options
 from prunus.graph.axis import Mask
+from prunus.graph.budget import Budget
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.plans import Plan
 from prunus.importance import Statistics, collect
-from prunus.importance.batches import bounded, first_batches
 from prunus.integrations.hf import example_inputs
 from prunus.integrations.hf_config import uniform
-from prunus.oracle import Certificate, verify_traced
 from prunus.planner.culprits import tell_groups
+from prunus.planner.depth_planning import (
+    measure_influence,
+    plan_depth,
+    plan_left,
+    refuse_statistics,
+)
 from prunus.planner.layers import Drop, find_drops, name_layers
-from prunus.planning import Globs, check_request, plan
-from prunus.plans import Plan
+from prunus.planner.planning import Globs, check_request, plan
+from prunus.planner.width_planning import needs_to_plan, plan_of_mask
 from prunus.recovery import (
     LOOKED_AT,
     Progress,
@@ -33,15 +38,15 @@ from prunus.recovery import (
     check_recovery,
     cut_and_recover,
 )
-from prunus.rollback import find_culprits
 from prunus.surgeon.apply import cut
 from prunus.surgeon.depth import refuse_quantized, without_blocks
 from prunus.surgeon.snapshot import all_or_nothing
-from prunus.tracer.entry import ForwardFn, entered_by
+from prunus.tracer.forward_fn import ForwardFn, entered_by
 from prunus.tracer.inputs import positional
 from prunus.tracer.randomness import DRAWS
 from prunus.tracer.trace import trace
-from prunus.width_planning import needs_to_plan, plan_of_mask
+from prunus.verifier.bisect import find_culprits
+from prunus.verifier.verify import Certificate, verify_traced
 
 Mode = Literal["free", "uniform"]
 

@@ -10,20 +10,20 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from prunus.anatomy import Anatomy, structures
-from prunus.anatomy.names import Attention
 from prunus.api import Shrunk, inputs_of, unproven
 from prunus.errors import PlanError, checks_options
 from prunus.graph.axis import Mask
 from prunus.graph.constraints import find_violation
 from prunus.graph.coupling import CouplingGraph
-from prunus.oracle import verify_traced
+from prunus.planner.width_planning import plan_of_mask
+from prunus.structures import Anatomy, find_structures
+from prunus.structures.names import Attention
 from prunus.surgeon import apply
 from prunus.surgeon.depth import refuse_quantized
 from prunus.surgeon.snapshot import all_or_nothing
 from prunus.tracer.trace import trace
 from prunus.verifier.other_ways import follow_other_ways
-from prunus.width_planning import plan_of_mask
+from prunus.verifier.verify import verify_traced
 
 Where = int | str
 
@@ -78,7 +78,7 @@ def prune_heads(
     refuse_quantized(model)
     args, kwargs = inputs_of(model, args, kwargs)
     graph = trace(model, args, kwargs)
-    kept = _without_heads(graph, structures(graph), heads)
+    kept = _without_heads(graph, find_structures(graph), heads)
     return _cut(model, graph, kept, args, kwargs, verified, optimizer, seed)
 
 

@@ -60,7 +60,7 @@ def _cut(
 ) -> cutting.Outcome:
     """Prove on a copy; if that does not fail, cut the model in place and recover."""
     import prunus
-    from prunus.importance.batches import first_batches
+    from prunus.calibration.batches import first_batches
     from prunus.recovery import LOOKED_AT, Step, cut_and_recover
 
     model = loaded.model

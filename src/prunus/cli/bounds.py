@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from prunus.budget import Budget
+    from prunus.graph.budget import Budget
 
 T = TypeVar("T")
 
@@ -58,8 +58,8 @@ def budget_of(options: argparse.Namespace) -> Budget | None:
     PlanError
         If there is none of them.
     """
-    from prunus.budget import Budget
     from prunus.errors import PlanError
+    from prunus.graph.budget import Budget
 
     bounds: dict[str, Any] = {
         n: v for n in (*COUNTS, *SIZES, "latency") if (v := getattr(options, n)) is not None
@@ -110,8 +110,8 @@ def size_bound(text: str) -> float | int:
 
 def time_bound(text: str) -> float | str:
     """Read a bound on latency: a fraction, or a time with its unit."""
-    from prunus.budget import Budget
     from prunus.errors import BudgetError
+    from prunus.graph.budget import Budget
 
     try:
         value: float | str = float(text)
@@ -125,8 +125,8 @@ def time_bound(text: str) -> float | str:
 
 
 def _checked(text: str, value: float | int) -> float | int:
-    from prunus.budget import Budget
     from prunus.errors import BudgetError
+    from prunus.graph.budget import Budget
 
     try:
         Budget(macs=value)

@@ -65,8 +65,8 @@ def check(options: argparse.Namespace) -> None:
 def read_plan(path: Path, model: nn.Module) -> Plan:
     """A plan from a file, for this model; :class:`~prunus.errors.PlanError` if it is another's."""
     from prunus import Plan
+    from prunus.graph.program import state_of
     from prunus.surgeon.apply import check_model
-    from prunus.tracer.program import state_of
 
     plan = Plan.load(path)
     check_model(plan, model, state_of(model)[0])

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunus.calibration.batches import bounded
 from prunus.cli.models import Loaded
 from prunus.cli.options import IMAGES, TOKENIZERS
 from prunus.cli.python_file import find_function
 from prunus.errors import DataError, require
-from prunus.importance.batches import bounded
-from prunus.tracer.program import tensors_of
+from prunus.graph.program import tensors_of
 
 _BATCH = 64
 """Samples in a batch that is cut from an array or a folder."""

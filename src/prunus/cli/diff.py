@@ -26,7 +26,7 @@ def add_parser(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Read both plans and compare them; nothing is traced."""
-    from prunus.plans import Plan
+    from prunus.graph.plans import Plan
     from prunus.report.console import show
     from prunus.report.documents import describe_diff
     from prunus.report.tables import diff_tables

@@ -94,8 +94,8 @@ def _answer(graph: CouplingGraph, options: argparse.Namespace) -> dict[str, Any]
 
 
 def _overview(graph: CouplingGraph, name: str) -> list[Any]:
-    from prunus.anatomy import structures
     from prunus.report import tables
+    from prunus.structures import find_structures
 
     spell = tables.spell_count
     costs = ", ".join(f"{spell(graph.cost(c))} {c}" for c in sorted(graph.costs, reverse=True))
@@ -104,7 +104,7 @@ def _overview(graph: CouplingGraph, name: str) -> list[Any]:
         f"{graph.unit_count:,} units in {len(graph.groups)} groups; "
         f"kept outputs: {tables.spell_places(graph.kept_outputs)}",
         "",
-        *_as_a_person(tables.layers_table(structures(graph))),
+        *_as_a_person(tables.layers_table(find_structures(graph))),
         tables.groups_table(graph),
         tables.pins_table(graph.pins),
     ]

@@ -92,9 +92,7 @@ def _from_zoo(name: str, options: argparse.Namespace) -> Source:
 
 
 def _from_timm(name: str, options: argparse.Namespace) -> Source:
-    from prunus.integrations.torchvision_ops import declare_missing_ops
 
-    declare_missing_ops()
     timm = require("timm", "timm")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)

@@ -118,7 +118,7 @@ def collect(
     """What the importance reads of the calibration data; None if it looks at the weights alone."""
     import prunus
     from prunus.errors import DataError
-    from prunus.width_planning import needs_to_plan
+    from prunus.planner.width_planning import needs_to_plan
 
     needs = needs_to_plan(options.importance, options.exchange, options.solver)
     if not needs:

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     import prunus
     from prunus.cli.data import load_data
     from prunus.cli.models import load_model
-    from prunus.width_planning import needs_to_plan
+    from prunus.planner.width_planning import needs_to_plan
 
     check_alone(options)
     budget = budget_of(options)

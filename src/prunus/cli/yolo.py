@@ -72,10 +72,8 @@ def _quiet(logger: logging.Logger) -> Iterator[None]:
 
 
 def _ultralytics() -> Any:
-    from prunus.integrations.torchvision_ops import declare_missing_ops
 
     os.environ.setdefault("YOLO_OFFLINE", "true")
     os.environ.setdefault("YOLO_AUTOINSTALL", "false")
     os.environ.setdefault("YOLO_VERBOSE", "false")
-    declare_missing_ops()
     return require("ultralytics", "yolo")

@@ -80,7 +80,7 @@ class CouplingGraph:
     parts
         Every cost by what has it: params and bytes by tensor, MACs by the module that runs.
     program
-        The operators that ran (:class:`prunus.tracer.program.Program`), for replay.
+        The operators that ran (:class:`prunus.graph.program.Program`), for replay.
     find_moments
         Finds how many bytes of tensors are alive at which moment, where that is asked for.
     forward_fn

@@ -1,9 +1,10 @@
 """Scores of units: one function per criterion, registered by name."""
 
+from prunus.calibration.statistics import Statistics, collect
 from prunus.importance import calibrated as _calibrated
-from prunus.importance import control as _control
 from prunus.importance import magnitude as _magnitude
 from prunus.importance import obs as _obs
+from prunus.importance import random as _control
 from prunus.importance import structure as _structure
 from prunus.importance.movement import Movement
 from prunus.importance.registry import (
@@ -15,7 +16,6 @@ from prunus.importance.registry import (
     needs_of,
     score,
 )
-from prunus.importance.statistics import Statistics, collect
 
 __all__ = [
     "Context",

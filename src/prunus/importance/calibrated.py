@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from prunus.calibration.activations import Site
 from prunus.graph.groups import Group
-from prunus.importance.activations import Site
 from prunus.importance.magnitude import sum_by_unit
 from prunus.importance.registry import Context, Scores, importance
 

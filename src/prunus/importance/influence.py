@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunus.calibration.batches import bounded, run_batch
 from prunus.errors import DataError, PlanError, checks_options
 from prunus.graph.blocks import Block
 from prunus.graph.coupling import CouplingGraph
-from prunus.importance.batches import bounded, run_batch
 from prunus.tracer.blocks import main_input, main_tensor
-from prunus.tracer.entry import entered_by
+from prunus.tracer.forward_fn import entered_by
 from prunus.tracer.trace import quiet_run
 
 _TINY = 1e-30

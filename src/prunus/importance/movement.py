@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
+from prunus.calibration.gradients import Contributions
 from prunus.errors import DataError, ModelError, checks_options
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
-from prunus.importance.gradients import Contributions
+from prunus.graph.program import state_of
 from prunus.importance.registry import Context, Scores
-from prunus.tracer.program import state_of
 
 
 @checks_options

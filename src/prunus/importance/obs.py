@@ -6,16 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunus.calibration.activations import Site
+from prunus.calibration.im2col import matrix_of
+from prunus.calibration.readings import contracted_dim
 from prunus.graph.axis import Axis, Mask, kept_positions
 from prunus.graph.constraints import find_violation
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
-from prunus.importance.activations import Site
 from prunus.importance.magnitude import places_of
-from prunus.importance.readings import contracted_dim
 from prunus.importance.reconstruction import Reconstruction, exchange_units, removal_order
 from prunus.importance.registry import Context, Scores, importance
-from prunus.importance.windows import matrix_of
 
 STEPS = 256
 """In so many steps at most all units of a group are taken away; several at once in wider groups."""

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from prunus.calibration.statistics import NEEDS, Statistics
 from prunus.errors import DataError, ModelError, PlanError
 from prunus.graph.axis import Axis
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
-from prunus.importance.statistics import NEEDS, Statistics
 from prunus.tracer.registry import is_imported_again
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ import torch
 
 from prunus.graph.axis import Axis, Role
 from prunus.graph.groups import Group
+from prunus.graph.program import Ref
 from prunus.importance.magnitude import l2, places_of, sum_by_unit
 from prunus.importance.registry import Context, Scores, importance
-from prunus.tracer.program import Ref
 
 _CHUNK = 1 << 24
 """Elements of a table of distances that are held at a time: 128 MiB."""

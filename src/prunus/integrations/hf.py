@@ -13,12 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from prunus.checkpoint import load as load_file
+from prunus.checkpoint import save as save_file
 from prunus.errors import FormatError, ModelError, checks_options, require
 from prunus.files import replace_file
 from prunus.integrations.hf_config import fitting_config
-from prunus.integrations.torchvision_ops import declare_missing_ops
-from prunus.io import load as load_file
-from prunus.io import save as save_file
 from prunus.surgeon.applied import config_before
 from prunus.surgeon.snapshot import all_or_nothing
 
@@ -169,7 +168,6 @@ def read_config(folder: Path, where: str = "") -> tuple[dict[str, Any], Any]:
 
 
 def _find_class(config: Mapping[str, Any], where: str) -> Any:
-    declare_missing_ops()
     transformers = require("transformers", "hf")
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from prunus.anatomy import Structure, structures
 from prunus.errors import ModelError, PlanError, checks_options
 from prunus.graph.constraints import Lockstep
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.plans import Plan
 from prunus.planner import thin
-from prunus.plans import Plan
+from prunus.structures import Structure, find_structures
 from prunus.surgeon import apply
 from prunus.surgeon.applied import applied_plan
 from prunus.surgeon.attributes import find_edits
@@ -55,7 +55,7 @@ def uniform(
     stay whole.
     """
     by_kind: dict[tuple[str, str], list[Structure]] = {}
-    for part in structures(graph).structures:
+    for part in find_structures(graph).structures:
         stack = part.layer.rpartition(".")[0]
         by_kind.setdefault((part.kind, stack if part.layer else part.group), []).append(part)
     held: dict[str, str] = {}

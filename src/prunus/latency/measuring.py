@@ -20,7 +20,7 @@ from prunus.latency.operators import Operator, find_invocations
 from prunus.latency.race import race
 from prunus.latency.samples import Samples, choose_widths, relate
 from prunus.latency.table import LatencyTable
-from prunus.tracer.entry import entered_by
+from prunus.tracer.forward_fn import entered_by
 from prunus.tracer.quiet import copied_inputs, quiet_run
 from prunus.tracer.trace import trace
 

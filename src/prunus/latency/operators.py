@@ -19,7 +19,7 @@ import torch
 from prunus.errors import PlanError
 from prunus.graph.axis import Label
 from prunus.graph.coupling import CouplingGraph
-from prunus.tracer.program import Node, Program, Ref, refs_in
+from prunus.graph.program import Node, Program, Ref, refs_in
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

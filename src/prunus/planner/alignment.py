@@ -13,8 +13,8 @@ from prunus.errors import PlanError
 from prunus.graph.axis import Label, Role
 from prunus.graph.constraints import Aligned
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.program import Ref
 from prunus.planner.filters import spread
-from prunus.tracer.program import Ref
 
 WIDE = 32
 """Narrower widths are not rounded unless somebody asks for it."""

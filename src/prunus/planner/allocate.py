@@ -13,18 +13,18 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from prunus.budget import Budget
 from prunus.errors import PlanError
 from prunus.graph.axis import Mask
+from prunus.graph.budget import Budget
 from prunus.graph.coupling import CouplingGraph
 from prunus.planner.alignment import RoundTo, check_count
 from prunus.planner.descent import Descent
 from prunus.planner.filters import Globs, excluded_groups, first_fitting, spread
-from prunus.planner.fixed import choose_fixed
-from prunus.planner.quanta import Quanta, form_quanta
+from prunus.planner.fixed_ratios import choose_fixed
+from prunus.planner.limits import find_stops
 from prunus.planner.removal import Floors
 from prunus.planner.solvers import Solver, solve
-from prunus.planner.stops import find_stops
+from prunus.planner.steps import Quanta, form_quanta
 
 ScopeName = Literal["global", "local", "isomorphic"]
 Scope = ScopeName | Sequence[str]

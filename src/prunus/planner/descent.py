@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from prunus.errors import BudgetError, PlanError
 from prunus.graph.coupling import CouplingGraph
 from prunus.planner.culprits import NOTHING_THERE, tell_pins
-from prunus.planner.quanta import Quanta
 from prunus.planner.removal import TOLERANCE, Floors, Removal
+from prunus.planner.steps import Quanta
 
 _EXCHANGES = 16
 """How many chains may offer a quantum in exchange before the result is taken as it is."""

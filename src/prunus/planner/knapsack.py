@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from prunus.graph.axis import Mask
 from prunus.planner.curves import Curves
-from prunus.planner.successive import Choose
+from prunus.planner.linearised import Choose
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

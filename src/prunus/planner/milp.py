@@ -16,7 +16,7 @@ from scipy.sparse import csr_array, vstack
 
 from prunus.graph.axis import Mask
 from prunus.planner.curves import Curves
-from prunus.planner.successive import Choose
+from prunus.planner.linearised import Choose
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

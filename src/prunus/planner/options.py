@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, get_args
 
-from prunus.budget import Budget
 from prunus.errors import PlanError
+from prunus.graph.budget import Budget
 from prunus.planner.alignment import check_count
 from prunus.planner.allocate import check_ratio, check_scope, check_share, check_solver
 from prunus.planner.solvers import Solver

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.planner.cost import CostState
-from prunus.planner.quanta import Quanta
+from prunus.planner.steps import Quanta
 
 Ints = NDArray[np.int64]
 

@@ -15,11 +15,11 @@ from prunus.planner.curves import Curves, CurveSource
 from prunus.planner.descent import Descent
 from prunus.planner.knapsack import by_dynamic_programming
 from prunus.planner.lagrange import Pricing
+from prunus.planner.linearised import Choose, descend
+from prunus.planner.local_search import Windows
 from prunus.planner.milp import by_programs
-from prunus.planner.quanta import Quanta
 from prunus.planner.removal import TOLERANCE
-from prunus.planner.successive import Choose, descend
-from prunus.planner.window import Windows
+from prunus.planner.steps import Quanta
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.anatomy.attention import Scores, Weighing, find_scores, find_weighings
+from prunus.calibration.activations import origins_of
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.importance.activations import origins_of
-from prunus.tracer.program import Node, Program, Ref, refs_in
+from prunus.graph.program import Node, Program, Ref, refs_in
+from prunus.tracer.attention import Scores, Weighing, find_scores, find_weighings
 from prunus.tracer.registry import call_bound
 
 _MOVES = frozenset({
@@ -64,7 +64,7 @@ class ScoreProduct:
     shared
         For every head of the keys, the heads of the queries that are multiplied with it.
     shiftless
-        See :class:`~prunus.anatomy.attention.Scores`.
+        See :class:`~prunus.tracer.attention.Scores`.
     """
 
     queries: Projection

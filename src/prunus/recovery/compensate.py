@@ -11,17 +11,18 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from prunus.drops import Renaming
+from prunus.calibration.batches import bounded
+from prunus.calibration.statistics import Statistics, collect, kept_units
 from prunus.errors import DataError, PlanError, checks_options
 from prunus.graph.axis import kept_positions
 from prunus.graph.coupling import CouplingGraph
-from prunus.importance.batches import bounded
-from prunus.importance.statistics import Statistics, collect, kept_units
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
+from prunus.graph.program import state_of
+from prunus.graph.renaming import Renaming
 from prunus.recovery.attention_rows import find_values, projections_of
 from prunus.recovery.consumers import Consumer, find_consumers, new_biases_of
 from prunus.recovery.queries_keys import Mixed, mix_products
-from prunus.recovery.repair import (
+from prunus.recovery.refit import (
     Method,
     Repair,
     Repaired,
@@ -36,7 +37,6 @@ from prunus.surgeon.biases import add_biases
 from prunus.surgeon.depth import without_blocks
 from prunus.surgeon.snapshot import Snapshot, all_or_nothing, own_data
 from prunus.tracer.inputs import rebuild_inputs
-from prunus.tracer.program import state_of
 from prunus.tracer.trace import trace
 
 RIDGE = 1e-3

@@ -8,10 +8,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from prunus.calibration.activations import Site, origins_of
+from prunus.calibration.readings import contracted_dim
 from prunus.graph.coupling import CouplingGraph
-from prunus.importance.activations import Site, origins_of
-from prunus.importance.readings import contracted_dim
-from prunus.tracer.program import Node, Program, refs_in
+from prunus.graph.program import Node, Program, refs_in
 
 Place = Literal["bias", "running mean", "new bias", ""]
 """Where a constant goes: into the bias that is there, into the mean that a batch norm subtracts,

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prunus.calibration.batches import bounded, run_batch
 from prunus.graph.axis import Axis
-from prunus.importance.batches import bounded, run_batch
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
+from prunus.graph.program import state_of
 from prunus.surgeon.depth import without_blocks
 from prunus.surgeon.snapshot import own_data
-from prunus.tracer.program import state_of
 from prunus.tracer.trace import quiet_run
 
 TOLERANCE = 1e-3

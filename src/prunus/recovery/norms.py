@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from prunus.calibration.batches import bounded, run_batch
 from prunus.errors import DataError, checks_options
-from prunus.importance.batches import bounded, run_batch
 from prunus.surgeon.snapshot import all_or_nothing
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from prunus.calibration.activations import derived_of, operands_of, origins_of
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.importance.activations import derived_of, operands_of, origins_of
-from prunus.tracer.program import Node, Program, refs_in
+from prunus.graph.program import Node, Program, refs_in
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prunus.calibration.activations import Site
+from prunus.calibration.second_moments import Moments
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.importance.activations import Site
-from prunus.importance.moments import Moments
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
 from prunus.recovery.attention_rows import Projection, ScoreProduct, find_products, pairs_of, stays
-from prunus.recovery.repair import Repair
+from prunus.recovery.refit import Repair
 
 _FLOOR = 1e-9
 """Eigenvalues below this part of the largest one are taken for it."""

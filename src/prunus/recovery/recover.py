@@ -12,15 +12,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from prunus.calibration.batches import run_batch
 from prunus.errors import DataError, ModelError, PlanError
 from prunus.graph.coupling import CouplingGraph
-from prunus.importance.batches import run_batch
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
 from prunus.recovery.compensate import compensate
 from prunus.recovery.layer_norms import Correction, correct_norms, measure_norms
 from prunus.recovery.norms import batch_norms, recalibrate
+from prunus.recovery.refit import Method
 from prunus.recovery.refresh import Call, Moments, moments_of, move_statistics, random_calls
-from prunus.recovery.repair import Method
 from prunus.surgeon.apply import cut
 from prunus.surgeon.snapshot import Snapshot, all_or_nothing
 from prunus.tracer.outputs import answer_of

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.drops import Renaming
 from prunus.graph.axis import Axis
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
+from prunus.graph.renaming import Renaming
 from prunus.recovery.norms import batch_norms
 from prunus.surgeon.snapshot import Snapshot
 from prunus.tracer.inputs import rebuild_inputs, samples_in

@@ -19,25 +19,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunus.calibration.cross import CrossMoments, fit_pairs
+from prunus.calibration.im2col import matrix_of, weight_of
+from prunus.calibration.paired import Pair
+from prunus.calibration.readings import SecondMoments
+from prunus.calibration.statistics import check_traced, kept_units
 from prunus.graph.axis import kept_positions
 from prunus.graph.coupling import CouplingGraph
-from prunus.importance.cross import CrossMoments, fit_pairs
-from prunus.importance.paired import Pair
-from prunus.importance.readings import SecondMoments
-from prunus.importance.statistics import check_traced, kept_units
-from prunus.importance.windows import matrix_of, weight_of
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
+from prunus.graph.program import state_of
 from prunus.recovery.consumers import Consumer, find_consumers, new_biases_of
 from prunus.recovery.least_squares import error_between, refold
 from prunus.recovery.norms import batch_norms, measure
 from prunus.recovery.order import Order, find_order
 from prunus.recovery.queries_keys import Mixed
-from prunus.recovery.repair import Repair, Repaired, outputs_that_stay, shift_constant
+from prunus.recovery.refit import Repair, Repaired, outputs_that_stay, shift_constant
 from prunus.surgeon.apply import cut
 from prunus.surgeon.slicing import slice_tensor
 from prunus.surgeon.snapshot import Snapshot, own_data
-from prunus.tracer.entry import ForwardFn, entered_by
-from prunus.tracer.program import duplicate, state_of
+from prunus.tracer.copies import duplicate
+from prunus.tracer.forward_fn import ForwardFn, entered_by
 
 NO_LIMIT = 1 << 62
 """Of the sums that are never taken: those of a stage have a limit of their own."""

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from prunus.calibration.activations import Site
+from prunus.calibration.second_moments import Moments
 from prunus.graph.coupling import CouplingGraph
-from prunus.importance.activations import Site
-from prunus.importance.moments import Moments
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
 from prunus.recovery.attention_rows import Projection, ValuePath, find_values, stays
 from prunus.recovery.queries_keys import Mixing, roots
 

@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from prunus.graph.axis import Axis
     from prunus.graph.constraints import Pin
     from prunus.graph.coupling import Coupling, CouplingGraph
+    from prunus.graph.plan_diff import PlanDiff
+    from prunus.graph.plans import Plan
     from prunus.latency import LatencyTable
-    from prunus.plan_diff import PlanDiff
-    from prunus.plans import Plan
 
 
 def describe_graph(graph: CouplingGraph) -> dict[str, Any]:
     """Groups, constraints, pins, unknown operators, outputs and costs of a traced model."""
-    from prunus.anatomy import structures
     from prunus.graph.constraints import Lockstep
+    from prunus.structures import find_structures
 
-    anatomy = structures(graph)
+    anatomy = find_structures(graph)
     return {
         "costs": {name: graph.cost(name) for name in sorted(graph.costs)},
         "tensors": len(graph.shapes) - len(graph.aliases.keys() & graph.shapes.keys()),
@@ -124,7 +124,7 @@ def describe_choices(plan: Plan) -> list[dict[str, Any]]:
 
 def describe_diff(diff: PlanDiff) -> dict[str, Any]:
     """What two plans, *a* and *b*, remove differently, and what both cost."""
-    from prunus.plan_json import to_ranges
+    from prunus.graph.plan_json import to_ranges
 
     return {
         "costs": {

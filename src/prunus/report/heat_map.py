@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from prunus.errors import checks_options, require
+from prunus.planner.search.sensitivity_table import Sensitivity
 from prunus.report.pictures import TEXT, save_figure, short_name
-from prunus.sensitivity_table import Sensitivity
 
 
 @checks_options

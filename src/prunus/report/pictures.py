@@ -10,7 +10,7 @@ import numpy as np
 
 from prunus.errors import checks_options, require
 from prunus.files import replace_file
-from prunus.plans import GroupChoice, Plan
+from prunus.graph.plans import GroupChoice, Plan
 
 KEPT, REMOVED, TEXT = "#2a6fbb", "#f0b27a", "#333333"
 

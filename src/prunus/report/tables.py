@@ -9,14 +9,14 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from prunus.anatomy import Anatomy, Kind, Layer
 from prunus.graph.axis import Axis, Role
 from prunus.graph.constraints import Lockstep, Pin
 from prunus.graph.coupling import Coupling, CouplingGraph
 from prunus.graph.groups import Group
-from prunus.plan_diff import PlanDiff
-from prunus.plans import Plan
-from prunus.sensitivity_table import Sensitivity
+from prunus.graph.plan_diff import PlanDiff
+from prunus.graph.plans import Plan
+from prunus.planner.search.sensitivity_table import Sensitivity
+from prunus.structures import Anatomy, Kind, Layer
 
 _SHOWN = 3
 """How many places a cell names before it only counts them."""

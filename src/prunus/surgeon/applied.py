@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from prunus.errors import PlanError
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
 from prunus.tracer.provenance import is_config
 
 

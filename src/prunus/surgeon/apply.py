@@ -14,10 +14,11 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from prunus.drops import Renaming
 from prunus.errors import ApplyError, checks_options
 from prunus.graph.axis import Axis
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
+from prunus.graph.program import state_of
+from prunus.graph.renaming import Renaming
 from prunus.surgeon.applied import copy_config, remember
 from prunus.surgeon.biases import add_biases
 from prunus.surgeon.depth import drop_blocks, find_places
@@ -30,11 +31,10 @@ from prunus.surgeon.slicing import slice_tensor
 from prunus.surgeon.snapshot import all_or_nothing, replace_data
 from prunus.tracer.caches import drop_caches
 from prunus.tracer.copies import duplicate, stand_in
-from prunus.tracer.entry import ForwardFn, entered_as_traced
 from prunus.tracer.fakes import FakeRun, unlogged
+from prunus.tracer.forward_fn import ForwardFn, entered_as_traced
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.outputs import answer_of
-from prunus.tracer.program import state_of
 from prunus.tracer.trace import quiet_run, uncollected
 from prunus.tracer.wrappers import warn_of_wrappers
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from prunus.graph.axis import Axis
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
 
 
 def fit_plan(plan: Plan, state: Mapping[str, Tensor]) -> Plan:

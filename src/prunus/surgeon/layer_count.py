@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.drops import Renaming
-from prunus.precision import same_draws
+from prunus.graph.renaming import Renaming
+from prunus.tracer.precision import same_draws
 from prunus.tracer.provenance import is_config
 
 _TELLING = re.compile(r"layer|depth|block", re.IGNORECASE)

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_map
 from prunus.errors import ApplyError, checks_options
 from prunus.graph.axis import Axis, Label, Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
-from prunus.plans import Plan
+from prunus.graph.plans import Plan
+from prunus.graph.program import Node, Program, state_of
 from prunus.surgeon.apply import check_model, kept_axes, output_shapes
 from prunus.surgeon.biases import with_biases
 from prunus.surgeon.depth import without_blocks
@@ -30,8 +31,7 @@ from prunus.surgeon.fit import fit_plan
 from prunus.tracer.adapters import adapted
 from prunus.tracer.capture import PASSIVE
 from prunus.tracer.compress import run_on_kept
-from prunus.tracer.entry import ForwardFn, entered_as_traced
-from prunus.tracer.program import Node, Program, state_of
+from prunus.tracer.forward_fn import ForwardFn, entered_as_traced
 from prunus.tracer.registry import bind, call_bound
 from prunus.tracer.trace import plain_kernels, quiet_run, trace
 from prunus.tracer.wrappers import unwraps

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from prunus.errors import ApplyError
-from prunus.plans import Edit
+from prunus.graph.plans import Edit
 from prunus.surgeon.reach import holders_of
 from prunus.tracer.provenance import is_config
 

@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 
 from prunus.errors import ApplyError, PlanError
-from prunus.plan_json import CLASS, describe_refusal, kind_of_edit
-from prunus.plans import Edit
+from prunus.graph.plan_json import CLASS, describe_refusal, kind_of_edit
+from prunus.graph.plans import Edit
 from prunus.tracer.adapters import become, kind_of
 from prunus.tracer.provenance import is_config
 

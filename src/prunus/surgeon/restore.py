@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from prunus.errors import ApplyError, FormatError
-from prunus.plans import Edit, Plan
+from prunus.graph.plans import Edit, Plan
+from prunus.graph.program import state_of
 from prunus.surgeon.apply import check_edits
 from prunus.surgeon.biases import add_biases
 from prunus.surgeon.depth import drop_blocks
 from prunus.surgeon.own_copies import own_copies
 from prunus.surgeon.reach import OF_EVERY_MODULE, write_attribute
-from prunus.tracer.program import state_of
 
 Kind = Literal["parameter", "buffer", "hidden", "attribute"]
 """Where a module keeps a tensor; *hidden* buffers are no part of its ``state_dict``."""

@@ -13,10 +13,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from prunus.precision import LOCK
 from prunus.surgeon.applied import Applied, applied_to, set_applied
 from prunus.surgeon.switches import Switches, signals_deferred
 from prunus.tracer.contents import Contents, is_odd
+from prunus.tracer.precision import LOCK
 from prunus.tracer.provenance import is_config
 from prunus.tracer.wrappers import unwraps
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from prunus.graph.axis import Label
 from prunus.graph.blocks import Block
+from prunus.graph.program import Node, Ref, refs_in, tensors_of
 from prunus.tracer.capture import Recorder
-from prunus.tracer.program import Node, Ref, refs_in, tensors_of
 from prunus.tracer.resolver import Resolve
 
 _SUMS = {"aten::add", "aten::add_"}

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from prunus.graph.axis import Axis, Label, Role
 from prunus.graph.constraints import Aligned, Constraint, Nonempty, Pin, Rescale
 from prunus.graph.coupling import Coupling, CouplingGraph
+from prunus.graph.effect import Place, Span
 from prunus.graph.groups import form_groups
 from prunus.graph.polynomial import Monomial, Polynomial, add_up
+from prunus.graph.program import Node, Ref
 from prunus.tracer.capture import Recorder
 from prunus.tracer.equations import condition_in_units, in_units, pin_unsolvable
 from prunus.tracer.labels import Algebra
 from prunus.tracer.origins import Origins
-from prunus.tracer.program import Node, Ref
-from prunus.tracer.registry import Place, Span
 from prunus.tracer.resolver import Resolve, Resolver
-from prunus.tracer.scale import Fixed, find_rescales
+from prunus.tracer.softmax_scale import Fixed, find_rescales
 from prunus.tracer.weight_norm import keep_normed_weights
 from prunus.tracer.widths import Widths
 

@@ -23,17 +23,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from prunus.graph.axis import Axis, Label
 from prunus.graph.constraints import Pin
+from prunus.graph.effect import Effect, Labels
+from prunus.graph.program import Node, Ref
 from prunus.tracer.counts import summed_copies
 from prunus.tracer.fakes import Fakes
 from prunus.tracer.labels import Algebra
 from prunus.tracer.lifetimes import Lifetimes
 from prunus.tracer.marks import Run
-from prunus.tracer.program import Node, Ref
 from prunus.tracer.provenance import Follow, Given, expression_of
 from prunus.tracer.refusals import refuse_nested
-from prunus.tracer.registry import Call, Effect, Labels, bind, find_rule
-from prunus.tracer.scale import Attention
+from prunus.tracer.registry import Call, bind, find_rule
 from prunus.tracer.sizes import Sizes
+from prunus.tracer.softmax_scale import Attention
 from prunus.tracer.sources import find_source
 from prunus.tracer.watch import Watch
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from prunus.graph.axis import Label, Mask, kept_positions
-from prunus.tracer.program import Node, Program
+from prunus.graph.program import Node, Program
 from prunus.tracer.registry import call_bound
 
 

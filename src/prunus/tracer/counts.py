@@ -13,7 +13,8 @@ import numpy as np
 
 from prunus.graph.axis import Label
 from prunus.graph.constraints import Pin
-from prunus.tracer.registry import Call, Effect, Place
+from prunus.graph.effect import Effect, Place
+from prunus.tracer.registry import Call
 
 SUMMED = "as many copies as a size says are summed, averaged or normalised here"
 

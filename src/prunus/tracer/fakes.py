@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prunus.precision import alone
+from prunus.tracer.precision import alone
 from prunus.tracer.watch import Watch
 
 _PLAIN = {

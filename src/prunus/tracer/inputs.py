@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prunus.errors import PlanError, TraceError
+from prunus.graph.program import Node, Ref
 from prunus.graph.traced import check_inputs
-from prunus.tracer.program import Node, Ref
 
 FEW = 256
 """Integers and booleans of a tensor that are kept as they are, unless they are rows of a table."""

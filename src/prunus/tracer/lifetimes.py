@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunus.tracer.program import Lifetime
+from prunus.graph.program import Lifetime
 
 
 class Lifetimes:

@@ -49,7 +49,7 @@ class Mark:
 
 
 _running: list[Run] = []
-"""The trace that runs, and those around it; all are in one thread (:mod:`prunus.precision`)."""
+"""The traces that run, outermost first; one thread holds them all (``tracer.precision``)."""
 
 
 @contextmanager

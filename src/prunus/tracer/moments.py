@@ -7,7 +7,7 @@ from collections import defaultdict
 from prunus.graph.axis import Label
 from prunus.graph.moments import Moments, drop_dominated
 from prunus.graph.polynomial import Monomial, Polynomial
-from prunus.tracer.program import Program
+from prunus.graph.program import Program
 from prunus.tracer.widths import Widths
 
 

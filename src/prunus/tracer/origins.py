@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from prunus.graph.axis import Axis, Label
+from prunus.graph.program import Node, refs_in
 from prunus.tracer.capture import Recorder
-from prunus.tracer.program import Node, refs_in
 
 
 class Origins:

@@ -21,8 +21,8 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
-from prunus.precision import alone, same_draws
 from prunus.tracer.outside import Outside
+from prunus.tracer.precision import alone, same_draws
 from prunus.tracer.provenance import marked_objects
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.cuda._utils import _get_device_index
 
-from prunus.tracer.program import Node, Program
+from prunus.graph.program import Node, Program
 from prunus.tracer.registry import call_bound, tensors_in
 
 FREE = frozenset(

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prunus.graph.effect import Place
 from prunus.graph.groups import Group
-from prunus.tracer.program import Node, Program, refs_in
-from prunus.tracer.registry import Place
+from prunus.graph.program import Node, Program, refs_in
 
 PRODUCTS = frozenset(("mm", "addmm", "mv", "addmv", "convolution", "_convolution", "_trilinear"))
 """Operators that take a weight as an operand; products in batches are those of attention."""

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunus.graph.axis import Axis, Label
+from prunus.graph.effect import Labels
 from prunus.tracer.capture import Recorder
 from prunus.tracer.labels import MAX_FACTORS
-from prunus.tracer.registry import Labels
 
 Resolve = Callable[[Label | None], Label | None]
 """Turns a label of atoms into one of units."""

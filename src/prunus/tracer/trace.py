@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from prunus.errors import PrunusError, checks_options
 from prunus.graph.coupling import CouplingGraph
-from prunus.precision import same_draws as same_draws
+from prunus.graph.program import Program, state_of
 from prunus.tracer.adapters import adapted
 from prunus.tracer.blocks import find_blocks, follow_blocks
 from prunus.tracer.build import build_graph
@@ -30,15 +30,21 @@ from prunus.tracer.caches import (
 )
 from prunus.tracer.capture import Recorder
 from prunus.tracer.copies import Copy, deep_copy, stand_in
-from prunus.tracer.entry import ForwardFn, describe_entry, entered_by, entry_of, own_forward_seen
 from prunus.tracer.fakes import unlogged
+from prunus.tracer.forward_fn import (
+    ForwardFn,
+    describe_entry,
+    entered_by,
+    entry_of,
+    own_forward_seen,
+)
 from prunus.tracer.inputs import describe_inputs, find_rows, positional
 from prunus.tracer.loops import follow_loops
 from prunus.tracer.marks import marking
 from prunus.tracer.moments import find_moments
 from prunus.tracer.outputs import answer_of, find_left_in, find_outputs, select_outputs
 from prunus.tracer.outside import Outside
-from prunus.tracer.program import Program, state_of
+from prunus.tracer.precision import same_draws as same_draws
 from prunus.tracer.provenance import mark_attributes
 from prunus.tracer.quiet import follow_modules as follow_modules
 from prunus.tracer.quiet import plain_kernels as plain_kernels

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from prunus.graph.axis import Label
 from prunus.graph.constraints import Pin
+from prunus.graph.program import refs_in
 from prunus.tracer.capture import Recorder
-from prunus.tracer.program import refs_in
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 

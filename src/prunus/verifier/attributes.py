@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.plan_json import CLASS
+from prunus.graph.plan_json import CLASS
 from prunus.verifier.case import Case
 
 _HOOKS = tuple(

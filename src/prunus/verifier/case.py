@@ -20,15 +20,16 @@ from prunus.errors import PrunusError, VerifyError
 from prunus.graph.axis import Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
-from prunus.plans import Plan
-from prunus.replay import Replay
+from prunus.graph.plans import Plan
+from prunus.graph.program import Node, state_of
 from prunus.surgeon.apply import cut_own
+from prunus.tracer.copies import duplicate
 from prunus.tracer.outputs import answer_of
-from prunus.tracer.program import Node, duplicate, state_of
 from prunus.tracer.randomness import is_free, tied_nodes
 from prunus.tracer.sources import find_line
 from prunus.tracer.trace import quiet_run, trace
 from prunus.verifier.draws import Drawn, Draws
+from prunus.verifier.replay import Replay
 
 
 class Case:

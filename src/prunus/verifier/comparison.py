@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from prunus.errors import PrunusError
-from prunus.exchange import relative_error
 from prunus.tracer.sources import find_line
 from prunus.verifier.case import Case
+from prunus.verifier.permutation import relative_error
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 """Largest relative error that still counts as exact."""

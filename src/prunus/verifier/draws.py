@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from prunus.errors import VerifyError
 from prunus.graph.axis import Label
-from prunus.tracer.program import Node, Program, refs_in
+from prunus.graph.program import Node, Program, refs_in
 from prunus.tracer.randomness import copy_of, draw, is_free, is_tied, say_draws, tied_nodes
 from prunus.tracer.registry import bind
 

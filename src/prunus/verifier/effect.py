@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from prunus.errors import PrunusError
-from prunus.exchange import relative_error
 from prunus.verifier.case import Case
+from prunus.verifier.permutation import relative_error
 
 MOVED = 1e-3
 """Removing a group has to move the output by this much, or the comparison verifies nothing."""

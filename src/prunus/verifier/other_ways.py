@@ -18,19 +18,19 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from prunus.exchange import relative_error
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.plans import Edit, Plan
+from prunus.graph.plans import Edit, Plan
 from prunus.surgeon import apply
 from prunus.surgeon.reach import read_attribute, write_attribute
 from prunus.surgeon.unread import Unread, find_unread, head_counts, unexplained
-from prunus.tracer.entry import entered_by
+from prunus.tracer.copies import duplicate
+from prunus.tracer.forward_fn import entered_by
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.outputs import answer_of
-from prunus.tracer.program import duplicate
 from prunus.tracer.trace import quiet_run
 from prunus.verifier.case import Case
+from prunus.verifier.permutation import relative_error
 
 AGREES = 1e-4
 """Largest relative difference between two ways through a module that compute the same."""

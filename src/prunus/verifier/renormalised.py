@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from prunus.exchange import relative_error
-from prunus.replay import Replay
-from prunus.tracer.program import state_of, tensors_of
+from prunus.graph.program import state_of, tensors_of
 from prunus.tracer.renormalised import find_renormalised, names_of
 from prunus.verifier.case import Case
 from prunus.verifier.comparison import tolerance
+from prunus.verifier.permutation import relative_error
+from prunus.verifier.replay import Replay
 
 MEASURED_ALONE = 6
 """Of more groups the distance is measured once, with all of them removed."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from prunus.exchange import relative_error, to_double
-from prunus.tracer.program import duplicate
+from prunus.tracer.copies import duplicate
 from prunus.verifier.case import Case
 from prunus.verifier.comparison import TOLERANCE, compare
+from prunus.verifier.permutation import relative_error, to_double
 from prunus.verifier.structure import other_count, other_positions, stale_attribute
 
 DOUBTFUL = 1e-2

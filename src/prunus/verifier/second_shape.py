@@ -16,14 +16,14 @@ from torch.utils._pytree import tree_leaves
 
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.expressions import Attribute, Expression, Width
-from prunus.skipping import prove_depth
+from prunus.graph.program import Ref
 from prunus.tracer.inputs import samples_in
 from prunus.tracer.outputs import answer_of
-from prunus.tracer.program import Ref
 from prunus.tracer.sources import find_line
 from prunus.tracer.trace import quiet_run
 from prunus.verifier.case import Case
 from prunus.verifier.comparison import compare, tolerance
+from prunus.verifier.depth import prove_depth
 from prunus.verifier.paths import other_path
 from prunus.verifier.rounding import error_in_float64
 from prunus.verifier.second_inputs import Inputs, other_inputs, shape_of

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from prunus.exchange import relative_error
-from prunus.tracer.program import duplicate, state_of
+from prunus.graph.program import state_of
+from prunus.tracer.copies import duplicate
 from prunus.verifier.case import Case
 from prunus.verifier.comparison import Comparison, compare_with, tolerance
+from prunus.verifier.permutation import relative_error
 
 _FAST = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 

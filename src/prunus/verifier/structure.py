@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from prunus.graph.axis import Axis
-from prunus.tracer.program import stored
+from prunus.graph.program import stored
 from prunus.tracer.trace import quiet_run
 from prunus.verifier.case import Case
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.graph.axis import Axis
-from prunus.tracer.program import state_of
+from prunus.graph.program import state_of
 from prunus.tracer.refusals import scripted
 from prunus.tracer.weight_norm import find_weight_norms, norms_of
 from prunus.verifier.case import Case

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from prunus.tracer.program import duplicate
+from prunus.tracer.copies import duplicate
 from prunus.tracer.quiet import quiet
 from prunus.tracer.sources import find_line
 from prunus.verifier.case import Case

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from prunus.graph.axis import Label
-from prunus.tracer.registry import Call, Effect, Labels, rule
+from prunus.graph.effect import Effect, Labels
+from prunus.tracer.registry import Call, rule
 from prunus.tracer.rules.contraction import CONTRACTED
 
 OPERANDS = ("query", "key", "value")

@@ -7,8 +7,9 @@ from math import prod
 from torch import Tensor
 
 from prunus.graph.axis import Label
+from prunus.graph.effect import Effect, Equations, Labels, Place
 from prunus.tracer.provenance import expression_of
-from prunus.tracer.registry import Call, Effect, Equations, Labels, Place, rule
+from prunus.tracer.registry import Call, rule
 
 CONTRACTED = "contracted with a tensor that nothing can prune"
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from prunus.graph.axis import Label
-from prunus.tracer.registry import Call, Effect, Labels, rule
+from prunus.graph.effect import Effect, Labels
+from prunus.tracer.registry import Call, rule
 from prunus.tracer.rules.view import wrap
 
 ADDRESSED = "positions along this dim are addressed by index"

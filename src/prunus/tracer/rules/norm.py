@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from prunus.graph.axis import Label
-from prunus.tracer.registry import Call, Effect, Equations, Labels, Place, rule
+from prunus.graph.effect import Effect, Equations, Labels, Place
+from prunus.tracer.registry import Call, rule
 
 
 @rule(

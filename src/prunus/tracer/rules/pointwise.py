@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from prunus.graph.axis import Axis, Label
+from prunus.graph.effect import Effect, Labels
 from prunus.tracer.provenance import expression_of
-from prunus.tracer.registry import Call, Effect, Labels, rule, rule_for_tag
+from prunus.tracer.registry import Call, rule, rule_for_tag
 
 
 def broadcast(call: Call, ndim: int, shape: torch.Size) -> Labels:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from prunus.tracer.registry import Call, Effect, Place, rule
+from prunus.graph.effect import Effect, Place
+from prunus.tracer.registry import Call, rule
 
 OBSERVED = (
     "an observer without statistics: prune before prepare_qat, or run the model on data first"

@@ -6,7 +6,8 @@ Elsewhere a cell arrives as the plain operators that it is made of.
 from __future__ import annotations
 
 from prunus.graph.axis import Label
-from prunus.tracer.registry import Call, Effect, rule
+from prunus.graph.effect import Effect
+from prunus.tracer.registry import Call, rule
 
 PACKED = "a position of the sequence"
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from prunus.graph.axis import Label
+from prunus.graph.effect import Effect, Equations, Place
 from prunus.tracer.provenance import expression_of
-from prunus.tracer.registry import Call, Effect, Equations, Place, rule
+from prunus.tracer.registry import Call, rule
 from prunus.tracer.rules.pointwise import broadcast
 from prunus.tracer.rules.view import wrap
 

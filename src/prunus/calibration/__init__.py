@@ -1,0 +1,1 @@
+"""One pass over calibration data: what is collected, and how batches are taken."""

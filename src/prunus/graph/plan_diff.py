@@ -1,0 +1,92 @@
+"""What-if: what a plan saves, and what two plans for one model do differently."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from prunus.graph.plan_json import to_ranges
+
+
+class Cost(NamedTuple):
+    """A cost of the dense and of the pruned model.
+
+    >>> Cost(200, 90).share, Cost(200, 90) == (200, 90)
+    (0.45, True)
+    """
+
+    before: int
+    after: int
+
+    @property
+    def share(self) -> float:
+        """What is left of it, as a fraction; 1 where there was nothing."""
+        return self.after / self.before if self.before else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class GroupDiff:
+    """Indices of the units of one group that only one of two plans removes.
+
+    ``size`` is how many units the group has, ``kept`` how many of them *a* and *b* keep.
+    """
+
+    name: str
+    only_a: tuple[int, ...]
+    only_b: tuple[int, ...]
+    size: int
+    kept: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanDiff:
+    """The groups in which two plans differ, the blocks that only one of them drops, and the costs.
+
+    ``costs`` has the costs that both count from the same dense model, of *a* and of *b*.  A
+    difference is true if units or blocks differ.
+
+    >>> diff = PlanDiff(
+    ...     (GroupDiff("conv1.weight[0]", (1, 2, 3), (7,), 8, (5, 7)),),
+    ...     costs={"macs": (Cost(2000, 1250), Cost(2000, 1750))},
+    ... )
+    >>> print(diff)
+    macs: a 1,250 (62.5 %), b 1,750 (87.5 %)
+    conv1.weight[0]: a keeps 5 of 8, b 7; only a removes 1–3; only b removes 7
+    """
+
+    groups: tuple[GroupDiff, ...]
+    only_a: tuple[str, ...] = ()
+    only_b: tuple[str, ...] = ()
+    costs: Mapping[str, tuple[Cost, Cost]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.groups or self.only_a or self.only_b)
+
+    def __str__(self) -> str:
+        if not self:
+            return "the plans remove the same units"
+        lines = [
+            f"{name}: a {a.after:,} ({a.share:.1%}), b {b.after:,} ({b.share:.1%})".replace(
+                "%", " %"
+            )
+            for name, (a, b) in self.costs.items()
+        ]
+        blocks = (("a", self.only_a), ("b", self.only_b))
+        lines += [f"only {side} drops {', '.join(names)}" for side, names in blocks if names]
+        for group in self.groups:
+            kept = f"a keeps {group.kept[0]} of {group.size}, b {group.kept[1]}"
+            sides = (("a", group.only_a), ("b", group.only_b))
+            told = (f"only {side} removes {_spell_units(u)}" for side, u in sides if u)
+            lines.append(f"{group.name}: {'; '.join([kept, *told])}")
+        return "\n".join(lines)
+
+
+def _spell_units(indices: Sequence[int]) -> str:
+    """Ascending indices as a person writes them.
+
+    >>> _spell_units((0, 1, 2, 5))
+    '0–2, 5'
+    """
+    pairs = to_ranges(indices)
+    return ", ".join(str(a) if b == a + 1 else f"{a}–{b - 1}" for a, b in pairs)

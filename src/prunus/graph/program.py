@@ -1,0 +1,175 @@
+"""The traced program: what ran, in order, with the labels on every value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+
+from prunus.graph.axis import Label
+from prunus.graph.effect import Effect
+
+UnitLabels = tuple[Label | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Stands for the value of that number in recorded arguments."""
+
+    value: int
+
+
+def refs_in(value: Any) -> list[Ref]:
+    """Every value that recorded arguments speak of, in order, as often as they do.
+
+    >>> refs_in({"input": Ref(3), "tensors": [Ref(1), (Ref(3), 2)]})
+    [Ref(value=3), Ref(value=1), Ref(value=3)]
+    """
+    if isinstance(value, Ref):
+        return [value]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [ref for item in value for ref in refs_in(item)]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Node:
+    """One operator that ran.
+
+    ``args`` holds every argument by name with :class:`Ref` for tensors; ``effect`` is what its
+    rule said, None for an operator without a rule.
+    """
+
+    target: OpOverload
+    args: Mapping[str, Any]
+    outputs: tuple[int, ...]
+    effect: Effect | None
+    module: str
+    source: str
+
+
+@dataclass(slots=True)
+class Lifetime:
+    """Of a tensor's memory, in operators; ``died`` is the first that runs without it."""
+
+    value: int
+    element_size: int
+    born: int
+    died: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A straight line of operators from inputs and state to outputs.
+
+    Attributes
+    ----------
+    inputs
+        Value numbers of the input tensors, in the order of :func:`tensors_of`.
+    state
+        Value number → name of the parameter, buffer or tensor attribute.
+    constants
+        Value number → a tensor that came from elsewhere (a closure, a cache).
+    outputs
+        Name → value number of every output tensor whose shape is kept.
+    labels, shapes
+        By value number: the labels of its dims as the tracer left them, in atoms; its shape.
+    lifetimes
+        When the memory of each tensor that was made came and went.
+    strides
+        By value number; () for a tensor that has none.
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[int, ...]
+    state: Mapping[int, str]
+    constants: Mapping[int, Tensor] = field(repr=False)
+    outputs: Mapping[str, int]
+    labels: tuple[UnitLabels, ...] = field(repr=False)
+    shapes: tuple[tuple[int, ...], ...] = field(repr=False)
+    resolve: Any = field(repr=False)
+    lifetimes: tuple[Lifetime, ...] = field(default=(), repr=False)
+    strides: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
+
+    def value_label(self, reference: Any, dim: int) -> Label | None:
+        """The label, in units, of one dim of a recorded argument."""
+        if not isinstance(reference, Ref):
+            return None
+        return self.label(self.labels[reference.value][dim])
+
+    def label(self, label: Label | None) -> Label | None:
+        """A label of atoms, as the tracer left it, in terms of units; None if all is kept."""
+        found: Label | None = self.resolve(label)
+        return found
+
+
+def tensors_of(structure: Any, path: str = "") -> list[tuple[str, Tensor]]:
+    """Tensors in nested containers with dotted names, in a stable order.
+
+    Lists, tuples, mappings and dataclasses are searched, other objects (caches, say) are not.
+
+    >>> import torch
+    >>> [name for name, _ in tensors_of({"a": [torch.ones(1)], "b": torch.ones(1)})]
+    ['a.0', 'b']
+    """
+    if isinstance(structure, Tensor):
+        return [(path or "output", structure)]
+    items: list[tuple[str, Any]] = []
+    if isinstance(structure, Mapping):
+        items = [(str(key), value) for key, value in structure.items()]
+    elif isinstance(structure, (list, tuple)):
+        names = getattr(structure, "_fields", range(len(structure)))
+        items = [(str(name), value) for name, value in zip(names, structure, strict=True)]
+    elif hasattr(structure, "__dataclass_fields__") and not isinstance(structure, type):
+        items = [(name, getattr(structure, name)) for name in structure.__dataclass_fields__]
+    found: list[tuple[str, Tensor]] = []
+    for name, value in items:
+        found += tensors_of(value, f"{path}.{name}" if path else name)
+    return found
+
+
+def stored(module: nn.Module, name: str) -> Any:
+    """What a module itself keeps under a name, or None: no code of its class is run for it.
+
+    A property of the same name may raise anything.
+    """
+    stores = (vars(module), module._parameters, module._buffers, module._modules)
+    return next((store[name] for store in stores if name in store), None)
+
+
+def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Parameters, buffers and tensor attributes by first name, and the other names of tied ones.
+
+    A sparse tensor that a module keeps as a plain attribute (the adjacency of a graph) is data,
+    not state: nothing slices it, and no file holds it.
+
+    Returns
+    -------
+    state
+        Name → tensor, each tensor once.
+    aliases
+        Other name → first name.
+    """
+    state: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        kept = {n: v for n, v in vars(module).items() if isinstance(v, Tensor)}
+        attributes = {n: v for n, v in kept.items() if v.layout == torch.strided}
+        for own in (module._parameters, module._buffers, attributes):
+            for name, tensor in own.items():
+                if tensor is None:
+                    continue
+                full = f"{prefix}.{name}" if prefix else name
+                if id(tensor) in first:
+                    aliases.setdefault(full, first[id(tensor)])
+                else:
+                    first[id(tensor)] = full
+                    state[full] = tensor
+    return state, aliases

@@ -1,0 +1,102 @@
+"""Ratios that are given: which quanta leave for good, whatever the budget says."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping
+
+from prunus.errors import PlanError
+from prunus.graph.coupling import CouplingGraph
+from prunus.planner.steps import Quanta
+
+
+def choose_fixed(
+    graph: CouplingGraph, quanta: Quanta, ratios: Mapping[str, float]
+) -> tuple[list[int], set[int]]:
+    """The quanta that bring groups to their ratios, and the chains that are settled by that.
+
+    Every group loses the number of units nearest to its ratio that whole quanta give: without
+    rounding and locksteps that is the nearest whole number.
+
+    Parameters
+    ----------
+    ratios
+        By names of groups, each in [0, 1).
+
+    Raises
+    ------
+    PlanError
+        If a group can't lose as many, or has to lose as many as another one of another ratio.
+    """
+    number = {group.name: n for n, group in enumerate(graph.groups)}
+    chains: dict[int, list[int]] = {}
+    for index, chain in enumerate(quanta.chains):
+        groups = {g for quantum in chain.tolist() for g, _ in quanta.shares[quantum]}
+        for group in groups:
+            chains.setdefault(group, []).append(index)
+    gone = dict.fromkeys(range(len(graph.groups)), 0)
+    taken: dict[int, None] = {}
+    for name, ratio in ratios.items():
+        group = number[name]
+        target = math.floor(ratio * graph.groups[group].size + 0.5)
+        for quantum in _approach(quanta, group, target - gone[group], chains.get(group, []), taken):
+            taken[quantum] = None
+            for other, count in quanta.shares[quantum]:
+                gone[other] += count
+    for name, ratio in ratios.items():
+        _check(graph, quanta, number[name], ratio, gone[number[name]], chains)
+    settled = {chain for name in ratios for chain in chains.get(number[name], [])}
+    return list(taken), settled
+
+
+def _approach(
+    quanta: Quanta, group: int, missing: int, chains: list[int], taken: Mapping[int, None]
+) -> list[int]:
+    """Quanta, from chains alike, whose units in the group come nearest to a number."""
+    found: dict[int, None] = {}
+    heap = [(0.0, chain, 0) for chain in chains]
+    while heap:
+        _, chain, at = heapq.heappop(heap)
+        ids = quanta.chains[chain]
+        if at >= len(ids):
+            continue
+        quantum = int(ids[at])
+        if quantum not in taken and quantum not in found:
+            units = dict(quanta.shares[quantum]).get(group, 0)
+            if abs(missing - units) >= abs(missing):
+                continue
+            missing -= units
+            found[quantum] = None
+        heapq.heappush(heap, ((at + 1) / len(ids), chain, at + 1))
+    return list(found)
+
+
+def _check(
+    graph: CouplingGraph,
+    quanta: Quanta,
+    group: int,
+    ratio: float,
+    gone: int,
+    chains: Mapping[int, list[int]],
+) -> None:
+    """Refuse a result that is further from the ratio than quanta have to be."""
+    name, size = graph.groups[group].name, graph.groups[group].size
+    own = [int(quantum) for chain in chains.get(group, []) for quantum in quanta.chains[chain]]
+    coarse = max((dict(quanta.shares[quantum]).get(group, 0) for quantum in own), default=1)
+    if 2 * abs(ratio * size - gone) <= max(coarse, 1) + 1e-6:
+        return
+    tied = {graph.groups[g].name for quantum in own for g, _ in quanta.shares[quantum]} - {name}
+    most = sum(dict(quanta.shares[quantum]).get(group, 0) for quantum in set(own))
+    if name in quanta.untouched:
+        why = quanta.untouched[name]
+    elif tied and most >= ratio * size - coarse:
+        why = f"it loses units together with {', '.join(sorted(tied))}"
+    else:
+        why = f"{size - most} of its units have to stay"
+    raise PlanError(
+        f"the group can't lose {ratio:g} of its {size} units",
+        where=f"group {name}",
+        why=f"{why}; {gone} would go, at most {most} can",
+        fix="give another ratio, one ratio to groups that are tied, or no rounding",
+    )

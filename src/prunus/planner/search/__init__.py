@@ -1,0 +1,1 @@
+"""Searches that measure the model: sensitivity of groups, and ratios by trials."""

@@ -1,0 +1,282 @@
+"""Ratios that meet a budget: from a table of sensitivities, or searched against a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from prunus.calibration.targets import Loss
+from prunus.errors import BudgetError, PlanError, checks_options, require
+from prunus.graph.budget import Budget
+from prunus.graph.coupling import CouplingGraph
+from prunus.graph.plans import Plan
+from prunus.importance import Importance, Statistics
+from prunus.planner.culprits import tell_pins
+from prunus.planner.planning import Globs, plan
+from prunus.planner.search.judging import Metric, batches_to_repair, judge_by
+from prunus.planner.search.loose_groups import find_loose, score_once
+from prunus.planner.search.sensing import check_ratios, fingerprint
+from prunus.planner.search.sensitivity_table import Sensitivity
+from prunus.planner.width_planning import plan_widths
+from prunus.surgeon.apply import kept_axes
+
+_HALVINGS = 14
+"""Of the interval in which the least ratios are sought: to 1/16384 of it."""
+
+
+@checks_options
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes
+    ----------
+    plan
+        The best plan, within the budget.
+    ratios
+        The share of its units that every group of the search loses in it.
+    value
+        The metric under this plan, of the masked model or of the repaired copy.
+    trials
+        Trials of the study that have a value, those of other processes included.
+    """
+
+    plan: Plan
+    ratios: Mapping[str, float]
+    value: float
+    trials: int
+
+
+@checks_options
+def plan_by_sensitivity(
+    table: Sensitivity,
+    graph: CouplingGraph,
+    model: nn.Module,
+    budget: Budget | None = None,
+    *,
+    importance: str | Importance = "l2",
+    data: Iterable[Any] | None = None,
+    statistics: Statistics | None = None,
+    loss: Loss | None = None,
+    seed: int = 0,
+) -> Plan:
+    """The plan within a budget in which every group costs the metric about as little as any other.
+
+    Each group loses what :meth:`Sensitivity.ratios_at` says of one loss of the metric, the same for
+    all groups and the least with which the budget is met.  (That loss is of one group alone; all
+    together cost more.)  Without a budget each loses what the table has as tolerated.
+
+    Parameters
+    ----------
+    table
+        What :func:`prunus.sensitivity` measured on this model.
+    budget, importance, data, statistics, loss, seed
+        As of :func:`prunus.plan`.
+
+    Raises
+    ------
+    BudgetError
+        If the table's largest ratios don't meet it; the message says what they reach.
+    PlanError
+        If the table is of a model with other groups, or there is neither a budget nor anything
+        tolerated.
+    """
+    names = {group.name: group.size for group in graph.groups}
+    strange = [name for name, size in table.sizes.items() if names.get(name) != size]
+    if strange:
+        raise PlanError(
+            f"the table speaks of {strange[0]}, of {table.sizes[strange[0]]} units",
+            why="the model has no such group: the table is another model's",
+            fix="measure it again: prunus.sensitivity(graph, model, metric)",
+        )
+    settled, _ = score_once(
+        graph, model, importance, data=data, statistics=statistics, loss=loss, seed=seed
+    )
+    if budget is None:
+        return plan(graph, model, importance=settled, ratios=_tolerated(table))
+    values = [v for curve in table.curves.values() for v in curve.values() if v is not None]
+    most = max(table.dense - min(values, default=table.dense), 0.0)
+    return _meet(graph, model, settled, budget, lambda t: table.ratios_at(t * most))
+
+
+def _tolerated(table: Sensitivity) -> Mapping[str, float]:
+    if not table.tolerated:
+        raise PlanError(
+            "nothing says how much to remove",
+            why="there is no budget, and the table has no tolerated shares",
+            fix="give a budget, or measure the table with a tolerance",
+        )
+    return table.tolerated
+
+
+@checks_options
+def search_ratios(
+    graph: CouplingGraph,
+    model: nn.Module,
+    metric: Metric,
+    *,
+    budget: Budget,
+    trials: int = 50,
+    max_ratio: float = 0.9,
+    importance: str | Importance = "l2",
+    data: Iterable[Any] | None = None,
+    statistics: Statistics | None = None,
+    loss: Loss | None = None,
+    include: Globs | None = None,
+    exclude: Globs = (),
+    repaired: bool = False,
+    storage: Any = None,
+    study: str = "prunus",
+    progress: Callable[[str], None] | None = None,
+    seed: int = 0,
+) -> Found:
+    """Search the groups' ratios for the best metric within a budget, with Optuna.
+
+    Every trial proposes how much the groups lose in proportion to one another, and takes as little
+    as meets the budget; the metric is that of the masked model, or with ``repaired`` of a smaller
+    copy.  The first trial is of equal ratios.  Needs the extra ``search``.
+
+    Parameters
+    ----------
+    graph, model, metric, include, exclude, repaired
+        As of :func:`prunus.sensitivity`: of the metric more is better.
+    budget, importance, data, statistics, loss
+        As of :func:`prunus.plan`.
+    trials
+        How many trials this process adds.
+    max_ratio
+        The largest share that a group may lose, in (0, 1).
+    storage, study
+        Where Optuna keeps the study, and its name: with a URL (``"sqlite:///study.db"``) or a
+        storage of Optuna a search goes on where it was, and several processes work on it at once.
+        Give each process another ``seed``, or they propose the same.
+    progress
+        Told, in words, what each trial gave.
+    seed
+        Of the sampler, and of scores that are random.
+
+    Raises
+    ------
+    BudgetError
+        If ``max_ratio`` of every group does not meet the budget.
+    DataError
+        If the metric returns something else than a finite number, or the importance or the repair
+        lacks data.
+    PlanError
+        If the number of trials or ``max_ratio`` is none, or the study is that of another model,
+        budget, importance or repair.
+    MissingExtraError
+        Without Optuna; the message names the extra.
+    """
+    optuna = require("optuna", "search")
+    if trials < 1:
+        raise PlanError(f"trials={trials!r} is no number of trials", fix="give one from 1 on")
+    (most,) = check_ratios([max_ratio])
+    batches = batches_to_repair(data) if repaired else None
+    read = data if batches is None else batches
+    settled, scores = score_once(
+        graph, model, importance, data=read, statistics=statistics, loss=loss, seed=seed
+    )
+    shares = [most * part for part in (1.0, 0.75, 0.5, 0.25)]
+    tops = find_loose(graph, model, settled, shares, include, exclude)
+    key = f"{fingerprint(graph, model, scores)} {budget.requested} {max_ratio} {list(tops)}"
+    judge = judge_by(graph, model, metric, batches)
+    if repaired:
+        key += f" repaired on {judge.repaired_on}"
+
+    def chosen(weights: Mapping[str, float]) -> Plan:
+        return _meet(graph, model, settled, budget, lambda t: _grown(tops, weights, t))
+
+    def objective(trial: Any) -> float:
+        weights = {name: trial.suggest_float(name, 0.02, 1.0) for name in tops}
+        value = judge.value(chosen(weights), f"trial {trial.number}")
+        if progress is not None:
+            progress(f"trial {trial.number}: {value:.6g}")
+        return value
+
+    chosen(dict.fromkeys(tops, 1.0))  # out of reach is told before a study is made
+    found = _open_study(optuna, storage, study, key, seed)
+    found.enqueue_trial(dict.fromkeys(tops, 0.5), skip_if_exists=True)
+    found.optimize(objective, n_trials=trials)
+    best = chosen(found.best_params)
+    lost = {choice.name: len(choice.removed) / choice.size for choice in best.groups}
+    done = [t for t in found.trials if t.value is not None]
+    return Found(best, {name: lost[name] for name in tops}, found.best_value, len(done))
+
+
+def _open_study(optuna: Any, storage: Any, name: str, key: str, seed: int) -> Any:
+    """The study, new or found in its storage; refused if it asks something else."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        found = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            direction="maximize",
+            sampler=optuna.samplers.TPESampler(seed=seed),
+            load_if_exists=storage is not None,
+        )
+    finally:
+        optuna.logging.set_verbosity(level)
+    if found.user_attrs.setdefault("asked", key) != key:
+        raise PlanError(
+            f"the study {name!r} asks something else",
+            why="its weights, importance, budget, max_ratio, groups, or the data of a repair are "
+            "not those of this search",
+            fix="give another name: study='…'",
+        )
+    found.set_user_attr("asked", key)
+    return found
+
+
+def _grown(
+    tops: Mapping[str, float], weights: Mapping[str, float], share: float
+) -> dict[str, float]:
+    """Ratios that grow with ``share``: none at 0, in proportion to weights at ½, the tops at 1."""
+    if share <= 0:
+        return dict.fromkeys(tops, 0.0)
+    return {name: top * weights[name] ** ((1 - share) / share) for name, top in tops.items()}
+
+
+def _meet(
+    graph: CouplingGraph,
+    model: nn.Module,
+    settled: Importance,
+    budget: Budget,
+    ratios_at: Callable[[float], Mapping[str, float]],
+) -> Plan:
+    """The plan of the least ratios, on a line from 0 to 1, that meet a budget."""
+    limits = budget.limits(graph)
+
+    def at(share: float) -> tuple[Plan, dict[str, int]]:
+        made = plan_widths(
+            graph, model, importance=settled, ratios=ratios_at(share), may_remove_nothing=True
+        )
+        kept = graph.mask_from_positions(kept_axes(made))
+        return made, {name: graph.cost(name, kept) for name in limits}
+
+    best, costs = at(1.0)
+    over = [name for name, most in limits.items() if costs[name] > most]
+    if over:
+        raise BudgetError(
+            f"{over[0]} can't be brought to {limits[over[0]]:,}",
+            why="\n".join(
+                [
+                    f"the largest ratios leave {costs[over[0]]:,} of {graph.cost(over[0]):,}",
+                    *tell_pins(graph),
+                ]
+            ),
+            fix="allow larger ratios, include more groups, or ask for less",
+        )
+    low, high = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        made, costs = at(middle)
+        if all(costs[name] <= most for name, most in limits.items()):
+            best, high = made, middle
+        else:
+            low = middle
+    return best

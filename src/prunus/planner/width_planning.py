@@ -1,0 +1,376 @@
+"""From scores and a budget to the plan of what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from prunus.calibration.batches import bounded, first_batches
+from prunus.calibration.targets import Loss
+from prunus.errors import BudgetError, DataError, PlanError
+from prunus.graph.axis import Mask
+from prunus.graph.budget import Budget
+from prunus.graph.coupling import CouplingGraph
+from prunus.graph.plans import Plan
+from prunus.graph.program import state_of
+from prunus.importance import Importance, Statistics, collect, name_of, needs_of, score
+from prunus.importance.obs import exchange_all
+from prunus.importance.registry import Context, check_statistics, is_comparable
+from prunus.importance.torch_pruning import adapt
+from prunus.latency import LatencyTable
+from prunus.planner import Selection, select, thin
+from prunus.planner.activation_memory import hold_peak
+from prunus.planner.alignment import wide_groups
+from prunus.planner.allocate import check_share, normalised
+from prunus.planner.culprits import nothing_removed
+from prunus.planner.default_rounding import choose_rounded
+from prunus.planner.filters import spread
+from prunus.planner.latency_planning import (
+    Timed,
+    Timekeeper,
+    check_table,
+    hasten,
+    predict_time,
+    resolve_rounding,
+)
+from prunus.planner.stitching import Stitcher, search_coefficients
+from prunus.recovery import LOOKED_AT
+from prunus.structures import find_structures
+from prunus.surgeon.attributes import find_edits
+from prunus.tracer.forward_fn import entered_by
+from prunus.tracer.trace import uncollected
+from prunus.verifier.other_ways import follow_other_ways
+
+GLOBAL_RATIO = 0.8
+"""What a group may lose at most where all compete, unless somebody says otherwise."""
+
+_ROUNDED = ("channels", "ffn", "hidden", "other")
+"""Kinds of groups whose widths are rounded unless somebody says otherwise."""
+
+TRIALS = 60
+"""Smaller models that ``solver="spdy"`` looks at."""
+
+
+def plan_widths(
+    graph: CouplingGraph,
+    model: nn.Module,
+    *,
+    budget: Budget | Mapping[str, int] | None = None,
+    ratio: float | None = None,
+    importance: str | Importance = "l2",
+    data: Iterable[Any] | None = None,
+    statistics: Statistics | None = None,
+    loss: Loss | None = None,
+    hold: Collection[str] | Mapping[str, str] = (),
+    exchange: bool = False,
+    seed: int = 0,
+    latency: LatencyTable | None = None,
+    trials: int = TRIALS,
+    progress: Callable[[str], None] | None = None,
+    may_remove_nothing: bool = False,
+    **options: Any,
+) -> Plan:
+    """The plan of widths; see :func:`prunus.plan`.
+
+    Parameters
+    ----------
+    hold
+        Groups that stay whole, also with the reason why each does.
+    may_remove_nothing
+        Whether ratios too small to remove anything are taken for a request to remove nothing.
+    """
+    hold = hold if isinstance(hold, Mapping) else dict.fromkeys(hold, "it is held")
+    importance = adapt(importance, model)
+    check_table(budget, latency)
+    options = {**_OPTIONS, **options}
+    if options["solver"] == "spdy" and ratio is None:
+        data = _check_search(budget, data)
+    needs = needs_to_plan(importance, exchange, options["solver"])
+    if statistics is None and data is not None and needs:
+        statistics = collect(model, graph, data, needs, loss=loss, seed=seed)
+    automatic = _set_automatic(graph, options, budget, ratio, hold)
+    names = ("ratios", "scope", "normalise", "min_width", "max_ratio", "round_to")
+    said = {name: options[name] for name in names}
+    if options["normalise"] is None and ratio is None:
+        curves = options["scope"] == "global" and is_comparable(importance)
+        options["normalise"] = "none" if curves else "mean"
+    options["round_to"] = resolve_rounding(options["round_to"], graph, latency)
+    with uncollected():
+        tensors, _ = state_of(model)
+        scores = score(graph, tensors, importance, seed=seed, statistics=statistics)
+        for name in hold:
+            scores[graph.group(name).units] = np.inf
+        if exchange:
+            check_statistics(graph, "obs", statistics)
+
+    def choose(
+        one: CouplingGraph,
+        bounds: Budget | Mapping[str, int] | None,
+        weights: NDArray[np.float64] = scores,
+        **changed: Any,
+    ) -> Selection:
+        given = {**options, **changed}
+        if "round_to" not in automatic:
+            return _choose(one, weights, bounds, ratio, hold, **given)
+        limits = bounds.limits(one) if isinstance(bounds, Budget) else bounds or {}
+        return choose_rounded(
+            *(one, limits, automatic["round_to"]),
+            lambda multiples: _choose(
+                *(one, weights, bounds, ratio, hold), **{**given, "round_to": multiples}
+            ),
+        )
+
+    by_clock = isinstance(budget, Budget) and budget.latency is not None and ratio is None
+    timed: Timed | None = None
+    searched: dict[str, Any] = {}
+    with _naming_floor(automatic):
+        if options["solver"] == "spdy" and ratio is None:
+            assert data is not None
+            assert statistics is not None
+            stitcher = Stitcher(graph, model, first_batches(data, LOOKED_AT), statistics)
+            found, searched = _search(
+                graph,
+                normalised(graph, scores, options["normalise"]),
+                lambda scaled: choose(graph, budget, scaled, normalise="none", solver="dynamic"),
+                lambda one: stitcher.build(plan_of_mask(graph, model, one.kept, {}))[1],
+                *(trials, seed, progress),
+            )
+        elif latency is not None and by_clock:
+            assert isinstance(budget, Budget)
+            timed = _keep_time(graph, model, budget, latency, choose, seed)
+            found = timed.selection
+        else:
+            found = choose(graph, budget)
+    if found.kept.all() and not may_remove_nothing:
+        _refuse_nothing(graph, scores, ratio, options["ratios"], {**found.stopped, **hold})
+    if exchange:
+        context = Context(graph, tensors, seed, collected=statistics)
+        kept = exchange_all(graph, context, found.kept, scores)
+        found = found._replace(kept=kept, retained=None, bound=None)  # worth is not the aim then
+    if latency is not None and timed is None:
+        timed = predict_time(graph, found, latency)
+    origin = {
+        "importance": name_of(importance),
+        "budget": budget.requested if isinstance(budget, Budget) else budget,
+        "ratio": ratio,
+        **said,
+        **_told_automatic(automatic, found),
+        "hold": sorted(hold),
+        **searched,
+        **({"exchange": True} if exchange else {}),
+        "stopped": {**found.stopped, **dict.fromkeys(sorted(hold), "it is held")},
+        "seed": seed,
+        **{name: getattr(found, name) for name in ("solver", "retained", "bound")},
+        "traced": graph.traced,
+    }
+    chosen = plan_of_mask(graph, model, found.kept, origin)
+    counted = budget.counted if isinstance(budget, Budget) else budget
+    asked = counted.limits(graph) if isinstance(counted, Budget) else counted or {}
+    parts = {n: (graph.cost(n), graph.cost(n, found.kept)) for n in asked if n not in chosen.costs}
+    chosen = replace(chosen, costs={**chosen.costs, **parts})
+    chosen = follow_other_ways(chosen, graph, model, found.kept)
+    return chosen if latency is None or timed is None else timed.told_in(chosen, latency)
+
+
+def _set_automatic(
+    graph: CouplingGraph,
+    options: dict[str, Any],
+    budget: Budget | Mapping[str, int] | None,
+    ratio: float | None,
+    hold: Collection[str],
+) -> dict[str, Any]:
+    """Set options of which nothing is said; those that a budget decides, with what is decided.
+
+    Returns
+    -------
+    dict
+        ``"round_to"``: names of the groups whose widths are rounded; ``"max_ratio"``: the floor.
+    """
+    automatic: dict[str, Any] = {}
+    shared = budget is not None and ratio is None
+    given = spread(graph, options["ratios"] or {}, "ratios", check_share) if shared else {}
+    if options["max_ratio"] is None:
+        options["max_ratio"] = 1.0
+        if shared and options["scope"] == "global":
+            automatic["max_ratio"] = options["max_ratio"] = GLOBAL_RATIO
+            if given:
+                options["max_ratio"] = {"*": GLOBAL_RATIO, **dict.fromkeys(given, 1.0)}
+    if options["round_to"] is None:
+        options["round_to"] = 1
+        if shared:
+            kinds = {one.group: one.kind for one in find_structures(graph).structures}
+            names = [n for n, kind in kinds.items() if kind in _ROUNDED]
+            free = [name for name in names if name not in given and name not in hold]
+            automatic["round_to"] = wide_groups(graph, free)
+    return automatic
+
+
+@contextmanager
+def _naming_floor(automatic: Mapping[str, Any]) -> Iterator[None]:
+    """Let a budget's refusal say of a floor that nobody asked for how to lift it."""
+    try:
+        yield
+    except BudgetError as error:
+        if "max_ratio" not in automatic:
+            raise
+        raise BudgetError(
+            error.what,
+            where=error.where,
+            why=error.why,
+            fix=f"{error.fix}; scope='global' takes at most {automatic['max_ratio']:g} of a group "
+            "unless told otherwise: max_ratio=1.0 lifts that floor",
+        ) from error
+
+
+def _told_automatic(automatic: Mapping[str, Any], found: Selection) -> dict[str, Any]:
+    """What the plan says of the options that were not given."""
+    if not automatic:
+        return {}
+    told: dict[str, Any] = {"automatic": sorted(automatic)}
+    if "round_to" in automatic:
+        most = max(found.rounded.values(), default=1)
+        each = {name: found.rounded.get(name, 1) for name in automatic["round_to"]}
+        finer = {name: multiple for name, multiple in each.items() if multiple < most}
+        told["round_to"] = {"*": most, **finer} if finer else most
+    return told
+
+
+def _refuse_nothing(
+    graph: CouplingGraph,
+    scores: NDArray[np.float64],
+    ratio: float | None,
+    ratios: Mapping[str, float] | None,
+    reasons: Mapping[str, str],
+) -> None:
+    """Refuse a ratio that removes nothing; a budget that removes nothing is met as it is."""
+    asked = [] if ratio is None else [f"ratio={ratio:g}"]
+    if any(share > 0 for share in (ratios or {}).values()):
+        asked.append(f"ratios={dict(ratios or {})}")
+    if not asked:
+        return
+    found = {g.name: "its scores are infinite" for g in graph.groups
+             if not np.isfinite(scores[g.units]).any()}  # fmt: skip
+    raise nothing_removed(graph, " and ".join(asked), {**found, **reasons})
+
+
+def _keep_time(
+    graph: CouplingGraph,
+    model: nn.Module,
+    budget: Budget,
+    table: LatencyTable,
+    choose: Callable[..., Selection],
+    seed: int,
+) -> Timed:
+    """The choice whose measured time is the requested one."""
+
+    def compare(kept: Mask) -> tuple[float, float]:
+        return keeper.compare(plan_of_mask(graph, model, kept, {"traced": graph.traced}))
+
+    with entered_by(model, graph.forward_fn):
+        keeper = Timekeeper(graph, model, table, seed)
+        return hasten(graph, budget, table, choose, compare)
+
+
+def needs_to_plan(
+    importance: str | Importance, exchange: bool = False, solver: str | None = None
+) -> frozenset[str]:
+    """What :func:`plan` reads of calibration data with these options."""
+    fitted = exchange or solver == "spdy"
+    return needs_of(importance) | (needs_of("obs") if fitted else frozenset())
+
+
+def _check_search(
+    budget: Budget | Mapping[str, int] | None, data: Iterable[Any] | None
+) -> list[Any]:
+    """The batches of a search, which are read twice; refused where there can be none."""
+    if isinstance(budget, Budget) and budget.latency:
+        raise PlanError(
+            "solver='spdy' can't be combined with a latency budget",
+            why="both ask the whole model again and again, of different things",
+            fix="give a budget of MACs, or leave the solver out",
+        )
+    if data is None:
+        raise DataError(
+            "solver='spdy' needs calibration data",
+            why="it compares the outputs of smaller models with those of the dense one",
+            fix="give data=loader",
+        )
+    return list(bounded(data))
+
+
+def _search(
+    graph: CouplingGraph,
+    weights: NDArray[np.float64],
+    choose: Callable[[NDArray[np.float64]], Selection],
+    error_of: Callable[[Selection], float],
+    trials: int,
+    seed: int,
+    progress: Callable[[str], None] | None,
+) -> tuple[Selection, dict[str, Any]]:
+    """The choice of least error, and what is told of the search."""
+
+    def chosen(coefficients: Mapping[str, float]) -> Selection:
+        scaled = weights.copy()
+        for group in graph.groups:
+            scaled[group.units] *= coefficients[group.name]
+        return choose(scaled)
+
+    names = [group.name for group in graph.groups]
+    found = search_coefficients(
+        names, chosen, error_of, trials=trials, seed=seed, progress=progress
+    )
+    best = found.best._replace(retained=None, bound=None, solver="spdy")
+    told = {"trials": trials, "error": found.error, "error_at_first": found.first}
+    return best, {"search": told}
+
+
+_OPTIONS: Mapping[str, Any] = {
+    "ratios": None,
+    "scope": "local",
+    "normalise": None,
+    "solver": None,
+    "min_width": 1,
+    "max_ratio": None,
+    "round_to": None,
+    "include": None,
+    "exclude": (),
+}
+
+
+def plan_of_mask(
+    graph: CouplingGraph, model: nn.Module, kept: Mask, origin: Mapping[str, Any]
+) -> Plan:
+    """The plan that keeps a mask's units, with the attributes that follow."""
+    chosen = Plan.from_mask(graph, kept, origin=origin)
+    return replace(chosen, edits=find_edits(model, graph, kept))
+
+
+def _choose(
+    graph: CouplingGraph,
+    scores: NDArray[np.float64],
+    budget: Budget | Mapping[str, int] | None,
+    ratio: float | None,
+    hold: Mapping[str, str],
+    *,
+    ratios: Mapping[str, float] | None,
+    **options: Any,
+) -> Selection:
+    if ratios is not None:
+        given = spread(graph, ratios, "ratios", check_share)
+        ratios = {name: share for name, share in given.items() if name not in hold}
+    if ratio is None and (budget is not None or ratios is not None):
+        limits = budget.limits(graph) if isinstance(budget, Budget) else budget or {}
+        with uncollected():
+            return hold_peak(
+                graph,
+                limits,
+                lambda g, most: select(g, scores, most, ratios=ratios, held=hold, **options),
+            )
+    assert ratio is not None
+    return Selection(thin(graph, scores, ratio))

@@ -1,0 +1,5 @@
+"""What a person calls the groups of a transformer: heads, KV groups, FFN width, experts."""
+
+from prunus.structures.names import Anatomy, Attention, Kind, Layer, Structure, find_structures
+
+__all__ = ["Anatomy", "Attention", "Kind", "Layer", "Structure", "find_structures"]

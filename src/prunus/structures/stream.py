@@ -1,0 +1,44 @@
+"""Residual streams: units that are added to what was computed from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from prunus.graph.coupling import CouplingGraph
+from prunus.graph.program import Ref, refs_in
+from prunus.tracer.attention import Units
+
+_FIXED, _GIVEN = -2, -1
+"""Where weights and inputs come from; everything else comes from a node, by its index."""
+
+_SUMS = frozenset({"add", "add_", "sub", "sub_"})
+_TABLES = frozenset({"embedding"})
+
+
+def find_stream(graph: CouplingGraph) -> Iterator[Units]:
+    """Units in any dim of a sum of two activations that come from different products or tables.
+
+    Weights are no activations, nor is what is computed from them alone: a bias is no stream.  Nor
+    is the sum in an activation function, whose two sides come from the same product.
+    """
+    program = graph.program
+    if program is None:
+        return
+    origin = dict.fromkeys((*program.state, *program.constants), _FIXED)
+    for index, node in enumerate(program.nodes):
+        read = [ref.value for ref in refs_in(node.args)]
+        before = [origin.get(value, _GIVEN) for value in read]
+        name = str(node.target._schema.name).partition("::")[2]
+        contracts = node.effect is not None and bool(node.effect.contracted)
+        fresh = name in _TABLES or (contracts and max(before) > _FIXED)
+        origin.update(dict.fromkeys(node.outputs, index if fresh else max(before, default=_FIXED)))
+        if name not in _SUMS or len(read) != 2 or before[0] == before[1] or _FIXED in before:
+            continue
+        shapes = {program.shapes[value] for value in read}
+        if len(shapes) == 1:
+            for dim in range(1, len(shapes.pop())):
+                label = program.value_label(Ref(read[0]), dim)
+                if label is not None:
+                    yield np.setdiff1d(label, [0])

@@ -1,0 +1,402 @@
+"""Where the softmax scale of a fused attention can be kept when its head dim shrinks.
+
+``scaled_dot_product_attention`` without ``scale=`` divides by the square root of the head dim
+that it sees.  To keep the original scale, the query is multiplied by √(new / old): folded into
+the weights that compute it, which are found by walking back through linear operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunus.graph.constraints import Pin
+from prunus.graph.program import Node, Program, Ref
+from prunus.tracer.registry import call_bound
+
+Targets = dict[tuple[str, int], set[int]]
+"""(tensor, dim) → positions to be multiplied."""
+
+Fixed = tuple[tuple[str, int, tuple[int, ...]], ...]
+"""The same as a constant: (tensor, dim, positions)."""
+
+NORMS = {"native_layer_norm": -1, "_fused_rms_norm": -1, "native_batch_norm": 1,
+         "_native_batch_norm_legit_no_training": 1, "cudnn_batch_norm": 1}  # fmt: skip
+"""Norms, linear in their weight and bias, with the dim along which these lie."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention with the default scale.
+
+    Attributes
+    ----------
+    query
+        Value number of the query.
+    alone
+        Whether the query is none of the other operands as well.
+    nodes
+        Positions of the operators: a fused one and what surrounds it, or those into which
+        PyTorch took the attention apart.
+    why
+        Where it ran.
+    """
+
+    query: int
+    alone: bool
+    nodes: range
+    why: Pin
+
+
+_VIEWS = {
+    "view",
+    "_unsafe_view",
+    "permute",
+    "transpose",
+    "t",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "select",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "unbind",
+    "cat",
+    "stack",
+    "clone",
+    "contiguous",
+    "alias",
+    "detach",
+    "unsafe_split",
+    "chunk",
+}
+_SAME = {"mul", "neg", "_to_copy", "add", "sub", "mul_", "add_", "div"}
+_SUMS = {"add", "add_", "sub"}
+_FACTORS = {"mul", "mul_", "div"}
+_NOWHERE = torch.tensor(-1)
+
+
+class Fold:
+    """Finds the weights that a query is linear in.
+
+    Parameters
+    ----------
+    nodes
+        The recorded operators.
+    state
+        Value number → tensor name.
+    shapes
+        Value number → shape.
+    """
+
+    def __init__(
+        self, nodes: Sequence[Node], state: dict[int, str], shapes: Sequence[tuple[int, ...]]
+    ) -> None:
+        self._nodes = nodes
+        self._maker = {out: node for node in nodes for out in node.outputs}
+        self._readers: dict[int, list[int]] = {}
+        for index, node in enumerate(nodes):
+            for reference in _references(node.args):
+                self._readers.setdefault(reference.value, []).append(index)
+        self._state = state
+        self._shapes = shapes
+        self._met: set[int] = set()
+
+    def maker(self, value: int) -> Node | None:
+        """The operator that made a value."""
+        return self._maker.get(value)
+
+    def targets(self, query: int) -> Targets | None:
+        """What to multiply so that the query is multiplied; None if it isn't linear in weights."""
+        found: Targets = {}
+        index = self._columns(query)
+        if index is None:
+            return None
+        for name, dim, positions in index:
+            found.setdefault((name, dim), set()).update(_present(positions))
+        return found
+
+    def serves_only(self, attentions: Sequence[Attention], targets: Targets) -> bool:
+        """Whether what is multiplied reaches nothing but the queries of these attentions.
+
+        A query may also make an attention bias, and one projection both queries and keys.
+        """
+        if not all(attention.alone for attention in attentions):
+            return False
+        self._met.clear()
+        for attention in attentions:
+            self._columns(attention.query)
+        queries = {attention.query for attention in attentions}
+        inside = {index for attention in attentions for index in attention.nodes}
+        path = frozenset(self._met)
+        names = {name for name, _ in targets}
+        starts = [value for value, name in self._state.items() if name in names]
+        for value in {*starts, *path}:
+            for index in self._readers.get(value, ()):
+                if index in inside and value in queries:
+                    continue
+                node = self._nodes[index]
+                if _name(node) in _FACTORS and len(path & _values(node)) > 1:
+                    return False
+                if any(self._reaches(value, node, out, targets) for out in node.outputs
+                       if out not in path):  # fmt: skip
+                    return False
+        return True
+
+    def _reaches(self, value: int, node: Node, out: int, targets: Targets) -> bool:
+        """Whether what is multiplied stands somewhere in an output of a reader of a value."""
+        if _name(node) in NORMS and value != node.args["input"].value:
+            return out == node.outputs[0]
+        if _name(node) not in (_VIEWS | _SAME) - _FACTORS:
+            return True
+        columns = self._columns(out)
+        return columns is None or any(
+            not targets.get((name, dim), set()).isdisjoint(_present(positions))
+            for name, dim, positions in columns
+        )
+
+    def _columns(self, value: int) -> list[tuple[str, int, Tensor]] | None:
+        """For every weight that the value is linear in: which of its positions stands where."""
+        found = self._find_columns(value)
+        if found is not None:
+            self._met.add(value)
+        return found
+
+    def _find_columns(self, value: int) -> list[tuple[str, int, Tensor]] | None:
+        node = self._maker.get(value)
+        if node is None:
+            return None
+        source = self._source(node, value)
+        if source is not None:
+            return source
+        name = node.target._schema.name.partition("::")[2]
+        if name in _FACTORS:
+            return self._product(node, value)
+        if name not in _VIEWS | _SAME:
+            return None
+        carried: list[list[tuple[str, int, Tensor]]] = []
+        references = list(_references(node.args))
+        for reference in references:
+            columns = self._columns(reference.value)
+            if columns is None and name in _SUMS:
+                columns = self._parameter(reference.value)
+            if columns is None:
+                return None
+            carried.append(columns)
+        if name in _VIEWS:
+            return self._viewed(node, value, references, carried)
+        shape = self._shapes[value]
+        return [(w, d, index.expand(shape)) for part in carried for w, d, index in part]
+
+    def _product(self, node: Node, value: int) -> list[tuple[str, int, Tensor]] | None:
+        """One factor is enough: a parameter if there is one, else whichever is linear."""
+        references = list(_references(node.args))
+        if len({reference.value for reference in references}) < len(references):
+            return None
+        if node.target._schema.name == "aten::div":
+            references = references[:1]
+        for reference in references:
+            columns = self._parameter(reference.value) or self._columns(reference.value)
+            if columns is not None:
+                return [(w, d, index.expand(self._shapes[value])) for w, d, index in columns]
+        return None
+
+    def _parameter(self, value: int) -> list[tuple[str, int, Tensor]] | None:
+        """A vector of state as a factor: all of its positions, aligned to the right."""
+        name, shape = self._state.get(value), self._shapes[value]
+        if name is None or len(shape) != 1:
+            return None
+        self._met.add(value)
+        return [(name, 0, torch.arange(shape[0]))]
+
+    def _source(self, node: Node, value: int) -> list[tuple[str, int, Tensor]] | None:
+        """A weight whose rows make the value's last dim (a convolution's second)."""
+        name = node.target._schema.name.partition("::")[2]
+        shape = self._shapes[value]
+        if name in NORMS:
+            if value != node.outputs[0]:
+                return None
+            named = [("weight", 0), ("bias", 0)]
+        elif name in ("mm", "addmm"):
+            named = [("mat2", 1), ("self", 0)] if name == "addmm" else [("mat2", 1)]
+        elif name == "convolution" and not node.args["transposed"]:
+            named = [("weight", 0), ("bias", 0)]
+        else:
+            return None
+        dim = 1 if name == "convolution" else NORMS.get(name, -1) % len(shape)
+        index = torch.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))])
+        found: list[tuple[str, int, Tensor]] = []
+        for argument, axis in named:
+            reference = node.args.get(argument)
+            if reference is None:
+                continue
+            tensor = self._tensor(reference, axis) if isinstance(reference, Ref) else None
+            if tensor is None:
+                return None
+            found.append((*tensor, index.expand(shape)))
+        return found or None
+
+    def _tensor(self, reference: Ref, dim: int) -> tuple[str, int] | None:
+        """The state behind an operand, seen through transpositions."""
+        value = reference.value
+        self._met.add(value)
+        while value not in self._state:
+            node = self._maker.get(value)
+            name = "" if node is None else node.target._schema.name.partition("::")[2]
+            if node is None or name not in ("t", "detach", "alias", "_to_copy"):
+                return None
+            dim = 1 - dim if name == "t" else dim
+            value = node.args["self"].value
+            self._met.add(value)
+        return self._state[value], dim
+
+    def _viewed(
+        self,
+        node: Node,
+        value: int,
+        references: list[Ref],
+        carried: list[list[tuple[str, int, Tensor]]],
+    ) -> list[tuple[str, int, Tensor]]:
+        """Run the same rearrangement on the positions."""
+        result = []
+        longest = max(len(part) for part in carried)
+        for turn in range(longest):
+            parts = [part[min(turn, len(part) - 1)] for part in carried]
+            keys = list(dict.fromkeys((w, d) for w, d, _ in parts))
+            for weight, dim in keys:
+                given = [
+                    index if (w, d) == (weight, dim) else _NOWHERE.expand(index.shape)
+                    for w, d, index in parts
+                ]
+                out = _rearrange(node, given)
+                out = out[node.outputs.index(value)] if isinstance(out, (list, tuple)) else out
+                result.append((weight, dim, out))
+        return result
+
+
+def find_rescales(
+    nodes: Sequence[Node],
+    state: dict[int, str],
+    shapes: Sequence[tuple[int, ...]],
+    attended: Sequence[Attention] = (),
+) -> Iterator[tuple[Attention, Fixed | None]]:
+    """Attentions with the default scale, and what to multiply in their stead.
+
+    Parameters
+    ----------
+    attended
+        Those that the forward itself asked for.  PyTorch may take them apart, or state the scale.
+
+    Returns
+    -------
+    iterator
+        None stands for a query that is not linear in weights, or whose weights have other uses.
+    """
+    fold = Fold(nodes, state, shapes)
+    attentions = list(attended)
+    known = {index for attention in attended for index in attention.nodes}
+    for index, node in enumerate(nodes):
+        fused = "scaled_dot_product" in node.target._schema.name
+        if fused and index not in known and node.args.get("scale") is None:
+            query, key, value = (node.args[name].value for name in ("query", "key", "value"))
+            why = Pin("", str(node.target), node.module, node.source)
+            at = range(index, index + 1)
+            attentions.append(Attention(query, query not in (key, value), at, why))
+    alike: dict[Fixed | None, list[Attention]] = {}
+    wanted: dict[Fixed, Targets] = {}
+    for attention in attentions:
+        targets = fold.targets(attention.query)
+        fixed = None if targets is None else _fix(targets)
+        alike.setdefault(fixed, []).append(attention)
+        if targets is not None and fixed is not None:
+            wanted[fixed] = targets
+    for fixed, found in alike.items():
+        fits = fixed is not None and fold.serves_only(found, wanted[fixed])
+        for attention in found:
+            yield attention, fixed if fits else None
+
+
+def _fix(targets: Targets) -> Fixed:
+    return tuple((name, dim, tuple(sorted(at))) for (name, dim), at in targets.items())
+
+
+def find_attentions(program: Program) -> dict[int, Fixed]:
+    """Attentions by the position of their operator: what multiplies the logits.
+
+    Fused ones, and softmax over products of two computed tensors; the keys are positions of the
+    fused operator or of the softmax.
+    """
+    fold = Fold(program.nodes, dict(program.state), program.shapes)
+    found: dict[int, Fixed] = {}
+    for index, node in enumerate(program.nodes):
+        query = _query_of(node, fold)
+        targets = None if query is None else fold.targets(query)
+        if targets:
+            found[index] = _fix(targets)
+    return found
+
+
+def _query_of(node: Node, fold: Fold) -> int | None:
+    """The value number of the query behind a fused attention or a softmax, if it is one."""
+    name = node.target._schema.name
+    if "scaled_dot_product" in name:
+        return int(node.args["query"].value)
+    if name not in ("aten::_softmax", "aten::_safe_softmax"):
+        return None
+    maker = fold.maker(node.args["self"].value)
+    while maker is not None:
+        name = maker.target._schema.name.partition("::")[2]
+        if name in ("bmm", "baddbmm"):
+            return int(maker.args["batch1" if name == "baddbmm" else "self"].value)
+        if name not in _VIEWS | _SAME | {"masked_fill", "where", "masked_fill_"}:
+            return None
+        reference = maker.args.get("self")
+        maker = fold.maker(reference.value) if isinstance(reference, Ref) else None
+    return None
+
+
+def _references(args: Any) -> Iterator[Ref]:
+    for value in args.values():
+        if isinstance(value, Ref):
+            yield value
+        elif isinstance(value, list):
+            yield from (item for item in value if isinstance(item, Ref))
+
+
+def _name(node: Node) -> str:
+    return str(node.target._schema.name.partition("::")[2])
+
+
+def _values(node: Node) -> set[int]:
+    return {reference.value for reference in _references(node.args)}
+
+
+def _rearrange(node: Node, given: list[Tensor]) -> Any:
+    """Run a view; on expanded tensors, which are small, unless it wants them written out."""
+    try:
+        return call_bound(node.target, _replace(node.args, iter(given)))
+    except RuntimeError:
+        whole = iter([index.contiguous() for index in given])
+        return call_bound(node.target, _replace(node.args, whole))
+
+
+def _present(positions: Tensor) -> set[int]:
+    """The positions that stand somewhere; −1 stands for none of them."""
+    for dim, stride in enumerate(positions.stride()):
+        if stride == 0 and positions.shape[dim]:
+            positions = positions.narrow(dim, 0, 1)
+    return set(positions.unique().tolist()) - {-1}
+
+
+def _replace(args: Any, given: Iterator[Tensor]) -> dict[str, Any]:
+    def swap(value: Any) -> Any:
+        if isinstance(value, Ref):
+            return next(given)
+        return [swap(item) for item in value] if isinstance(value, list) else value
+
+    return {name: swap(value) for name, value in args.items()}

@@ -1,0 +1,260 @@
+"""The masked original: a traced program, run again at full size with units silenced.
+
+It knows the model's tensors and the labels, and shares no code with the surgeon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from prunus.errors import PrunusError, VerifyError
+from prunus.graph.axis import Label, Mask, kept_positions
+from prunus.graph.coupling import CouplingGraph
+from prunus.graph.program import Node, Program, Ref, refs_in
+from prunus.tracer.compress import lay, run_on_kept
+from prunus.tracer.precision import same_draws
+from prunus.tracer.randomness import copy_of, draw, tied_nodes
+from prunus.tracer.registry import call_bound
+
+Silence = Mask | Tensor | None
+"""Which units are kept, or a gate for each unit, by which what reads it is multiplied; or none."""
+
+Watch = Callable[[Node, list[Tensor], Any], None]
+
+
+class Replay:
+    """Runs a traced program for real, at full size, with any set of units silenced."""
+
+    def __init__(
+        self, found: CouplingGraph, state: Mapping[str, Tensor], inputs: Iterable[Tensor]
+    ) -> None:
+        self._graph = found
+        self._program: Program = found.program
+        self._state = state
+        self._inputs = list(inputs)
+        self._places: dict[int, list[tuple[str, int, Label]]] = {}
+        self._last_use = _last_uses(self._program)
+        self._order = {id(node): n for n, node in enumerate(tied_nodes(self._program))}
+        self._written = _written_to(self._program)
+
+    @property
+    def writes(self) -> frozenset[str]:
+        """Names of the model's tensors that its forward writes to."""
+        state = self._program.state
+        return frozenset(state[number] for number in self._written if number in state)
+
+    def run(self, kept: Mask, watch: Watch | None = None) -> dict[str, Tensor]:
+        """Outputs by name, with the given units kept.
+
+        ``watch`` is called with every random operator, what went in, and what it drew; every run
+        draws the same (:mod:`prunus.tracer.randomness`).
+        """
+        with torch.no_grad():
+            return self._run(None if kept.all() else kept, watch)
+
+    def run_gated(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """A gate of one for every unit, (units + 1,), and the outputs as functions of them.
+
+        Each contraction over a unit multiplies what it reads by the unit's gate, so that the
+        gradient says, to first order, what silencing the unit does to the outputs.
+        """
+        gates = torch.ones(self._graph.unit_count + 1, requires_grad=True)
+        with torch.enable_grad():
+            return gates, self._run(gates, None)
+
+    def _run(self, silence: Silence, watch: Watch | None) -> dict[str, Tensor]:
+        program = self._program
+        values: dict[int, Any] = {}
+        values.update(zip(program.inputs, (t.clone() for t in self._inputs), strict=True))
+        values.update({n: self._own(n, self._state[name]) for n, name in program.state.items()})
+        values.update({n: self._own(n, tensor) for n, tensor in program.constants.items()})
+        with same_draws():
+            for index, node in enumerate(program.nodes):
+                with _blaming(node):
+                    self._step(node, values, silence, watch)
+                for number in self._last_use.get(index, ()):
+                    values.pop(number, None)
+        return {name: values[number] for name, number in program.outputs.items()}
+
+    def _own(self, number: int, tensor: Tensor) -> Tensor:
+        """A tensor of the model, copied where the program writes to it."""
+        return tensor.detach().clone() if number in self._written else tensor.detach()
+
+    def _step(
+        self, node: Node, values: dict[int, Any], silence: Silence, watch: Watch | None
+    ) -> None:
+        bound = {name: _fetch(value, values) for name, value in node.args.items()}
+        order, before, result = self._order.get(id(node)), list[Tensor](), None
+        if order is not None and watch is not None:
+            before = copy_of(bound)
+        if isinstance(silence, np.ndarray):
+            result = run_on_kept(node, bound, self._program, silence)
+        if result is None and order is not None:
+            result = draw(node.target, bound, order)
+        elif result is None:
+            if isinstance(silence, Tensor):
+                bound = self._gated(node, bound, silence)
+            elif silence is not None:
+                bound = self._silenced(node, bound, silence)
+            result = _call_anyhow(node.target, bound)
+        if order is not None and watch is not None:
+            watch(node, before, result)
+        tensors = [t for t in _leaves(result) if isinstance(t, Tensor)]
+        if len(tensors) != len(node.outputs):
+            raise VerifyError(
+                f"{node.target} gives {len(tensors)} tensors, and gave {len(node.outputs)} before",
+                where=_place(node),
+                why="the path of the forward depends on values, which change when units go",
+                fix="nothing can be verified of such a forward, and the model was not touched; "
+                "prune the parts before and after it",
+            )
+        if not _aliases(node.target):
+            strides = self._program.strides
+            tensors = [
+                lay(tensor, strides[number]) if tensor.layout == torch.strided else tensor
+                for number, tensor in zip(node.outputs, tensors, strict=True)
+            ]
+        values.update(zip(node.outputs, tensors, strict=True))
+
+    def _silenced(self, node: Node, bound: dict[str, Any], kept: Mask) -> dict[str, Any]:
+        """What contractions read, zeroed where a unit is gone, in the memory layout it had."""
+        for name, dim, label in self._contracted(node):
+            gone = np.ones(len(label), dtype=np.bool_)
+            gone[kept_positions(label, kept)] = False
+            if gone.any():
+                operand = bound[name]
+                index = torch.as_tensor(np.flatnonzero(gone), device=operand.device)
+                bound[name] = lay(operand.index_fill(dim, index, 0), operand.stride())
+        return bound
+
+    def _gated(self, node: Node, bound: dict[str, Any], gates: Tensor) -> dict[str, Any]:
+        """What contractions read, multiplied by the gates."""
+        for name, dim, label in self._contracted(node):
+            operand = bound[name]
+            if operand.is_floating_point():
+                units = torch.as_tensor(label)
+                gate = gates[units].prod(1).to(operand)
+                shape = [-1 if d == dim % operand.dim() else 1 for d in range(operand.dim())]
+                bound[name] = lay(operand * gate.reshape(shape), operand.stride())
+        return bound
+
+    def _contracted(self, node: Node) -> list[tuple[str, int, Label]]:
+        """Operands that are summed over a labelled dim: name, dim, and label.
+
+        Of several with one label only the first, data rather than weights: what is zero there adds
+        nothing, whatever it is multiplied by.
+        """
+        if id(node) in self._places:
+            return self._places[id(node)]
+        places = (
+            [(str(name), dim) for (name, *_), dim in node.effect.contracted] if node.effect else []
+        )
+        places.sort(key=lambda place: self._is_weight(node.args[place[0]]))
+        found: list[tuple[str, int, Label]] = []
+        for name, dim in places:
+            label = self._program.value_label(node.args[name], dim)
+            if label is not None and not any(np.array_equal(label, one[2]) for one in found):
+                found.append((name, dim, label))
+        self._places[id(node)] = found
+        return found
+
+    def _is_weight(self, reference: Any) -> bool:
+        return isinstance(reference, Ref) and reference.value in self._weights
+
+    @cached_property
+    def _weights(self) -> set[int]:
+        """Values that are computed from parameters, buffers and constants alone."""
+        found = {*self._program.state, *self._program.constants}
+        for node in self._program.nodes:
+            references = refs_in(node.args)
+            if references and all(reference.value in found for reference in references):
+                found.update(node.outputs)
+        return found
+
+
+@contextmanager
+def _blaming(node: Node) -> Iterator[None]:
+    """What goes wrong within is said of this operator."""
+    try:
+        yield
+    except PrunusError:
+        raise
+    except Exception as error:  # a kernel may raise anything
+        raise VerifyError(
+            f"{node.target} does not run again as it was traced",
+            where=_place(node),
+            why=f"{type(error).__name__}: {error}",
+            fix="the model was not touched; where sizes depend on values (as many boxes as are "
+            "found), prune the part of the model before that, and else please report the case",
+        ) from error
+
+
+def _place(node: Node) -> str:
+    return " ".join(filter(None, (node.module, node.source)))
+
+
+def _aliases(target: OpOverload) -> bool:
+    """Whether results are views of operands, or operands themselves."""
+    return any(one.alias_info is not None for one in target._schema.returns)
+
+
+def _call_anyhow(target: OpOverload, bound: dict[str, Any]) -> Any:
+    """Run an operator; a view that the strides don't allow becomes a copy.
+
+    Tensors have the strides that were recorded: PyTorch picks kernels by them (of a fused
+    attention, say), and these trust that choice.
+    """
+    if target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+        return torch.ops.aten.reshape.default(bound["self"], bound["size"])
+    return call_bound(target, bound)
+
+
+def _written_to(program: Program) -> set[int]:
+    """Values that an operator writes to, itself or a view of theirs."""
+    base: dict[int, int] = {}
+    written: set[int] = set()
+    for node in program.nodes:
+        for argument in node.target._schema.arguments:
+            if argument.alias_info is None:
+                continue
+            for reference in refs_in([node.args.get(argument.name)]):
+                root = base.get(reference.value, reference.value)
+                base.update((number, root) for number in node.outputs)
+                if argument.alias_info.is_write:
+                    written.add(root)
+    return written
+
+
+def _last_uses(program: Program) -> dict[int, list[int]]:
+    last: dict[int, int] = {}
+    for index, node in enumerate(program.nodes):
+        for reference in refs_in(node.args):
+            last[reference.value] = index
+    for number in program.outputs.values():
+        last.pop(number, None)
+    uses: dict[int, list[int]] = {}
+    for number, index in last.items():
+        uses.setdefault(index, []).append(number)
+    return uses
+
+
+def _fetch(value: Any, values: Mapping[int, Any]) -> Any:
+    if isinstance(value, Ref):
+        return values[value.value]
+    if isinstance(value, (list, tuple)):
+        return [_fetch(item, values) for item in value]
+    return value
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [value]

@@ -45,8 +45,8 @@ FIELDS = (
     "sentences", "text", "commit",
 )  # fmt: skip
 KEY = ("model", "importance", "scope", "ratio", "seed")
-CALIBRATED = ("taylor", "fisher", "head_gradient", "activation", "confidence", "wanda", "flap")
-NEEDS = ("gradient", "head_gradient", "activation", "attention")
+CALIBRATED = ("taylor", "fisher", "head_gradient", "activation", "wanda", "flap")
+NEEDS = ("gradient", "head_gradient", "activation")
 IMPORTANCES = ("random", "l2", *CALIBRATED)
 
 

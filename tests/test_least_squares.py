@@ -29,26 +29,19 @@ def rows_of(count: int, columns: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("blocks", [1, 3, 6])
 def test_moments_are_those_of_numpy(blocks: int) -> None:
     rows = torch.stack([rows_of(50, 6), rows_of(50, 6, 5)])
-    moments, halves = Moments(2, 6, blocks), [Moments(2, 6, blocks) for _ in range(3)]
+    found = Moments(2, 6, blocks)
     for part in rows.split(17, 1):
-        moments.add(part)
-    halves[0].add(rows[:, :20])
-    halves[1].add(rows[:, 20:])
-    for half in halves[1:]:  # the last one has seen nothing
-        halves[0].merge(half)
-    empty = Moments(2, 6, blocks)
-    empty.merge(moments)
-    for found in (moments, halves[0], empty):
-        assert found.count == 50
-        for group in range(2):
-            whole = np.cov(rows[group].numpy().T, bias=True)
-            own = [whole[i : i + 6 // blocks, i : i + 6 // blocks]
-                   for i in range(0, 6, 6 // blocks)]  # fmt: skip
-            np.testing.assert_allclose(found.covariance()[group], np.stack(own), rtol=1e-9)
-            np.testing.assert_allclose(found.mean[group], rows[group].mean(0), rtol=1e-12)
-            squares = (rows[group].T @ rows[group] / 50).diagonal()
-            diagonal = found.second()[group].diagonal(dim1=-2, dim2=-1).flatten()
-            np.testing.assert_allclose(diagonal, squares, rtol=1e-12)
+        found.add(part)
+    assert found.count == 50
+    for group in range(2):
+        whole = np.cov(rows[group].numpy().T, bias=True)
+        own = [whole[i : i + 6 // blocks, i : i + 6 // blocks]
+               for i in range(0, 6, 6 // blocks)]  # fmt: skip
+        np.testing.assert_allclose(found.covariance()[group], np.stack(own), rtol=1e-9)
+        np.testing.assert_allclose(found.mean[group], rows[group].mean(0), rtol=1e-12)
+        squares = (rows[group].T @ rows[group] / 50).diagonal()
+        diagonal = found.second()[group].diagonal(dim1=-2, dim2=-1).flatten()
+        np.testing.assert_allclose(diagonal, squares, rtol=1e-12)
 
 
 def test_a_large_mean_costs_no_digits_in_float32() -> None:
@@ -60,9 +53,7 @@ def test_a_large_mean_costs_no_digits_in_float32() -> None:
     torch.testing.assert_close(single.covariance(), double.covariance(), rtol=1e-5, atol=1e-6)
 
 
-def test_sums_of_other_features_are_refused() -> None:
-    with pytest.raises(DataError, match="other features"):
-        Moments(1, 4).merge(Moments(1, 5))
+def test_moments_of_nothing_are_refused() -> None:
     with pytest.raises(DataError, match="no rows"):
         _ = Moments(1, 4).mean
 

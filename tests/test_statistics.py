@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -418,43 +422,12 @@ def test_experts_are_read_through_one_tensor_of_weights() -> None:
     np.testing.assert_allclose(site.weight, (model.down.detach() ** 2).sum((0, 2)), **CLOSE)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("make", [bert, llama])
-@pytest.mark.parametrize("gradients", [False, True])
-def test_confidence_equals_eager_attention_by_hand(make, attention, gradients) -> None:
-    model, batch = make(attention), tokens()
-    if make is bert:
-        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        batch["attention_mask"][1, 4:] = 0
-    graph = prunus.trace(model, (), batch)
-    needs = {"attention", "gradient"} if gradients else {"attention"}
-    found = prunus.collect(model, graph, [batch], needs)
-    near: Any = {"rtol": 1e-6}  # LLaMA's eager softmax is in float32
-    eager = make("eager")
-    eager.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        weights = eager(**batch, output_attentions=True).attentions
-    scores = score(graph, state_of(model)[0], "confidence", statistics=found)
-    heads = [group for group in graph.groups if np.isfinite(scores[group.units]).all()]
-    if make is bert:
-        assert [group.size for group in heads] == [4, 4]
-        for group, own in zip(heads, weights, strict=True):
-            np.testing.assert_allclose(scores[group.units], own.amax(-1).mean((0, 2)), **near)
-    else:  # two KV groups with two query heads each; a place in the KV group is a unit as well
-        assert [group.size for group in heads] == [2, 2, 2, 2]
-        for index, own in enumerate(weights):
-            each = own.amax(-1).mean((0, 2)).unflatten(0, (2, 2))
-            keys, queries = heads[2 * index : 2 * index + 2]
-            np.testing.assert_allclose(scores[keys.units], each.mean(1), **near)
-            np.testing.assert_allclose(scores[queries.units], each.mean(0), **near)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_results_do_not_hang_on_the_batch_size_or_length_traced(name: str) -> None:
     model, batch, graph = build(name)
     small = cut(batch, slice(0, 1))
     other = prunus.trace(model, *(((), small) if isinstance(small, dict) else (small,)))
-    needs = ["gradient", "head_gradient", "activation"] + ["attention"] * ("l" in name[1:])
+    needs = ["gradient", "head_gradient", "activation"]
     whole = prunus.collect(model, graph, [batch], needs)
     parts = prunus.collect(model, other, (cut(batch, slice(i, i + 1)) for i in range(4)), needs)
     alone = prunus.collect(model, graph, [batch], "activation")
@@ -685,3 +658,53 @@ def test_a_criterion_of_the_user_declares_what_it_needs() -> None:
     plan = prunus.plan(graph, model, ratio=0.5, importance=mean, data=[x])
     assert plan.origin["importance"] == "mean"
     assert [len(choice.removed) for choice in plan.groups] == [3, 2]
+
+
+WORKER = """
+import os, sys
+import torch
+from torch import distributed as dist
+import prunus
+
+rank, folder = int(os.environ["RANK"]), sys.argv[1]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=3)
+model, data, parts = torch.load(f"{folder}/given.pt", weights_only=False)
+found = prunus.collect(
+    model, prunus.trace(model, data[0]), [data[n] for n in parts[rank]],
+    ["gradient", "activation", "second_moment"], positions=36,
+)
+torch.save(found, f"{folder}/found-{rank}.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_processes_of_torch_distributed_add_up_their_sums(tmp_path: Path) -> None:
+    """Three processes, one of them without data, get what one pass over all of it gives."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GELU(), nn.Conv2d(4, 3, 3), nn.Flatten())
+    model = model.append(nn.Linear(12, 3)).double().eval()
+    data = [torch.randn(n, 2, 6, 6, dtype=torch.float64) + 5 * n for n in (3, 2, 1)]
+    torch.save((model, data, [[0, 2], [], [1]]), tmp_path / "given.pt")
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path)], env={**os.environ, "RANK": str(rank)}
+        )
+        for rank in range(3)
+    ]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0, 0]
+    needs = ["gradient", "activation", "second_moment"]
+    whole = prunus.collect(model, prunus.trace(model, data[0]), data, needs, positions=36)
+    for rank in range(3):
+        found = torch.load(tmp_path / f"found-{rank}.pt", weights_only=False)
+        assert (found.samples, found.loss) == (6, pytest.approx(whole.loss))
+        for name, values in whole.units.items():
+            np.testing.assert_allclose(found.units[name], values, rtol=1e-9, atol=1e-14)
+        for one, wanted in zip(found.sites, whole.sites, strict=True):
+            assert one.count == wanted.count
+            np.testing.assert_allclose(one.square, wanted.square, rtol=1e-9)
+            np.testing.assert_array_equal(one.weight, wanted.weight)
+            assert one.moments.count == wanted.moments.count
+            second = wanted.moments.covariance()
+            torch.testing.assert_close(one.moments.covariance(), second, rtol=1e-9, atol=1e-12)

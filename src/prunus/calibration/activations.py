@@ -20,7 +20,6 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunus.calibration.confidence import Confidence
 from prunus.calibration.im2col import Window, columns_of
 from prunus.calibration.readings import Reading, SecondMoments, share_moments
 from prunus.calibration.second_moments import Moments
@@ -88,17 +87,9 @@ class Site:
         spread = self.mean_square - (self.total / max(self.count, 1)) ** 2
         return np.asarray(spread.clip(min=0))
 
-    def merge(self, other: Site) -> None:
-        """Add what was seen of other samples, but for :attr:`moments`, which sites share."""
-        self.count += other.count
-        self.total += other.total
-        self.square += other.square
-        # Weights are no data: a part that both have seen counts once.
-        self.weights = {**other.weights, **self.weights}
-
 
 class Watch(TorchDispatchMode):
-    """Sums up what is read, in ``sites``, and how sure attention is, in ``confidence``.
+    """Sums up what is read, in ``sites``.
 
     Parameters
     ----------
@@ -108,8 +99,8 @@ class Watch(TorchDispatchMode):
         The model's tensors by name.
     stack
         The path of the running module is on top.
-    inputs, attention
-        Which of the two to look at.
+    inputs
+        Whether sums per position are wanted.
     moments
         Of what to take second moments; of nothing by default.
     shapes
@@ -123,7 +114,6 @@ class Watch(TorchDispatchMode):
         stack: list[str],
         *,
         inputs: bool,
-        attention: bool,
         moments: SecondMoments | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
@@ -132,7 +122,6 @@ class Watch(TorchDispatchMode):
         self._inputs = inputs
         self._moments = moments
         self._first = 0
-        self.confidence = Confidence(program) if attention else None
         self._storages = {_storage(t): n for n, t in state.items() if not t.is_meta}
         self._state = state
         self._by_name: dict[str, list[Site | None]] = {}
@@ -147,8 +136,6 @@ class Watch(TorchDispatchMode):
         """Another forward starts; its first sample is the one of that number."""
         self._seen.clear()
         self._first = first
-        if self.confidence is not None:
-            self.confidence.begin()
 
     def _expect(self, program: Program, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """The sites of the recorded program, by weight or by module."""
@@ -195,8 +182,6 @@ class Watch(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if self.confidence is not None:
-            self.confidence.look(self._stack[-1], func, args, kwargs, out)
         places = _CONTRACTIONS.get(func._schema.name) if self.sites else None
         if places is not None:
             self._look(bind(func, args, kwargs), places)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -150,3 +151,30 @@ def samples_of(batch: Any) -> Iterator[Any]:
 
     for index in range(count):
         yield tree_map(lambda value, index=index: cut(value, index), batch)
+
+
+def digest_of(batches: Iterable[Any]) -> str:
+    """A hash of batches: of the tensors and plain values in them, in their order.
+
+    >>> x = torch.ones(4)
+    >>> digest_of([x, x]) == digest_of([x + 0, x + 0]), digest_of([x, x]) == digest_of([x])
+    (True, False)
+    """
+    digest = hashlib.sha256()
+    for batch in batches:
+        leaves = tree_leaves(batch)
+        digest.update(f"{len(leaves)} ".encode())
+        for leaf in leaves:
+            _feed(digest, leaf)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, leaf: Any) -> None:
+    """Add a tensor, or a plain value, to a digest."""
+    if not isinstance(leaf, Tensor):
+        digest.update(repr(leaf if isinstance(leaf, (str, int, float)) else type(leaf)).encode())
+        return
+    digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+    if leaf.layout == torch.strided:
+        plain = leaf.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)

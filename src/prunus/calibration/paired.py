@@ -53,7 +53,6 @@ class Tap(Watch):
             state_of(model)[0],
             self.stack,
             inputs=False,
-            attention=False,
             moments=options,
             shapes=shapes,
         )

@@ -7,7 +7,7 @@ in float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,34 +85,22 @@ class Moments:
         for own, part in zip(self.product, parts, strict=True):
             own += part.mT @ part
 
-    def merge(self, other: Moments) -> None:
-        """Add the sums of other rows of the same features."""
-        if (self.groups, self.columns, self.blocks) != (other.groups, other.columns, other.blocks):
-            raise DataError(
-                "sums of other features can't be added up",
-                why=f"there are {self.groups} × {self.columns} features in {self.blocks} blocks "
-                f"here, and {other.groups} × {other.columns} in {other.blocks} there",
-                fix="collect both parts with the same graph, plan and options",
-            )
-        if other.shift is None:
-            return
-        if self.shift is None:
-            self._begin(other.shift)
-        gap = other.shift.to(self.total.device) - self._shift
-        moved = other.total.to(gap.device)
-        d, t = self._by_block(gap), self._by_block(moved)
-        cross = t[..., :, None] * d[..., None, :]
-        self.product += other.product.to(gap.device) + cross + cross.mT
-        self.product += other.count * d[..., :, None] * d[..., None, :]
-        self.total += moved + other.count * gap
-        self.count += other.count
+    def reduce(self, sum_over: Callable[[Tensor], Tensor]) -> None:
+        """Become the sums over the rows of all processes; ``sum_over`` adds up what each gives it.
 
-    def around(self, shift: Tensor) -> Moments:
-        """The same sums around another shift, shape ``(groups, columns)``, on its device."""
-        found = Moments(self.groups, self.columns, self.blocks)
-        found._begin(shift)
-        found.merge(self)
-        return found
+        Sums around different shifts can't be added: all move to the mean of the shifts first.
+        """
+        if self.shift is None:
+            self._begin(torch.zeros(self.groups, self.columns, dtype=torch.float64))
+        count, seen = self.count, torch.tensor(float(self.count > 0), dtype=torch.float64)
+        self.count = int(sum_over(torch.tensor(count, dtype=torch.float64)))
+        shift = sum_over(self._shift) / sum_over(seen).clamp_min(1)
+        gap, total = self._by_block(self._shift - shift), self._by_block(self.total)
+        cross = total[..., :, None] * gap[..., None, :]
+        moved = cross + cross.mT + count * gap[..., :, None] * gap[..., None, :]
+        self.product = sum_over(self.product + moved)
+        self.total = sum_over(self.total + count * (self._shift - shift))
+        self.shift = shift if self.count else None
 
     @property
     def _shift(self) -> Tensor:

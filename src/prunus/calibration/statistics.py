@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from prunus.calibration.activations import Site, Watch
 from prunus.calibration.batches import Limited, count_samples, run_batch, samples_of
-from prunus.calibration.confidence import Heads
 from prunus.calibration.gradients import Contributions
-from prunus.calibration.keeping import Keeper, describe_source, own_path
 from prunus.calibration.readings import SecondMoments
-from prunus.calibration.sharing import Processes, processes_of, share
-from prunus.calibration.sums import Sums
+from prunus.calibration.second_moments import Moments
 from prunus.calibration.targets import Loss, loss_of
 from prunus.errors import DataError, ModelError, PlanError, checks_options
 from prunus.graph.axis import Mask
@@ -37,12 +33,17 @@ NEEDS = {
     "gradient": "weight × gradient over all that a unit owns, sample by sample",
     "head_gradient": "gradient of a gate on the unit, sample by sample",
     "activation": "what goes into the weights that read the unit",
-    "attention": "the largest attention probability of every query",
     "second_moment": "mean and second moment of the columns that weights read",
 }
 """What may be collected."""
 
-_GRADIENTS = {"gradient", "head_gradient"}
+_UNITS = {
+    "gradient": ("gradient", "gradient_squared", "fisher"),
+    "head_gradient": ("head_gradient",),
+}
+"""What is summed up per unit for a need."""
+
+_GRADIENTS = frozenset(_UNITS)
 
 
 @checks_options
@@ -67,8 +68,6 @@ class Statistics:
     sites
         One for each place where weights read units (need ``"activation"``, and for what
         :attr:`~prunus.calibration.activations.Site.moments` holds ``"second_moment"``).
-    heads
-        One for each attention whose heads are units (need ``"attention"``).
     loss
         Mean loss of the samples; NaN without gradients.
     """
@@ -78,43 +77,12 @@ class Statistics:
     samples: int
     units: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
     sites: tuple[Site, ...] = field(default=(), repr=False)
-    heads: tuple[Heads, ...] = field(default=(), repr=False)
     loss: float = float("nan")
 
-    def merge(self, other: Statistics) -> Statistics:
-        """Of the samples of both: what one pass over all of them gives, up to rounding.
-
-        Both have to be collected with the same weights, graph, needs, plan and options, or with a
-        graph of another trace of the same model.  A loss that draws wants a ``seed`` for each.
-
-        Returns
-        -------
-        Statistics
-            A new object; neither of the two is changed.
-
-        Raises
-        ------
-        DataError
-            If needs, units or sites are not the same.
-        """
-        both = self._sums().blank()
-        both.add(self._sums())
-        both.add(other._sums())
-        return Statistics._of(both)
-
-    def _sums(self) -> Sums:
-        losses = 0.0 if math.isnan(self.loss) else self.loss * self.samples
-        units = dict(self.units)
-        return Sums(
-            self.needs, self.unit_count, self.sites, self.heads, self.samples, losses, units
-        )
-
-    @staticmethod
-    def _of(sums: Sums) -> Statistics:
-        loss = sums.losses / sums.samples if sums.needs & _GRADIENTS else float("nan")
-        return Statistics(
-            sums.needs, sums.unit_count, sums.samples, sums.units, sums.sites, sums.heads, loss
-        )
+    @property
+    def moments(self) -> tuple[Moments, ...]:
+        """Those of the sites, each once however many share it."""
+        return tuple({id(s.moments): s.moments for s in self.sites if s.moments}.values())
 
 
 @checks_options
@@ -133,8 +101,6 @@ def collect(
     positions: int = 64,
     memory_limit: int = 8 << 30,
     progress: Callable[[int], None] | None = None,
-    path: str | os.PathLike[str] | None = None,
-    accelerator: Processes | Literal["distributed"] | None = None,
 ) -> Statistics:
     """Run the model over calibration data once and keep sums of what criteria need.
 
@@ -151,8 +117,7 @@ def collect(
         Batches: a tensor, or a tuple or list ``(inputs, labels, …)``, or a mapping of keyword
         arguments (with ``labels``, if there are any).  Labels are needed for nothing.
     needs
-        Any of ``"gradient"``, ``"head_gradient"``, ``"activation"``, ``"attention"``,
-        ``"second_moment"``.
+        Any of ``"gradient"``, ``"head_gradient"``, ``"activation"``, ``"second_moment"``.
     loss
         ``(output, batch) → scalar`` of one sample, for the gradients.  Without it, the loss is
         the model's own ``.loss`` or the cross-entropy of the labels, or without labels of its own
@@ -174,34 +139,20 @@ def collect(
         for every tap of a convolution apart, and then of every column apart.
     progress
         Called with the number of batches done, after each batch that runs.
-    path
-        A file (safetensors) that keeps the sums while they grow: every half minute, and at the
-        end.  If it is there, the batches that it counts are taken from ``data`` and not run, and
-        the sums go on as if nothing had happened, which takes the same batches in the same order.
-        A ``loss`` or ``forward_fn`` is known by its name.  Of several processes each has a file,
-        ``NAME-1-of-4.safetensors``.
-    accelerator
-        An ``accelerate.Accelerator``, or anything with ``num_processes``, ``process_index`` and
-        ``reduce(tensor, reduction="sum")``: the processes share the pass.  Each calls this with
-        the plain model and its own part of the data, and each gets the statistics of all; a part
-        may be empty.  ``"distributed"`` stands for the processes of ``torch.distributed``.
-        Without it nothing is shared, whatever was initialised.
-        A loss that draws, and which positions of an image are looked at, are others in every
-        process: samples of process p are numbered from p · 2³².
+
+    Notes
+    -----
+    Where ``torch.distributed`` is initialised, every process calls this with its own part of the
+    data, which may be empty, and gets the sums of all.
 
     Raises
     ------
     DataError
         If the data is empty, or leads to what is not finite, or the output has no loss.
-    FormatError
-        If the file at ``path`` is of another model, graph, data or options, or damaged.
-    FileError
-        If it can't be read or written.
     ModelError
         If the weights are on the meta device, or on several.
     PlanError
-        If the graph is another model's, or a need is unknown, or processes differ in what they
-        collect.
+        If the graph is another model's, or a need is unknown.
     """
     wanted = _known(needs)
     tensors, _ = state_of(model)
@@ -210,15 +161,8 @@ def collect(
     moments = None
     if "second_moment" in wanted:
         moments = SecondMoments(kept, positions, memory_limit, frozenset(also))
-    processes = processes_of(accelerator)
-    index, count = processes.process_index, processes.num_processes
-    passed = _Pass(model, graph, tensors, wanted, loss, seed, moments, index << 32)
-    keeper: Keeper | None = None
-    if path is not None:
-        options: dict[str, Any] = {"loss": loss, "seed": seed, "split": split, "plan": kept}
-        options |= {"positions": positions, "memory_limit": memory_limit, "also": sorted(also)}
-        source = describe_source(graph, tensors, {**options, "process": f"{index + 1} of {count}"})
-        keeper = Keeper(own_path(path, index, count), passed.sums, source, _place(model))
+    passed = _Pass(model, graph, tensors, wanted, loss, seed, moments)
+    singly = split and bool(wanted & _GRADIENTS)
     with (
         entered_by(model, graph.forward_fn),
         quiet_run(model),
@@ -227,10 +171,15 @@ def collect(
         follow_modules(model, passed.stack),
         _tracked(passed.weights),
     ):
-        done = _go_through(batches := Limited(data), passed, keeper, progress, split=split)
+        done = 0
+        for done, batch in enumerate(batches := Limited(data), start=1):
+            for part in samples_of(batch) if singly else [batch]:
+                passed.take(part, 1 if singly or not split else count_samples(batch))
+            if progress is not None:
+                progress(done)
     batches.warn(stacklevel=3)
-    share(passed.sums, processes, _place(model))
-    if not passed.sums.samples:
+    found = _sum_over_processes(passed.found())
+    if not found.samples:
         raise DataError(
             "the calibration data is empty",
             why="its batches hold no sample"
@@ -238,32 +187,32 @@ def collect(
             else "the iterable gave no batch (an iterator can be used only once)",
             fix="give a DataLoader or a list of batches",
         )
-    return Statistics._of(passed.sums)
+    return found
 
 
-def _go_through(
-    data: Iterable[Any],
-    passed: _Pass,
-    keeper: Keeper | None,
-    progress: Callable[[int], None] | None,
-    *,
-    split: bool,
-) -> int:
-    """Add every batch that is not counted yet; how many there are."""
-    singly = split and bool(passed.sums.needs & _GRADIENTS)
-    done = 0
-    for done, batch in enumerate(data, start=1):
-        if keeper is not None and keeper.holds(batch):
-            continue
-        for part in samples_of(batch) if singly else [batch]:
-            passed.take(part, 1 if singly or not split else count_samples(batch))
-        if keeper is not None:
-            keeper.step()
-        if progress is not None:
-            progress(done)
-    if keeper is not None:
-        keeper.finish()
-    return done
+def _sum_over_processes(own: Statistics) -> Statistics:
+    """The sums of all processes of ``torch.distributed``, where it is initialised."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return own
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+    def reduce(values: Any) -> NDArray[np.float64]:
+        whole = torch.as_tensor(values, dtype=torch.float64).to(device, copy=True)
+        dist.all_reduce(whole)
+        return np.asarray(whole.cpu().numpy())
+
+    for site in own.sites:
+        site.count = int(reduce(site.count))
+        site.total, site.square = reduce(site.total), reduce(site.square)
+        parts: list[dict[tuple[int, int], NDArray[np.float64]]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(parts, site.weights)  # weights are no data: a part counts once
+        site.weights = {part: sums for one in parts for part, sums in one.items()}
+    for moments in own.moments:
+        moments.reduce(lambda values: torch.from_numpy(reduce(values)).to(values.device))
+    samples = int(reduce(own.samples))
+    loss = float(reduce(own.loss * own.samples if own.samples else 0.0)) / max(samples, 1)
+    units = {name: reduce(values) for name, values in own.units.items()}
+    return replace(own, samples=samples, units=units, loss=loss if units else own.loss)
 
 
 def kept_units(graph: CouplingGraph, plan: Plan) -> Mask:
@@ -313,12 +262,6 @@ def check_traced(graph: CouplingGraph, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _place(model: nn.Module) -> torch.device:
-    """Where second moments are summed up: with the model, unless float64 is missing there."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return torch.device("cpu") if device.type == "mps" else device
-
-
 def traceable(model: nn.Module) -> AbstractContextManager[None]:
     """Kernels that show what they consist of, where a model has others: they cost time."""
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
@@ -350,12 +293,11 @@ class _Pass:
         loss: Loss | None,
         seed: int,
         moments: SecondMoments | None,
-        first: int,
     ) -> None:
         self.stack: list[str] = [""]
         self.weights: dict[str, Tensor] = {}
         self._model, self._graph, self._needs = model, graph, needs
-        self._loss, self._seed, self._first = loss, seed, first
+        self._loss, self._seed = loss, seed
         self._contributions: Contributions | None = None
         if needs & _GRADIENTS:
             self._contributions = Contributions(graph)
@@ -368,30 +310,30 @@ class _Pass:
                 tensors,
                 self.stack,
                 inputs="activation" in needs,
-                attention="attention" in needs,
                 moments=moments,
             )
-        sites = tuple(self._watch.sites) if self._watch else ()
-        confidence = self._watch.confidence if self._watch else None
-        heads = tuple(confidence.heads) if confidence else ()
-        self.sums = Sums(needs, graph.unit_count, sites, heads)
+        names = [name for need, own in _UNITS.items() if need in needs for name in own]
+        self._units = {name: np.zeros(graph.unit_count + 1) for name in names}
+        self._samples, self._losses = 0, 0.0
 
-    @property
-    def _number(self) -> int:
-        """Of the present sample, the same however often the pass was stopped before it."""
-        return self._first + self.sums.samples
+    def found(self) -> Statistics:
+        """What was added up until now."""
+        loss = self._losses / max(self._samples, 1) if self._units else float("nan")
+        sites = tuple(self._watch.sites) if self._watch else ()
+        units = self._graph.unit_count
+        return Statistics(self._needs, units, self._samples, self._units, sites, loss)
 
     def take(self, batch: Any, samples: int) -> None:
         """Add what one batch brings: forward, and backward if gradients are needed."""
         if not samples:
             return
         if self._watch is not None:
-            self._watch.begin(self._number)
+            self._watch.begin(self._samples)
         with torch.set_grad_enabled(self._contributions is not None):
             with self._watch or nullcontext():
                 output = run_batch(self._model, batch)
             if self._contributions is None:
-                self.sums.samples += samples
+                self._samples += samples
                 return
             value = loss_of(
                 output,
@@ -402,29 +344,28 @@ class _Pass:
             )
             found = torch.autograd.grad(value, list(self.weights.values()), allow_unused=True)
         self._add(self._contributions, dict(zip(self.weights, found, strict=True)))
-        self.sums.losses += float(value.detach())
-        self.sums.samples += samples
+        self._losses += float(value.detach())
+        self._samples += samples
 
     def _draw(self) -> int:
         """A seed of 32 bits (PyTorch's generator reads no more) for the present sample."""
-        source = np.random.SeedSequence((self._seed, self._number))
+        source = np.random.SeedSequence((self._seed, self._samples))
         return int(source.generate_state(1)[0])
 
     def _add(self, of: Contributions, gradients: Mapping[str, Tensor | None]) -> None:
         plain, squared = of.reduce(self.weights, gradients)
         if not np.isfinite(squared).all():
             raise DataError(
-                f"gradients of sample {self.sums.samples} are NaN or infinite",
+                f"gradients of sample {self._samples} are NaN or infinite",
                 why="the sample holds such values, or the model makes them",
                 fix="clean the data; for a model in half precision try float32",
             )
-        if "gradient" in self._needs:
-            owned = of.owned(plain)
-            self._sum("gradient", owned)
-            self._sum("gradient_squared", owned**2)
-            self._sum("fisher", of.owned(squared))
-        if "head_gradient" in self._needs:
-            self._sum("head_gradient", np.abs(of.gated(plain)))
-
-    def _sum(self, name: str, values: NDArray[np.float64]) -> None:
-        self.sums.units[name] = self.sums.units.get(name, 0.0) + values
+        owned = of.owned(plain)
+        found = {
+            "gradient": owned,
+            "gradient_squared": owned**2,
+            "fisher": of.owned(squared),
+            "head_gradient": np.abs(of.gated(plain)),
+        }
+        for name, sums in self._units.items():
+            sums += found[name]

@@ -204,8 +204,7 @@ def add_importance(group: argparse._ActionsContainer) -> None:
         default="l2",
         metavar="NAME",
         help="score of a unit, of the weights: l1, l2 (default), lamp, fpgm, bn_scale, random; of "
-        "calibration data: taylor, fisher, head_gradient, activation, wanda, flap, obs, "
-        "confidence",
+        "calibration data: taylor, fisher, head_gradient, activation, wanda, flap, obs",
     )
 
 

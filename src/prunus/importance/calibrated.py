@@ -85,20 +85,3 @@ def _over_sites(group: Group, context: Context, values: Callable[[Site], Scores]
             read = True
             total += sum_by_unit(group, site.label, values(site))
     return total if read else np.full(group.size, np.inf)
-
-
-@importance("confidence", needs=("attention",))
-def confidence(group: Group, context: Context) -> Scores:
-    """Mean over queries of the largest attention probability of a head (Voita et al., 2019).
-
-    For groups of attention heads, or of key-value groups; others stay whole.
-    """
-    total, count = np.zeros(group.size), np.zeros(group.size)
-    for heads in context.statistics.heads:
-        if np.isin(heads.label, group.units).any():
-            total += sum_by_unit(group, heads.label, heads.total)
-            queries = np.full(len(heads.label), float(heads.count))
-            count += sum_by_unit(group, heads.label, queries)
-    if not count.any():
-        return np.full(group.size, np.inf)
-    return np.asarray(total / count.clip(min=1))

@@ -88,7 +88,7 @@ def plan(
     importance
         A name: of the weights alone ``"l1"``, ``"l2"``, ``"lamp"``, ``"fpgm"``, ``"bn_scale"``;
         of calibration data ``"taylor"``, ``"fisher"``, ``"head_gradient"``, ``"activation"``,
-        ``"wanda"``, ``"flap"``, ``"obs"``, ``"confidence"``; the control ``"random"``.  Or a
+        ``"wanda"``, ``"flap"``, ``"obs"``; the control ``"random"``.  Or a
         :class:`prunus.Movement`, an importance of Torch-Pruning, or a function of a group and a
         context.
     data, statistics

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.calibration.batches import bounded
-from prunus.calibration.keeping import digest_of
+from prunus.calibration.batches import bounded, digest_of
 from prunus.errors import DataError
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan

@@ -1,12 +1,13 @@
 """How near the planner comes to the best choice there is; ``results/optimality.csv``.
 
-    python benchmarks/optimality.py                  # 200 instances, every solver
+    python benchmarks/optimality.py                  # 200 instances
     python benchmarks/optimality.py --count 20       # the first ones; their rows are replaced
 
 An instance is a small network drawn from a seed, traced, with random scores and one budget or two.
 The optimum is found by trying every set of units, on costs and constraints that are read from the
 traced graph but counted here.  ``kept`` and ``optimum`` are parts of the sum of all scores, each
-group's divided by its mean; ``bound`` is what the solver says that no choice exceeds.
+group's divided by its mean; ``bound`` is what the plan says that no choice
+exceeds.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from torch import Tensor, nn
 import prunus
 
 RESULTS = Path(__file__).with_name("results") / "optimality.csv"
-FIELDS = ("instance", "solver", "budget", "units", "kept", "optimum", "ratio", "bound", "commit")
-SOLVERS = ("lagrange", "greedy", "milp", "dynamic")
+FIELDS = ("instance", "budget", "units", "kept", "optimum", "ratio", "bound", "commit")
 COUNT = 200
 MOST_UNITS = 18
 CHUNK = 1 << 14
@@ -187,41 +187,34 @@ def cost_of(graph: Any, name: str, kept: np.ndarray) -> np.ndarray:
 def examine(
     instance: str, model: nn.Module, graph: Any, scores: np.ndarray, budget: prunus.Budget
 ) -> list[dict[str, Any]]:
-    """One row per solver; none where no set of units lies under the budget."""
+    """One row; none where no set of units lies under the budget."""
     weights = scores.copy()
     for group in graph.groups:
         weights[group.units] /= weights[group.units].mean()
     total = weights[1:].sum()
     best = optimum(graph, weights, budget)
-    rows = []
-    for solver in SOLVERS:
-        if solver == "dynamic" and len(budget.requested) > 1:
-            continue  # it knows one bound
-        row = {
-            "instance": instance,
-            "solver": solver,
-            "budget": " ".join(f"{name}={value}" for name, value in budget.requested.items()),
-            "units": graph.unit_count,
-            "optimum": f"{(best or 0) / total:.6f}",
-            "commit": commit(),
-        }
-        try:
-            plan = prunus.plan(
-                graph, model, budget=budget, scope="global", solver=solver,
-                importance=lambda group, _: scores[group.units],
-            )  # fmt: skip
-        except prunus.PrunusError as refused:
-            if best is not None:
-                rows.append(row | {"kept": "0", "ratio": "0", "bound": str(refused).split("\n")[0]})
-            continue
-        gone = [weights[graph.group(g.name).units[list(g.removed)]].sum() for g in plan.groups]
-        kept = total - sum(gone)
-        rows.append(row | {
-            "kept": f"{kept / total:.6f}",
-            "ratio": f"{kept / best if best else 0:.6f}",
-            "bound": f"{plan.origin['bound']:.6f}",
-        })  # fmt: skip
-    return rows
+    row = {
+        "instance": instance,
+        "budget": " ".join(f"{name}={value}" for name, value in budget.requested.items()),
+        "units": graph.unit_count,
+        "optimum": f"{(best or 0) / total:.6f}",
+        "commit": commit(),
+    }
+    try:
+        plan = prunus.plan(
+            graph, model, budget=budget, scope="global",
+            importance=lambda group, _: scores[group.units],
+        )  # fmt: skip
+    except prunus.PrunusError as refused:
+        missed = row | {"kept": "0", "ratio": "0", "bound": str(refused).split("\n")[0]}
+        return [] if best is None else [missed]
+    gone = [weights[graph.group(g.name).units[list(g.removed)]].sum() for g in plan.groups]
+    kept = total - sum(gone)
+    return [row | {
+        "kept": f"{kept / total:.6f}",
+        "ratio": f"{kept / best if best else 0:.6f}",
+        "bound": f"{plan.origin['bound']:.6f}",
+    }]  # fmt: skip
 
 
 def main() -> None:
@@ -231,13 +224,11 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     for instance, model, graph, scores, budget in instances(parser.parse_args().count):
         rows = examine(instance, model, graph, scores, budget)
-        replace(RESULTS, FIELDS, ("instance", "solver"), rows)
+        replace(RESULTS, FIELDS, ("instance",), rows)
         found += rows
-        print(instance, graph.unit_count, budget, *(f"{r['solver']} {r['ratio']}" for r in rows),
-              flush=True)  # fmt: skip
-    for solver in SOLVERS:
-        ratios = [float(row["ratio"]) for row in found if row["solver"] == solver]
-        print(f"{solver}: least {min(ratios):.4f}, median {np.median(ratios):.4f}", flush=True)
+        print(instance, graph.unit_count, budget, *(row["ratio"] for row in rows), flush=True)
+    ratios = [float(row["ratio"]) for row in found]
+    print(f"least {min(ratios):.4f}, median {np.median(ratios):.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,8 @@ from rows import commit, read, replace
 import prunus
 
 RESULTS = Path(__file__).with_name("results") / "planner_scale.csv"
-KEY = ("layers", "solver")
+KEY = ("layers",)
 FIELDS = (*KEY, "units", "seconds", "peak_mb", "trace_seconds", "retained", "bound", "commit")
-SOLVERS = ("lagrange", "greedy")
 LAYERS = (4, 8, 16, 32)
 SHARE = 0.5
 TOKENS = 128
@@ -46,7 +45,7 @@ def llama(layers: int) -> torch.nn.Module:
         return LlamaForCausalLM(config).eval()
 
 
-def measure(layers: int, solver: Any) -> dict[str, Any]:
+def measure(layers: int) -> dict[str, Any]:
     """One row."""
     model = llama(layers)
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
@@ -56,13 +55,12 @@ def measure(layers: int, solver: Any) -> dict[str, Any]:
     scores = np.random.default_rng(0).random(graph.unit_count + 1)
     begun = time.process_time()
     plan = prunus.plan(
-        graph, model, budget=prunus.Budget(params=SHARE), scope="global", solver=solver,
+        graph, model, budget=prunus.Budget(params=SHARE), scope="global",
         round_to=1, max_ratio=1.0,
         importance=lambda group, _: scores[group.units],
     )  # fmt: skip
     return {
         "layers": layers,
-        "solver": solver,
         "units": graph.unit_count,
         "seconds": f"{time.process_time() - begun:.2f}",
         "peak_mb": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}",
@@ -77,15 +75,14 @@ def main() -> None:
     """Measure the depths that have no row of this commit."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("layers", nargs="*", type=int, default=LAYERS)
-    done = {(row["layers"], row["solver"]) for row in read(RESULTS) if row["commit"] == commit()}
+    done = {row["layers"] for row in read(RESULTS) if row["commit"] == commit()}
     for layers in parser.parse_args().layers:
-        for solver in SOLVERS:
-            if (str(layers), solver) in done:
-                continue
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                row = pool.apply(measure, (layers, solver))
-            replace(RESULTS, FIELDS, KEY, [row])
-            print(*(f"{name} {value}" for name, value in row.items()), flush=True)
+        if str(layers) in done:
+            continue
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            row = pool.apply(measure, (layers,))
+        replace(RESULTS, FIELDS, KEY, [row])
+        print(*(f"{name} {value}" for name, value in row.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -25,8 +26,7 @@ from typing import Any
 import rows
 import torch
 from oneshot_fmnist import Study, ask
-from solvers import off
-from torch import nn
+from torch import Tensor, nn
 
 import prunus
 
@@ -45,6 +45,13 @@ REPAIRS: dict[tuple[str, str], dict[str, Any]] = {
     ("obs", "auto"): {"recover": "auto", "data": True},
     ("obs", "sequential"): {"recover": "sequential", "data": True},
 }
+
+
+@torch.no_grad()
+def off(dense: nn.Module, smaller: nn.Module, batches: list[Tensor]) -> float:
+    """√(Σ (y − y₀)² / Σ y₀²)."""
+    wanted, found = (torch.cat([model(x) for x in batches]) for model in (dense, smaller))
+    return math.sqrt(float((found - wanted).square().sum() / wanted.square().sum()))
 
 
 def fashion(study: Study, seed: int) -> Iterator[dict[str, Any]]:

@@ -377,18 +377,12 @@ def test_options_reach_the_planner(net, capsys) -> None:
     assert main(["shrink", net, *asked, "--no-verify"]) == 3
 
 
-def test_classes_and_a_search_reach_the_planner(net, tmp_path, capsys) -> None:
+def test_classes_reach_the_planner(net, capsys) -> None:
     asked = ["--macs", "0.6", "--scope", "0.*,3.*", "--normalise", "standardised", "--no-verify"]
     document = shrink_json(capsys, "shrink", net, *asked)
     assert all(g["kept"] < g["size"] for g in document["groups"])
     assert main(["plan", net, "--macs", "0.6", "--scope", "globl", "--dry-run"]) == 2
     assert "'globl' is not local, isomorphic, global, or a glob" in capsys.readouterr().err
-    search = ["--macs", "0.6", "--scope", "global", "--solver", "spdy", "--trials", "2"]
-    for verb in (["plan", "--dry-run"], ["shrink"]):
-        assert main([*verb, net, *search]) == 2
-        assert "--solver spdy needs calibration data" in capsys.readouterr().err
-        np.savez(tmp_path / "x.npz", np.random.rand(4, 3, 32, 32).astype("float32"))
-        assert main([*verb, net, *search, "--data", str(tmp_path / "x.npz")]) == 0
 
 
 def test_defaults_are_those_of_the_api() -> None:
@@ -396,7 +390,7 @@ def test_defaults_are_those_of_the_api() -> None:
     shrink.add_parser(verbs)
     parsed = vars(verbs.choices["shrink"].parse_args(["zoo:resnet20"]))
     wanted = inspect.signature(prunus.plan).parameters
-    names = "importance scope normalise solver trials min_width max_ratio round_to include seed"
+    names = "importance scope normalise min_width max_ratio round_to include seed"
     for name in names.split():
         assert parsed[name] == wanted[name].default, name
 

@@ -105,12 +105,10 @@ def test_what_a_decorator_around_returns_is_checked_as_well() -> None:
 NONSENSE = {
     "scope": "nonsense",
     "normalise": "nonsense",
-    "solver": "nonsense",
     "importance": "nonsense",
     "round_to": "nonsense",
     "min_width": -1,
     "max_ratio": 2.0,
-    "trials": 0,
     "include": 5,
     "exclude": 5,
     "hold": "0.weight[0]",
@@ -122,7 +120,6 @@ NONSENSE = {
     "statistics": {},
     "loss": "cross_entropy",
     "latency": {"a": 1},
-    "progress": "bar",
     "ratios": 0.5,
     "budget": 0.5,
     "ratio": "half",
@@ -145,9 +142,8 @@ def test_nonsense_is_refused_in_any_combination(name, amount) -> None:
     options = {**AMOUNTS[amount], name: NONSENSE[name]}
     with pytest.raises(PlanError, match=name):
         prunus.plan(Untouchable(), Untouchable(), **options)
-    if name != "progress":  # shrink has one of its own
-        with pytest.raises(PlanError, match=name):
-            prunus.shrink(Untouchable(), Untouchable(), **options)
+    with pytest.raises(PlanError, match=name):
+        prunus.shrink(Untouchable(), Untouchable(), **options)
 
 
 @pytest.mark.parametrize(
@@ -170,13 +166,11 @@ def test_shrink_refuses_nonsense_of_its_own(options, error, said) -> None:
         {"scope": "global"},
         {"scope": ["0.*"]},
         {"normalise": "max"},
-        {"scope": "global", "solver": "milp"},
         {"min_width": 4},
         {"max_ratio": 0.5},
         {"round_to": 8},
         {"include": "0.*"},
         {"exclude": "0.*"},
-        {"trials": 5},
     ],
 )
 def test_what_has_no_effect_beside_a_ratio_is_refused(options) -> None:

@@ -409,11 +409,9 @@ def inputs_of(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> 
     return (args, kwargs) if args or kwargs else ((), example_inputs(model))
 
 
-def _reading(options: Mapping[str, Any]) -> tuple[Any, bool, str | None]:
+def _reading(options: Mapping[str, Any]) -> tuple[Any, bool]:
     """The options of :func:`prunus.plan` that read calibration data."""
-    defaults = {"importance": "l2", "exchange": False, "solver": None}
-    importance, exchange, solver = ({**defaults, **options}[name] for name in defaults)
-    return importance, exchange, solver
+    return options.get("importance", "l2"), options.get("exchange", False)
 
 
 def _why_inexact(proof: Certificate) -> str:

@@ -19,7 +19,6 @@ _ALONE: dict[str, Any] = {
     "latency": None,
     "scope": "local",
     "normalise": None,
-    "solver": None,
     "round_to": None,
     "min_width": 1,
     "max_ratio": None,

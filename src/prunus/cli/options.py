@@ -159,19 +159,6 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     )
     text = "one number, or numbers by globs over names of groups and their tensors: GLOB=N,…"
     group.add_argument(
-        "--solver",
-        choices=("lagrange", "greedy", "milp", "dynamic", "spdy"),
-        help="how the best choice of --scope global is looked for (default: lagrange); spdy "
-        "compares smaller models on the calibration data",
-    )
-    group.add_argument(
-        "--trials",
-        metavar="N",
-        type=values.count,
-        default=60,
-        help="smaller models that --solver spdy compares (default: 60)",
-    )
-    group.add_argument(
         "--round-to",
         metavar="N",
         type=values.widths,

@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         "budget": None if budget is None else budget.requested,
         "costs": costs,
         "drops": list(plan.drops),
-        **{name: plan.origin.get(name) for name in ("round_to", "solver", "retained", "bound")},
+        **{name: plan.origin.get(name) for name in ("round_to", "retained", "bound")},
         "groups": describe_choices(plan),
         "files": {"out": str(options.out)} if options.out else {},
     }
@@ -84,8 +84,7 @@ def run(options: argparse.Namespace) -> int:
 def choice_of(options: argparse.Namespace) -> dict[str, Any]:
     """What :func:`prunus.plan` and :func:`prunus.shrink` take."""
     names = (
-        "ratios importance exchange scope normalise solver trials min_width max_ratio round_to "
-        "include exclude"
+        "ratios importance exchange scope normalise min_width max_ratio round_to include exclude"
     )
     return {
         "budget": budget_of(options),
@@ -120,7 +119,7 @@ def collect(
     from prunus.errors import DataError
     from prunus.planner.width_planning import needs_to_plan
 
-    needs = needs_to_plan(options.importance, options.exchange, options.solver)
+    needs = needs_to_plan(options.importance, options.exchange)
     if not needs:
         return None
     if data is None:
@@ -138,8 +137,6 @@ def collect(
 
 def _reader(options: argparse.Namespace) -> str:
     """The option that reads calibration data."""
-    if options.solver == "spdy":
-        return "--solver spdy"
     return "--exchange" if options.exchange else f"--importance {options.importance}"
 
 
@@ -157,7 +154,7 @@ def choose(
     timed = measure_for(loaded, graph, options, step)
     step("planning")
     # With blocks to drop, what the importance reads is collected on what is left of the model.
-    read: dict[str, Any] = {"data": data} if options.drop or options.solver == "spdy" else {}
+    read: dict[str, Any] = {"data": data} if options.drop else {}
     if not options.drop:
         read["statistics"] = collect(loaded, graph, data, options, step)
     chosen = choice_of(options)

@@ -51,7 +51,7 @@ def add_parser(verbs: Any) -> None:
     ]
     shared.add_files(parser, files)
     # Units are ranked by their scores alone: no plan is chosen whose units could be exchanged.
-    parser.set_defaults(run=run, exchange=False, solver=None)
+    parser.set_defaults(run=run, exchange=False)
 
 
 def run(options: argparse.Namespace) -> int:

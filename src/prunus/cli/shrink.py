@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         stages = [cutting.measure(loaded, "dense")]
         chosen = choice_of(options)
         read: dict[str, Any] = {}
-        needs = needs_to_plan(options.importance, options.exchange, options.solver)
+        needs = needs_to_plan(options.importance, options.exchange)
         by_table = options.sensitivity is not None
         if not options.drop and (needs or by_table or needs_table(options)):
             graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)

@@ -23,7 +23,7 @@ from prunus.planner.filters import Globs, excluded_groups, first_fitting, spread
 from prunus.planner.fixed_ratios import choose_fixed
 from prunus.planner.limits import find_stops
 from prunus.planner.removal import Floors
-from prunus.planner.solvers import Solver, solve
+from prunus.planner.solvers import solve
 from prunus.planner.steps import Quanta, form_quanta
 
 ScopeName = Literal["global", "local", "isomorphic"]
@@ -51,9 +51,7 @@ class Selection(NamedTuple):
         The normalised scores of the units that stay, as a part of those of all units (infinite
         ones left out); None where they were not compared.
     bound
-        No choice under the same budget retains more; None where no solver looked for the best.
-    solver
-        Which one did.
+        No choice under the same budget retains more; None but in the global scope.
     rounded
         By names of groups: of what their widths are multiples without anybody asking for it.
     """
@@ -62,7 +60,6 @@ class Selection(NamedTuple):
     stopped: Mapping[str, str] = {}
     retained: float | None = None
     bound: float | None = None
-    solver: Solver | Literal["spdy"] | None = None
     rounded: Mapping[str, int] = {}
 
 
@@ -80,7 +77,6 @@ def select(
     include: Globs | None = None,
     exclude: Globs = (),
     held: Mapping[str, str] = MappingProxyType({}),
-    solver: Solver | None = None,
 ) -> Selection:
     """Choose the units that stay.
 
@@ -118,9 +114,6 @@ def select(
         Globs over the names of groups and of the tensors on their axes.
     held
         Names of groups that stay whole, with the reason.
-    solver
-        How the best choice of the global scope is looked for; ``"lagrange"`` if nothing is said.
-        See :func:`prunus.planner.solvers.solve`.
 
     Raises
     ------
@@ -153,7 +146,6 @@ def select(
     monomials of one group when a width has changed on which that group's savings depend.
     """
     check_scope(scope, normalise)
-    check_solver(scope, solver)
     limits = budget.limits(graph) if isinstance(budget, Budget) else dict(budget)
     graph = replace(graph, costs={name: graph.polynomial(name) for name in limits})
     weights = normalised(graph, _checked(graph, scores), normalise)
@@ -172,8 +164,7 @@ def select(
         descent.settle(*choose_fixed(graph, quanta, spread(graph, ratios, "ratios", check_share)))
     least_lost = None
     if scope == "global":
-        solver = solver or "lagrange"
-        least_lost = solve(descent, quanta, solver)
+        least_lost = solve(descent, quanta)
     else:
         descent.descend()
     kept = quanta.kept(descent.removed)
@@ -184,23 +175,7 @@ def select(
         stopped=find_stops(graph, quanta, descent.removed, floors.units),
         retained=float(weights[known & kept].sum()) / total,
         bound=None if least_lost is None else 1 - least_lost / total,
-        solver=solver,
     )
-
-
-def check_solver(scope: Scope, solver: str | None, known: Sequence[str] = get_args(Solver)) -> None:
-    """Refuse a solver that there is not, or that has nothing to solve."""
-    if solver is None:
-        return
-    if solver not in known:
-        told = ", ".join(map(repr, known))
-        raise PlanError(f"solver={solver!r} is none of {told}", fix="leave it out for the default")
-    if scope != "global":
-        raise PlanError(
-            f"solver={solver!r} can't be combined with scope={scope!r}",
-            why="there the ratio is the same everywhere, so that nothing is left to be solved",
-            fix="write scope='global', or leave the solver out",
-        )
 
 
 def check_scope(scope: Any, normalise: str | None) -> None:

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, get_args
+from typing import Any
 
 from prunus.errors import PlanError
 from prunus.graph.budget import Budget
 from prunus.planner.alignment import check_count
-from prunus.planner.allocate import check_ratio, check_scope, check_share, check_solver
-from prunus.planner.solvers import Solver
+from prunus.planner.allocate import check_ratio, check_scope, check_share
 
 _NO_EFFECT: Mapping[str, Any] = {
     "scope": "local",
     "normalise": None,
-    "trials": None,
     "min_width": 1,
     "max_ratio": 1.0,
     "round_to": 1,
     "include": None,
     "exclude": (),
-    "solver": None,
 }
 """Options that shape what a budget takes, with the values that say nothing beside a ratio."""
 
@@ -50,7 +47,6 @@ def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
         if value is not defaults[name] and not fits(value):
             raise PlanError(f"{name} must be {wanted}; got {value!r}")
     check_scope(options["scope"], options["normalise"])
-    check_solver(options["scope"], options["solver"], (*get_args(Solver), "spdy"))
     _check_each("min_width", options["min_width"], check_count)
     if options["max_ratio"] is not None:
         _check_each("max_ratio", options["max_ratio"], check_ratio)
@@ -153,7 +149,6 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "data": (_is_batches, "an iterable of batches, as a DataLoader is"),
     "statistics": (lambda value: hasattr(value, "unit_count"), "what prunus.collect returns"),
     "loss": (callable, "a function of the outputs and a batch"),
-    "trials": (lambda value: _is_whole(value) and value >= 1, "an int ≥ 1"),
     "include": (_is_names, _GLOBS),
     "exclude": (_is_names, _GLOBS),
     "hold": (
@@ -165,6 +160,5 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "protect_ends": (_is_bool, "True or False"),
     "exchange": (_is_bool, "True or False"),
     "seed": (_is_whole, "an int"),
-    "progress": (callable, "a function"),
 }
 """What a value must be, unless it is the default."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -26,8 +26,7 @@ from prunus.planner.depth_planning import (
 )
 from prunus.planner.layers import Drop, find_drops
 from prunus.planner.options import check_options
-from prunus.planner.solvers import Solver
-from prunus.planner.width_planning import TRIALS, plan_widths
+from prunus.planner.width_planning import plan_widths
 from prunus.surgeon.depth import refuse_quantized
 from prunus.tracer.forward_fn import entered_by
 from prunus.tracer.wrappers import unwraps
@@ -50,8 +49,6 @@ def plan(
     ratios: Mapping[str, float] | None = None,
     scope: Scope = "local",
     normalise: Normalise | None = None,
-    solver: Solver | Literal["spdy"] | None = None,
-    trials: int = TRIALS,
     min_width: int | Mapping[str, int] = 1,
     max_ratio: float | Mapping[str, float] | None = None,
     round_to: RoundTo | Literal["latency"] | None = None,
@@ -63,7 +60,6 @@ def plan(
     protect_ends: bool = True,
     exchange: bool = False,
     seed: int = 0,
-    progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Choose what stays: so that every cost of a budget is met from below, or by a ratio.
 
@@ -99,25 +95,16 @@ def plan(
         For gradients; see :func:`prunus.collect`.
     scope
         ``"local"`` (each group loses the same ratio), ``"isomorphic"`` (groups of one shape
-        compete) or ``"global"`` (all groups compete).  A list of globs over groups and their
-        tensors, ``["backbone.*", "head.*"]``, makes classes by hand: groups that one glob fits
-        compete, and every class loses the same ratio.
+        compete) or ``"global"`` (all groups compete; ``plan.origin`` has the part of all scores
+        that the plan ``"retained"``, and the ``"bound"`` that no choice of units exceeds).  A list
+        of globs over groups and their tensors, ``["backbone.*", "head.*"]``, makes classes by
+        hand: groups that one glob fits compete, and every class loses the same ratio.
     normalise
         How scores of different groups are made comparable: divided by the ``"mean"`` of the group
         (what is done if nothing is said, but with ``"obs"`` in the global scope, whose scores are
         curves of error versus width and share the budget out as they are), its ``"max"`` or
         ``"sum"``; ``"standardised"`` (less the mean, over the deviation); ``"lamp"`` (the square
         over the sum of the squares that are no less); or ``"none"``.
-    solver
-        How the best choice of the global scope is looked for: ``"lagrange"`` (the default: prices
-        for costs, then repair and exchange on exact costs), ``"milp"`` (integer programs, for
-        several bounds), ``"dynamic"`` (dynamic programming, for one bound) or ``"greedy"``.
-        ``plan.origin`` says what part of all scores the plan ``"retained"``, and the ``"bound"``
-        that no choice of units exceeds.  ``"spdy"`` looks, with dynamic programming, for factors
-        of the groups' scores with which the smaller model, repaired by least squares on the data,
-        answers most like the dense one; ``plan.origin["search"]`` says what that brought.
-    trials
-        How many smaller models ``"spdy"`` makes and compares.
     min_width, max_ratio
         Floors: units that every group keeps, and the largest ratio it may lose; one number, or
         numbers by globs.  If nothing is said, a budget in the global scope takes at most 0.8 of a
@@ -147,8 +134,6 @@ def plan(
     exchange
         Whether units that went are exchanged for ones that stay, at the widths that were chosen,
         as long as that lowers the error of ``"obs"``, whose data it reads.
-    progress
-        Told, in words, what each trial of ``"spdy"`` gave.
 
     Raises
     ------
@@ -170,8 +155,6 @@ def plan(
         "loss": loss,
         "scope": scope,
         "normalise": normalise,
-        "solver": solver,
-        "trials": trials,
         "min_width": min_width,
         "max_ratio": max_ratio,
         "round_to": round_to,
@@ -181,7 +164,6 @@ def plan(
         "exchange": exchange,
         "seed": seed,
         "latency": latency,
-        "progress": progress,
     }
     others = {"data": data, "statistics": statistics, "drop": drop, "protect_ends": protect_ends}
     check_request({**options, **others})

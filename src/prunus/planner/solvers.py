@@ -1,32 +1,25 @@
-"""Ways to a choice under the bounds that retains as much importance as can be."""
+"""A choice under the bounds that retains as much importance as can be, and what none exceeds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prunus.errors import BudgetError, PlanError
+from prunus.errors import BudgetError
 from prunus.graph.axis import Mask
 from prunus.planner.bound import least_loss
 from prunus.planner.curves import Curves, CurveSource
 from prunus.planner.descent import Descent
-from prunus.planner.knapsack import by_dynamic_programming
 from prunus.planner.lagrange import Pricing
 from prunus.planner.linearised import Choose, descend
 from prunus.planner.local_search import Windows
-from prunus.planner.milp import by_programs
 from prunus.planner.removal import TOLERANCE
 from prunus.planner.steps import Quanta
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-
-Solver = Literal["lagrange", "greedy", "milp", "dynamic"]
-"""Prices for costs; one quantum after another; and steps as integer programs or by dynamic
-programming.  All but *greedy* end with repair and exchange on exact costs."""
 
 _SMALL = 20_000
 """Up to so many quanta the greedy descent is run as well, and every step is repaired."""
@@ -38,7 +31,7 @@ _WORTH = 0.99
 """A choice that uses the bound up to its tolerance and retains this is not improved upon."""
 
 
-def solve(descent: Descent, quanta: Quanta, solver: Solver) -> float | None:
+def solve(descent: Descent, quanta: Quanta) -> float | None:
     """Choose the quanta to remove; what is gone from the descent already stays gone.
 
     Returns
@@ -51,14 +44,7 @@ def solve(descent: Descent, quanta: Quanta, solver: Solver) -> float | None:
     ------
     BudgetError
         If the floors don't allow the bounds.
-    PlanError
-        If dynamic programming is asked for under several bounds.
     """
-    if solver == "dynamic" and len(descent.limits) > 1:
-        raise PlanError(
-            f"dynamic programming meets one bound, and there are {len(descent.limits)}",
-            fix="write solver='milp', or 'lagrange'",
-        )
     fixed = descent.removed.copy()
     gone = float(quanta.scores[fixed].sum())
     if not descent.chains or not descent.limits:
@@ -66,20 +52,17 @@ def solve(descent: Descent, quanta: Quanta, solver: Solver) -> float | None:
         return gone
     bound = least_loss(descent.state, descent.chains, quanta.scores, descent.limits, fixed)
     descent.adopt(fixed)
-    if solver == "greedy":
-        descent.descend()
-    else:
-        _solve_in_steps(descent, quanta, fixed, solver)
+    _solve_in_steps(descent, quanta, fixed)
     return None if bound is None else gone + bound
 
 
-def _solve_in_steps(descent: Descent, quanta: Quanta, fixed: Mask, solver: Solver) -> None:
+def _solve_in_steps(descent: Descent, quanta: Quanta, fixed: Mask) -> None:
     """Steps, each repaired on exact costs; the best of them and of the greedy descent."""
     small = len(quanta.scores) <= _SMALL
     chains = descent.chains
     source = CurveSource(descent.state, chains, quanta.scores, fixed)
     left = _left(descent, chains)
-    choose = _steps(solver, len(descent.limits), _joint(quanta, chains))
+    choose = _by_prices(len(descent.limits), _joint(quanta, chains))
     limits = np.array(descent.limits, dtype=np.float64)
     starts = [np.zeros(len(chains), dtype=np.int64)]
     found: list[tuple[float, Mask]] = []
@@ -138,14 +121,6 @@ def _repair(descent: Descent, removed: Mask) -> bool:
         return False
     descent.fill()
     return True
-
-
-def _steps(solver: Solver, costs: int, joint: Sequence[Sequence[int]]) -> Choose:
-    """How a solver chooses a step."""
-    by_prices = _by_prices(costs, joint)
-    if solver == "milp":
-        return by_programs(joint, by_prices)
-    return by_dynamic_programming(joint, by_prices) if solver == "dynamic" else by_prices
 
 
 def _by_prices(costs: int, joint: Sequence[Sequence[int]]) -> Choose:

@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from prunus.calibration.batches import bounded, first_batches
 from prunus.calibration.targets import Loss
-from prunus.errors import BudgetError, DataError, PlanError
+from prunus.errors import BudgetError
 from prunus.graph.axis import Mask
 from prunus.graph.budget import Budget
 from prunus.graph.coupling import CouplingGraph
@@ -27,7 +26,7 @@ from prunus.latency import LatencyTable
 from prunus.planner import Selection, select, thin
 from prunus.planner.activation_memory import hold_peak
 from prunus.planner.alignment import wide_groups
-from prunus.planner.allocate import check_share, normalised
+from prunus.planner.allocate import check_share
 from prunus.planner.culprits import nothing_removed
 from prunus.planner.default_rounding import choose_rounded
 from prunus.planner.filters import spread
@@ -39,8 +38,6 @@ from prunus.planner.latency_planning import (
     predict_time,
     resolve_rounding,
 )
-from prunus.planner.stitching import Stitcher, search_coefficients
-from prunus.recovery import LOOKED_AT
 from prunus.structures import find_structures
 from prunus.surgeon.attributes import find_edits
 from prunus.tracer.forward_fn import entered_by
@@ -52,9 +49,6 @@ GLOBAL_RATIO = 0.8
 
 _ROUNDED = ("channels", "ffn", "hidden", "other")
 """Kinds of groups whose widths are rounded unless somebody says otherwise."""
-
-TRIALS = 60
-"""Smaller models that ``solver="spdy"`` looks at."""
 
 
 def plan_widths(
@@ -71,8 +65,6 @@ def plan_widths(
     exchange: bool = False,
     seed: int = 0,
     latency: LatencyTable | None = None,
-    trials: int = TRIALS,
-    progress: Callable[[str], None] | None = None,
     may_remove_nothing: bool = False,
     **options: Any,
 ) -> Plan:
@@ -89,9 +81,7 @@ def plan_widths(
     importance = adapt(importance, model)
     check_table(budget, latency)
     options = {**_OPTIONS, **options}
-    if options["solver"] == "spdy" and ratio is None:
-        data = _check_search(budget, data)
-    needs = needs_to_plan(importance, exchange, options["solver"])
+    needs = needs_to_plan(importance, exchange)
     if statistics is None and data is not None and needs:
         statistics = collect(model, graph, data, needs, loss=loss, seed=seed)
     automatic = _set_automatic(graph, options, budget, ratio, hold)
@@ -112,36 +102,23 @@ def plan_widths(
     def choose(
         one: CouplingGraph,
         bounds: Budget | Mapping[str, int] | None,
-        weights: NDArray[np.float64] = scores,
         **changed: Any,
     ) -> Selection:
         given = {**options, **changed}
         if "round_to" not in automatic:
-            return _choose(one, weights, bounds, ratio, hold, **given)
+            return _choose(one, scores, bounds, ratio, hold, **given)
         limits = bounds.limits(one) if isinstance(bounds, Budget) else bounds or {}
         return choose_rounded(
             *(one, limits, automatic["round_to"]),
             lambda multiples: _choose(
-                *(one, weights, bounds, ratio, hold), **{**given, "round_to": multiples}
+                *(one, scores, bounds, ratio, hold), **{**given, "round_to": multiples}
             ),
         )
 
     by_clock = isinstance(budget, Budget) and budget.latency is not None and ratio is None
     timed: Timed | None = None
-    searched: dict[str, Any] = {}
     with _naming_floor(automatic):
-        if options["solver"] == "spdy" and ratio is None:
-            assert data is not None
-            assert statistics is not None
-            stitcher = Stitcher(graph, model, first_batches(data, LOOKED_AT), statistics)
-            found, searched = _search(
-                graph,
-                normalised(graph, scores, options["normalise"]),
-                lambda scaled: choose(graph, budget, scaled, normalise="none", solver="dynamic"),
-                lambda one: stitcher.build(plan_of_mask(graph, model, one.kept, {}))[1],
-                *(trials, seed, progress),
-            )
-        elif latency is not None and by_clock:
+        if latency is not None and by_clock:
             assert isinstance(budget, Budget)
             timed = _keep_time(graph, model, budget, latency, choose, seed)
             found = timed.selection
@@ -162,11 +139,10 @@ def plan_widths(
         **said,
         **_told_automatic(automatic, found),
         "hold": sorted(hold),
-        **searched,
         **({"exchange": True} if exchange else {}),
         "stopped": {**found.stopped, **dict.fromkeys(sorted(hold), "it is held")},
         "seed": seed,
-        **{name: getattr(found, name) for name in ("solver", "retained", "bound")},
+        **{name: getattr(found, name) for name in ("retained", "bound")},
         "traced": graph.traced,
     }
     chosen = plan_of_mask(graph, model, found.kept, origin)
@@ -277,64 +253,15 @@ def _keep_time(
         return hasten(graph, budget, table, choose, compare)
 
 
-def needs_to_plan(
-    importance: str | Importance, exchange: bool = False, solver: str | None = None
-) -> frozenset[str]:
+def needs_to_plan(importance: str | Importance, exchange: bool = False) -> frozenset[str]:
     """What :func:`plan` reads of calibration data with these options."""
-    fitted = exchange or solver == "spdy"
-    return needs_of(importance) | (needs_of("obs") if fitted else frozenset())
-
-
-def _check_search(
-    budget: Budget | Mapping[str, int] | None, data: Iterable[Any] | None
-) -> list[Any]:
-    """The batches of a search, which are read twice; refused where there can be none."""
-    if isinstance(budget, Budget) and budget.latency:
-        raise PlanError(
-            "solver='spdy' can't be combined with a latency budget",
-            why="both ask the whole model again and again, of different things",
-            fix="give a budget of MACs, or leave the solver out",
-        )
-    if data is None:
-        raise DataError(
-            "solver='spdy' needs calibration data",
-            why="it compares the outputs of smaller models with those of the dense one",
-            fix="give data=loader",
-        )
-    return list(bounded(data))
-
-
-def _search(
-    graph: CouplingGraph,
-    weights: NDArray[np.float64],
-    choose: Callable[[NDArray[np.float64]], Selection],
-    error_of: Callable[[Selection], float],
-    trials: int,
-    seed: int,
-    progress: Callable[[str], None] | None,
-) -> tuple[Selection, dict[str, Any]]:
-    """The choice of least error, and what is told of the search."""
-
-    def chosen(coefficients: Mapping[str, float]) -> Selection:
-        scaled = weights.copy()
-        for group in graph.groups:
-            scaled[group.units] *= coefficients[group.name]
-        return choose(scaled)
-
-    names = [group.name for group in graph.groups]
-    found = search_coefficients(
-        names, chosen, error_of, trials=trials, seed=seed, progress=progress
-    )
-    best = found.best._replace(retained=None, bound=None, solver="spdy")
-    told = {"trials": trials, "error": found.error, "error_at_first": found.first}
-    return best, {"search": told}
+    return needs_of(importance) | (needs_of("obs") if exchange else frozenset())
 
 
 _OPTIONS: Mapping[str, Any] = {
     "ratios": None,
     "scope": "local",
     "normalise": None,
-    "solver": None,
     "min_width": 1,
     "max_ratio": None,
     "round_to": None,

@@ -1,16 +1,15 @@
-"""The safetensors container with a digest: written deterministically, read without any trust.
+"""The safetensors container with a digest: written deterministically, read by the library.
 
 A file is eight bytes with the length of the header, the header as JSON, and the tensors one after
 the other.  The digest, an entry of the metadata, is the SHA-256 of the file with zeros in its own
-place.  Any reader of safetensors can read the file; this one takes no number in it for granted,
-and no more memory than twice the file, or its size and 64 MB where that is more.
+place.  Any reader of safetensors can read the file.  Reading takes at most twice the file, or its
+size and 64 MB where that is more.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prunus.errors import FileError, FormatError
@@ -55,18 +55,11 @@ _PICKLES = (b"PK\x03\x04", *(bytes([0x80, version]) for version in range(1, 6)))
 FLOOR = 64 << 20
 """Bytes that reading may take beside the tensors, however small the file.
 
-The tensors take no more than the file, and all else that it says may take its size once more: so
-reading takes at most twice the file, or its size and 64 MB where it is smaller than that.
+The tensors take no more than the file, and all else that it says may take its size once more.
 """
 
 _GROWTH = 32
 """Bytes of memory that a byte of the header takes at most, once it is read."""
-
-
-class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
 
 
 def largest_header(size: int) -> int:
@@ -79,47 +72,44 @@ def largest_header(size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of a file; its bytes lie from ``start`` to ``stop``, counted after the header."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class Container:
     """An open file whose header has been read and checked, the tensors not yet."""
 
     path: str
     size: int
     metadata: Mapping[str, str]
-    entries: tuple[Entry, ...]
     header: bytes
     file: BinaryIO
+    library: Any
 
     def read(self) -> dict[str, Tensor]:
         """Every tensor, in memory of its own, once the digest has been compared."""
-        told = self.metadata.get(DIGEST, "")
-        if len(told) != 64 or self.header.count(told.encode()) != 1:
+        stated = self.metadata.get(DIGEST, "")
+        if len(stated) != 64 or self.header.count(stated.encode()) != 1:
             raise damaged(self.path, "it has no digest")
         digest = hashlib.sha256(len(self.header).to_bytes(8, "little"))
-        digest.update(self.header.replace(told.encode(), _PLACE.encode()))
+        digest.update(self.header.replace(stated.encode(), _PLACE.encode()))
         tensors: dict[str, Tensor] = {}
-        for entry in self.entries:
-            tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        for name in self.library.offset_keys():
+            tensor = tensors[name] = self._empty(name)
             content = _bytes_of(tensor)
             if content and self.file.readinto(content) != len(content):  # type: ignore[attr-defined]
                 raise damaged(self.path, "it became shorter while it was read")
             digest.update(content)
-            if entry.dtype == torch.bool and max(content, default=0) > 1:
-                raise damaged(self.path, f"{entry.name} holds what is neither true nor false")
-            tensors[entry.name] = tensor
-        if digest.hexdigest() != told:
+            if tensor.dtype == torch.bool and max(content, default=0) > 1:
+                raise damaged(self.path, f"{name} holds what is neither true nor false")
+        if digest.hexdigest() != stated:
             raise damaged(self.path, "its content is not what its digest was made of")
         return tensors
+
+    def _empty(self, name: str) -> Tensor:
+        piece = self.library.get_slice(name)
+        if not name.isprintable() or piece.get_dtype() not in _DTYPES:
+            raise damaged(self.path, f"{name!r} of type {piece.get_dtype()} is no tensor of ours")
+        try:
+            return torch.empty(piece.get_shape(), dtype=_DTYPES[piece.get_dtype()])
+        except (RuntimeError, TypeError) as error:  # sizes beside a 0 may be of any length
+            raise damaged(self.path, f"{name} has an impossible shape") from error
 
 
 def write_container(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -173,12 +163,13 @@ def open_container(path: str | os.PathLike[str]) -> Iterator[Container]:
         raise FileError(f"{path} can't be read", why=error.strerror or str(error)) from error
     with file:
         size = os.fstat(file.fileno()).st_size
-        text = _read_header(file, size, str(path))
-        rows = decode(text, dict[str, msgspec.Raw], str(path))
-        metadata = decode(bytes(rows.pop("__metadata__", b"{}")), dict[str, str], str(path))
-        entries = tuple(_entry(str(path), name, row) for name, row in rows.items())
-        _check_layout(str(path), entries, size - 8 - len(text))
-        yield Container(str(path), size, metadata, _in_order(entries), text, file)
+        header = _read_header(file, size, str(path))
+        try:
+            library: Any = safe_open(path, "pt")
+        except (SafetensorError, OSError) as error:
+            raise damaged(str(path), str(error)) from error
+        with library:
+            yield Container(str(path), size, library.metadata() or {}, header, file, library)
 
 
 def damaged(path: str, why: str) -> FormatError:
@@ -219,41 +210,6 @@ def _read_header(file: BinaryIO, size: int, path: str) -> bytes:
     if len(text) != length:
         raise damaged(path, "it became shorter while it was read")
     return text
-
-
-def _entry(path: str, name: str, text: msgspec.Raw) -> Entry:
-    """One row of the header, with every number in bounds and of the right size."""
-    row = decode(bytes(text), _Row, path)
-    if not name.isprintable():
-        raise damaged(path, f"{name!r} is no name of a tensor")
-    if row.dtype not in _DTYPES:
-        raise damaged(path, f"{name} is of the unknown type {row.dtype!r}")
-    if any(not 0 <= n < 1 << 62 for n in (*row.shape, *row.data_offsets)):
-        raise damaged(path, f"{name} has no proper shape or place")
-    if len(row.shape) > 64 or math.prod(max(n, 1) for n in row.shape) >= 1 << 62:
-        raise damaged(path, f"{name} has an impossible shape")
-    start, stop = row.data_offsets
-    dtype = _DTYPES[row.dtype]
-    if math.prod(row.shape) * dtype.itemsize != stop - start:
-        told = f"{row.dtype} {list(row.shape)}"
-        raise damaged(path, f"{name}, {told}, does not fit in {stop - start} bytes")
-    return Entry(name, dtype, row.shape, start, stop)
-
-
-def _in_order(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
-    return tuple(sorted(entries, key=lambda entry: (entry.start, entry.stop)))
-
-
-def _check_layout(path: str, entries: tuple[Entry, ...], size: int) -> None:
-    """Tensors lie one after the other and fill the file."""
-    end = 0
-    for entry in _in_order(entries):
-        if entry.start != end:
-            raise damaged(path, f"{entry.name} begins at byte {entry.start}, not at {end}")
-        end = entry.stop
-    if end != size:
-        told = "it was cut short" if end > size else "something was added"
-        raise damaged(path, f"its tensors take {end} bytes, and {size} are there: {told}")
 
 
 def _dtype_name(name: str, tensor: Tensor) -> str:

@@ -1,7 +1,7 @@
 """What a file says beside its tensors: the plan, and what the tensors were in the model."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,11 +101,10 @@ def check_schema(container: Container) -> str:
     return text
 
 
-def read_document(container: Container, text: str) -> Document:
-    """The checked document; names are those of the file's tensors."""
+def read_document(container: Container, text: str, names: Set[str]) -> Document:
+    """The checked document of a file with tensors of these names."""
     path = container.path
     found = decode(text, _Listed, path)
-    names = {entry.name for entry in container.entries}
     if not set(found.aliases.values()) <= names or names & set(found.aliases):
         raise damaged(path, "its aliases speak of tensors that it does not have")
     known = names | set(found.aliases)

@@ -89,7 +89,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Tensors, Plan | None]:
     with open_container(path) as container:
         raw = check_schema(container)
         values = container.read()
-        document = read_document(container, raw)
+        document = read_document(container, raw, values.keys())
     kinds: dict[str, Kind] = dict.fromkeys((*values, *document.aliases), "parameter")
     kinds.update(document.kinds)
     for name in document.channels_last & values.keys():

@@ -10,11 +10,12 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CON
 export PYTHONUNBUFFERED := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-slow demo lint format clean
+.PHONY: help test test-slow test-torch demo lint format clean
 
 help:
 	@echo "make test       the tests (all but the slow ones) and the doctests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-torch TORCH=2.9.1   the rules', the surgeon's and the zoo's tests on that release"
 	@echo "make demo       prune a small model end to end; writes out/demo"
 	@echo "make lint       ruff check, ruff format --check, mypy"
 	@echo "make format     let ruff fix and format"
@@ -26,6 +27,20 @@ test: $(VENV)/.stamp-dev
 
 test-slow: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
+
+# Another release of PyTorch, in an environment of its own beside .venv.
+TORCH ?= 2.9.1
+ACROSS := tests/test_rules.py tests/test_surgeon.py tests/test_zoo.py
+
+test-torch: .venv-torch-$(TORCH)/.stamp
+	.venv-torch-$(TORCH)/bin/python -m pytest -n auto --dist worksteal -p no:cacheprovider $(ACROSS)
+
+.venv-torch-%/.stamp: pyproject.toml $(CONSTRAINTS)
+	$(MAKE) VENV=.venv-torch-$* .venv-torch-$*/.stamp-venv
+	grep -vE '^(torch|torchvision)==' $(CONSTRAINTS) > .venv-torch-$*/constraints.txt
+	.venv-torch-$*/bin/python -m pip install -qq --disable-pip-version-check \
+		-c .venv-torch-$*/constraints.txt torch==$* -e . pytest pytest-xdist hypothesis
+	@touch $@
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/python benchmarks/demo.py --out out/demo
@@ -40,7 +55,7 @@ format: $(VENV)/.stamp-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist out
+	rm -rf $(VENV) .venv-torch-* .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Some systems ship Python without ensurepip: there the interpreter's own pip fills the venv.

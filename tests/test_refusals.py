@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import queue
+import re
 import socket
 import tempfile
 import threading
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 import prunus
 from prunus.calibration.batches import bounded
 from prunus.errors import ModelError, TraceError
+from prunus.tracer.refusals import warn_untested
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -361,3 +363,11 @@ def test_a_masked_model_runs_in_inference_mode() -> None:
         torch.testing.assert_close(model(X), masked)
     prunus.apply(plan, model)
     torch.testing.assert_close(model(X), masked)
+
+
+def test_a_newer_pytorch_is_warned_of() -> None:
+    for version in ("2.9.1", "2.14.1+cpu", "2.14.0a0+git1234"):
+        warn_untested(version)
+    for version in ("2.99.0", "3.0.0.dev20270101+cu130"):
+        with pytest.warns(UserWarning, match=rf"PyTorch {re.escape(version)} is newer than 2\."):
+            warn_untested(version)

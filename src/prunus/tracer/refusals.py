@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -9,6 +12,24 @@ from torch.nn.parameter import is_lazy
 from prunus.errors import ModelError, TraceError
 
 _NAMED = 3
+
+NEWEST_TESTED = (2, 14)
+"""The newest release of PyTorch that the tests ran on."""
+
+
+def warn_untested(version: str = str(torch.__version__)) -> None:
+    """Warn where PyTorch is newer than what was tested: its operators may differ.
+
+    >>> warn_untested("2.14.1+cpu")
+    """
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and tuple(map(int, found.groups())) > NEWEST_TESTED:
+        newest = ".".join(map(str, NEWEST_TESTED))
+        warnings.warn(
+            f"PyTorch {version} is newer than {newest}, the newest release that Prunus was tested "
+            "with; unknown operators are pinned and listed in the plan",
+            stacklevel=3,
+        )
 
 
 def refuse_untraceable(model: nn.Module) -> None:

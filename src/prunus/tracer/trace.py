@@ -52,7 +52,7 @@ from prunus.tracer.quiet import quiet as quiet
 from prunus.tracer.quiet import quiet_run as quiet_run
 from prunus.tracer.quiet import same_modes
 from prunus.tracer.quiet import uncollected as uncollected
-from prunus.tracer.refusals import refuse_untraceable, scripted
+from prunus.tracer.refusals import refuse_untraceable, scripted, warn_untested
 from prunus.tracer.renormalised import find_renormalised, names_of
 from prunus.tracer.unread import tie_unread
 from prunus.tracer.watch import Watch
@@ -95,6 +95,7 @@ def trace(
         If no output is named, or if no tensor comes out.  An error in the model's own forward is
         raised as it is.
     """
+    warn_untested()
     refuse_untraceable(model)
     args = positional(args)
     with uncollected():

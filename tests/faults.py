@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.case_models import conv, head
+from benchmarks.peers.case_models import conv, head
 from prunus.graph import coupling
 from prunus.graph.axis import Axis
 from prunus.graph.coupling import CouplingGraph

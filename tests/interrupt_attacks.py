@@ -1,4 +1,4 @@
-"""Interrupts and threads, counted for ``benchmarks/attacks.py``."""
+"""Interrupts and threads, counted for ``benchmarks/exactness/attacks.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Changed plans and files reach nothing; ``benchmarks/attacks.py`` tries many more."""
+"""Changed plans and files reach nothing; ``benchmarks/exactness/attacks.py`` tries many more."""
 
 from __future__ import annotations
 

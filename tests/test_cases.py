@@ -10,14 +10,14 @@ import re
 import pytest
 import torch
 
-from benchmarks.case_models import CASES, IMAGE, Case, frozen_backbone, the_same_tensor_twice
+from benchmarks.peers.case_models import CASES, IMAGE, Case, frozen_backbone, the_same_tensor_twice
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.surgeon import apply
 from prunus.tracer.trace import trace
 from tests.pipeline import judge, plan_for, thin
 
-LINE = re.compile(r"(benchmarks/case_models|modules/block)\.py:\d+")
+LINE = re.compile(r"(peers/case_models|modules/block)\.py:\d+")
 """Of a replica, or of the library's block in it."""
 
 

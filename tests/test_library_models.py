@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SWEEP = ROOT / "benchmarks" / "coverage.py"
 COUNT = 25
 
 Row = dict[str, str]
@@ -22,10 +21,13 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     out = tmp_path_factory.mktemp("sweep") / "rows.csv"
-    command = [sys.executable, str(SWEEP), "--out", str(out), "--sample", str(COUNT), "--jobs", "2"]
+    sweep = [sys.executable, "-m", "benchmarks.exactness.coverage", "--out", str(out)]
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+        [*sweep, "--sample", str(COUNT), "--jobs", "2"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     with out.open(encoding="utf-8", newline="") as file:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import peers
+from benchmarks.peers import peers
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
 

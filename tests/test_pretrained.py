@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import prunus
-from benchmarks import measures, pretrained, rows, texts
+from benchmarks import rows
+from benchmarks.accuracy import measures, pretrained, texts
 
 LONG = "One two three four five six seven eight nine ten eleven twelve thirteen fourteen, it says."
 

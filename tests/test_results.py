@@ -27,7 +27,9 @@ def written(name: str) -> list[Row]:
 
 def catalogue() -> tuple[list[str], tuple[str, ...]]:
     """The names of all models, and of those that answer with a hidden state."""
-    spec = importlib.util.spec_from_file_location("catalogue", BENCHMARKS / "catalogue.py")
+    spec = importlib.util.spec_from_file_location(
+        "catalogue", BENCHMARKS / "exactness" / "catalogue.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

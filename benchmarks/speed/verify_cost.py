@@ -1,7 +1,7 @@
 """What verification costs, in plain forwards: ``benchmarks/results/verify_cost.csv``.
 
-``python -m benchmarks.verify_cost [MODEL...]`` runs everything in one process on one thread, at
-batch 1.  Weights are random; CPU seconds, the least of three runs, and of one for
+``python -m benchmarks.speed.verify_cost [MODEL...]`` runs everything in one process on one
+thread, at batch 1.  Weights are random; CPU seconds, the least of three runs, and of one for
 ``shrink``, which changes its model.
 
 Columns: model, forward_s (one plain forward, no gradients), trace_s (one ``prunus.trace``),
@@ -25,7 +25,7 @@ from torch import nn
 
 import prunus
 
-RESULTS = Path(__file__).parent / "results" / "verify_cost.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "verify_cost.csv"
 RUNS = 2
 
 

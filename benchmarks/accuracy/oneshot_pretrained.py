@@ -1,8 +1,8 @@
 """Models with real weights, cut once, nothing trained; ``results/oneshot_pretrained.csv``.
 
-    python benchmarks/oneshot_pretrained.py                       # what is missing; an hour
-    python benchmarks/oneshot_pretrained.py --model minilm smollm2
-    python benchmarks/oneshot_pretrained.py --table               # print the table that there is
+    python -m benchmarks.accuracy.oneshot_pretrained   # what is missing; an hour
+    python -m benchmarks.accuracy.oneshot_pretrained --model minilm smollm2
+    python -m benchmarks.accuracy.oneshot_pretrained --table  # print the table that there is
 
 The models keep at most 90, 80 and 70 % of their MACs; ``value`` is how far the smaller model is
 the dense one's equal on inputs that nothing was calibrated on, and ``dense_value`` what the dense
@@ -37,22 +37,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import boxes
-import measures
 import numpy as np
-import oneshot_grid
-import oneshot_peers
-import photos
-import pretrained
-import rows
-import texts
 import torch
 from torch import Tensor, nn
 
 import models_zoo
 import prunus
+from benchmarks import rows
+from benchmarks.accuracy import (
+    boxes,
+    measures,
+    oneshot_grid,
+    oneshot_peers,
+    photos,
+    pretrained,
+    texts,
+)
 
-RESULTS = Path(__file__).with_name("results") / "oneshot_pretrained.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "oneshot_pretrained.csv"
 LEVELS = (0.9, 0.8, 0.7)
 FIELDS = (
     "model", "engine", "importance", "scope", "recovery", "level", "macs_ratio", "metric",

@@ -1,8 +1,8 @@
 """A residual network cut once, nothing trained, no labels; ``results/oneshot_fmnist.csv``.
 
-    python benchmarks/oneshot_fmnist.py --data FOLDER            # what is missing; an hour or two
-    python benchmarks/oneshot_fmnist.py --data FOLDER --engine prunus --importance obs --seed 0
-    python benchmarks/oneshot_fmnist.py --table                  # print the table that there is
+    python -m benchmarks.accuracy.oneshot_fmnist --data FOLDER  # what is missing; an hour or two
+    python -m benchmarks.accuracy.oneshot_fmnist --engine prunus --importance obs --seed 0
+    python -m benchmarks.accuracy.oneshot_fmnist --table  # print the table that there is
 
 FOLDER (or the variable ``FASHION_MNIST``) holds the four files of Fashion-MNIST; Debian's package
 ``dataset-fashion-mnist`` has them in ``/usr/share/datasets/fashion-mnist``.
@@ -31,18 +31,17 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-import oneshot_grid
-import oneshot_peers
-import peers
-import rows
 import torch
 from torch import Tensor, nn
 
 import models_zoo
 import prunus
+from benchmarks import rows
+from benchmarks.accuracy import oneshot_grid, oneshot_peers
+from benchmarks.peers import peers
 from models_zoo import data
 
-RESULTS = Path(__file__).with_name("results") / "oneshot_fmnist.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "oneshot_fmnist.csv"
 VARIABLE = "FASHION_MNIST"
 MODEL = "resnet_fmnist"
 LEVELS = (0.7, 0.5, 0.35, 0.25)

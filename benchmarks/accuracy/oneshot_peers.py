@@ -13,11 +13,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import peers
 import torch
 from torch import Tensor, nn
 
 import prunus
+from benchmarks.peers import peers
 
 CRITERIA = ("l1", "l2", "lamp", "fpgm", "bn_scale", "taylor")
 """Torch-Pruning's own; the last one depends on the draw of a seed."""

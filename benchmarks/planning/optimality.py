@@ -1,7 +1,7 @@
 """How near the planner comes to the best choice there is; ``results/optimality.csv``.
 
-    python benchmarks/optimality.py                  # 200 instances
-    python benchmarks/optimality.py --count 20       # the first ones; their rows are replaced
+    python -m benchmarks.planning.optimality  # 200 instances
+    python -m benchmarks.planning.optimality --count 20  # the first ones; their rows are replaced
 
 An instance is a small network drawn from a seed, traced, with random scores and one budget or two.
 The optimum is found by trying every set of units, on costs and constraints that are read from the
@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rows import commit, replace
 from torch import Tensor, nn
 
 import prunus
+from benchmarks.rows import commit, replace
 
-RESULTS = Path(__file__).with_name("results") / "optimality.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "optimality.csv"
 FIELDS = ("instance", "budget", "units", "kept", "optimum", "ratio", "bound", "commit")
 COUNT = 200
 MOST_UNITS = 18

@@ -1,7 +1,7 @@
 """How much of the promised speed-up of a pruned BERT-base arrives; ``results/bert_speed.csv``.
 
-    python benchmarks/bert_speed.py                    # ten minutes, on a quiet machine
-    python benchmarks/bert_speed.py --pairs 5 --dry    # a try, which writes nothing
+    python -m benchmarks.speed.bert_speed   # ten minutes, on a quiet machine
+    python -m benchmarks.speed.bert_speed --pairs 5 --dry  # a try, which writes nothing
 
 Eight sentences of 128 tokens, random weights (their values change no time), eager, float32.  In
 every round the dense model, the pruned one and a second copy of the dense one run in turn, each
@@ -21,15 +21,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import heads
 import numpy as np
-import rows
 import torch
-from racing import control, race, trusted_race
 
 import prunus
+from benchmarks import rows
+from benchmarks.accuracy import heads
+from benchmarks.speed.racing import control, race, trusted_race
 
-RESULTS = Path(__file__).with_name("results") / "bert_speed.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "bert_speed.csv"
 BATCH, TOKENS = 8, 128
 PAIRS = 15
 FFN = "*.intermediate.dense.weight[0]"

@@ -1,8 +1,8 @@
 """Seconds and memory of each stage, side by side with Torch-Pruning; ``results/speed.csv``.
 
-    python benchmarks/speed.py                      # all models, both engines
-    python benchmarks/speed.py resnet50 bert_12     # some; their rows are replaced
-    python benchmarks/speed.py --profile resnet50   # where the time of each stage goes
+    python -m benchmarks.speed.speed   # all models, both engines
+    python -m benchmarks.speed.speed resnet50 bert_12  # some; their rows are replaced
+    python -m benchmarks.speed.speed --profile resnet50  # where the time of each stage goes
 
 Every run has a fresh process; the engines take turns, and each figure is the median of three
 rounds after a small model to warm up; ``peak_mb`` is before verification, which the first round
@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-RESULTS = Path(__file__).with_name("results") / "speed.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "speed.csv"
 ROUNDS = 3
 LIMIT = 600
 FIELDS = (

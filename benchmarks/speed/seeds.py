@@ -1,7 +1,7 @@
 """How much of a promised speed-up arrives, with and without alignment; ``results/seeds.csv``.
 
-    python benchmarks/seeds.py             # three minutes, on a quiet machine
-    python benchmarks/seeds.py --again     # also the rows of this commit
+    python -m benchmarks.speed.seeds   # three minutes, on a quiet machine
+    python -m benchmarks.speed.seeds --again  # also the rows of this commit
 
 What the field began with, on ResNet-50 at batch 1 and 224 pixels, one thread: 40 % of the filters
 of every layer removed, and 70 % of all weights; by L2 norm, widths as they come, and as multiples
@@ -21,13 +21,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from racing import BACKENDS, Run, control, forward_of, trusted_race
-from rows import commit, read, replace
 from torch import nn
 
 import prunus
+from benchmarks.rows import commit, read, replace
+from benchmarks.speed.racing import BACKENDS, Run, control, forward_of, trusted_race
 
-RESULTS = Path(__file__).with_name("results") / "seeds.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "seeds.csv"
 FIELDS = (
     "recipe", "backend", "engine", "round_to", "params_left", "macs_ratio", "time_ratio", "share",
     "dense_ms", "dense_vs_dense", "pairs", "commit",

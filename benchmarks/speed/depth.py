@@ -1,6 +1,6 @@
 """Memory and time of the tracer against depth: a BERT of 12, 24 and 48 layers.
 
-    python benchmarks/depth.py       # writes results/depth.csv, a minute
+    python -m benchmarks.speed.depth   # writes results/depth.csv, a minute
 
 Every depth runs in a process of its own, on the meta device, so that what is counted is the
 tracer's and not the weights': ``peak_mb`` is the growth of the process from before the trace.
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).with_name("results") / "depth.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "depth.csv"
 DEPTHS = (12, 24, 48)
 FIELDS = ("layers", "operators", "units", "trace_s", "group_s", "peak_mb", "mb_per_layer")
 

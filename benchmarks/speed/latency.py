@@ -1,8 +1,8 @@
 """A latency budget, and what a MACs plan of the same time keeps; ``results/latency.csv``.
 
-    python benchmarks/latency.py                       # all models, both backends: half an hour
-    python benchmarks/latency.py mobilenetv2 --backend eager
-    python benchmarks/latency.py --again               # also the rows of this commit
+    python -m benchmarks.speed.latency   # all models, both backends: half an hour
+    python -m benchmarks.speed.latency mobilenetv2 --backend eager
+    python -m benchmarks.speed.latency --again  # also the rows of this commit
 
 Batch 1, one thread.  A plan is made for a part of the dense time, and its cut model timed here,
 by a clock on the wall that shares no code with the planner: dense, pruned, dense in turn, in
@@ -27,13 +27,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from racing import BACKENDS, BusyError, Run, control, forward_of, trusted_race
-from rows import commit, read, replace
 from torch import nn
 
 import prunus
+from benchmarks.rows import commit, read, replace
+from benchmarks.speed.racing import BACKENDS, BusyError, Run, control, forward_of, trusted_race
 
-RESULTS = Path(__file__).with_name("results") / "latency.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "latency.csv"
 FIELDS = (
     "model", "backend", "requested", "measured_ratio", "kept_importance",
     "kept_importance_macs_plan", "macs_plan_ratio", "macs_left", "macs_plan_macs_left",

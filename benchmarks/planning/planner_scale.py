@@ -1,7 +1,7 @@
 """What planning costs beside tracing, at LLaMA-8B's shape; ``results/planner_scale.csv``.
 
-    python benchmarks/planner_scale.py               # four depths: 4, 8, 16 and 32 layers
-    python benchmarks/planner_scale.py 32            # one; rows of this commit are not made again
+    python -m benchmarks.planning.planner_scale  # four depths: 4, 8, 16 and 32 layers
+    python -m benchmarks.planning.planner_scale 32  # one; rows of this commit are not made again
 
 The model has LLaMA-3-8B's widths and no values (it lies on the meta device).  Scores are given:
 random numbers of a fixed seed.  ``seconds`` is what :func:`prunus.plan` takes for half of the
@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rows import commit, read, replace
 
 import prunus
+from benchmarks.rows import commit, read, replace
 
-RESULTS = Path(__file__).with_name("results") / "planner_scale.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "planner_scale.csv"
 KEY = ("layers",)
 FIELDS = (*KEY, "units", "seconds", "peak_mb", "trace_seconds", "retained", "bound", "commit")
 LAYERS = (4, 8, 16, 32)

@@ -1,7 +1,7 @@
 """Attacks on the engine, counted: files from strangers, and what else may happen to a call.
 
-    OMP_NUM_THREADS=1 python benchmarks/attacks.py            # all kinds, about ten minutes
-    OMP_NUM_THREADS=1 python benchmarks/attacks.py --kind files --count 200
+    OMP_NUM_THREADS=1 python -m benchmarks.exactness.attacks   # all kinds, about ten minutes
+    OMP_NUM_THREADS=1 python -m benchmarks.exactness.attacks --kind files --count 200
 
 ``results/attacks.csv`` has one row for each kind: how many attacks were tried, and how many held.
 One holds where nothing but Prunus' own errors comes out, what was refused leaves the model as it
@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rows import ROOT, replace
+from benchmarks.rows import ROOT, replace
 
-RESULTS = Path(__file__).with_name("results") / "attacks.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "attacks.csv"
 FIELDS = ("kind", "tried", "held")
 
 CHUNK = 250

@@ -1,6 +1,6 @@
 """What second moments and the solve cost beside a plain forward; ``results/statistics_cost.csv``.
 
-    python benchmarks/statistics_cost.py                # ResNet-50, 256 images of 224 × 224
+    python -m benchmarks.speed.statistics_cost   # ResNet-50, 256 images of 224 × 224
 
 Half of the units of every group go.  Seconds are those of the processor, on one thread, and
 ``peak_mb`` is the growth of a process that does this alone, the model and the images already
@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import rows
 import torch
 
 import models_zoo
 import prunus
+from benchmarks import rows
 
-RESULTS = Path(__file__).with_name("results") / "statistics_cost.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "statistics_cost.csv"
 FIELDS = ("model", "images", "side", "what", "seconds", "times_forward", "peak_mb", "commit")
 KEY = ("model", "images", "side", "what")
 MODEL, IMAGES, SIDE, BATCH = "resnet50", 256, 224, 32

@@ -1,6 +1,6 @@
 """What the repairs beside least squares are worth; ``results/repairs.csv``.
 
-    python benchmarks/repairs.py --data FOLDER        # a quarter of an hour
+    python -m benchmarks.accuracy.repairs --data FOLDER  # a quarter of an hour
 
 * *resnet_fmnist*: the zoo's network on Fashion-MNIST, cut to 70, 50, 35 and 25 % of its MACs, every
   group by the same ratio: as ``l2`` leaves it, with batch norms refreshed by random inputs, and
@@ -23,14 +23,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import rows
 import torch
-from oneshot_fmnist import Study, ask
 from torch import Tensor, nn
 
 import prunus
+from benchmarks import rows
+from benchmarks.accuracy.oneshot_fmnist import Study, ask
 
-RESULTS = Path(__file__).with_name("results") / "repairs.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "repairs.csv"
 FIELDS = (
     "model", "importance", "repair", "level", "seed", "macs_ratio", "value", "dense_value",
     "seconds", "commit",

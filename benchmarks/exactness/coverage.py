@@ -1,12 +1,12 @@
 """Sweep library models through Prunus and its peers; one row per engine and model.
 
-    python benchmarks/coverage.py                            # our rows of the full list, an hour
-    python benchmarks/coverage.py --engine torch-pruning     # a peer's; several may be named
-    python benchmarks/coverage.py --resume                   # only what has no row yet
-    python benchmarks/coverage.py timm:cait_xxs24_224        # some models; their rows are replaced
-    python benchmarks/coverage.py --sample 60 --seed 0       # a stratified draw from the list
-    python benchmarks/coverage.py --list FILE                # NAME = path.py:factory, one a line
-    python benchmarks/coverage.py --table                    # only render results/coverage.md
+    python -m benchmarks.exactness.coverage   # our rows of the full list, an hour
+    python -m benchmarks.exactness.coverage --engine torch-pruning  # a peer's; several may be named
+    python -m benchmarks.exactness.coverage --resume  # only what has no row yet
+    python -m benchmarks.exactness.coverage timm:cait_xxs24_224  # some; their rows are replaced
+    python -m benchmarks.exactness.coverage --sample 60 --seed 0  # a stratified draw from the list
+    python -m benchmarks.exactness.coverage --list FILE  # NAME = path.py:factory, one a line
+    python -m benchmarks.exactness.coverage --table  # only render results/coverage.md
 
 Every model runs in a process of its own, forked from one that has imported the libraries, under a
 limit of time and memory; a peer has 60 s of processor time for its own part.  A factory returns a
@@ -47,11 +47,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from coverage_table import ENOUGH, OURS, PEERS, Key, Row, render
-from rows import commit
+from benchmarks.exactness.coverage_table import ENOUGH, OURS, PEERS, Key, Row, render
+from benchmarks.rows import commit
 
-RESULTS = Path(__file__).with_name("results") / "coverage.csv"
-ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parents[1] / "results" / "coverage.csv"
+ROOT = Path(__file__).resolve().parents[2]
 RATIO = 0.3
 BUDGETS = (0.5, 0.6, 0.7)
 """Half of the parameters is asked for; where floors stop it, the next that can be reached."""
@@ -69,11 +69,8 @@ EXPECTED_PINS = ("a convolution needs every position", "keeps its shape")
 
 
 def _models() -> ModuleType:
-    """The list of models, imported late: other programs here may take this file for a package.
-
-    Libraries look for the well-known ``coverage`` when they are imported, and find this file.
-    """
-    import coverage_models
+    """The list of models, which imports torch."""
+    from benchmarks.exactness import coverage_models
 
     return coverage_models
 
@@ -304,7 +301,7 @@ def _short(text: str) -> str:
 
 def ask_peer(engine: str, model: Any, args: Any, kwargs: Any, row: Row) -> None:
     """What another engine makes of the model; see ``peers.py``."""
-    import peers
+    from benchmarks.peers import peers
 
     row["status"] = "failed"
     found = peers.PEERS[engine](model, args, kwargs)
@@ -452,7 +449,7 @@ def preload(engines: Iterable[str]) -> None:
     models = _models()
     models.import_libraries()
     if any(engine != OURS for engine in engines):
-        importlib.import_module("peers")
+        importlib.import_module("benchmarks.peers.peers")
     gc.freeze()  # a collection in a child would copy all these pages
 
 

@@ -1,8 +1,8 @@
 """Run the replicas of reported failures through every engine, and write ``results/cases.csv``.
 
-    python benchmarks/cases.py                        # all cases, all engines, some minutes
-    python benchmarks/cases.py swin_patch_merging     # some, by name; their rows are replaced
-    python benchmarks/cases.py --engine prunus
+    python -m benchmarks.peers.cases   # all cases, all engines, some minutes
+    python -m benchmarks.peers.cases swin_patch_merging  # some, by name; their rows are replaced
+    python -m benchmarks.peers.cases --engine prunus
 
 Every engine is asked for half of the units of each group (torch-kirigami: of the parameters), in a
 process of its own that is stopped after a minute.  A row says what became of it: ``exact`` and
@@ -19,7 +19,6 @@ import importlib.metadata
 import math
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 import warnings
@@ -29,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).with_name("results") / "cases.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "cases.csv"
 FIELDS = ("case", "replica", "engine", "verdict", "param_ratio", "seconds", "reason", "version")
 LIMIT = 60
 SHARE = 0.5
@@ -40,9 +39,8 @@ Row = dict[str, str]
 
 def run_prunus(model: Any, args: Any, kwargs: Any) -> Any:
     """Ours, asked for as much; judged by its own proof, and by the measure of the others."""
-    import peers
-
     import prunus
+    from benchmarks.peers import peers
 
     def prune(twin: Any) -> Any:
         graph = prunus.trace(twin, args, kwargs)
@@ -63,15 +61,16 @@ def run_prunus(model: Any, args: Any, kwargs: Any) -> Any:
 
 def engines() -> dict[str, Callable[..., Any]]:
     """Functions by the engine's name."""
-    import peers
+    from benchmarks.peers import peers
 
     return {"prunus": run_prunus, **peers.PEERS}
 
 
 def examine(engine: str, case: Any, pipe: Any, **options: Any) -> None:
     """In the process of one row: whatever happens, an outcome goes up the pipe."""
-    import peers
     import torch
+
+    from benchmarks.peers import peers
 
     try:
         torch.manual_seed(0)
@@ -84,7 +83,7 @@ def examine(engine: str, case: Any, pipe: Any, **options: Any) -> None:
 
 def measure(engine: str, case: Any, **options: Any) -> Any:
     """The outcome of one row, or nothing if it did not finish."""
-    import peers
+    from benchmarks.peers import peers
 
     # Forked, since importing every library anew for each of some hundred rows takes far longer.
     context = multiprocessing.get_context("fork")
@@ -138,16 +137,12 @@ def prepare() -> Sequence[Any]:
     os.environ.setdefault("YOLO_AUTOINSTALL", "false")
     os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="prunus-yolo-"))
     warnings.simplefilter("ignore")
-    # Libraries look for the well-known ``coverage`` when imported, and would find ours.
-    here = str(Path(__file__).parent)
-    sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != here]
     import torch
 
     torch.set_num_threads(1)
     for name in ("timm", "transformers", "ultralytics", "torch_pruning", "torch_kirigami.pruning"):
         importlib.import_module(name)
-    sys.path.insert(0, here)
-    import case_models
+    from benchmarks.peers import case_models
 
     return case_models.CASES
 

@@ -1,6 +1,6 @@
 """Prune random networks at random and let judges that share nothing with the engine object.
 
-    python benchmarks/fuzz.py --count 10000     # about an hour on one core; resumes where it ended
+    python -m benchmarks.exactness.fuzz --count 10000  # an hour on one core; resumes
 
 Network number N is drawn from seed N (``tests/random_networks.py``), pruned by a random share and
 verified; where the certificate does not say *inexact*, ``prunus.mask``, the second witness and the
@@ -19,10 +19,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from rows import commit
+from benchmarks.rows import commit
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).with_name("results") / "fuzz.csv"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parents[1] / "results" / "fuzz.csv"
 CHUNK = 100
 FIELDS = (
     "first_seed", "networks", "exact", "not_verified", "inexact", "refused", "judges_undecided",

@@ -1,7 +1,7 @@
 """Heads, FFN widths and layers of seventeen transformers, removed at random and proven.
 
-    python benchmarks/transformers_heads.py             # all; ten minutes on one core
-    python benchmarks/transformers_heads.py llama t5    # some; their rows are replaced
+    python -m benchmarks.exactness.transformers_heads   # all; ten minutes on one core
+    python -m benchmarks.exactness.transformers_heads llama t5  # some; their rows are replaced
 
 Every model is built by its library from a config, unmodified.  ``removed`` is how much of a
 structure went, ``rel_err`` and ``moved`` are the certificate's.  ``witness``: *same
@@ -21,14 +21,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import rows
 import torch
-from peers import EXACT, relative_error
 
 import prunus
+from benchmarks import rows
+from benchmarks.peers.peers import EXACT, relative_error
 from prunus.integrations import hf
 
-RESULTS = Path(__file__).with_name("results") / "transformers.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "transformers.csv"
 FIELDS = ("model", "structure", "named", "removed", "rel_err", "moved", "verdict", "params_ratio",
           "witness", "seconds", "commit")  # fmt: skip
 RATIO = 0.3

@@ -1,7 +1,7 @@
 """Perplexity of SmolLM2-135M after one cut, nothing trained; ``results/llm_oneshot.csv``.
 
-    python benchmarks/llm_oneshot.py                                  # all; an hour
-    python benchmarks/llm_oneshot.py --engine prunus --structure width --importance l2 random
+    python -m benchmarks.accuracy.llm_oneshot   # all; an hour
+    python -m benchmarks.accuracy.llm_oneshot --engine prunus --structure width --importance l2
 
 10, 20 and 30 % of the parameters go, by *width* (hidden units of the FFNs, and KV groups with
 their query heads), by *width+hidden* (the residual stream as well), by *depth* (whole layers, as
@@ -34,16 +34,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import measures
-import pretrained
-import rows
-import texts
 import torch
 from torch import Tensor
 
 import prunus
+from benchmarks import rows
+from benchmarks.accuracy import measures, pretrained, texts
 
-RESULTS = Path(__file__).with_name("results") / "llm_oneshot.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "llm_oneshot.csv"
 REMOVED = (0.1, 0.2, 0.3)
 LIMIT = 600
 LENGTH = 256

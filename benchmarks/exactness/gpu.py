@@ -1,7 +1,7 @@
 """What only a GPU can show: proofs, repairs and latency on CUDA; ``results/gpu.csv``.
 
-    python benchmarks/gpu.py                     # all, a few minutes; needs a GPU
-    python benchmarks/gpu.py --check exactness
+    python -m benchmarks.exactness.gpu   # all, a few minutes; needs a GPU
+    python -m benchmarks.exactness.gpu --check exactness
 
 * *exactness*: 30 % of every group of a model on the GPU, proven there, and cut there and on the
   CPU by one plan; ``value`` is the relative error of the proof, ``other`` how far the two differ.
@@ -29,14 +29,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import rows
 import torch
 from torch import Tensor, nn
 
 import models_zoo
 import prunus
+from benchmarks import rows
 
-RESULTS = Path(__file__).with_name("results") / "gpu.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "gpu.csv"
 FIELDS = (
     "check", "model", "setting", "verdict", "value", "other", "seconds", "gpu", "torch", "commit",
 )  # fmt: skip

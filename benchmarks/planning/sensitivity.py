@@ -1,7 +1,7 @@
 """Ratios by sensitivity beside equal ones at the same MACs; ``results/sensitivity.csv``.
 
-    python benchmarks/sensitivity.py              # what is missing; some minutes
-    python benchmarks/sensitivity.py --table      # print the table that there is
+    python -m benchmarks.planning.sensitivity   # what is missing; some minutes
+    python -m benchmarks.planning.sensitivity --table  # print the table that there is
 
 The zoo's ``resnet_fmnist`` keeps at most 70, 50 and 35 % of its MACs, by the importance l2.  Which
 share each group loses is equal for all of them; or read from a table of sensitivities, each group
@@ -24,15 +24,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import rows
 import torch
 from torch import nn
 
 import models_zoo
 import prunus
+from benchmarks import rows
 from models_zoo import data
 
-RESULTS = Path(__file__).with_name("results") / "sensitivity.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "sensitivity.csv"
 MODEL = "resnet_fmnist"
 LEVELS = (0.7, 0.5, 0.35)
 TRIALS = 30

@@ -1,9 +1,9 @@
 """Hold models to the exactness line and write ``results/exactness.csv``.
 
-    python benchmarks/exactness.py                     # all models, about twenty minutes
-    python benchmarks/exactness.py timm:resnet50       # some; their rows are replaced
-    python benchmarks/exactness.py --library hf
-    python benchmarks/exactness.py --seed 3            # other weights and other units; a new file
+    python -m benchmarks.exactness.exactness   # all models, about twenty minutes
+    python -m benchmarks.exactness.exactness timm:resnet50  # some; their rows are replaced
+    python -m benchmarks.exactness.exactness --library hf
+    python -m benchmarks.exactness.exactness --seed 3  # other weights and other units; a new file
 
 About 30 % of the units of every group go, all groups at once, and the pruned model's own forward
 is compared with the masked original: in float32, and in float64 where the model runs in it.  Two
@@ -27,15 +27,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import catalogue
 import numpy as np
 import torch
-from rows import commit
 
 import prunus
+from benchmarks.exactness import catalogue
+from benchmarks.rows import commit
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).with_name("results") / "exactness.csv"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parents[1] / "results" / "exactness.csv"
 RATIO = 0.3
 LEFT, LEFT_WITH_HIDDEN_STATE = 0.6, 0.75
 TOLERANCE = {"float32": 1e-4, "float64": 1e-6}

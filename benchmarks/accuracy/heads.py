@@ -1,8 +1,8 @@
-"""Attention heads of MiniLM, removed without any training; ``results/heads.csv`` and ``heads.png``.
+"""Attention heads of MiniLM, removed without any training; ``results/heads.csv``, ``heads.png``.
 
-    python benchmarks/heads.py                        # every importance; a quarter of an hour
-    python benchmarks/heads.py --importance l2        # some; their rows are replaced
-    python benchmarks/heads.py --picture              # draw the table that there is again
+    python -m benchmarks.accuracy.heads   # every importance; a quarter of an hour
+    python -m benchmarks.accuracy.heads --importance l2  # some; their rows are replaced
+    python -m benchmarks.accuracy.heads --picture  # draw the table that there is again
 
 ``ratio`` is the share of all 72 heads that goes, to the nearest head, and one stays in every layer.
 ``fidelity`` is the Spearman correlation of the cosines of all pairs of 256 sentences, against the
@@ -24,15 +24,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import measures
-import pretrained
-import rows
-import texts
 import torch
 
 import prunus
+from benchmarks import rows
+from benchmarks.accuracy import measures, pretrained, texts
 
-RESULTS = Path(__file__).with_name("results") / "heads.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "heads.csv"
 MODEL = "all-MiniLM-L6-v2"
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 PROVEN = 0.3

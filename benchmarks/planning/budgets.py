@@ -1,7 +1,7 @@
 """Ask for a share of a cost, count what came out, and write ``results/budgets.csv``.
 
-    python benchmarks/budgets.py                     # all models of the table
-    python benchmarks/budgets.py resnet50 llama_1b   # some; rows of this commit are not made again
+    python -m benchmarks.planning.budgets   # all models of the table
+    python -m benchmarks.planning.budgets resnet50 llama_1b  # some; this commit's rows are kept
 
 What is achieved is counted on the pruned model, not by the planner: parameters by ``numel``,
 MACs by PyTorch's FLOP counter, halved, with attention as plain matrix products, bytes as stored,
@@ -18,15 +18,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import catalogue
-import rows
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
 import prunus
+from benchmarks import rows
+from benchmarks.exactness import catalogue
 
-RESULTS = Path(__file__).with_name("results") / "budgets.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "budgets.csv"
 KEY = ("model", "budget", "requested", "round_to")
 FIELDS = (*KEY, "planned", "achieved", "spare", "unaligned", "verdict", "plan_s", "commit")
 SHARES = (0.3, 0.5, 0.7)

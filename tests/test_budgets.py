@@ -15,7 +15,7 @@ import prunus
 from prunus.errors import BudgetError, PlanError
 from prunus.graph.budget import Budget
 from prunus.graph.constraints import Lockstep
-from prunus.planner import select
+from prunus.planner.allocate import select
 from tests.test_planner import Draft, attention, chain, kept_in, residual, scores_for
 
 INPUT = torch.randn(1, 3, 16, 16)

@@ -1,7 +1,10 @@
 """Options: unknown ones, nonsensical values, and such as contradict one another, are refused."""
 
-import importlib
+import ast
 import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,9 @@ import prunus
 from prunus.errors import PlanError, checks_options
 from prunus.importance import torch_pruning
 from prunus.integrations import hf, hf_config
+from prunus.planner.options import PlanKeywords, PlanOptions, ScoreKeywords, ScoreOptions
+
+SOURCE = Path(prunus.__file__).parent
 
 
 class TouchedError(Exception):
@@ -133,7 +139,46 @@ AMOUNTS = {
 
 
 def test_every_option_of_a_plan_has_a_value_that_is_refused() -> None:
-    assert NONSENSE.keys() == importlib.import_module("prunus.planner.planning").DEFAULTS.keys()
+    assert NONSENSE.keys() == {one.name for one in fields(PlanOptions)}
+
+
+@pytest.mark.parametrize(
+    ("record", "keywords"), [(ScoreOptions, ScoreKeywords), (PlanOptions, PlanKeywords)]
+)
+def test_type_checkers_see_the_options_of_the_record(record, keywords) -> None:
+    types = {name: found.__forward_arg__ for name, found in keywords.__annotations__.items()}
+    assert types == {one.name: one.type for one in fields(record)}
+
+
+@pytest.mark.parametrize("call", [prunus.plan, prunus.shrink])
+def test_signature_and_documentation_are_read_off_the_record(call) -> None:
+    known = inspect.signature(call).parameters
+    for one in fields(PlanOptions):
+        assert known[one.name].default == one.default
+        assert known[one.name].annotation == one.type
+        assert call.__doc__.count(f"    {one.name} : ") == 1
+        assert one.metadata["text"].partition("\n")[0] in call.__doc__
+    assert "**options" not in call.__doc__
+
+
+def test_no_option_is_documented_twice() -> None:
+    for call in (prunus.plan, prunus.shrink, prunus.sensitivity, prunus.search_ratios):
+        names = re.findall(r"^    (\w+(?:, \w+)*)(?: :.*)?$", call.__doc__, re.MULTILINE)
+        each = [name for line in names for name in line.split(", ")]
+        assert len(each) == len(set(each)), call
+
+
+def test_a_function_has_at_most_twelve_parameters() -> None:
+    files = [*(SOURCE / "cli").glob("*.py"), SOURCE / "api.py", SOURCE / "planner" / "planning.py"]
+    assert len(files) > 5
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                a = node.args
+                count = len(
+                    [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, [a.vararg, a.kwarg])]
+                )
+                assert count <= 12, (file.name, node.name)
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import Any, Literal, get_args
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from torch import nn
 from prunus.calibration.batches import bounded, first_batches
 from prunus.errors import PlanError, VerifyError, checks_options
 from prunus.graph.axis import Mask
-from prunus.graph.budget import Budget
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.importance import Statistics, collect
@@ -27,8 +26,9 @@ from prunus.planner.depth_planning import (
     plan_left,
     refuse_statistics,
 )
-from prunus.planner.layers import Drop, find_drops, name_layers
-from prunus.planner.planning import Globs, check_request, plan
+from prunus.planner.layers import find_drops, name_layers
+from prunus.planner.option_values import Globs
+from prunus.planner.options import PlanKeywords, PlanOptions, takes_options
 from prunus.planner.width_planning import needs_to_plan, plan_of_mask
 from prunus.recovery import (
     LOOKED_AT,
@@ -47,6 +47,9 @@ from prunus.tracer.randomness import DRAWS
 from prunus.tracer.trace import trace
 from prunus.verifier.bisect import find_culprits
 from prunus.verifier.verify import Certificate, verify_traced
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Mode = Literal["free", "uniform"]
 
@@ -69,27 +72,22 @@ class Shrunk:
     recovery: tuple[Step, ...] = ()
 
 
-@partial(checks_options, options_of=plan)
+@takes_options(PlanOptions)
 @all_or_nothing
 def shrink(
     model: nn.Module,
     args: Any = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    budget: Budget | None = None,
-    data: Iterable[Any] | None = None,
     outputs: Globs | None = None,
     verified: bool = True,
     each_group: bool = True,
     mode: Mode = "free",
-    drop: Drop = (),
-    protect_ends: bool = True,
     forward_fn: ForwardFn | None = None,
     recover: Recover = "auto",
     optimizer: torch.optim.Optimizer | None = None,
     progress: Progress | None = None,
-    seed: int = 0,
-    **options: Any,
+    **options: Unpack[PlanKeywords],
 ) -> Shrunk:
     """Trace, plan, prove, cut and recover, all in one call; the model changes in place.
 
@@ -100,12 +98,6 @@ def shrink(
     ----------
     model, args, kwargs
         The model and example inputs for its forward.
-    budget
-        See :func:`plan`, which also takes the ``options``.
-    data
-        Calibration batches, for the recovery (without them only batch norms recover), for an
-        importance that reads them, and for the number of blocks to drop (without them that is
-        decided on the example inputs).  An iterator that has to serve twice is kept as a list.
     verified
         Prove first, on a copy, that the cut model computes the masked original.
     each_group
@@ -115,8 +107,6 @@ def shrink(
         ``"uniform"``, for models of transformers: only what the plain ``config.json`` can say, the
         same counts in every layer, so that ``from_pretrained`` of the unmodified library loads
         what :func:`prunus.integrations.hf.save` writes.  ``Shrunk.held`` names what it can't say.
-    drop, protect_ends
-        Blocks to drop, as in :func:`plan`: with them the budget may be left out.
     forward_fn
         What is run in place of the forward, as in :func:`trace`, also on the data's batches.
     recover
@@ -134,6 +124,7 @@ def shrink(
         Its state is cut along, as by :func:`prunus.apply`.
     progress
         Called with the name of a step of the recovery, and the number of batches done.
+    **options
 
     Raises
     ------
@@ -145,27 +136,25 @@ def shrink(
     DataError
         If the importance needs calibration data and there is none.
     """
-    asked = {"budget": budget, "data": data, "drop": drop, "protect_ends": protect_ends}
-    check_request({**options, **asked, "seed": seed})
+    asked = PlanOptions(**options)
+    asked.check()
     _check_mode(mode)
-    check_recovery(recover, data)
+    check_recovery(recover, asked.data)
     args = positional(args)
-    if isinstance(drop, int) or drop:
+    if asked.drops:
         refuse_quantized(model)
-        refuse_statistics(options.get("statistics"))
-    given = options.get("statistics") is not None
-    needs = frozenset() if given else needs_to_plan(*_reading(options))
-    if data is not None and (needs or isinstance(drop, int) or recover != "none"):
+        refuse_statistics(asked.statistics)
+    needs = frozenset() if asked.statistics is not None else needs_to_plan(asked)
+    data = asked.data
+    if data is not None and (needs or isinstance(asked.drop, int) or recover != "none"):
         data = bounded(data)
+    asked = replace(asked, data=data)
     recovered_with = None if recover == "none" else data
     looked_at = [] if recovered_with is None else first_batches(recovered_with, LOOKED_AT)
     with entered_by(model, forward_fn):
         graph = trace(model, args, kwargs, outputs=outputs)
-        task = _Task(
-            graph, model, args, dict(kwargs or {}), drop, protect_ends, data, each_group, seed, mode
-        )
-        hold = tuple(options.pop("hold", ()))
-        chosen, certificate, held = task.solve(hold, verified, {"budget": budget, **options})
+        task = _Task(graph, model, args, dict(kwargs or {}), asked, each_group, mode)
+        chosen, certificate, held = task.solve(verified)
         recovered = cut_and_recover(
             *(model, chosen, None if chosen.drops else graph, recovered_with),
             method=recover,
@@ -173,7 +162,7 @@ def shrink(
             new_biases=mode == "free",  # a plain config can't say them
             optimizer=optimizer,
             progress=progress,
-            seed=seed,
+            seed=asked.seed,
         )
     return Shrunk(model, graph, recovered.plan, certificate, held, recovered.steps)
 
@@ -234,8 +223,8 @@ def drop_layers(
     args, kwargs = inputs_of(model, args, kwargs)
     graph = trace(model, args, kwargs, outputs=outputs)
     names = name_layers(graph, model, layers, stack)
-    task = _Task(graph, model, args, kwargs, names, True, None, True, seed)
-    chosen, certificate, held = task.solve((), verified, {})
+    task = _Task(graph, model, args, kwargs, PlanOptions(drop=names, seed=seed))
+    chosen, certificate, held = task.solve(verified)
     cut(chosen, model, optimizer=optimizer)
     return Shrunk(model, graph, chosen, certificate, held)
 
@@ -261,46 +250,35 @@ class _Task:
     model: nn.Module
     args: Any
     kwargs: Mapping[str, Any]
-    drop: Drop
-    protect_ends: bool
-    data: Iterable[Any] | None
-    each_group: bool
-    seed: int
+    asked: PlanOptions
+    each_group: bool = True
     mode: Mode = "free"
     known: dict[tuple[str, ...], _Left] = field(default_factory=dict)
 
-    def solve(
-        self, asked: Sequence[str], verified: bool, options: Mapping[str, Any]
-    ) -> tuple[Plan, Certificate | None, dict[str, str]]:
-        """The plan, its proof, and what was held with the reason."""
+    def solve(self, verified: bool) -> tuple[Plan, Certificate | None, dict[str, str]]:
+        """The plan, its certificate, and what was held with the reason."""
         held: dict[str, str] = {}
+        asked = self.asked
         while True:
             names = find_drops(
-                self.graph, self.drop, lambda: self._influence, self.protect_ends, held
+                self.graph, asked.drop, lambda: self._influence, asked.protect_ends, held
             )
             blocks = {block.name for block in self.graph.blocks}
-            left = self._without(names, options)
+            left = self._without(names)
             held |= left.held
             hold = {n: f"it has to stay: {why}" for n, why in held.items() if n not in blocks}
-            hold |= dict.fromkeys(asked, "it is held")
+            hold |= dict.fromkeys(asked.hold, "it is held")
+            if left.statistics is not None:
+                asked = replace(self.asked, statistics=left.statistics)
             with without_blocks(self.model, names):
-                chosen = plan_left(
-                    *(self.graph, left.graph, self.model, names),
-                    **{
-                        "data": self.data,
-                        "statistics": left.statistics,
-                        "hold": hold,
-                        "seed": self.seed,
-                        **options,
-                    },
-                )
+                chosen = plan_left(self.graph, left.graph, self.model, names, asked, hold=hold)
             if not verified:
                 return chosen, None, held
             certificate = self._prove(chosen, left.traced, each_group=self.each_group)
             if certificate.verdict != "inexact":
                 return chosen, certificate, held
             found = self._reject_blocks(names)
-            if found and not isinstance(self.drop, int):
+            if found and not isinstance(asked.drop, int):
                 name, why = next(iter(found.items()))
                 raise VerifyError(
                     "without this block the model does not compute what it does when it is skipped",
@@ -315,12 +293,12 @@ class _Task:
                     raise unproven(certificate, found)
             held |= found
 
-    def _without(self, names: Sequence[str], options: Mapping[str, Any]) -> _Left:
+    def _without(self, names: Sequence[str]) -> _Left:
         """What planning needs to know of the model without these blocks."""
         key = tuple(names)
         if key not in self.known:
-            needs = needs_to_plan(*_reading(options))
-            graph, statistics = self.graph, None
+            asked = self.asked
+            graph, statistics = self.graph, asked.statistics
             held: dict[str, str] = {}
             with without_blocks(self.model, names):
                 if names:
@@ -331,17 +309,17 @@ class _Task:
                     given = self.kwargs and not self.args
                     inputs = self.kwargs if given else example_inputs(self.model)
                     graph, held = uniform(graph, self.model, inputs)
-                if needs and self.data is not None and options.get("statistics") is None:
-                    loss = options.get("loss")
+                needs = needs_to_plan(asked)
+                if needs and asked.data is not None and statistics is None:
                     statistics = collect(
-                        self.model, graph, self.data, needs, loss=loss, seed=self.seed
+                        *(self.model, graph, asked.data, needs), loss=asked.loss, seed=asked.seed
                     )
             self.known[key] = _Left(graph, traced, held, statistics)
         return self.known[key]
 
     @cached_property
     def _influence(self) -> dict[str, float]:
-        return measure_influence(self.model, self.graph, self.data, self.args, self.kwargs)
+        return measure_influence(self.model, self.graph, self.asked.data, self.args, self.kwargs)
 
     def _prove(self, chosen: Plan, graph: CouplingGraph | None, *, each_group: bool) -> Certificate:
         return verify_traced(
@@ -350,7 +328,7 @@ class _Task:
             self.args,
             self.kwargs,
             each_group=each_group,
-            seed=self.seed,
+            seed=self.asked.seed,
             graph=graph,
         )
 
@@ -358,7 +336,9 @@ class _Task:
         """The blocks whose absence alone makes the proof fail, with the reason."""
         found: dict[str, str] = {}
         for name in names:
-            chosen, _ = plan_depth(self.graph, self.model, [name], self.args, self.kwargs)
+            chosen, _ = plan_depth(
+                self.graph, self.model, [name], self.args, self.kwargs, PlanOptions()
+            )
             proof = self._prove(chosen, None, each_group=False)
             if proof.verdict == "inexact":
                 found[name] = _why_inexact(proof)
@@ -407,11 +387,6 @@ def inputs_of(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> 
     args = positional(args)
     kwargs = dict(kwargs or {})
     return (args, kwargs) if args or kwargs else ((), example_inputs(model))
-
-
-def _reading(options: Mapping[str, Any]) -> tuple[Any, bool]:
-    """The options of :func:`prunus.plan` that read calibration data."""
-    return options.get("importance", "l2"), options.get("exchange", False)
 
 
 def _why_inexact(proof: Certificate) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from prunus.cli.bounds import budget_of
@@ -70,12 +69,14 @@ def ratios_by_table(
     table = prunus.Sensitivity.load(options.sensitivity)
     _check_importance(table, options)
     chosen = prunus.plan_by_sensitivity(
-        _rows_meant(table, graph, options),
+        table,
         graph,
         model,
         budget_of(options),
         importance=options.importance,
         statistics=statistics,
+        include=options.include,
+        exclude=options.exclude,
         seed=options.seed,
     )
     rows = (choice for choice in chosen.groups if choice.name in table.sizes)
@@ -94,17 +95,3 @@ def _check_importance(table: Sensitivity, options: argparse.Namespace) -> None:
             why="what the loss of units costs hangs on which of them go first",
             fix=f"--importance {measured}",
         )
-
-
-def _rows_meant(
-    table: Sensitivity, graph: CouplingGraph, options: argparse.Namespace
-) -> Sensitivity:
-    """The table without the groups that globs leave out."""
-    from prunus.planner.filters import excluded_groups
-
-    left_out = excluded_groups(graph, options.include, options.exclude)
-
-    def meant(values: Any) -> Any:
-        return {name: value for name, value in values.items() if name not in left_out}
-
-    return replace(table, sizes=meant(table.sizes), tolerated=meant(table.tolerated))

@@ -13,6 +13,7 @@ from prunus.cli.by_table import check_alone, ratios_by_table
 if TYPE_CHECKING:
     from prunus import Budget, CouplingGraph, Plan, Statistics
     from prunus.cli.models import Loaded
+    from prunus.planner.options import PlanOptions
 
 
 def add_parser(verbs: Any) -> None:
@@ -119,7 +120,7 @@ def collect(
     from prunus.errors import DataError
     from prunus.planner.width_planning import needs_to_plan
 
-    needs = needs_to_plan(options.importance, options.exchange)
+    needs = needs_to_plan(reading(options))
     if not needs:
         return None
     if data is None:
@@ -133,6 +134,14 @@ def collect(
         step(f"collecting: {done} batches", same=True)
 
     return prunus.collect(loaded.model, graph, data, needs, seed=options.seed, progress=count)
+
+
+def reading(options: argparse.Namespace) -> PlanOptions:
+    """The options that say what is read of calibration data."""
+    from prunus.planner.options import PlanOptions
+
+    names = ("importance", "exchange")
+    return PlanOptions(**{name: getattr(options, name) for name in names})
 
 
 def _reader(options: argparse.Namespace) -> str:

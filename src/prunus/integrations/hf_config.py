@@ -22,7 +22,7 @@ from prunus.errors import ModelError, PlanError, checks_options
 from prunus.graph.constraints import Lockstep
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
-from prunus.planner import thin
+from prunus.planner.thin import thin
 from prunus.structures import Structure, find_structures
 from prunus.surgeon import apply
 from prunus.surgeon.applied import applied_plan

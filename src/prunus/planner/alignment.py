@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from prunus.errors import PlanError
 from prunus.graph.axis import Label, Role
 from prunus.graph.constraints import Aligned
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.program import Ref
 from prunus.planner.filters import spread
+from prunus.planner.option_values import check_count
 
 WIDE = 32
 """Narrower widths are not rounded unless somebody asks for it."""
@@ -142,12 +142,6 @@ def _read(
         check_count(f"round_to[{key!r}]", value)
     globs = {key: value for key, value in round_to.items() if key not in by_kind}
     return spread(graph, globs, "round_to", check_count), by_kind
-
-
-def check_count(option: str, number: Any) -> None:
-    """Refuse what is no number of units."""
-    if type(number) is not int or number < 1:
-        raise PlanError(f"{option}={number!r} is no number of units", fix="give an int ≥ 1")
 
 
 def _widths(graph: CouplingGraph) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from numbers import Real
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,18 +17,24 @@ from prunus.errors import PlanError
 from prunus.graph.axis import Mask
 from prunus.graph.budget import Budget
 from prunus.graph.coupling import CouplingGraph
-from prunus.planner.alignment import RoundTo, check_count
+from prunus.planner.alignment import RoundTo
 from prunus.planner.descent import Descent
-from prunus.planner.filters import Globs, excluded_groups, first_fitting, spread
+from prunus.planner.filters import excluded_groups, first_fitting, spread
 from prunus.planner.fixed_ratios import choose_fixed
 from prunus.planner.limits import find_stops
+from prunus.planner.option_values import (
+    Globs,
+    Normalise,
+    Scope,
+    check_count,
+    check_ratio,
+    check_scope,
+    check_share,
+)
 from prunus.planner.removal import Floors
 from prunus.planner.solvers import solve
 from prunus.planner.steps import Quanta, form_quanta
 
-ScopeName = Literal["global", "local", "isomorphic"]
-Scope = ScopeName | Sequence[str]
-Normalise = Literal["mean", "max", "sum", "standardised", "lamp", "none"]
 Scores = NDArray[np.float64]
 
 _ROUNDING_ERROR = 1e-9
@@ -178,21 +184,6 @@ def select(
     )
 
 
-def check_scope(scope: Any, normalise: str | None) -> None:
-    """Refuse a scope or a way to normalise that there is not; None is the default way."""
-    if normalise is not None and normalise not in get_args(Normalise):
-        known = ", ".join(map(repr, get_args(Normalise)))
-        raise PlanError(f"normalise={normalise!r} is none of {known}", fix="normalise='mean', say")
-    if isinstance(scope, str) and scope not in get_args(ScopeName):
-        raise PlanError(
-            f"scope={scope!r} is none of {', '.join(map(repr, get_args(ScopeName)))}",
-            fix=f"for classes of your own give a list of globs: scope=[{scope!r}], say",
-        )
-    globs = isinstance(scope, Sequence) and all(isinstance(glob, str) for glob in scope)
-    if not scope or not globs:
-        raise PlanError(f"scope={scope!r} are no globs", fix="scope=['layer1.*', 'layer4.*'], say")
-
-
 def _floors(
     graph: CouplingGraph,
     min_width: int | Mapping[str, int],
@@ -215,19 +206,6 @@ def _tell(option: str, value: Any) -> str:
     if isinstance(value, Mapping) and len(value) > _TOLD:
         return f"{option} for {len(value)} groups"
     return f"{option}={value:g}" if isinstance(value, Real) else f"{option}={value}"
-
-
-def check_ratio(option: str, value: Any) -> None:
-    """Refuse what is no part of a whole."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
-        raise PlanError(f"{option}={value!r} is no ratio", fix="give a number in [0, 1]")
-
-
-def check_share(option: str, value: Any) -> None:
-    """Refuse what is no share of a group's units that can go."""
-    check_ratio(option, value)
-    if value == 1:
-        raise PlanError(f"{option}={value!r} removes everything", fix="give a number in [0, 1)")
 
 
 def _checked(graph: CouplingGraph, scores: Scores) -> Scores:

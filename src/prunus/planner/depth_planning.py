@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 
 from prunus.errors import BudgetError, PlanError
-from prunus.graph.budget import Budget
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.renaming import Renaming
 from prunus.importance import Statistics
 from prunus.importance.influence import block_influence
+from prunus.planner.options import PlanOptions
 from prunus.planner.width_planning import plan_of_mask, plan_widths
 from prunus.surgeon.depth import without_blocks
 from prunus.tracer.inputs import rebuild_inputs
@@ -28,10 +28,7 @@ def plan_depth(
     names: Sequence[str],
     args: Any,
     kwargs: Mapping[str, Any],
-    *,
-    budget: Budget | None = None,
-    ratio: float | None = None,
-    **options: Any,
+    asked: PlanOptions,
 ) -> tuple[Plan, CouplingGraph]:
     """A plan that drops blocks and cuts what is left, and the graph of what is left.
 
@@ -39,7 +36,7 @@ def plan_depth(
     """
     with without_blocks(model, names):
         left = trace(model, args, kwargs, outputs=list(graph.kept_outputs)) if names else graph
-        chosen = plan_left(graph, left, model, names, budget=budget, ratio=ratio, **options)
+        chosen = plan_left(graph, left, model, names, asked)
     return chosen, left
 
 
@@ -48,12 +45,12 @@ def plan_left(
     left: CouplingGraph,
     model: nn.Module,
     names: Sequence[str],
+    asked: PlanOptions,
     *,
-    budget: Budget | None = None,
-    ratio: float | None = None,
-    **options: Any,
+    hold: Mapping[str, str] | None = None,
 ) -> Plan:
     """The plan of which ``left``, the graph of the model without its blocks, tells the widths."""
+    budget = asked.budget
     if names and budget is not None and budget.latency is not None:
         raise PlanError(
             "a latency budget can't be combined with dropping blocks",
@@ -61,16 +58,15 @@ def plan_left(
             fix="drop the blocks first (prunus.drop_layers), then measure and plan what is left",
         )
     if not names:
-        return plan_widths(left, model, budget=budget, ratio=ratio, **options)
-    requested = None if budget is None else budget.requested
+        return plan_widths(left, model, asked, hold=hold)
     left = _scopes_of_original(left, names)
     limits = None if budget is None else _left_of(budget.limits(graph), left)
-    if limits is None and ratio is None and not options.get("ratios"):
+    if limits is None and asked.ratio is None and not asked.ratios:
         chosen = plan_of_mask(left, model, left.all_kept, {"traced": left.traced})
     else:
-        chosen = plan_widths(left, model, budget=limits, ratio=ratio, **options)
+        chosen = plan_widths(left, model, asked, limits=limits, hold=hold)
     costs = {name: (graph.cost(name), after) for name, (_, after) in chosen.costs.items()}
-    origin = {**chosen.origin, "budget": requested}
+    origin = {**chosen.origin, "budget": None if budget is None else budget.requested}
     return replace(chosen, drops=tuple(names), costs=costs, origin=origin)
 
 

@@ -12,8 +12,8 @@ from prunus.errors import PlanError
 from prunus.graph.axis import Axis
 from prunus.graph.coupling import CouplingGraph
 from prunus.planner.culprits import NOTHING_THERE, tell_pins
+from prunus.planner.option_values import Globs
 
-Globs = str | Sequence[str]
 T = TypeVar("T")
 
 _NEAR = 3

@@ -19,7 +19,7 @@ from prunus.graph.plans import Plan
 from prunus.latency import LatencyTable, Prediction
 from prunus.latency.race import race
 from prunus.latency.table import PICOSECONDS
-from prunus.planner import Selection
+from prunus.planner.allocate import Selection
 from prunus.surgeon import apply
 from prunus.tracer.copies import duplicate
 from prunus.tracer.inputs import rebuild_inputs

@@ -10,9 +10,7 @@ from torch import nn
 from prunus.errors import PlanError
 from prunus.graph.coupling import CouplingGraph
 from prunus.planner.culprits import tell_groups
-
-Drop = int | str | Sequence[str]
-"""Blocks by their module paths, or how many."""
+from prunus.planner.option_values import Drop
 
 _NO_BLOCK = "it is a plain layer, without a skip connection around it"
 

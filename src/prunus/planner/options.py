@@ -1,164 +1,440 @@
-"""The options of a plan, checked at the edge: values that are none, and options that contradict.
+"""The options of a plan: one frozen record, of which signatures, flags and checks are read.
 
-It happens before anything is traced or read, so that an option is refused whether or not the rest
-of the call would ever look at it.
+An option is a field of :class:`PlanOptions`, with its type, its default, what it means, and what a
+value must be.  :func:`prunus.plan`, :func:`prunus.shrink` and the searches take the same names
+(:class:`PlanKeywords` lists them for type checkers), the command line makes flags of them, and a
+plan records them.  Nothing heavy is imported, so that ``prunus --help`` is quick.
 """
+
+# ruff: noqa: RUF009, ``option`` is a field specifier as ``dataclasses.field`` is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from numbers import Integral, Real
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from inspect import cleandoc
+from textwrap import indent
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
-from prunus.errors import PlanError
+from prunus.errors import PlanError, checks_options
 from prunus.graph.budget import Budget
-from prunus.planner.alignment import check_count
-from prunus.planner.allocate import check_ratio, check_scope, check_share
+from prunus.planner.option_values import (
+    Drop,
+    Globs,
+    Normalise,
+    Scope,
+    check_count,
+    check_each,
+    check_ratio,
+    check_scope,
+    check_share,
+    is_anything,
+    is_batches,
+    is_bool,
+    is_drop,
+    is_names,
+    is_real,
+    is_whole,
+)
 
-_NO_EFFECT: Mapping[str, Any] = {
-    "scope": "local",
-    "normalise": None,
-    "min_width": 1,
-    "max_ratio": 1.0,
-    "round_to": 1,
-    "include": None,
-    "exclude": (),
-}
-"""Options that shape what a budget takes, with the values that say nothing beside a ratio."""
+if TYPE_CHECKING:
+    from prunus.calibration.targets import Loss
+    from prunus.importance import Importance, Statistics
+    from prunus.latency import LatencyTable
+
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 
-def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Refuse values that an option can't have, and options that contradict one another.
+def option(
+    default: Any,
+    text: str,
+    fits: Callable[[Any], bool] = is_anything,
+    wanted: str = "",
+    *,
+    recorded: bool = False,
+    beside_ratio: Any = ...,
+) -> Any:
+    """A field of an options record.
 
     Parameters
     ----------
-    options
-        All options of :func:`prunus.plan`, by name.
-    defaults
-        Their values where nothing is said.
-
-    Raises
-    ------
-    PlanError
-        The message names the option, and says why it is refused.
+    text
+        What it means; the first paragraph is the help of its flag on the command line.
+    fits, wanted
+        Whether a value can be one, unless it is the default; and in words what it must be.
+    recorded
+        Whether a plan says what it was.
+    beside_ratio
+        The value that says nothing beside ``ratio``, for an option that shapes what a budget takes.
     """
-    for name, (fits, wanted) in _KINDS.items():
-        value = options[name]
-        if value is not defaults[name] and not fits(value):
-            raise PlanError(f"{name} must be {wanted}; got {value!r}")
-    check_scope(options["scope"], options["normalise"])
-    _check_each("min_width", options["min_width"], check_count)
-    if options["max_ratio"] is not None:
-        _check_each("max_ratio", options["max_ratio"], check_ratio)
-    if options["round_to"] not in (None, "latency"):
-        _check_each("round_to", options["round_to"], check_count)
-    _check_each("ratios", options["ratios"] or {}, check_share)
-    _check_amount(options)
-    if options["ratio"] is not None:
-        _check_beside_ratio(options, defaults)
-
-
-def _check_each(option: str, values: Any, check: Callable[[str, Any], None]) -> None:
-    """Check one value, or every value of those by globs."""
-    if not isinstance(values, Mapping):
-        return check(option, values)
-    for glob, value in values.items():
-        if not isinstance(glob, str):
-            raise PlanError(f"{glob!r} is no glob", where=f"{option}=", fix="write a string")
-        check(f"{option}[{glob!r}]", value)
-    return None
-
-
-def _check_amount(options: Mapping[str, Any]) -> None:
-    """Refuse a call that doesn't say how much to remove, or says it twice."""
-    ratio, drop = options["ratio"], options["drop"]
-    given = {"a budget": options["budget"], "ratios": options["ratios"]}
-    several = [name for name, value in given.items() if value is not None]
-    fix = "give budget=Budget(macs=0.5), say, or ratio=0.3, or ratios={'layer3.*': 0.3}"
-    why = "a ratio is taken from every group, whatever it costs"
-    if ratio is not None and several:
-        raise PlanError(f"{' and '.join(several)} and a ratio were given", why=why, fix=fix)
-    if ratio is None and not several and not isinstance(drop, int) and not drop:
-        raise PlanError("nothing says how much to remove", why=why, fix=fix)
-    if ratio is not None and not 0 < ratio < 1:
-        raise PlanError(
-            f"a ratio of {ratio} removes nothing or everything",
-            fix="give a number between 0 and 1: the share of units that every group loses",
-        )
-
-
-def _check_beside_ratio(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """A ratio is one of every group: what shapes a budget's choice would change nothing."""
-
-    def says_nothing(name: str, value: Any) -> bool:
-        same: bool = value == defaults[name] or value == _NO_EFFECT[name]
-        return same or (name == "exclude" and not value)
-
-    given = [name for name in _NO_EFFECT if not says_nothing(name, options[name])]
-    if given:
-        raise PlanError(
-            f"{', '.join(given)} can't be combined with ratio=",
-            why="a ratio is taken from every group alike",
-            fix="give a budget, or ratios={'layer3.*': 0.3} of the groups that are meant; "
-            "hold=[…] names groups that lose nothing",
-        )
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_names(value: Any) -> bool:
-    """A glob, or several."""
-    return isinstance(value, str) or (
-        isinstance(value, Collection)
-        and not isinstance(value, (Mapping, bytes))
-        and all(isinstance(one, str) for one in value)
-    )
-
-
-def _is_drop(value: Any) -> bool:
-    whole = _is_whole(value) and value >= 1
-    return whole or (isinstance(value, (str, Sequence)) and _is_names(value))
-
-
-def _is_batches(value: Any) -> bool:
-    return not isinstance(value, (str, bytes)) and (
-        hasattr(value, "__iter__") or hasattr(value, "__getitem__")
-    )
+    metadata = {
+        "text": cleandoc(text),
+        "fits": fits,
+        "wanted": wanted,
+        "recorded": recorded,
+        "beside_ratio": beside_ratio,
+    }
+    return field(default=default, metadata=metadata)
 
 
 _GLOBS = "a glob over names of groups and their tensors, or a list of globs"
 
-_KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "budget": (lambda value: isinstance(value, Budget), "a Budget, as prunus.Budget(macs=0.5)"),
-    "ratio": (_is_real, "a number between 0 and 1"),
-    "ratios": (lambda value: isinstance(value, Mapping), "a mapping, as {'layer3.*': 0.3}"),
-    "importance": (
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """Which units of a group are removed first, and which groups are meant."""
+
+    importance: str | Importance = option(
+        "l2",
+        """
+        Score of a unit.  Of the weights: ``l1``, ``l2`` (default), ``lamp``, ``fpgm``,
+        ``bn_scale``, ``random``; of calibration data: ``taylor``, ``fisher``, ``head_gradient``,
+        ``activation``, ``wanda``, ``flap``, ``obs``, ``confidence``.
+
+        Or a :class:`prunus.importance.Movement`, an importance of Torch-Pruning, or a function of
+        a group and a context.
+        """,
         lambda value: isinstance(value, str) or callable(value),
         "a name, as 'l2', or a function of a group and a context",
-    ),
-    "data": (_is_batches, "an iterable of batches, as a DataLoader is"),
-    "statistics": (lambda value: hasattr(value, "unit_count"), "what prunus.collect returns"),
-    "loss": (callable, "a function of the outputs and a batch"),
-    "include": (_is_names, _GLOBS),
-    "exclude": (_is_names, _GLOBS),
-    "hold": (
-        lambda value: not isinstance(value, str) and _is_names(value),
+        recorded=True,
+    )
+    data: Iterable[Any] | None = option(
+        None,
+        """
+        Calibration batches, for importances, the influence of blocks, and repair.
+
+        Without them the influence of blocks is measured on random inputs of the traced shapes.
+        """,
+        is_batches,
+        "an iterable of batches, as a DataLoader is",
+    )
+    statistics: Statistics | None = option(
+        None,
+        """
+        What :func:`prunus.importance.collect` made of ``data`` for this graph; it may serve
+        several plans.
+        """,
+        lambda value: hasattr(value, "unit_count"),
+        "what prunus.collect returns",
+    )
+    loss: Loss | None = option(
+        None,
+        "For gradients; see :func:`prunus.importance.collect`.",
+        callable,
+        "a function of the outputs and a batch",
+    )
+    include: Globs | None = option(
+        None,
+        "Only these groups, by globs over their names and those of their tensors.",
+        is_names,
+        _GLOBS,
+        beside_ratio=None,
+    )
+    exclude: Globs = option(
+        (),
+        "Not these groups, by globs over their names and those of their tensors.",
+        is_names,
+        _GLOBS,
+        beside_ratio=(),
+    )
+    seed: int = option(
+        0, "Seed of everything that is random (default: 0).", is_whole, "an int", recorded=True
+    )
+
+    def check(self) -> None:
+        """Refuse values that an option can't have.
+
+        Raises
+        ------
+        PlanError
+            The message names the option, and says why it is refused.
+        """
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is not one.default and not one.metadata["fits"](value):
+                raise PlanError(f"{one.name} must be {one.metadata['wanted']}; got {value!r}")
+        if isinstance(self.importance, str):
+            from prunus.importance import needs_of
+
+            needs_of(self.importance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(ScoreOptions):
+    """What a plan can be asked."""
+
+    budget: Budget | None = option(
+        None,
+        """
+        Upper bounds on ``params``, ``macs``, ``bytes``, peak ``activation`` memory and
+        ``latency``, as fractions of the dense cost or absolute, of the whole model and (except
+        memory and latency) of parts of it; several hold at once.
+
+        A bound on latency is met within 2 % by the clock: plans are cut on a copy, measured in
+        turn with the dense model, and made again.
+        """,
+        lambda value: isinstance(value, Budget),
+        "a Budget, as prunus.Budget(macs=0.5)",
+        recorded=True,
+    )
+    ratio: float | None = option(
+        None,
+        "In place of a budget: the share of units that every group loses, whatever that costs.",
+        is_real,
+        "a number between 0 and 1",
+        recorded=True,
+    )
+    ratios: Mapping[str, float] | None = option(
+        None,
+        """
+        The share of its units that a group loses, exactly, by globs over names of groups and
+        their tensors; alone, or with a budget, which takes nothing else of these groups.
+
+        ``{"layer3.*": 0.3}``, say.  Exactly: the nearest number of units that lockstep and
+        rounding allow.
+        """,
+        lambda value: isinstance(value, Mapping),
+        "a mapping, as {'layer3.*': 0.3}",
+        recorded=True,
+    )
+    scope: Scope = option(
+        "local",
+        """
+        Which units compete: those of one group (``local``, the default: each loses the same
+        ratio), of groups of one shape (``isomorphic``), all (``global``), or those of the groups
+        that one of several globs fits: ``backbone.*``, ``head.*``.
+
+        Classes made by globs lose the same ratio each; a group that no glob fits is a class.  In
+        the global scope ``plan.origin`` has the part of all scores that the plan ``retained``, and
+        the ``bound`` that no choice of units exceeds.
+        """,
+        recorded=True,
+        beside_ratio="local",
+    )
+    normalise: Normalise | None = option(
+        None,
+        """
+        How scores of different groups are made comparable: divided by their ``mean`` (default),
+        ``max`` or ``sum``; ``standardised``; ``lamp``; or ``none`` (the default for obs in the
+        global scope).
+
+        ``standardised`` is less the mean, over the deviation; ``lamp`` the square over the sum of
+        the squares that are no less.  Scores of ``obs`` are curves of error versus width, and
+        share the budget out as they are.
+        """,
+        recorded=True,
+        beside_ratio=None,
+    )
+    min_width: int | Mapping[str, int] = option(
+        1,
+        """
+        Units that every group keeps; one number, or numbers by globs over names of groups and
+        their tensors.
+        """,
+        recorded=True,
+        beside_ratio=1,
+    )
+    max_ratio: float | Mapping[str, float] | None = option(
+        None,
+        """
+        The largest share of its units that a group may lose; one number, or numbers by globs
+        over names of groups and their tensors (default: 0.8 for a budget in the global scope, so
+        that no layer collapses, else 1).
+        """,
+        recorded=True,
+        beside_ratio=1.0,
+    )
+    round_to: int | Mapping[str, int] | Literal["latency"] | None = option(
+        None,
+        """
+        Widths are multiples of it; a number, or numbers by kind of layer and by globs, as linear:
+        32, conv: 8, ``head.*``: 1, ``*``: 4 (default: 8 for channels and FFNs of 32 and more, less
+        where a step of 8 would miss a bound by more than 2 %; 1 rounds nothing); or ``latency``:
+        the number at which the time of most contractions steps, by the latency table.
+
+        ``plan.origin["round_to"]`` says what the default was.  Heads, experts, blocks and what
+        ``ratios`` says are never rounded by default.  A group narrower than twice the number is
+        rounded to half of it, and so on, down to 16: 32 is for groups at least 64 wide.  Where
+        several globs fit a group, the most specific one decides.
+        """,
+        recorded=True,
+        beside_ratio=1,
+    )
+    hold: Collection[str] = option(
+        (),
+        """
+        Names of groups that are kept whole (where blocks are dropped: names in the model without
+        them).
+        """,
+        lambda value: not isinstance(value, str) and is_names(value),
         "a list of names of groups",
-    ),
-    "drop": (_is_drop, "an int ≥ 1, or the names of blocks as in graph.blocks"),
-    "latency": (lambda value: hasattr(value, "predict"), "what prunus.measure returns"),
-    "protect_ends": (_is_bool, "True or False"),
-    "exchange": (_is_bool, "True or False"),
-    "seed": (_is_whole, "an int"),
-}
-"""What a value must be, unless it is the default."""
+        recorded=True,
+    )
+    drop: Drop = option(
+        (),
+        """
+        Residual blocks to drop: how many, those of least influence, or their module paths; then a
+        bound is not needed.
+
+        See :func:`prunus.importance.block_influence`.
+        """,
+        is_drop,
+        "an int ≥ 1, or the names of blocks as in graph.blocks",
+    )
+    protect_ends: bool = option(
+        True,
+        "Whether the first and last block of every stack are kept when ``drop`` is a number.",
+        is_bool,
+        "True or False",
+    )
+    latency: LatencyTable | None = option(
+        None,
+        """
+        What :func:`prunus.measure` returned.
+
+        With a budget of latency ``plan.costs["latency_ns"]`` and ``plan.origin["latency"]`` say
+        what was measured, without one what the table predicts.
+        """,
+        lambda value: hasattr(value, "predict"),
+        "what prunus.measure returns",
+    )
+    exchange: bool = option(
+        False,
+        """
+        Exchange removed units for kept ones while that lowers the error of least squares; reads
+        the calibration data of ``obs``.
+        """,
+        is_bool,
+        "True or False",
+    )
+
+    def check(self) -> None:
+        """Refuse values that an option can't have, and options that contradict one another.
+
+        It happens before anything is traced or read, so that an option is refused whether or not
+        the rest of the call would ever look at it.
+
+        Raises
+        ------
+        PlanError
+            The message names the option, and says why it is refused.
+        """
+        super().check()
+        check_scope(self.scope, self.normalise)
+        check_each("min_width", self.min_width, check_count)
+        if self.max_ratio is not None:
+            check_each("max_ratio", self.max_ratio, check_ratio)
+        if self.round_to not in (None, "latency"):
+            check_each("round_to", self.round_to, check_count)
+        check_each("ratios", self.ratios or {}, check_share)
+        self._check_amount()
+        if self.ratio is not None:
+            self._check_beside_ratio()
+
+    def _check_amount(self) -> None:
+        """Refuse a call that doesn't say how much to remove, or says it twice."""
+        given = {"a budget": self.budget, "ratios": self.ratios}
+        several = [name for name, value in given.items() if value is not None]
+        fix = "give budget=Budget(macs=0.5), say, or ratio=0.3, or ratios={'layer3.*': 0.3}"
+        why = "a ratio is taken from every group, whatever it costs"
+        if self.ratio is not None and several:
+            raise PlanError(f"{' and '.join(several)} and a ratio were given", why=why, fix=fix)
+        if self.ratio is None and not several and not self.drops:
+            raise PlanError("nothing says how much to remove", why=why, fix=fix)
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise PlanError(
+                f"a ratio of {self.ratio} removes nothing or everything",
+                fix="give a number between 0 and 1: the share of units that every group loses",
+            )
+
+    def _check_beside_ratio(self) -> None:
+        """A ratio is one of every group: what shapes a budget's choice would change nothing."""
+        given = []
+        for one in fields(self):
+            silent, value = one.metadata["beside_ratio"], getattr(self, one.name)
+            if silent is ... or value == one.default or value == silent:
+                continue
+            if one.name != "exclude" or value:
+                given.append(one.name)
+        if given:
+            raise PlanError(
+                f"{', '.join(given)} can't be combined with ratio=",
+                why="a ratio is taken from every group alike",
+                fix="give a budget, or ratios={'layer3.*': 0.3} of the groups that are meant; "
+                "hold=[…] names groups that lose nothing",
+            )
+
+    @property
+    def drops(self) -> bool:
+        """Whether blocks are dropped."""
+        return isinstance(self.drop, int) or len(self.drop) > 0
+
+    def record(self) -> dict[str, Any]:
+        """What a plan says of the options it was made with, as JSON values."""
+        from prunus.importance import name_of
+
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["recorded"]}
+        return {
+            **said,
+            "importance": name_of(self.importance),
+            "budget": None if self.budget is None else self.budget.requested,
+            "hold": sorted(self.hold),
+        }
+
+
+class ScoreKeywords(TypedDict, total=False):
+    """The names and types of :class:`ScoreOptions`, for type checkers and editors."""
+
+    importance: str | Importance
+    data: Iterable[Any] | None
+    statistics: Statistics | None
+    loss: Loss | None
+    include: Globs | None
+    exclude: Globs
+    seed: int
+
+
+class PlanKeywords(ScoreKeywords, total=False):
+    """The names and types of :class:`PlanOptions`, for type checkers and editors."""
+
+    budget: Budget | None
+    ratio: float | None
+    ratios: Mapping[str, float] | None
+    scope: Scope
+    normalise: Normalise | None
+    min_width: int | Mapping[str, int]
+    max_ratio: float | Mapping[str, float] | None
+    round_to: int | Mapping[str, int] | Literal["latency"] | None
+    hold: Collection[str]
+    drop: Drop
+    protect_ends: bool
+    latency: LatencyTable | None
+    exchange: bool
+
+
+def takes_options(record: type[ScoreOptions]) -> Callable[[Call], Call]:
+    """Let a public function take the options of a record: its signature, checks and docstring.
+
+    The parameter ``**options`` becomes the fields of the record in the signature, an unknown option
+    is refused before anything else, and ``**options`` in the docstring becomes what they mean.
+    """
+
+    def decorate(call: Call) -> Call:
+        checked = partial(checks_options, options_of=record)(call)
+        if call.__doc__:  # there is none under python -OO
+            checked.__doc__ = call.__doc__.replace(
+                "    **options\n", indent(describe_options(record), "    ") + "\n"
+            )
+        return checked
+
+    return decorate
+
+
+def describe_options(record: type[ScoreOptions]) -> str:
+    """The options as the section of a numpydoc docstring."""
+    parts = []
+    for one in fields(record):
+        paragraphs = indent(one.metadata["text"], "    ")
+        parts.append(f"{one.name} : {one.type}, default {one.default!r}\n{paragraphs}")
+    return "\n".join(parts)

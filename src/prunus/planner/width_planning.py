@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,22 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from prunus.calibration.targets import Loss
 from prunus.errors import BudgetError
 from prunus.graph.axis import Mask
 from prunus.graph.budget import Budget
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
-from prunus.importance import Importance, Statistics, collect, name_of, needs_of, score
+from prunus.importance import collect, needs_of, score
 from prunus.importance.obs import exchange_all
 from prunus.importance.registry import Context, check_statistics, is_comparable
 from prunus.importance.torch_pruning import adapt
 from prunus.latency import LatencyTable
-from prunus.planner import Selection, select, thin
 from prunus.planner.activation_memory import hold_peak
-from prunus.planner.alignment import wide_groups
-from prunus.planner.allocate import check_share
+from prunus.planner.alignment import RoundTo, wide_groups
+from prunus.planner.allocate import Selection, select
 from prunus.planner.culprits import nothing_removed
 from prunus.planner.default_rounding import choose_rounded
 from prunus.planner.filters import spread
@@ -38,6 +36,9 @@ from prunus.planner.latency_planning import (
     predict_time,
     resolve_rounding,
 )
+from prunus.planner.option_values import check_share
+from prunus.planner.options import PlanOptions
+from prunus.planner.thin import thin
 from prunus.structures import find_structures
 from prunus.surgeon.attributes import find_edits
 from prunus.tracer.forward_fn import entered_by
@@ -50,53 +51,51 @@ GLOBAL_RATIO = 0.8
 _ROUNDED = ("channels", "ffn", "hidden", "other")
 """Kinds of groups whose widths are rounded unless somebody says otherwise."""
 
+_SHAPING = ("scope", "normalise", "min_width", "max_ratio", "include", "exclude")
+"""Options that shape what a budget takes."""
+
 
 def plan_widths(
     graph: CouplingGraph,
     model: nn.Module,
+    asked: PlanOptions,
     *,
-    budget: Budget | Mapping[str, int] | None = None,
-    ratio: float | None = None,
-    importance: str | Importance = "l2",
-    data: Iterable[Any] | None = None,
-    statistics: Statistics | None = None,
-    loss: Loss | None = None,
-    hold: Collection[str] | Mapping[str, str] = (),
-    exchange: bool = False,
-    seed: int = 0,
-    latency: LatencyTable | None = None,
+    limits: Mapping[str, int] | None = None,
+    hold: Mapping[str, str] | None = None,
     may_remove_nothing: bool = False,
-    **options: Any,
 ) -> Plan:
     """The plan of widths; see :func:`prunus.plan`.
 
     Parameters
     ----------
+    limits
+        In place of a budget: the largest values of costs, by name.
     hold
-        Groups that stay whole, also with the reason why each does.
+        Groups that are kept whole with the reason why each is, in place of ``asked.hold``.
     may_remove_nothing
         Whether ratios too small to remove anything are taken for a request to remove nothing.
     """
-    hold = hold if isinstance(hold, Mapping) else dict.fromkeys(hold, "it is held")
-    importance = adapt(importance, model)
+    hold = dict.fromkeys(asked.hold, "it is held") if hold is None else hold
+    asked = replace(asked, importance=adapt(asked.importance, model), hold=tuple(hold))
+    importance, ratio, seed, latency = asked.importance, asked.ratio, asked.seed, asked.latency
+    budget: Budget | Mapping[str, int] | None = asked.budget if limits is None else limits
+    data, statistics = asked.data, asked.statistics
     check_table(budget, latency)
-    options = {**_OPTIONS, **options}
-    needs = needs_to_plan(importance, exchange)
+    needs = needs_to_plan(asked)
     if statistics is None and data is not None and needs:
-        statistics = collect(model, graph, data, needs, loss=loss, seed=seed)
-    automatic = _set_automatic(graph, options, budget, ratio, hold)
-    names = ("ratios", "scope", "normalise", "min_width", "max_ratio", "round_to")
-    said = {name: options[name] for name in names}
-    if options["normalise"] is None and ratio is None:
-        curves = options["scope"] == "global" and is_comparable(importance)
-        options["normalise"] = "none" if curves else "mean"
-    options["round_to"] = resolve_rounding(options["round_to"], graph, latency)
+        statistics = collect(model, graph, data, needs, loss=asked.loss, seed=seed)
+    settled, automatic = _set_automatic(graph, asked, budget, hold)
+    recorded = settled.record()
+    if settled.normalise is None and ratio is None:
+        curves = settled.scope == "global" and is_comparable(importance)
+        settled = replace(settled, normalise="none" if curves else "mean")
+    multiples = resolve_rounding(settled.round_to, graph, latency)
     with uncollected():
         tensors, _ = state_of(model)
         scores = score(graph, tensors, importance, seed=seed, statistics=statistics)
         for name in hold:
             scores[graph.group(name).units] = np.inf
-        if exchange:
+        if asked.exchange:
             check_statistics(graph, "obs", statistics)
 
     def choose(
@@ -104,15 +103,13 @@ def plan_widths(
         bounds: Budget | Mapping[str, int] | None,
         **changed: Any,
     ) -> Selection:
-        given = {**options, **changed}
+        given = replace(settled, **changed)
         if "round_to" not in automatic:
-            return _choose(one, scores, bounds, ratio, hold, **given)
-        limits = bounds.limits(one) if isinstance(bounds, Budget) else bounds or {}
+            return _choose(one, scores, bounds, given, hold, multiples)
+        most = bounds.limits(one) if isinstance(bounds, Budget) else bounds or {}
         return choose_rounded(
-            *(one, limits, automatic["round_to"]),
-            lambda multiples: _choose(
-                *(one, scores, bounds, ratio, hold), **{**given, "round_to": multiples}
-            ),
+            *(one, most, automatic["round_to"]),
+            lambda each: _choose(one, scores, bounds, given, hold, each),
         )
 
     by_clock = isinstance(budget, Budget) and budget.latency is not None and ratio is None
@@ -125,30 +122,26 @@ def plan_widths(
         else:
             found = choose(graph, budget)
     if found.kept.all() and not may_remove_nothing:
-        _refuse_nothing(graph, scores, ratio, options["ratios"], {**found.stopped, **hold})
-    if exchange:
+        _refuse_nothing(graph, scores, ratio, asked.ratios, {**found.stopped, **hold})
+    if asked.exchange:
         context = Context(graph, tensors, seed, collected=statistics)
         kept = exchange_all(graph, context, found.kept, scores)
         found = found._replace(kept=kept, retained=None, bound=None)  # worth is not the aim then
     if latency is not None and timed is None:
         timed = predict_time(graph, found, latency)
     origin = {
-        "importance": name_of(importance),
-        "budget": budget.requested if isinstance(budget, Budget) else budget,
-        "ratio": ratio,
-        **said,
+        **recorded,
         **_told_automatic(automatic, found),
-        "hold": sorted(hold),
-        **({"exchange": True} if exchange else {}),
+        **({"exchange": True} if asked.exchange else {}),
         "stopped": {**found.stopped, **dict.fromkeys(sorted(hold), "it is held")},
-        "seed": seed,
         **{name: getattr(found, name) for name in ("retained", "bound")},
         "traced": graph.traced,
     }
     chosen = plan_of_mask(graph, model, found.kept, origin)
     counted = budget.counted if isinstance(budget, Budget) else budget
-    asked = counted.limits(graph) if isinstance(counted, Budget) else counted or {}
-    parts = {n: (graph.cost(n), graph.cost(n, found.kept)) for n in asked if n not in chosen.costs}
+    bounded_costs = counted.limits(graph) if isinstance(counted, Budget) else counted or {}
+    others = [name for name in bounded_costs if name not in chosen.costs]
+    parts = {name: (graph.cost(name), graph.cost(name, found.kept)) for name in others}
     chosen = replace(chosen, costs={**chosen.costs, **parts})
     chosen = follow_other_ways(chosen, graph, model, found.kept)
     return chosen if latency is None or timed is None else timed.told_in(chosen, latency)
@@ -156,35 +149,36 @@ def plan_widths(
 
 def _set_automatic(
     graph: CouplingGraph,
-    options: dict[str, Any],
+    asked: PlanOptions,
     budget: Budget | Mapping[str, int] | None,
-    ratio: float | None,
     hold: Collection[str],
-) -> dict[str, Any]:
-    """Set options of which nothing is said; those that a budget decides, with what is decided.
+) -> tuple[PlanOptions, dict[str, Any]]:
+    """The options with what a budget decides where nothing is said, and what was decided.
 
     Returns
     -------
-    dict
-        ``"round_to"``: names of the groups whose widths are rounded; ``"max_ratio"``: the floor.
+    PlanOptions, dict
+        Of the dict ``"round_to"``: names of the groups whose widths are rounded; ``"max_ratio"``:
+        the floor.
     """
     automatic: dict[str, Any] = {}
-    shared = budget is not None and ratio is None
-    given = spread(graph, options["ratios"] or {}, "ratios", check_share) if shared else {}
-    if options["max_ratio"] is None:
-        options["max_ratio"] = 1.0
-        if shared and options["scope"] == "global":
-            automatic["max_ratio"] = options["max_ratio"] = GLOBAL_RATIO
+    shared = budget is not None and asked.ratio is None
+    given = spread(graph, asked.ratios or {}, "ratios", check_share) if shared else {}
+    if asked.max_ratio is None:
+        most: float | Mapping[str, float] = 1.0
+        if shared and asked.scope == "global":
+            automatic["max_ratio"] = most = GLOBAL_RATIO
             if given:
-                options["max_ratio"] = {"*": GLOBAL_RATIO, **dict.fromkeys(given, 1.0)}
-    if options["round_to"] is None:
-        options["round_to"] = 1
+                most = {"*": GLOBAL_RATIO, **dict.fromkeys(given, 1.0)}
+        asked = replace(asked, max_ratio=most)
+    if asked.round_to is None:
+        asked = replace(asked, round_to=1)
         if shared:
             kinds = {one.group: one.kind for one in find_structures(graph).structures}
             names = [n for n, kind in kinds.items() if kind in _ROUNDED]
             free = [name for name in names if name not in given and name not in hold]
             automatic["round_to"] = wide_groups(graph, free)
-    return automatic
+    return asked, automatic
 
 
 @contextmanager
@@ -253,21 +247,9 @@ def _keep_time(
         return hasten(graph, budget, table, choose, compare)
 
 
-def needs_to_plan(importance: str | Importance, exchange: bool = False) -> frozenset[str]:
-    """What :func:`plan` reads of calibration data with these options."""
-    return needs_of(importance) | (needs_of("obs") if exchange else frozenset())
-
-
-_OPTIONS: Mapping[str, Any] = {
-    "ratios": None,
-    "scope": "local",
-    "normalise": None,
-    "min_width": 1,
-    "max_ratio": None,
-    "round_to": None,
-    "include": None,
-    "exclude": (),
-}
+def needs_to_plan(asked: PlanOptions) -> frozenset[str]:
+    """What :func:`prunus.plan` reads of calibration data with these options."""
+    return needs_of(asked.importance) | (needs_of("obs") if asked.exchange else frozenset())
 
 
 def plan_of_mask(
@@ -282,22 +264,23 @@ def _choose(
     graph: CouplingGraph,
     scores: NDArray[np.float64],
     budget: Budget | Mapping[str, int] | None,
-    ratio: float | None,
+    asked: PlanOptions,
     hold: Mapping[str, str],
-    *,
-    ratios: Mapping[str, float] | None,
-    **options: Any,
+    round_to: RoundTo,
 ) -> Selection:
+    if asked.ratio is not None:
+        return Selection(thin(graph, scores, asked.ratio))
+    ratios = asked.ratios
     if ratios is not None:
         given = spread(graph, ratios, "ratios", check_share)
         ratios = {name: share for name, share in given.items() if name not in hold}
-    if ratio is None and (budget is not None or ratios is not None):
-        limits = budget.limits(graph) if isinstance(budget, Budget) else budget or {}
-        with uncollected():
-            return hold_peak(
-                graph,
-                limits,
-                lambda g, most: select(g, scores, most, ratios=ratios, held=hold, **options),
-            )
-    assert ratio is not None
-    return Selection(thin(graph, scores, ratio))
+    options: dict[str, Any] = {name: getattr(asked, name) for name in _SHAPING}
+    most = budget.limits(graph) if isinstance(budget, Budget) else budget or {}
+    with uncollected():
+        return hold_peak(
+            graph,
+            most,
+            lambda g, limits: select(
+                g, scores, limits, ratios=ratios, held=hold, round_to=round_to, **options
+            ),
+        )

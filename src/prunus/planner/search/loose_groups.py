@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from prunus.calibration.targets import Loss
 from prunus.errors import PlanError
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
 from prunus.graph.program import state_of
-from prunus.importance import Context, Importance, Statistics, collect, name_of, needs_of, score
+from prunus.importance import Context, Importance, collect, name_of, needs_of, score
 from prunus.importance.torch_pruning import adapt
 from prunus.planner.culprits import tell_groups, tell_pins
 from prunus.planner.filters import excluded_groups
-from prunus.planner.planning import Globs, plan
+from prunus.planner.option_values import Globs
+from prunus.planner.options import ScoreOptions
+from prunus.planner.planning import plan
 
 
 def score_once(
-    graph: CouplingGraph,
-    model: nn.Module,
-    importance: str | Importance,
-    *,
-    data: Any = None,
-    statistics: Statistics | None = None,
-    loss: Loss | None = None,
-    seed: int = 0,
+    graph: CouplingGraph, model: nn.Module, asked: ScoreOptions
 ) -> tuple[Importance, NDArray[np.float64]]:
     """An importance that says of every plan what this one says now, and its scores."""
-    importance = adapt(importance, model)
-    if statistics is None and data is not None and needs_of(importance):
-        statistics = collect(model, graph, data, needs_of(importance), loss=loss, seed=seed)
-    scores = score(graph, state_of(model)[0], importance, seed=seed, statistics=statistics)
+    importance = adapt(asked.importance, model)
+    statistics, needs = asked.statistics, needs_of(importance)
+    if statistics is None and asked.data is not None and needs:
+        statistics = collect(model, graph, asked.data, needs, loss=asked.loss, seed=asked.seed)
+    scores = score(graph, state_of(model)[0], importance, seed=asked.seed, statistics=statistics)
 
     def settled(group: Group, _: Context) -> NDArray[np.float64]:
         """Scores that were computed before."""

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from prunus.calibration.targets import Loss
 from prunus.errors import BudgetError, PlanError, checks_options, require
 from prunus.graph.budget import Budget
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
-from prunus.importance import Importance, Statistics
+from prunus.importance import Importance
 from prunus.planner.culprits import tell_pins
-from prunus.planner.planning import Globs, plan
+from prunus.planner.filters import excluded_groups
+from prunus.planner.options import PlanOptions, ScoreKeywords, ScoreOptions, takes_options
+from prunus.planner.planning import plan
 from prunus.planner.search.judging import Metric, batches_to_repair, judge_by
 from prunus.planner.search.loose_groups import find_loose, score_once
 from prunus.planner.search.sensing import check_ratios, fingerprint
 from prunus.planner.search.sensitivity_table import Sensitivity
 from prunus.planner.width_planning import plan_widths
 from prunus.surgeon.apply import kept_axes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _HALVINGS = 14
 """Of the interval in which the least ratios are sought: to 1/16384 of it."""
@@ -50,18 +54,13 @@ class Found:
     trials: int
 
 
-@checks_options
+@takes_options(ScoreOptions)
 def plan_by_sensitivity(
     table: Sensitivity,
     graph: CouplingGraph,
     model: nn.Module,
     budget: Budget | None = None,
-    *,
-    importance: str | Importance = "l2",
-    data: Iterable[Any] | None = None,
-    statistics: Statistics | None = None,
-    loss: Loss | None = None,
-    seed: int = 0,
+    **options: Unpack[ScoreKeywords],
 ) -> Plan:
     """The plan within a budget in which every group costs the metric about as little as any other.
 
@@ -73,8 +72,9 @@ def plan_by_sensitivity(
     ----------
     table
         What :func:`prunus.sensitivity` measured on this model.
-    budget, importance, data, statistics, loss, seed
+    budget
         As of :func:`prunus.plan`.
+    **options
 
     Raises
     ------
@@ -92,9 +92,15 @@ def plan_by_sensitivity(
             why="the model has no such group: the table is another model's",
             fix="measure it again: prunus.sensitivity(graph, model, metric)",
         )
-    settled, _ = score_once(
-        graph, model, importance, data=data, statistics=statistics, loss=loss, seed=seed
+    asked = ScoreOptions(**options)
+    asked.check()
+    left_out = excluded_groups(graph, asked.include, asked.exclude)
+    table = replace(
+        table,
+        sizes={name: size for name, size in table.sizes.items() if name not in left_out},
+        tolerated={name: most for name, most in table.tolerated.items() if name not in left_out},
     )
+    settled, _ = score_once(graph, model, asked)
     if budget is None:
         return plan(graph, model, importance=settled, ratios=_tolerated(table))
     values = [v for curve in table.curves.values() for v in curve.values() if v is not None]
@@ -112,7 +118,7 @@ def _tolerated(table: Sensitivity) -> Mapping[str, float]:
     return table.tolerated
 
 
-@checks_options
+@takes_options(ScoreOptions)
 def search_ratios(
     graph: CouplingGraph,
     model: nn.Module,
@@ -121,17 +127,11 @@ def search_ratios(
     budget: Budget,
     trials: int = 50,
     max_ratio: float = 0.9,
-    importance: str | Importance = "l2",
-    data: Iterable[Any] | None = None,
-    statistics: Statistics | None = None,
-    loss: Loss | None = None,
-    include: Globs | None = None,
-    exclude: Globs = (),
     repaired: bool = False,
     storage: Any = None,
     study: str = "prunus",
     progress: Callable[[str], None] | None = None,
-    seed: int = 0,
+    **options: Unpack[ScoreKeywords],
 ) -> Found:
     """Search the groups' ratios for the best metric within a budget, with Optuna.
 
@@ -141,9 +141,9 @@ def search_ratios(
 
     Parameters
     ----------
-    graph, model, metric, include, exclude, repaired
-        As of :func:`prunus.sensitivity`: of the metric more is better.
-    budget, importance, data, statistics, loss
+    graph, model, metric, repaired
+        As of :func:`sensitivity`: of the metric more is better.
+    budget
         As of :func:`prunus.plan`.
     trials
         How many trials this process adds.
@@ -155,8 +155,7 @@ def search_ratios(
         Give each process another ``seed``, or they propose the same.
     progress
         Told, in words, what each trial gave.
-    seed
-        Of the sampler, and of scores that are random.
+    **options
 
     Raises
     ------
@@ -174,14 +173,15 @@ def search_ratios(
     optuna = require("optuna", "search")
     if trials < 1:
         raise PlanError(f"trials={trials!r} is no number of trials", fix="give one from 1 on")
+    asked = ScoreOptions(**options)
+    asked.check()
     (most,) = check_ratios([max_ratio])
-    batches = batches_to_repair(data) if repaired else None
-    read = data if batches is None else batches
-    settled, scores = score_once(
-        graph, model, importance, data=read, statistics=statistics, loss=loss, seed=seed
-    )
+    batches = batches_to_repair(asked.data) if repaired else None
+    if batches is not None:
+        asked = replace(asked, data=batches)
+    settled, scores = score_once(graph, model, asked)
     shares = [most * part for part in (1.0, 0.75, 0.5, 0.25)]
-    tops = find_loose(graph, model, settled, shares, include, exclude)
+    tops = find_loose(graph, model, settled, shares, asked.include, asked.exclude)
     key = f"{fingerprint(graph, model, scores)} {budget.requested} {max_ratio} {list(tops)}"
     judge = judge_by(graph, model, metric, batches)
     if repaired:
@@ -198,7 +198,7 @@ def search_ratios(
         return value
 
     chosen(dict.fromkeys(tops, 1.0))  # out of reach is told before a study is made
-    found = _open_study(optuna, storage, study, key, seed)
+    found = _open_study(optuna, storage, study, key, asked.seed)
     found.enqueue_trial(dict.fromkeys(tops, 0.5), skip_if_exists=True)
     found.optimize(objective, n_trials=trials)
     best = chosen(found.best_params)
@@ -252,9 +252,8 @@ def _meet(
     limits = budget.limits(graph)
 
     def at(share: float) -> tuple[Plan, dict[str, int]]:
-        made = plan_widths(
-            graph, model, importance=settled, ratios=ratios_at(share), may_remove_nothing=True
-        )
+        asked = PlanOptions(importance=settled, ratios=ratios_at(share))
+        made = plan_widths(graph, model, asked, may_remove_nothing=True)
         kept = graph.mask_from_positions(kept_axes(made))
         return made, {name: graph.cost(name, kept) for name in limits}
 

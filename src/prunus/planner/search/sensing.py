@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from prunus.calibration.targets import Loss
-from prunus.errors import FormatError, PlanError, checks_options
+from prunus.errors import FormatError, PlanError
 from prunus.files import check_target
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.program import state_of
-from prunus.importance import Importance, Statistics, name_of
-from prunus.planner.planning import Globs
+from prunus.importance import Importance, name_of
+from prunus.planner.options import PlanOptions, ScoreKeywords, ScoreOptions, takes_options
 from prunus.planner.search.judging import Judge, Metric, batches_to_repair, judge_by
 from prunus.planner.search.loose_groups import find_loose, score_once
 from prunus.planner.search.sensitivity_table import Sensitivity, check_loss, units_at
 from prunus.planner.width_planning import plan_of_mask, plan_widths
 from prunus.tracer.wrappers import unwraps
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-@checks_options
+@takes_options(ScoreOptions)
 @unwraps
 def sensitivity(
     graph: CouplingGraph,
@@ -39,16 +41,10 @@ def sensitivity(
     *,
     ratios: Sequence[float] = RATIOS,
     tolerance: float | None = None,
-    importance: str | Importance = "l2",
-    data: Iterable[Any] | None = None,
-    statistics: Statistics | None = None,
-    loss: Loss | None = None,
-    include: Globs | None = None,
-    exclude: Globs = (),
     repaired: bool = False,
     path: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
-    seed: int = 0,
+    **options: Unpack[ScoreKeywords],
 ) -> Sensitivity:
     """Measure how a metric falls when one group after the other loses units; nothing is cut.
 
@@ -71,10 +67,6 @@ def sensitivity(
         By how much the metric may fall: then :attr:`Sensitivity.tolerated` has, for every group,
         the largest share found by a binary search over numbers of units, which takes for granted
         that a group which has lost more is not better.
-    importance, data, statistics, loss, seed
-        Which units of a group go first, as of :func:`prunus.plan`.
-    include, exclude
-        Globs over group names and tensor names: which rows the table has.
     repaired
         Measure smaller copies, repaired on the data without labels or training:
         :func:`prunus.compensate`, then :func:`prunus.recalibrate` where that brings the outputs
@@ -86,6 +78,7 @@ def sensitivity(
         measured again.  A file of repaired cells wants the same batches in the same order.
     progress
         Told, in words, what each number was.
+    **options
 
     Returns
     -------
@@ -115,20 +108,21 @@ def sensitivity(
     >>> list(table.sizes.items()), table.dense == 0
     ([('0.weight[0]', 8)], True)
     """
+    asked = ScoreOptions(**options)
+    asked.check()
     ratios = check_ratios(ratios)
     if tolerance is not None:
         check_loss(tolerance, "tolerance")
     if path is not None:
         check_target(path)
-    batches = batches_to_repair(data) if repaired else None
-    read = data if batches is None else batches
-    settled, scores = score_once(
-        graph, model, importance, data=read, statistics=statistics, loss=loss, seed=seed
-    )
-    rows = find_loose(graph, model, settled, ratios, include, exclude)
+    batches = batches_to_repair(asked.data) if repaired else None
+    if batches is not None:
+        asked = replace(asked, data=batches)
+    settled, scores = score_once(graph, model, asked)
+    rows = find_loose(graph, model, settled, ratios, asked.include, asked.exclude)
     origin = {
         "importance": name_of(settled),
-        "seed": seed,
+        "seed": asked.seed,
         "fingerprint": fingerprint(graph, model, scores),
     }
     judge = judge_by(graph, model, metric, batches)
@@ -219,12 +213,8 @@ class _Bench:
         if units >= self.table.sizes[name]:
             return None
         try:
-            chosen = plan_widths(
-                *(self.graph, self.model),
-                importance=self.settled,
-                ratios={name: ratio},
-                may_remove_nothing=True,
-            )
+            asked = PlanOptions(importance=self.settled, ratios={name: ratio})
+            chosen = plan_widths(self.graph, self.model, asked, may_remove_nothing=True)
         except PlanError:  # the scores are there already: what is left to refuse is this ratio
             return None
         if not any(choice.removed for choice in chosen.groups):

@@ -1,0 +1,96 @@
+"""What the value of an option can be: its type, and a check that says what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, Literal, get_args
+
+from prunus.errors import PlanError
+
+Globs = str | Sequence[str]
+Drop = int | str | Sequence[str]
+ScopeName = Literal["global", "local", "isomorphic"]
+Scope = ScopeName | Sequence[str]
+Normalise = Literal["mean", "max", "sum", "standardised", "lamp", "none"]
+
+
+def is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def is_names(value: Any) -> bool:
+    """A glob, or several."""
+    return isinstance(value, str) or (
+        isinstance(value, Collection)
+        and not isinstance(value, (Mapping, bytes))
+        and all(isinstance(one, str) for one in value)
+    )
+
+
+def is_drop(value: Any) -> bool:
+    whole = is_whole(value) and value >= 1
+    return whole or (isinstance(value, (str, Sequence)) and is_names(value))
+
+
+def is_batches(value: Any) -> bool:
+    return not isinstance(value, (str, bytes)) and (
+        hasattr(value, "__iter__") or hasattr(value, "__getitem__")
+    )
+
+
+def is_anything(value: Any) -> bool:
+    return True
+
+
+def check_scope(scope: Any, normalise: str | None) -> None:
+    """Refuse a scope or a way to normalise that there is not; None is the default way."""
+    if normalise is not None and normalise not in get_args(Normalise):
+        known = ", ".join(map(repr, get_args(Normalise)))
+        raise PlanError(f"normalise={normalise!r} is none of {known}", fix="normalise='mean', say")
+    if isinstance(scope, str) and scope not in get_args(ScopeName):
+        raise PlanError(
+            f"scope={scope!r} is none of {', '.join(map(repr, get_args(ScopeName)))}",
+            fix=f"for classes of your own give a list of globs: scope=[{scope!r}], say",
+        )
+    globs = isinstance(scope, Sequence) and all(isinstance(glob, str) for glob in scope)
+    if not scope or not globs:
+        raise PlanError(f"scope={scope!r} are no globs", fix="scope=['layer1.*', 'layer4.*'], say")
+
+
+def check_ratio(option: str, value: Any) -> None:
+    """Refuse what is no part of a whole."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise PlanError(f"{option}={value!r} is no ratio", fix="give a number in [0, 1]")
+
+
+def check_share(option: str, value: Any) -> None:
+    """Refuse what is no share of a group's units that can go."""
+    check_ratio(option, value)
+    if value == 1:
+        raise PlanError(f"{option}={value!r} removes everything", fix="give a number in [0, 1)")
+
+
+def check_count(option: str, number: Any) -> None:
+    """Refuse what is no number of units."""
+    if type(number) is not int or number < 1:
+        raise PlanError(f"{option}={number!r} is no number of units", fix="give an int ≥ 1")
+
+
+def check_each(option: str, values: Any, check: Callable[[str, Any], None]) -> None:
+    """Check one value, or every value of those by globs."""
+    if not isinstance(values, Mapping):
+        return check(option, values)
+    for glob, value in values.items():
+        if not isinstance(glob, str):
+            raise PlanError(f"{glob!r} is no glob", where=f"{option}=", fix="write a string")
+        check(f"{option}[{glob!r}]", value)
+    return None

@@ -359,7 +359,7 @@ def _saved(model: nn.Module, path: Path) -> Path:
 
 # Another architecture than the one that was saved: the builder, the error, and its text.
 OTHERS = [
-    (lambda: nn.Linear(2, 2), PlanError, "this is a plan for another model"),
+    (lambda: nn.Linear(2, 2), FormatError, "the model has no back.bias"),
     (lambda: "model", ModelError, "build= returned a str"),
     (lambda: _with(Odd(), more=nn.Linear(2, 2)), FormatError, "the file has no more.bias"),
     (lambda: _without(Odd(), "back"), FormatError, "the model has no back.bias"),

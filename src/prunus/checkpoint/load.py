@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import gc
 import os
 import types
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -18,8 +17,7 @@ from prunus.checkpoint.container import open_container
 from prunus.checkpoint.document import check_schema, read_document
 from prunus.errors import ModelError, PrunusError, checks_options
 from prunus.graph.plans import Plan
-from prunus.surgeon import remember, restore
-from prunus.surgeon.applied import copy_config
+from prunus.surgeon import restore
 from prunus.surgeon.restore import Kind, Tensors
 from prunus.tracer.precision import alone, same_draws
 
@@ -60,16 +58,9 @@ def load(path: str | os.PathLike[str], build: Callable[[], Model]) -> Model:
     True
     """
     tensors, plan = read_file(path)
-    configs: list[Any] = []
-
-    def noted() -> Model:
-        made = build()
-        configs.append(copy_config(made))
-        return made
-
-    model = _on_meta(noted, tensors, plan, str(path))
+    model = _on_meta(build, tensors, plan, str(path))
     if model is None:
-        model = _built(noted)
+        model = _built(build)
         _restore(model, tensors, plan, str(path))
         left = next(without_values(model), None)
         if left is not None:
@@ -79,8 +70,6 @@ def load(path: str | os.PathLike[str], build: Callable[[], Model]) -> Model:
                 why="build= puts it on the meta device",
                 fix="let build= make it on the CPU",
             )
-    if plan is not None:
-        remember(model, plan, configs[-1])
     return model
 
 
@@ -155,32 +144,22 @@ def without_values(model: nn.Module) -> Iterator[str]:
     stack: list[tuple[str, Any]] = [("", model)]
     while stack:
         path, value = stack.pop()
-        if isinstance(value, Tensor):
-            if value.device.type == "meta":
-                yield path
-        elif isinstance(value, torch.device):
-            if value.type == "meta":
+        if isinstance(value, (Tensor, torch.device)):
+            if torch.device("meta") == (value.device if isinstance(value, Tensor) else value):
                 yield path
         elif id(value) not in seen:
             seen.add(id(value))
-            stack += [(f"{path}.{name}".lstrip("."), part) for name, part in _parts(value)]
+            stack += [(f"{path}.{name}".strip("."), part) for name, part in _parts(value)]
 
 
 def _parts(value: Any) -> list[tuple[str, Any]]:
     """What a value holds on to, by name; modules of Python and classes are nobody's own."""
     if isinstance(value, (str, bytes, int, float, type, types.ModuleType)):
         return []
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return [(str(key), part) for key, part in value.items()]
-    if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return [(str(index), part) for index, part in enumerate(value)]
-    if isinstance(value, functools.partial):
-        return [("args", value.args), ("keywords", value.keywords), ("func", value.func)]
-    if isinstance(value, types.MethodType):
-        return [("self", value.__self__), ("func", value.__func__)]
     if isinstance(value, types.FunctionType):
-        cells = [cell for cell in value.__closure__ or () if cell != types.CellType()]
-        return [("closure", [cell.cell_contents for cell in cells])]
-    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-    held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-    return list({**held, **getattr(value, "__dict__", {})}.items())
+        return [("closure", value.__closure__), ("defaults", value.__defaults__)]
+    own = getattr(value, "__dict__", None)
+    held = _parts(own) if isinstance(own, dict) and own is not value else []
+    return held + [("", part) for part in gc.get_referents(value) if part is not own]

@@ -139,7 +139,7 @@ def refuse_quantized(model: nn.Module) -> None:
             *module._parameters,
             *module._buffers,
         }
-        integers = any(isinstance(t, nn.Parameter) and not _is_continuous(t) for t in tensors)
+        integers = any(isinstance(t, nn.Parameter) and not is_continuous(t) for t in tensors)
         if packed or integers or any(tensor.is_quantized for tensor in tensors):
             raise ModelError(
                 "the model is quantized",
@@ -150,5 +150,5 @@ def refuse_quantized(model: nn.Module) -> None:
             )
 
 
-def _is_continuous(tensor: Tensor) -> bool:
+def is_continuous(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()

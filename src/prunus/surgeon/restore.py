@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import NoneType
-from typing import Literal, TypeGuard
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from prunus.errors import ApplyError, FormatError
-from prunus.graph.plans import Edit, Plan
+from prunus.errors import FormatError
+from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
-from prunus.surgeon.apply import check_edits
+from prunus.surgeon.applied import Applied, copy_config, set_applied
+from prunus.surgeon.apply import cut_own
 from prunus.surgeon.biases import add_biases
-from prunus.surgeon.depth import drop_blocks
-from prunus.surgeon.own_copies import own_copies
-from prunus.surgeon.reach import OF_EVERY_MODULE, write_attribute
+from prunus.surgeon.depth import drop_blocks, is_continuous
+from prunus.surgeon.reach import OF_EVERY_MODULE
 
 Kind = Literal["parameter", "buffer", "hidden", "attribute"]
 """Where a module keeps a tensor; *hidden* buffers are no part of its ``state_dict``."""
@@ -77,8 +77,9 @@ def collect(model: nn.Module, written: Container[str] = ()) -> Tensors:
 
 
 def restore(model: nn.Module, tensors: Tensors, plan: Plan | None) -> None:
-    """Make a fresh copy of the original the pruned model, in place, without computing anything.
+    """Make a fresh copy of the original the pruned model, in place.
 
+    It is cut as :func:`prunus.apply` cuts it, which costs nothing on the meta device, and filled.
     A tensor that lies where the fresh one does takes its place as data of the same object; for one
     on the meta device there will be a new object.
 
@@ -91,73 +92,93 @@ def restore(model: nn.Module, tensors: Tensors, plan: Plan | None) -> None:
     ApplyError
         If an attribute is not what the plan changes.
     """
+    config = copy_config(model)
     if plan is not None and plan.drops:
         drop_blocks(model, plan.drops)
     if plan is not None:
         add_biases(model, plan.biases)
     modules = dict(model.named_modules(remove_duplicate=False))
     fresh = collect(model)
-    places = {**tensors.kinds, **fresh.kinds}
-    written: Container[str] = () if plan is None else plan.written
-    unfilled = {name for name in fresh.values if _is_unfilled(modules, name)}
-    if plan is not None:
-        shapes = {n: tuple(t.shape) for n, t in _by_any_name(fresh).items()}
-        shapes.update((name, plan.shapes[name]) for name in unfilled & plan.shapes.keys())
-        _essence(plan, places).check_model(shapes)
-        check_edits(plan, modules)
     _check_names(tensors, fresh)
-    _check_shapes(tensors, fresh, plan, unfilled)
+    kinds = {**tensors.kinds, **fresh.kinds}
+    written: Container[str] = () if plan is None else plan.written
     names = {
-        first: [name for name in known if _has_place(modules, name, places[name], written)]
+        first: [name for name in known if _has_place(modules, name, kinds[name], written)]
         for first, known in tensors.names().items()
     }
+    unfilled = {name for name in fresh.values if _is_unfilled(modules, name)}
+    checked = {n for n in kinds if kinds[n] in ("parameter", "buffer") and n not in unfilled}
+    _tie(modules, fresh, names, kinds)
     if plan is not None:
-        own_copies(model, plan.edits)
-    for edit in plan.edits if plan is not None else ():
-        _write(modules[edit.module], edit)
-    old, holders = _by_any_name(fresh), _names_by_object(fresh)
-    for first, tensor in tensors.values.items():
-        if not names[first]:
-            continue
-        trained = first not in tensors.frozen and _is_continuous(tensor)
-        before = old.get(first)
-        if before is not None and _is_continuous(before) != _is_continuous(tensor):
-            why = f"it is {tensor.dtype} in the file and {before.dtype} in the model"
-            raise FormatError(_ANOTHER, where=first, why=why, fix=_FIX)
-        if _can_take(before, tensor) and holders[id(before)] == set(names[first]):
-            before.data = tensor
-            if isinstance(before, nn.Parameter):
-                before.requires_grad_(trained)
-            continue
-        if any(places[name] == "parameter" for name in names[first]):
-            tensor = nn.Parameter(tensor, requires_grad=trained)
-        for name in names[first]:
-            _put(modules, name, tensor, places[name])
+        essence = _essence(plan.widths, kinds, unfilled)
+        checked |= essence.shapes.keys()
+        cut_own(essence, model)
+        set_applied(model, Applied((plan,), config))
+    now = _by_any_name(collect(model))
+    for first, known in names.items():
+        tensor = tensors.values[first]
+        old = next((now[name] for name in known if name in now), None)
+        if old is not None and not checked.isdisjoint(known):
+            _check_shape(first, tensor, old, plan)
+        if known:
+            trained = first not in tensors.frozen and is_continuous(tensor)
+            _fill(modules, known, tensor, old, kinds, trained)
 
 
-def _can_take(old: Tensor | None, new: Tensor) -> TypeGuard[Tensor]:
-    """Whether the data of a tensor can be replaced, so that it stays the same object."""
-    return old is not None and old.device == new.device and old.layout == new.layout
+def _tie(
+    modules: Mapping[str, nn.Module],
+    fresh: Tensors,
+    names: Mapping[str, Sequence[str]],
+    kinds: Mapping[str, Kind],
+) -> None:
+    """Let the names share tensors as they do in the file: a build may tie more of them or fewer."""
+    old, shared = _by_any_name(fresh), fresh.names()
+    for first, known in names.items():
+        tensor = old.get(first)
+        if tensor is None or set(shared[fresh.aliases.get(first, first)]) == set(known):
+            continue
+        if isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor.detach(), tensor.requires_grad)
+        for name in known:
+            _put(modules, name, tensor, kinds[name])
+
+
+def _fill(
+    modules: Mapping[str, nn.Module],
+    names: Sequence[str],
+    tensor: Tensor,
+    old: Tensor | None,
+    kinds: Mapping[str, Kind],
+    trained: bool,
+) -> None:
+    """Put a tensor of the file in the places of these names, where ``old`` is."""
+    if old is not None and is_continuous(old) != is_continuous(tensor):
+        why = f"it is {tensor.dtype} in the file and {old.dtype} in the model"
+        raise FormatError(_ANOTHER, where=names[0], why=why, fix=_FIX)
+    if old is not None and old.device == tensor.device and old.layout == tensor.layout:
+        old.data = tensor
+        if isinstance(old, nn.Parameter):
+            old.requires_grad_(trained)
+        return
+    if any(kinds[name] == "parameter" for name in names):
+        tensor = nn.Parameter(tensor, requires_grad=trained)
+    for name in names:
+        _put(modules, name, tensor, kinds[name])
+
+
+def _check_shape(name: str, tensor: Tensor, old: Tensor, plan: Plan | None) -> None:
+    if tensor.shape != old.shape:
+        why = f"it has shape {list(tensor.shape)} in the file and should have {list(old.shape)}"
+        raise FormatError(
+            _ANOTHER if plan is None else "the file's tensors are not those of its plan",
+            where=name,
+            why=why if plan is not None else f"{why}; the file has no plan",
+            fix=_FIX if plan is not None else f"{_FIX}; or save a pruned copy with plan=",
+        )
 
 
 def _is_dense(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
-
-
-def _is_continuous(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _write(module: nn.Module, edit: Edit) -> None:
-    try:
-        write_attribute(module, edit.attribute, edit.after)
-    except Exception as error:  # a property may raise anything
-        raise ApplyError(
-            f"{edit.module}.{edit.attribute} can't be set",
-            where=edit.module,
-            why=f"{type(error).__name__}: {error}",
-            fix=_FIX,
-        ) from error
 
 
 def _kind(modules: Mapping[str, nn.Module], name: str) -> Kind:
@@ -175,27 +196,23 @@ def _by_any_name(tensors: Tensors) -> dict[str, Tensor]:
     return {**tensors.values, **tied}
 
 
-def _names_by_object(tensors: Tensors) -> dict[int, set[str]]:
-    names: dict[int, set[str]] = {}
-    for name, tensor in _by_any_name(tensors).items():
-        names.setdefault(id(tensor), set()).add(name)
-    return names
-
-
-def _essence(plan: Plan, kinds: Mapping[str, Kind]) -> Plan:
+def _essence(plan: Plan, kinds: Mapping[str, Kind], unfilled: Container[str] = ()) -> Plan:
     """Without the caches: plain attributes and hidden buffers that a forward may have changed.
 
     Parameters
     ----------
     kinds
         Of the names that are known; what a forward writes may be in no model and no file.
+    unfilled
+        Buffers that are made when they are filled.
     """
     written = plan.written
     cut = {axis.tensor for axis in plan.keep}
 
     def counts(name: str) -> bool:
         kind = kinds.get(name, "attribute" if name in written else "parameter")
-        return kind in ("parameter", "buffer") or (kind == "hidden" and name in cut)
+        essential = kind in ("parameter", "buffer") or (kind == "hidden" and name in cut)
+        return essential and name not in unfilled
 
     return replace(
         plan,
@@ -223,30 +240,6 @@ def _check_names(tensors: Tensors, fresh: Tensors) -> None:
         has = f"the file has no {_some(missing)}" if missing else ""
         lacks = f"the model has no {_some(surplus)}" if surplus else ""
         raise FormatError(_ANOTHER, why="; ".join(filter(None, (has, lacks))), fix=_FIX)
-
-
-def _check_shapes(
-    tensors: Tensors, fresh: Tensors, plan: Plan | None, unfilled: Container[str]
-) -> None:
-    """Every tensor has the shape that the plan leaves; those that it doesn't know, their own."""
-    left = {} if plan is None else _essence(plan, tensors.kinds).resulting_shapes()
-    whole = {
-        name: tuple(tensor.shape)
-        for name, tensor in _by_any_name(fresh).items()
-        if fresh.kinds[name] in ("parameter", "buffer") and name not in unfilled
-    }
-    for first, names in tensors.names().items():
-        shape = tuple(tensors.values[first].shape)
-        # A build may tie fewer tensors than the model had; what the plan says counts for all.
-        wanted = [left[n] for n in names if n in left] or [whole[n] for n in names if n in whole]
-        if wanted and shape != wanted[0]:
-            told = f"it has shape {list(shape)} in the file and should have {list(wanted[0])}"
-            raise FormatError(
-                _ANOTHER if plan is None else "the file's tensors are not those of its plan",
-                where=first,
-                why=told if plan is not None else f"{told}; the file has no plan",
-                fix=_FIX if plan is not None else f"{_FIX}; or save a pruned copy with plan=",
-            )
 
 
 def _essential(tensors: Tensors) -> set[str]:

@@ -11,9 +11,10 @@ from prunus.checkpoint.container import write_container
 from prunus.checkpoint.document import Document
 from prunus.errors import FormatError, PlanError, checks_options
 from prunus.files import replace_file
+from prunus.graph.plan_json import check_kind
 from prunus.graph.plans import Plan
 from prunus.surgeon import applied_plan
-from prunus.surgeon.reach import check_kind, value_of
+from prunus.surgeon.reach import value_of
 from prunus.surgeon.restore import Tensors, check_cut, collect
 from prunus.tracer.wrappers import unwraps
 
@@ -76,10 +77,11 @@ def _check_plan(plan: Plan, model: nn.Module, tensors: Tensors) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     wrong = check_cut(tensors, plan)
     for edit in plan.edits:
-        check_kind(edit)
+        where = f"{edit.module}.{edit.attribute}".lstrip(".")
+        check_kind(where, edit.attribute, edit.before, edit.after)
         value = value_of(modules.get(edit.module), edit.attribute)
         if type(value) is not type(edit.after) or value != edit.after:
-            wrong.append(f"{edit.module}.{edit.attribute}")
+            wrong.append(where)
     if wrong:
         rest = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise PlanError(

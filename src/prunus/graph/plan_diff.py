@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from prunus.errors import PlanError
 from prunus.graph.plan_json import to_ranges
+from prunus.graph.renaming import Renaming
+
+if TYPE_CHECKING:
+    from prunus.graph.plans import GroupChoice, Plan
 
 
 class Cost(NamedTuple):
@@ -80,6 +85,52 @@ class PlanDiff:
             told = (f"only {side} removes {_spell_units(u)}" for side, u in sides if u)
             lines.append(f"{group.name}: {'; '.join([kept, *told])}")
         return "\n".join(lines)
+
+
+def compare(a: Plan, b: Plan) -> PlanDiff:
+    """What two plans for one model do differently; see :meth:`prunus.Plan.diff`."""
+    shapes = _shapes_before(a), _shapes_before(b)
+    shared = shapes[0].keys() & shapes[1].keys()
+    alike = all(shapes[0][name] == shapes[1][name] for name in shared)
+    if not alike or (a.drops == b.drops and shapes[0] != shapes[1]):
+        raise PlanError("these are plans for different models", fix="compare plans of one")
+    only_a, only_b = (
+        tuple(name for name in one.drops if name not in other.drops)
+        for one, other in ((a, b), (b, a))
+    )
+    costs = {name: (cost, b.cost(name)) for name, cost in a.cost().items() if name in b.costs}
+    return PlanDiff(
+        tuple(_differing(_groups_before(a), _groups_before(b), both=bool(only_a or only_b))),
+        only_a,
+        only_b,
+        {name: pair for name, pair in costs.items() if pair[0].before == pair[1].before},
+    )
+
+
+def _differing(
+    ours: Mapping[str, GroupChoice], theirs: Mapping[str, GroupChoice], *, both: bool
+) -> Iterator[GroupDiff]:
+    """The groups that lose other units; ``both`` leaves out those that only one plan knows."""
+    for name in {**ours, **theirs}:
+        if both and not (name in ours and name in theirs):
+            continue
+        a, b = (set(side[name].removed) if name in side else set() for side in (ours, theirs))
+        if a != b:
+            size = (ours.get(name) or theirs[name]).size
+            kept = size - len(a), size - len(b)
+            yield GroupDiff(name, tuple(sorted(a - b)), tuple(sorted(b - a)), size, kept)
+
+
+def _shapes_before(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The shapes by the names of the original; those of dropped blocks are not known."""
+    names = Renaming(plan.drops)
+    own = ((name, shape) for name, shape in plan.shapes.items() if name not in plan.biases)
+    return {names.before(name): tuple(shape) for name, shape in own}
+
+
+def _groups_before(plan: Plan) -> dict[str, GroupChoice]:
+    names = Renaming(plan.drops)
+    return {names.before(choice.name): choice for choice in plan.groups}
 
 
 def _spell_units(indices: Sequence[int]) -> str:

@@ -1,9 +1,10 @@
 """The JSON form of plans: its schema, and a reader that says what is wrong where."""
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import numpy as np
@@ -11,6 +12,9 @@ import numpy as np
 from prunus.errors import PlanError
 from prunus.graph.axis import Axis
 from prunus.graph.traced import convert, malformed, misplaced, read_traced
+
+if TYPE_CHECKING:
+    from prunus.graph.plans import Plan
 
 Indices = tuple[int, ...]
 
@@ -70,24 +74,8 @@ Value = bool | int | str | tuple[Item, ...]
 
 # No postponed annotations in this file: msgspec would compile them at the first plan that is read.
 
-
-class _Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Tables are read entry by entry, so that an error can name the entry."""
-
-    prunus_plan: int
-    keep: dict[str, msgspec.Raw]
-    shapes: dict[str, msgspec.Raw]
-    edits: tuple[msgspec.Raw, ...]
-    scalings: tuple[msgspec.Raw, ...]
-    groups: tuple[msgspec.Raw, ...]
-    costs: dict[str, msgspec.Raw]
-    origin: dict[str, Any]
-    drops: tuple[str, ...] = ()
-    biases: dict[str, int] = {}
-
-
-class _Version(msgspec.Struct, frozen=True):
-    prunus_plan: Any
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+Ranges = tuple[tuple[Natural, Natural], ...]
 
 
 class _Edit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,46 +87,86 @@ class _Edit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class _Scaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensor: str
-    dim: int
-    positions: tuple[tuple[int, int], ...]
-    factor: float
+    dim: Natural
+    positions: Ranges
+    factor: Annotated[float, msgspec.Meta(gt=0)]
 
 
 class _Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
-    size: int
-    removed: tuple[tuple[int, int], ...]
+    size: Natural
+    removed: Ranges
 
 
-_Ranges = tuple[tuple[int, int], ...]
+class _Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Tables are read entry by entry, so that an error can name the entry."""
+
+    prunus_plan: int
+    keep: dict[str, msgspec.Raw]
+    shapes: dict[str, msgspec.Raw]
+    edits: tuple[_Edit, ...]
+    scalings: tuple[_Scaling, ...]
+    groups: tuple[_Group, ...]
+    costs: dict[str, msgspec.Raw]
+    origin: dict[str, Any]
+    drops: tuple[Annotated[str, msgspec.Meta(min_length=1)], ...] = ()
+    biases: dict[str, Natural] = {}
+
+
+class _Version(msgspec.Struct, frozen=True):
+    prunus_plan: Any
 
 
 def read(text: str, limit: int = LIMIT) -> dict[str, Any]:
     """The fields of a plan: edits and groups as tuples of what their records are made of."""
     _check_version(text)
     document = _decode(text, _Document, "")
-    keep = {n: _decode(v, _Ranges, f"keep.{n}") for n, v in document.keep.items()}
-    shapes = {n: _read_shape(v, f"shapes.{n}") for n, v in document.shapes.items()}
-    edits = _each(document.edits, _Edit, "edits")
-    scalings = _each(document.scalings, _Scaling, "scalings")
-    groups = _each(document.groups, _Group, "groups")
-    listed = [*(s.positions for s in scalings), *(g.removed for g in groups)]
+    keep = _table(document.keep, Ranges, "keep")
+    shapes: dict[str, Indices] = _table(document.shapes, tuple[Natural, ...], "shapes")
+    listed = [*(s.positions for s in document.scalings), *(g.removed for g in document.groups)]
     _check_size([*keep.values(), *listed], limit)
-    for place, edit in enumerate(edits):
-        if kind_of_edit(edit.attribute, edit.before, edit.after) is None:
-            raise malformed(f"edits[{place}]", describe_refusal(edit.attribute))
+    for place, edit in enumerate(document.edits):
+        check_kind(f"edits[{place}]", edit.attribute, edit.before, edit.after)
     check_origin(document.origin)
     return {
         "keep": dict(_read_keep(keep, shapes)),
         "shapes": shapes,
-        "edits": [(e.module, e.attribute, e.before, e.after) for e in edits],
-        "scalings": [_read_scaling(s, f"scalings[{n}]", shapes) for n, s in enumerate(scalings)],
-        "groups": [_read_group(g, f"groups[{n}]") for n, g in enumerate(groups)],
-        "costs": {n: _read_cost(v, f"costs.{n}") for n, v in document.costs.items()},
+        "edits": [msgspec.structs.astuple(edit) for edit in document.edits],
+        "scalings": [
+            _read_scaling(s, f"scalings[{n}]", shapes) for n, s in enumerate(document.scalings)
+        ],
+        "groups": [
+            (g.name, g.size, read_ranges(g.removed, g.size, f"groups[{n}].removed"))
+            for n, g in enumerate(document.groups)
+        ],
+        "costs": _table(document.costs, tuple[Natural, Natural], "costs"),
         "origin": document.origin,
-        "drops": _read_drops(document.drops),
+        "drops": document.drops,
         "biases": dict(_read_biases(document.biases, shapes)),
     }
+
+
+def write(plan: "Plan") -> str:
+    """One line of JSON: sorted keys, indices as [start, stop) ranges."""
+    edits, scalings, groups = (
+        [{name: getattr(record, name) for name in record.__slots__} for record in records]
+        for records in (plan.edits, plan.scalings, plan.groups)
+    )
+    for record, name in [*((s, "positions") for s in scalings), *((g, "removed") for g in groups)]:
+        record[name] = to_ranges(record[name])
+    document: dict[str, Any] = {
+        "prunus_plan": VERSION,
+        "keep": {str(axis): to_ranges(stay) for axis, stay in plan.keep.items()},
+        "shapes": plan.shapes,
+        "edits": edits,
+        "scalings": scalings,
+        "groups": groups,
+        "costs": plan.costs,
+        "origin": plan.origin,
+        **({"drops": plan.drops} if plan.drops else {}),
+        **({"biases": plan.biases} if plan.biases else {}),
+    }
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
 
 
 def kind_of_edit(attribute: str, before: Any, after: Any) -> str | None:
@@ -160,15 +188,19 @@ def kind_of_edit(attribute: str, before: Any, after: Any) -> str | None:
         return "adapter" if before is True and after is False else None
     if type(before) is type(after) is int:
         return "integer" if 0 < after <= before else None
-    if not (type(before) is type(after) is tuple):
-        return None
-    if len(before) == len(after) and all(type(item) is int for item in (*before, *after)):
+    if type(before) is type(after) is tuple:
+        return _kind_of_tuples(before, after)
+    return None
+
+
+def _kind_of_tuples(before: tuple[Any, ...], after: tuple[Any, ...]) -> str | None:
+    kinds = {type(item) for item in (*before, *after)}
+    if len(before) == len(after) and kinds <= {int}:
         pairs = zip(before, after, strict=True)
         return "integers" if all(b == a or 0 < a <= b for b, a in pairs) else None
-    items = (*before, *after)
-    if len(after) < len(before) and all(i is None or type(i) in (int, str) for i in items):
+    if 0 < len(after) < len(before) and kinds <= {int, str, type(None)}:
         rest = iter(before)
-        return "subsequence" if after and all(item in rest for item in after) else None
+        return "subsequence" if all(item in rest for item in after) else None
     return None
 
 
@@ -178,12 +210,16 @@ def _is_equivalent(value: Any) -> bool:
     return pair and type(value[0]) is str and type(value[1]) is float and 0 < value[1] < math.inf
 
 
-def describe_refusal(attribute: str) -> str:
-    """Why an attribute is not changed so."""
-    return (
-        f"{attribute!r} is not changed in a way that a plan may: integers of a module or its "
-        "config become smaller and stay positive, lists lose entries"
-    )
+def check_kind(where: str, attribute: str, before: Any, after: Any) -> None:
+    """:class:`~prunus.errors.PlanError` for what is none of the edits that a plan may make."""
+    if kind_of_edit(attribute, before, after) is None:
+        raise PlanError(
+            "a plan may not change that",
+            where=where,
+            why=f"{attribute!r} is not changed in a way that a plan may: integers of a module or "
+            "its config become smaller and stay positive, lists lose entries",
+            fix="plan anew",
+        )
 
 
 def check_origin(origin: Mapping[str, Any]) -> None:
@@ -198,12 +234,10 @@ def check_origin(origin: Mapping[str, Any]) -> None:
         convert(step.get("stopped", {}), dict[str, str], f"{where}.stopped")
 
 
-def read_ranges(value: _Ranges, size: int, where: str) -> Indices:
+def read_ranges(value: Ranges, size: int, where: str) -> Indices:
     """The inverse of :func:`to_ranges`; it refuses what is not ascending and below size."""
     end, found = 0, list[int]()
     for start, stop in value:
-        if start < 0:
-            raise malformed(where, f"{start} is negative")
         if start >= stop:
             raise malformed(where, f"the range [{start}, {stop}) is empty")
         if start < end:
@@ -234,34 +268,19 @@ def _decode(text: str | msgspec.Raw, kind: Any, where: str) -> Any:
         raise malformed(where or "the text", f"it is not JSON: {error}") from error
 
 
-def _each(entries: Sequence[msgspec.Raw], kind: Any, where: str) -> list[Any]:
-    return [_decode(entry, kind, f"{where}[{place}]") for place, entry in enumerate(entries)]
+def _table(entries: Mapping[str, msgspec.Raw], kind: Any, where: str) -> dict[str, Any]:
+    return {name: _decode(entry, kind, f"{where}.{name}") for name, entry in entries.items()}
 
 
-def _check_size(ranges: Sequence[_Ranges], limit: int) -> None:
+def _check_size(ranges: Sequence[Ranges], limit: int) -> None:
     """Refuse ranges of too many positions before they are expanded."""
     total = sum(max(0, stop - start) for pairs in ranges for start, stop in pairs)
     if total > limit:
         raise malformed("the text", f"its ranges speak of {total} positions, at most {limit} can")
 
 
-def _count(value: int, where: str) -> int:
-    if value < 0:
-        raise malformed(where, f"{value} is negative")
-    return value
-
-
-def _read_shape(value: msgspec.Raw, where: str) -> Indices:
-    return tuple(_count(size, where) for size in _decode(value, tuple[int, ...], where))
-
-
-def _read_cost(value: msgspec.Raw, where: str) -> tuple[int, int]:
-    before, after = _decode(value, tuple[int, int], where)
-    return _count(before, where), _count(after, where)
-
-
 def _read_keep(
-    entries: Mapping[str, _Ranges], shapes: Mapping[str, Indices]
+    entries: Mapping[str, Ranges], shapes: Mapping[str, Indices]
 ) -> Iterator[tuple[Axis, Indices]]:
     for name, ranges in entries.items():
         where = f"keep.{name}"
@@ -281,23 +300,11 @@ def _read_keep(
 def _read_scaling(
     entry: _Scaling, where: str, shapes: Mapping[str, Indices]
 ) -> tuple[str, int, Indices, float]:
-    if entry.tensor not in shapes or not 0 <= entry.dim < len(shapes[entry.tensor]):
+    if entry.tensor not in shapes or entry.dim >= len(shapes[entry.tensor]):
         raise malformed(where, "no such axis in the shapes")
-    if not 0 < entry.factor < math.inf:
-        raise malformed(f"{where}.factor", f"{entry.factor} is no positive finite number")
     size = shapes[entry.tensor][entry.dim]
     positions = read_ranges(entry.positions, size, f"{where}.positions")
     return entry.tensor, entry.dim, positions, entry.factor
-
-
-def _read_drops(drops: Sequence[str]) -> tuple[str, ...]:
-    """Paths of modules; plans from before blocks could be dropped have none."""
-    for place, entry in enumerate(drops):
-        if not entry:
-            raise malformed(f"drops[{place}]", "it names no module")
-        if entry in drops[:place]:
-            raise malformed(f"drops[{place}]", f"{entry} is dropped twice")
-    return tuple(drops)
 
 
 def _read_biases(
@@ -309,13 +316,8 @@ def _read_biases(
         prefix, own = name.removesuffix("bias"), shapes.get(name)
         weight = shapes.get(f"{prefix}weight", ())
         fits = prefix != name and (not prefix or prefix.endswith("."))
-        if not fits or not 0 <= dim < len(weight):
+        if not fits or dim >= len(weight):
             raise malformed(where, "no such dim of a weight in the shapes")
         if own != (weight[dim],):
             raise malformed(where, f"it should have the shape [{weight[dim]}]")
         yield name, dim
-
-
-def _read_group(entry: _Group, where: str) -> tuple[str, int, Indices]:
-    size = _count(entry.size, f"{where}.size")
-    return entry.name, size, read_ranges(entry.removed, size, f"{where}.removed")

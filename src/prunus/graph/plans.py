@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 
 from prunus.errors import PlanError, checks_options
 from prunus.files import replace_file
 from prunus.graph.axis import Axis, Mask
-from prunus.graph.plan_diff import Cost, GroupDiff, PlanDiff
-from prunus.graph.plan_json import LIMIT, VERSION, freeze, read, to_ranges
+from prunus.graph.plan_diff import Cost, PlanDiff, compare
+from prunus.graph.plan_json import LIMIT, freeze, read, write
 from prunus.graph.renaming import Renaming
 from prunus.graph.traced import Traced, convert, read_traced
 
@@ -25,6 +24,10 @@ if TYPE_CHECKING:
 
 _NAMED = 3
 """How many culprits an error names before it only counts them."""
+
+_TRACED = "apply it to the model that was traced"
+
+Named = TypeVar("Named", "Edit", "Scaling", "GroupChoice")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,28 +168,20 @@ class Plan:
         empty = [str(axis) for axis, stay in keep.items() if not stay]
         if empty:
             raise PlanError(f"nothing would stay of {_some(empty)}", fix="keep a unit of each")
-        cut = {group.name for group in graph.groups if not kept[group.units].all()}
-        renormalised = [name for name in graph.renormalised if name in cut]
-        choices = (
+        groups = tuple(
             GroupChoice(g.name, g.size, tuple(np.flatnonzero(~kept[g.units]).tolist()))
             for g in graph.groups
         )
+        cut = {choice.name for choice in groups if choice.removed}
+        renormalised = [name for name in graph.renormalised if name in cut]
         return cls(
             keep=keep,
             shapes={n: tuple(s) for n, s in graph.shapes.items() if n not in graph.aliases},
             edits=tuple(edits),
-            scalings=tuple(
-                Scaling(tensor, dim, positions, factor)
-                for rescale in graph.rescales
-                if (factor := rescale.factor(kept)) != 1.0
-                for tensor, dim, positions in rescale.targets
-            ),
-            groups=tuple(choices),
+            scalings=tuple(_scalings(graph, kept)),
+            groups=groups,
             costs={name: (graph.cost(name), graph.cost(name, kept)) for name in graph.costs},
-            origin={
-                **(origin or {}),
-                **({"renormalised": renormalised} if renormalised else {}),
-            },
+            origin={**(origin or {}), **({"renormalised": renormalised} if renormalised else {})},
         )
 
     @property
@@ -260,30 +255,21 @@ class Plan:
         """
         missing = [name for name in self.shapes if name not in shapes]
         if missing:
-            raise PlanError(
-                "this is a plan for another model",
-                why=f"the model has no {_some(missing)}",
-                fix="apply it to the model that was traced",
-            )
+            raise _another_model(f"no {_some(missing)}", _TRACED)
         surplus = [name for name in parameters if name not in self.shapes]
         if surplus:
-            raise PlanError(
-                "this is a plan for another model",
-                why=f"the model has more than the plan has: {_some(surplus)}",
-                fix="apply it to the model that was traced",
-            )
-        other = [n for n, shape in self.shapes.items() if tuple(shapes[n]) != tuple(shape)]
+            raise _another_model(f"more than the plan has: {_some(surplus)}", _TRACED)
+        given = {name: tuple(shape) for name, shape in shapes.items()}
+        other = [n for n, shape in self.shapes.items() if given[n] != tuple(shape)]
         if other:
-            given = {name: tuple(shape) for name, shape in shapes.items()}
             pruned = all(given[n] == shape for n, shape in self.resulting_shapes().items())
-            told = [f"{n} {given[n]} where the plan has {tuple(self.shapes[n])}" for n in other]
-            raise PlanError(
-                "this is a plan for another model",
-                why=f"the model has {_some(told)}",
-                fix="the plan has been applied to it already"
+            sizes = [f"{n} {given[n]} where the plan has {tuple(self.shapes[n])}" for n in other]
+            fix = (
+                "the plan has been applied to it already"
                 if pruned
-                else "apply it to the model that was traced, before any pruning",
+                else f"{_TRACED}, before any pruning"
             )
+            raise _another_model(_some(sizes), fix)
 
     def diff(self, other: Plan) -> PlanDiff:
         """What the two plans remove differently and cost; groups by their names in the original.
@@ -291,48 +277,7 @@ class Plan:
         A group that only one of the plans knows, since the other drops its block, is left out.
         Nothing is traced or run.
         """
-        mine, theirs = self._in_original_names(), other._in_original_names()
-        shapes = self.shapes_before, other.shapes_before
-        shared = shapes[0].keys() & shapes[1].keys()
-        alike = all(shapes[0][name] == shapes[1][name] for name in shared)
-        if not alike or (self.drops == other.drops and shapes[0] != shapes[1]):
-            raise PlanError("these are plans for different models", fix="compare plans of one")
-        a_drops, b_drops = set(self.drops), set(other.drops)
-        found = []
-        for name in {**mine, **theirs}:
-            if a_drops != b_drops and not (name in mine and name in theirs):
-                continue
-            size = (mine.get(name) or theirs[name]).size
-            gone = [side[name].removed if name in side else () for side in (mine, theirs)]
-            if gone[0] != gone[1]:
-                a, b = map(set, gone)
-                only = tuple(sorted(a - b)), tuple(sorted(b - a))
-                found.append(GroupDiff(name, *only, size, (size - len(a), size - len(b))))
-        costs = self.cost(), other.cost()
-        return PlanDiff(
-            tuple(found),
-            tuple(name for name in self.drops if name not in b_drops),
-            tuple(name for name in other.drops if name not in a_drops),
-            {
-                name: (cost, costs[1][name])
-                for name, cost in costs[0].items()
-                if name in costs[1] and costs[1][name].before == cost.before
-            },
-        )
-
-    @property
-    def shapes_before(self) -> dict[str, tuple[int, ...]]:
-        """The shapes by the names of the original; those of dropped blocks are not known."""
-        names = Renaming(self.drops)
-        return {
-            names.before(name): tuple(shape)
-            for name, shape in self.shapes.items()
-            if name not in self.biases
-        }
-
-    def _in_original_names(self) -> dict[str, GroupChoice]:
-        names = Renaming(self.drops)
-        return {names.before(choice.name): choice for choice in self.groups}
+        return compare(self, other)
 
     def then(self, later: Plan) -> Plan:
         """One plan for the original model out of this one and one for the model it leaves.
@@ -344,20 +289,17 @@ class Plan:
         _check_follows(first.resulting_shapes(), later.shapes, first.written | later.written)
         keep = dict(first.keep)
         for axis, stay in later.keep.items():
-            if axis.tensor not in first.shapes:  # what a forward wrote on the model in between
-                continue
-            known = first.keep.get(axis)
-            keep[axis] = stay if known is None else tuple(known[i] for i in stay)
-        edits = {(edit.module, edit.attribute): edit for edit in first.edits}
-        for edit in later.edits:
-            key = (edit.module, edit.attribute)
-            before = edits[key].before if key in edits else edit.before
-            edits[key] = Edit(edit.module, edit.attribute, before, edit.after)
+            if axis.tensor in first.shapes:  # else a forward wrote it on the model in between
+                keep[axis] = first._in_original(axis, stay)
+        scalings = (
+            replace(s, positions=first._in_original(Axis(s.tensor, s.dim), s.positions))
+            for s in later.scalings
+        )
         return Plan(
             keep=keep,
             shapes=first.shapes,
-            edits=tuple(edit for edit in edits.values() if edit.before != edit.after),
-            scalings=(*first.scalings, *(first._in_original(s) for s in later.scalings)),
+            edits=_merge_edits(first.edits, later.edits),
+            scalings=(*first.scalings, *scalings),
             groups=_merge_groups(first.groups, later.groups),
             costs={
                 name: (before, later.costs[name][1])
@@ -374,67 +316,29 @@ class Plan:
         if not dropped:
             return self
         names, old = Renaming(dropped), Renaming(self.drops)
-
-        def left(name: str) -> str:
-            return names.after(name) or ""
-
-        def stays(name: str) -> bool:
-            return names.after(name) is not None
-
         return replace(
             self,
             keep={
-                Axis(left(axis.tensor), axis.dim): stay
+                Axis(later, axis.dim): stay
                 for axis, stay in self.keep.items()
-                if stays(axis.tensor)
+                if (later := names.after(axis.tensor)) is not None
             },
-            shapes={left(name): shape for name, shape in self.shapes.items() if stays(name)},
-            edits=tuple(replace(e, module=left(e.module)) for e in self.edits if stays(e.module)),
-            scalings=tuple(
-                replace(s, tensor=left(s.tensor)) for s in self.scalings if stays(s.tensor)
-            ),
-            groups=tuple(replace(g, name=left(g.name)) for g in self.groups if stays(g.name)),
+            shapes=names.left_of(self.shapes),
+            edits=_renamed(self.edits, "module", names),
+            scalings=_renamed(self.scalings, "tensor", names),
+            groups=_renamed(self.groups, "name", names),
             drops=(*self.drops, *map(old.before, dropped)),
-            biases={left(name): dim for name, dim in self.biases.items() if stays(name)},
+            biases=names.left_of(self.biases),
         )
 
-    def _in_original(self, later: Scaling) -> Scaling:
-        stay = self.keep.get(Axis(later.tensor, later.dim))
-        if stay is None:
-            return later
-        return replace(later, positions=tuple(stay[i] for i in later.positions))
+    def _in_original(self, axis: Axis, positions: tuple[int, ...]) -> tuple[int, ...]:
+        """Positions of an axis of the model that this plan leaves, in the original."""
+        stay = self.keep.get(axis)
+        return positions if stay is None else tuple(stay[i] for i in positions)
 
     def to_json(self) -> str:
         """The plan as one line of JSON: sorted keys, indices as [start, stop) ranges."""
-        document: dict[str, Any] = {
-            "prunus_plan": VERSION,
-            "keep": {str(axis): to_ranges(stay) for axis, stay in self.keep.items()},
-            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "edits": [
-                {"module": e.module, "attribute": e.attribute, "before": e.before, "after": e.after}
-                for e in self.edits
-            ],
-            "scalings": [
-                {
-                    "tensor": s.tensor,
-                    "dim": s.dim,
-                    "positions": to_ranges(s.positions),
-                    "factor": s.factor,
-                }
-                for s in self.scalings
-            ],
-            "groups": [
-                {"name": g.name, "size": g.size, "removed": to_ranges(g.removed)}
-                for g in self.groups
-            ],
-            "costs": {name: list(pair) for name, pair in self.costs.items()},
-            "origin": self.origin,
-        }
-        if self.drops:
-            document["drops"] = list(self.drops)
-        if self.biases:
-            document["biases"] = dict(self.biases)
-        return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
+        return write(self)
 
     @classmethod
     def from_json(cls, text: str, *, limit: int = LIMIT) -> Plan:
@@ -443,9 +347,8 @@ class Plan:
         A text of few bytes can speak of many positions; more than ``limit`` are refused.
         """
         fields = read(text, limit)
-        fields["edits"] = tuple(Edit(*edit) for edit in fields["edits"])
-        fields["scalings"] = tuple(Scaling(*scaling) for scaling in fields["scalings"])
-        fields["groups"] = tuple(GroupChoice(*group) for group in fields["groups"])
+        for name, kind in (("edits", Edit), ("scalings", Scaling), ("groups", GroupChoice)):
+            fields[name] = tuple(kind(*entry) for entry in fields[name])
         return cls(**fields)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -478,6 +381,36 @@ def _check_follows(
             why=f"the shapes differ: {_some(told)}",
             fix="apply this plan, trace the result, and plan on that",
         )
+
+
+def _another_model(has: str, fix: str) -> PlanError:
+    return PlanError("this is a plan for another model", why=f"the model has {has}", fix=fix)
+
+
+def _scalings(graph: CouplingGraph, kept: Mask) -> Iterator[Scaling]:
+    for rescale in graph.rescales:
+        factor = rescale.factor(kept)
+        if factor != 1.0:
+            for tensor, dim, positions in rescale.targets:
+                yield Scaling(tensor, dim, positions, factor)
+
+
+def _renamed(records: Sequence[Named], field: str, names: Renaming) -> tuple[Named, ...]:
+    """The records of what is not gone, under its later name."""
+    found = []
+    for record in records:
+        later: dict[str, Any] = {field: names.after(getattr(record, field))}
+        if later[field] is not None:
+            found.append(replace(record, **later))
+    return tuple(found)
+
+
+def _merge_edits(first: Sequence[Edit], second: Sequence[Edit]) -> tuple[Edit, ...]:
+    merged = {(edit.module, edit.attribute): edit for edit in first}
+    for edit in second:
+        key = edit.module, edit.attribute
+        merged[key] = replace(edit, before=merged.get(key, edit).before)
+    return tuple(edit for edit in merged.values() if edit.before != edit.after)
 
 
 def _merge_groups(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 
 class Renaming:
@@ -45,6 +48,11 @@ class Renaming:
                 part = str(int(part) - bisect_left(places, int(part)))
             new.append(part)
         return ".".join(new)
+
+    def left_of(self, entries: Mapping[str, Value]) -> dict[str, Value]:
+        """The entries that are not gone, under their later names."""
+        later = ((self.after(name), value) for name, value in entries.items())
+        return {name: value for name, value in later if name is not None}
 
     def before(self, name: str) -> str:
         """The name that was, of what is called so now."""

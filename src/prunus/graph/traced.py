@@ -20,17 +20,13 @@ MOST_ELEMENTS = 1 << 27
 _DEEPEST = 16
 """Nesting of a description of inputs."""
 
-_DTYPES = frozenset(
-    f"{kind}{bits}"
-    for kind, sizes in {
-        "float": (16, 32, 64),
-        "bfloat": (16,),
-        "complex": (32, 64, 128),
-        "int": (8, 16, 32, 64),
-        "uint": (8, 16, 32, 64),
-    }.items()
-    for bits in sizes
-) | {"bool", "float8_e4m3fn", "float8_e5m2"}
+_DTYPES = (
+    r"^(float(16|32|64)|bfloat16|complex(32|64|128)|u?int(8|16|32|64)|bool|float8_(e4m3fn|e5m2))$"
+)
+
+_Natural = Annotated[int, msgspec.Meta(ge=0)]
+_Integer = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+_Bound = Annotated[int, msgspec.Meta(ge=-(1 << 62), lt=1 << 62)]
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,7 +59,7 @@ class Traced(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     inputs: Any
-    outputs: dict[str, tuple[int, ...]]
+    outputs: dict[str, tuple[_Natural, ...]]
     released: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
@@ -72,11 +68,11 @@ class Traced(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    tensor: tuple[int, ...]
-    dtype: str
-    values: tuple[int | bool, ...] | None = None
-    low: int | None = None
-    high: int | None = None
+    tensor: Annotated[tuple[_Natural, ...], msgspec.Meta(max_length=64)]
+    dtype: Annotated[str, msgspec.Meta(pattern=_DTYPES)]
+    values: tuple[_Integer | bool, ...] | None = None
+    low: _Bound | None = None
+    high: _Bound | None = None
 
 
 class _Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,8 +87,6 @@ def read_traced(value: Any, where: str = "origin.traced") -> Traced:
     {'output': (2, 3)}
     """
     found = convert(value, Traced, where)
-    if any(size < 0 for shape in found.outputs.values() for size in shape):
-        raise malformed(f"{where}.outputs", "a size is negative")
     if found.inputs is None or not check_inputs(found.inputs, f"{where}.inputs"):
         return msgspec.structs.replace(found, inputs=None)
     return found
@@ -124,35 +118,26 @@ def _check(value: Any, where: str, budget: list[int], depth: int) -> bool:
         if not math.isfinite(value):
             raise malformed(where, "it is no finite number")
         return True
+    items: list[tuple[str, Any]]
     if isinstance(value, (list, tuple)):
-        items = [_check(v, f"{where}[{n}]", budget, depth + 1) for n, v in enumerate(value)]
-        return all(items)
-    if isinstance(value, Mapping) and set(value) == {"dict"}:
+        items = [(f"{where}[{n}]", item) for n, item in enumerate(value)]
+    elif isinstance(value, Mapping) and set(value) == {"dict"}:
         named = convert(value["dict"], dict[str, Any], f"{where}.dict")
-        items = [_check(v, f"{where}.dict.{n}", budget, depth + 1) for n, v in named.items()]
-        return all(items)
-    _check_tensor(convert(value, _Tensor, where), where, budget)
-    return True
+        items = [(f"{where}.dict.{n}", item) for n, item in named.items()]
+    else:
+        _check_tensor(convert(value, _Tensor, where), where, budget)
+        return True
+    found = [_check(item, place, budget, depth + 1) for place, item in items]
+    return all(found)
 
 
 def _check_tensor(tensor: _Tensor, where: str, budget: list[int]) -> None:
-    if tensor.dtype not in _DTYPES:
-        raise malformed(f"{where}.dtype", f"{tensor.dtype!r} is no type of elements")
-    if len(tensor.tensor) > 64 or any(size < 0 for size in tensor.tensor):
-        raise malformed(f"{where}.tensor", f"{list(tensor.tensor)[:8]} is no shape")
-    if math.prod(max(size, 1) for size in tensor.tensor) >= 1 << 62:
-        raise malformed(f"{where}.tensor", "its shape is impossible")
-    count = math.prod(tensor.tensor)
-    budget[0] -= count
+    budget[0] -= math.prod(max(size, 1) for size in tensor.tensor)
     if budget[0] < 0:
         raise malformed(where, f"the inputs have more than {MOST_ELEMENTS} elements")
+    count = math.prod(tensor.tensor)
     if tensor.values is not None and len(tensor.values) != count:
         raise malformed(f"{where}.values", f"{len(tensor.values)} values for {count} elements")
-    bounds, most = (tensor.low or 0, tensor.high or 0), 1 << 63
-    if any(not -most <= number < most for number in tensor.values or ()):
-        raise malformed(f"{where}.values", "a number does not fit into 64 bits")
-    if any(not -most // 2 <= number < most // 2 for number in bounds):
-        raise malformed(where, "a bound does not fit into 63 bits")
     if (tensor.low is None) != (tensor.high is None):
         raise malformed(where, 'it needs both a "low" and a "high", or neither')
     if tensor.low is not None and tensor.high is not None and tensor.low > tensor.high:

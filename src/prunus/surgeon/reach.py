@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from prunus.errors import ApplyError, PlanError
-from prunus.graph.plan_json import CLASS, describe_refusal, kind_of_edit
+from prunus.errors import ApplyError
+from prunus.graph.plan_json import CLASS, check_kind
 from prunus.graph.plans import Edit
 from prunus.tracer.adapters import become, kind_of
 from prunus.tracer.provenance import is_config
@@ -61,17 +61,6 @@ def write_attribute(module: nn.Module, path: str, value: Any) -> None:
         return
 
 
-def check_kind(edit: Edit) -> None:
-    """:class:`~prunus.errors.PlanError` for what is none of the edits that a plan may make."""
-    if kind_of_edit(edit.attribute, edit.before, edit.after) is None:
-        raise PlanError(
-            "a plan may not change that",
-            where=f"{edit.module}.{edit.attribute}".lstrip("."),
-            why=describe_refusal(edit.attribute),
-            fix="plan anew",
-        )
-
-
 def value_of(module: nn.Module | None, path: str) -> Any:
     """What a plan's value is compared with: a tuple for a list, None for what no plan speaks of."""
     try:
@@ -92,7 +81,8 @@ def check_edit(edit: Edit, module: nn.Module | None) -> None:
     ApplyError
         If the module has another value there.
     """
-    check_kind(edit)
+    where = f"{edit.module}.{edit.attribute}".lstrip(".")
+    check_kind(where, edit.attribute, edit.before, edit.after)
     value = value_of(module, edit.attribute)
     nested = edit.attribute != "use_nested_tensor" or isinstance(module, nn.TransformerEncoder)
     if type(value) is not type(edit.before) or value != edit.before or not nested:

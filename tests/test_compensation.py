@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import prunus
-from prunus.calibration.activations import Site
 from prunus.calibration.im2col import (
     Window,
     columns_of,
@@ -22,6 +21,7 @@ from prunus.calibration.im2col import (
     weight_of,
     window_of,
 )
+from prunus.calibration.sites import Site
 from prunus.calibration.statistics import kept_units
 from prunus.graph.axis import kept_positions
 from prunus.planner.width_planning import plan_of_mask

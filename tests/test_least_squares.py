@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from prunus.calibration.cross import Pairing
 from prunus.calibration.second_moments import Moments, fit_memory
 from prunus.errors import DataError
-from prunus.recovery.least_squares import fold, removed_of, ridge_of, solve_ridge
+from prunus.recovery.least_squares import fold, ridge_of, solve_ridge
 
 CLOSE: Any = {"rtol": 1e-6, "atol": 1e-8}
 
@@ -76,20 +77,24 @@ def test_the_largest_sums_become_coarse_first() -> None:
 def test_fold_is_the_minimum_of_the_ridge_loss(centred: bool) -> None:
     """Against lstsq on features with √λ·I below them, and the error on the rows themselves."""
     rows, weight = rows_of(200, 7) - 28, noisy((3, 7), 9)
-    kept, share = torch.tensor([0, 2, 3, 6]), 0.1
-    gone = removed_of(kept, 7)
+    kept, gone, share = torch.tensor([0, 2, 3, 6]), torch.tensor([1, 4, 5]), 0.1
     mean = rows.mean(0)
+    spread = (rows - mean).T @ (rows - mean) / 200
+    cross = spread[:, kept]
+    part = Pairing(torch.arange(7), kept, spread, cross, cross[kept], (mean, mean[kept]))
+    options: Any = {"fixed": not centred, "share": share, "rows": 200}
+    found = fold(weight, part, method="least_squares", **options)
     shown = rows - mean if centred else rows
     moment = shown.T @ shown / 200
-    found = fold(weight, kept, moment, mean if centred else None, share=share, rows=200)
     ridge = share * float(moment.diagonal()[kept].mean())
     assert found.ridge == pytest.approx(ridge)
     target = shown[:, gone] @ weight[:, gone].T / 200**0.5
     root = ridge**0.5 * torch.eye(4, dtype=torch.float64)
     design = torch.cat([shown[:, kept] / 200**0.5, root])
     best = torch.linalg.lstsq(design, torch.cat([target, target.new_zeros(4, 3)])).solution
-    torch.testing.assert_close(found.change, best.T, **CLOSE)
-    left = rows[:, gone] @ weight[:, gone].T - rows[:, kept] @ found.change.T - found.shift
+    change = found.weight - weight[:, kept]
+    torch.testing.assert_close(change, best.T, **CLOSE)
+    left = rows[:, gone] @ weight[:, gone].T - rows[:, kept] @ change.T - found.shift
     torch.testing.assert_close(found.error, left.square().mean(0), **CLOSE)
     assert bool(found.shift.any()) == centred
 

@@ -15,7 +15,7 @@ import prunus
 from prunus.calibration.cross import CrossMoments
 from prunus.calibration.statistics import kept_units
 from prunus.errors import DataError, ModelError, PlanError
-from prunus.recovery.order import find_order
+from prunus.recovery.consumers import find_changed
 from tests.snapshots import same, snapshot
 from tests.test_compensation import READERS
 from tests.test_compensation import build as build_reader
@@ -263,14 +263,12 @@ def test_where_nothing_is_removed_nothing_changes() -> None:
 
 
 @torch.no_grad()
-def test_branches_share_a_pass_and_what_reads_their_sum_comes_after() -> None:
+def test_what_reads_the_sum_of_branches_comes_after_both() -> None:
     """``b`` adds to a view of what ``c`` reads then, so ``c`` waits for it."""
     model, x, graph, plan = branched("a", "c")
-    order = find_order(graph, kept_units(graph, plan))
-    assert order.weights == {
-        "b.weight": 0, "c.weight": 1, "e.weight": 2, "late.weight": 3, "head.weight": 4,
-    }  # fmt: skip
-    assert not order.norms
+    weights, norms = find_changed(graph, kept_units(graph, plan))
+    assert weights == {f"{name}.weight" for name in ("b", "c", "e", "late", "head")}
+    assert not norms
     done: list[int] = []
     small = copy.deepcopy(model)
     repairs = prunus.compensate(
@@ -305,9 +303,8 @@ class Parallel(nn.Module):
 def test_weights_that_read_the_same_values_share_sums() -> None:
     model, x = Parallel().double().eval(), noisy((50, 4))
     graph, plan = half(model, x, ("stem",))
-    assert find_order(graph, kept_units(graph, plan)).weights == {
-        "a.weight": 0, "b.weight": 0, "head.weight": 1,
-    }  # fmt: skip
+    weights, _ = find_changed(graph, kept_units(graph, plan))
+    assert weights == {"a.weight", "b.weight", "head.weight"}
     twin = copy.deepcopy(model)
     repairs = prunus.compensate(model, plan, graph, [x], sequential=True).repairs
     plain = prunus.compensate(twin, plan, graph, [x]).repairs
@@ -587,9 +584,8 @@ def test_sums_of_pairs_are_those_of_the_rows() -> None:
         assert torch.equal(part.kept, there)
         own, other = h[group], g[group][:, there]
         torch.testing.assert_close(part.means, (own.mean(0), other.mean(0)))
-        for found, (a, b) in zip(
-            part.raw(), [(own, own), (own, other), (other, other)], strict=True
-        ):
-            torch.testing.assert_close(found, a.mT @ b / 40)
         a, b = own - own.mean(0), other - other.mean(0)
-        torch.testing.assert_close(part.cross, a.mT @ b / 40)
+        for found, (left, right) in zip(
+            (part.dense, part.cross, part.inner), [(a, a), (a, b), (b, b)], strict=True
+        ):
+            torch.testing.assert_close(found, left.mT @ right / 40)

@@ -57,12 +57,16 @@ def first_batches(data: Iterable[Any], count: int) -> list[Any]:
     """As many batches as there are, up to a number; :class:`~prunus.errors.DataError` for none."""
     found = list(islice(iter(data), count))
     if not found:
-        raise DataError(
-            "the calibration data is empty",
-            why="the iterable gave no batch (an iterator can be used only once)",
-            fix="give a DataLoader or a list of batches; the model was not touched",
-        )
+        raise no_data()
     return found
+
+
+def no_data(
+    why: str = "the iterable gave no batch (an iterator can be used only once)",
+) -> DataError:
+    """The error for calibration data without samples."""
+    fix = "give a DataLoader or a list of batches"
+    return DataError("the calibration data is empty", why=why, fix=fix)
 
 
 SAMPLES = 512

@@ -33,14 +33,36 @@ class Pairing:
     inner: Tensor
     means: tuple[Tensor, Tensor]
 
-    def raw(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three moments around zero."""
-        first, second = self.means
-        return (
-            self.dense + first[:, None] * first,
-            self.cross + first[:, None] * second,
-            self.inner + second[:, None] * second,
-        )
+
+class OwnMoments:
+    """Sums over rows of the dense model alone, paired with what stays of the same rows.
+
+    Parameters
+    ----------
+    moments
+        Of the dense columns.
+    stay
+        Which channels stay, shape ``(groups, channels of a group)``.
+    taps
+        Columns of a channel; columns are ordered by tap, then by channel.
+    """
+
+    def __init__(self, moments: Moments, stay: Tensor, taps: int = 1) -> None:
+        self.count, self.exact, self.like = moments.count, moments.blocks == 1, moments.total
+        self._blocks, self._mean = moments.blocks, moments.mean
+        self._covariance = moments.covariance()
+        self._stay = stay.to(self._mean.device).repeat(1, taps)
+
+    def pairings(self, group: int) -> list[Pairing]:
+        """The moments of a group of a convolution, block by block."""
+        found = []
+        columns = torch.arange(self._stay.shape[1], device=self._stay.device)
+        for block, own in enumerate(columns.view(self._blocks, -1)):
+            dense, mean = self._covariance[group, block], self._mean[group][own]
+            kept = self._stay[group][own].nonzero()[:, 0]
+            cross = dense[:, kept]
+            found.append(Pairing(own, kept, dense, cross, cross[kept], (mean, mean[kept])))
+        return found
 
 
 class CrossMoments:
@@ -74,6 +96,11 @@ class CrossMoments:
     def count(self) -> int:
         """Pairs of rows seen."""
         return self.joint.count
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the type and on the device of the sums."""
+        return self.joint.total
 
     @property
     def exact(self) -> bool:

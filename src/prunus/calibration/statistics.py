@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,19 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from prunus.calibration.activations import Site, Watch
-from prunus.calibration.batches import Limited, count_samples, run_batch, samples_of
+from prunus.calibration.batches import Limited, count_samples, no_data, run_batch, samples_of
 from prunus.calibration.gradients import Contributions
-from prunus.calibration.readings import SecondMoments
-from prunus.calibration.second_moments import Moments
+from prunus.calibration.second_moments import Moments, fit_memory
+from prunus.calibration.sites import Read, Site, Sites, Watch, find_sites
 from prunus.calibration.targets import Loss, loss_of
 from prunus.errors import DataError, ModelError, PlanError, checks_options
-from prunus.graph.axis import Mask
+from prunus.graph.axis import Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
 from prunus.tracer.adapters import adapted
-from prunus.tracer.forward_fn import entered_by
+from prunus.tracer.forward_fn import ForwardFn, entered_by
 from prunus.tracer.trace import follow_modules, plain_kernels, quiet_run
 from prunus.tracer.wrappers import unwraps
 
@@ -67,7 +66,7 @@ class Statistics:
         ``"head_gradient"`` Σ |H|.
     sites
         One for each place where weights read units (need ``"activation"``, and for what
-        :attr:`~prunus.calibration.activations.Site.moments` holds ``"second_moment"``).
+        :attr:`~prunus.calibration.sites.Site.moments` holds ``"second_moment"``).
     loss
         Mean loss of the samples; NaN without gradients.
     """
@@ -158,19 +157,14 @@ def collect(
     tensors, _ = state_of(model)
     check_traced(graph, tensors)
     kept = None if plan is None else kept_units(graph, plan)
-    moments = None
-    if "second_moment" in wanted:
-        moments = SecondMoments(kept, positions, memory_limit, frozenset(also))
-    passed = _Pass(model, graph, tensors, wanted, loss, seed, moments)
+    moments = "second_moment" in wanted
+    sites = find_sites(graph, also if moments else ())
+    if moments:
+        _allot_moments(sites, kept, also, memory_limit)
+    passed = _Pass(model, graph, tensors, wanted, sites, positions, loss, seed)
     singly = split and bool(wanted & _GRADIENTS)
-    with (
-        entered_by(model, graph.forward_fn),
-        quiet_run(model),
-        adapted(model),
-        traceable(model),
-        follow_modules(model, passed.stack),
-        _tracked(passed.weights),
-    ):
+    with as_traced(model, graph.forward_fn) as stack, _tracked(passed.weights):
+        passed.watch(stack)
         done = 0
         for done, batch in enumerate(batches := Limited(data), start=1):
             for part in samples_of(batch) if singly else [batch]:
@@ -180,13 +174,7 @@ def collect(
     batches.warn(stacklevel=3)
     found = _sum_over_processes(passed.found())
     if not found.samples:
-        raise DataError(
-            "the calibration data is empty",
-            why="its batches hold no sample"
-            if done
-            else "the iterable gave no batch (an iterator can be used only once)",
-            fix="give a DataLoader or a list of batches",
-        )
+        raise no_data(*["its batches hold no sample"] if done else [])
     return found
 
 
@@ -262,10 +250,43 @@ def check_traced(graph: CouplingGraph, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def traceable(model: nn.Module) -> AbstractContextManager[None]:
-    """Kernels that show what they consist of, where a model has others: they cost time."""
+@contextmanager
+def as_traced(model: nn.Module, forward_fn: ForwardFn | None) -> Iterator[list[str]]:
+    """Within the context the model runs what it ran when it was traced.
+
+    The path of the running module is on top of the list.  Kernels that hide what they consist of
+    are replaced, where the model has any: that costs time.
+    """
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    return plain_kernels() if recurrent else nullcontext()
+    stack = [""]
+    with (
+        entered_by(model, forward_fn),
+        quiet_run(model),
+        adapted(model),
+        plain_kernels() if recurrent else nullcontext(),
+        follow_modules(model, stack),
+    ):
+        yield stack
+
+
+WIDEST = 8192
+"""Columns above which products are summed up for every tap of a convolution apart."""
+
+
+def _allot_moments(
+    sites: Sites, kept: Mask | None, also: Collection[str], memory_limit: int
+) -> None:
+    """Give every site moments of which they are wanted: where a unit goes, or by name."""
+    shared: dict[int, tuple[Moments, int]] = {}
+    for site in sites.all:
+        stay = 0 if kept is None else len(kept_positions(site.label, kept))
+        loses = bool(site.label.any()) if kept is None else stay < len(site.label)
+        if site.dim is None or not (loses or site.tensor in also):
+            continue
+        columns = len(site.label) // site.window.groups * site.window.taps
+        fresh = (Moments(site.window.groups, columns), site.window.taps)
+        site.moments = shared.setdefault(site.source, fresh)[0]
+    fit_memory(list(shared.values()), memory_limit, WIDEST)
 
 
 @contextmanager
@@ -290,36 +311,40 @@ class _Pass:
         graph: CouplingGraph,
         tensors: Mapping[str, Tensor],
         needs: frozenset[str],
+        sites: Sites,
+        positions: int,
         loss: Loss | None,
         seed: int,
-        moments: SecondMoments | None,
     ) -> None:
-        self.stack: list[str] = [""]
         self.weights: dict[str, Tensor] = {}
-        self._model, self._graph, self._needs = model, graph, needs
-        self._loss, self._seed = loss, seed
+        self._model, self._graph, self._tensors, self._needs = model, graph, tensors, needs
+        self._sites, self._positions, self._loss, self._seed = sites, positions, loss, seed
         self._contributions: Contributions | None = None
         if needs & _GRADIENTS:
             self._contributions = Contributions(graph)
             named = ((name, tensors[name]) for name in self._contributions.names)
             self.weights = {n: w for n, w in named if w.is_floating_point()}
+        self._owners = {id(s.moments): s for s in reversed(sites.all) if s.moments}.values()
         self._watch: Watch | None = None
-        if needs - _GRADIENTS:
-            self._watch = Watch(
-                graph.program,
-                tensors,
-                self.stack,
-                inputs="activation" in needs,
-                moments=moments,
-            )
         names = [name for need, own in _UNITS.items() if need in needs for name in own]
         self._units = {name: np.zeros(graph.unit_count + 1) for name in names}
         self._samples, self._losses = 0, 0.0
 
+    def watch(self, stack: list[str]) -> None:
+        """From now on look at what is read, where that is wanted."""
+        if self._needs - _GRADIENTS:
+            self._watch = Watch(self._sites, self._tensors, stack, self._hear)
+
+    def _hear(self, site: Site, read: Read, part: tuple[int, int]) -> None:
+        if site in self._owners:
+            site.add_moments(read, self._samples, self._positions)
+        if "activation" in self._needs:
+            site.add(read, part)
+
     def found(self) -> Statistics:
         """What was added up until now."""
         loss = self._losses / max(self._samples, 1) if self._units else float("nan")
-        sites = tuple(self._watch.sites) if self._watch else ()
+        sites = self._sites.all if self._needs - _GRADIENTS else ()
         units = self._graph.unit_count
         return Statistics(self._needs, units, self._samples, self._units, sites, loss)
 
@@ -328,7 +353,7 @@ class _Pass:
         if not samples:
             return
         if self._watch is not None:
-            self._watch.begin(self._samples)
+            self._watch.begin()
         with torch.set_grad_enabled(self._contributions is not None):
             with self._watch or nullcontext():
                 output = run_batch(self._model, batch)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from prunus.calibration.activations import Site
+from prunus.calibration.sites import Site
 from prunus.graph.groups import Group
 from prunus.importance.magnitude import sum_by_unit
 from prunus.importance.registry import Context, Scores, importance

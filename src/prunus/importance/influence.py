@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.calibration.batches import bounded, run_batch
+from prunus.calibration.batches import bounded, no_data, run_batch
 from prunus.errors import DataError, PlanError, checks_options
 from prunus.graph.blocks import Block
 from prunus.graph.coupling import CouplingGraph
@@ -77,11 +77,7 @@ def block_influence(
             (forward_fn or run_batch)(model, batch)
             done += 1
     if not done:
-        raise DataError(
-            "the calibration data is empty",
-            why="the iterable gave no batch (an iterator can be used only once)",
-            fix="give a DataLoader or a list of batches",
-        )
+        raise no_data()
     found = {name: 1.0 - total / max(counts[name], 1) for name, total in sums.items()}
     wrong = [name for name, value in found.items() if not abs(value) < float("inf")]
     if wrong:

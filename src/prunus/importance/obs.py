@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunus.calibration.activations import Site
 from prunus.calibration.im2col import matrix_of
-from prunus.calibration.readings import contracted_dim
+from prunus.calibration.sites import Site
 from prunus.graph.axis import Axis, Mask, kept_positions
 from prunus.graph.constraints import find_violation
 from prunus.graph.coupling import CouplingGraph
@@ -87,8 +86,7 @@ def _parts(group: Group, site: Site, context: Context) -> list[tuple[Reconstruct
 
     With each comes the variance of the outputs of them all.
     """
-    moments, window = site.moments, site.window
-    dim = contracted_dim(context.graph, site.tensor, site.label, window) if site.tensor else None
+    moments, window, dim = site.moments, site.window, site.dim
     if moments is None or dim is None:
         return []
     matrix = matrix_of(context.tensor(site.tensor).to(moments.total), window, dim)

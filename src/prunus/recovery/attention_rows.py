@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.calibration.activations import origins_of
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.program import Node, Program, Ref, refs_in
+from prunus.graph.program import Node, Ref
 from prunus.tracer.attention import Scores, Weighing, find_scores, find_weighings
+from prunus.tracer.dataflow import Dataflow, contracts, name_of
 from prunus.tracer.registry import call_bound
 
 _MOVES = frozenset({
@@ -153,22 +153,8 @@ def _tensors_of(product: ScoreProduct) -> list[tuple[str, int]]:
     ]
 
 
-class _Search:
+class _Search(Dataflow):
     """Follows values of one program back to the weights that made them."""
-
-    def __init__(self, program: Program) -> None:
-        self._program = program
-        self._maker = {number: node for node in program.nodes for number in node.outputs}
-        self._origins = origins_of(program)
-        self._readers: dict[str, list[Node]] = {}
-        self._readers_of: dict[int, list[Node]] = {}
-        for node in program.nodes:
-            for number in dict.fromkeys(ref.value for ref in refs_in(node.args)):
-                self._readers_of.setdefault(number, []).append(node)
-            views = node.outputs and all(number in self._origins for number in node.outputs)
-            for ref in () if views else refs_in(node.args):
-                if ref.value in self._origins:
-                    self._readers.setdefault(self._origins[ref.value], []).append(node)
 
     def product(self, scores: Scores) -> ScoreProduct:
         """The weights behind both sides, and which heads meet."""
@@ -203,7 +189,7 @@ class _Search:
         """The weight behind the values, and the one that reads the answer."""
         projection, rows = self._follow(weighing.values, -1)
         (out, *_) = weighing.node.outputs
-        shape = self._program.shapes[out]
+        shape = self.program.shapes[out]
         if len(shape) > 3 and rows.shape[-2] < shape[-3]:  # queries that share values
             rows = rows.repeat_interleave(shape[-3] // rows.shape[-2], -2)
         if (*rows.shape[:-1], rows.shape[-1]) != (*shape[:-2], shape[-1]):
@@ -222,17 +208,17 @@ class _Search:
     def _follow_on(self, value: int, numbers: Tensor) -> tuple[str, int, Tensor]:
         """The weight that alone reads a value, its dim, and the numbers that its columns read."""
         while True:
-            readers = self._readers_of.get(value, [])
-            if len(readers) != 1 or value in self._program.outputs.values():
+            readers = self.readers.get(value, [])
+            if len(readers) != 1 or value in self.program.outputs.values():
                 raise _UnknownError("the answer is read by more than one weight")
             node = readers[0]
-            if node.effect is not None and node.effect.contracted:
+            if contracts(node):
                 break
             if not self._keeps_values(node) or len(node.outputs) != 1:
-                raise _UnknownError(f"{_name(node)} reads the answer")
+                raise _UnknownError(f"{name_of(node)} reads the answer")
             (numbers,), (value,) = _move(node, numbers), node.outputs
         weight, _, dim = self._weight_of(node)
-        first = node.args["mat1" if _name(node) == "addmm" else "self"]
+        first = node.args["mat1" if name_of(node) == "addmm" else "self"]
         if first.value != value or not bool((numbers == numbers[:1]).all()):
             raise _UnknownError("tokens are read in different ways")
         return weight, 1 - dim, numbers[0]
@@ -244,24 +230,24 @@ class _Search:
         """
         value, moves = ref.value, []
         while True:
-            node = self._maker.get(value)
+            node = self.maker.get(value)
             if node is None:
                 raise _UnknownError("it is no output of a linear layer")
-            if node.effect is not None and node.effect.contracted:
+            if contracts(node):
                 break
             if not self._keeps_values(node):
-                raise _UnknownError(f"{_name(node)} lies between its projection and its product")
+                raise _UnknownError(f"{name_of(node)} lies between its projection and its product")
             moves.append((node, node.outputs.index(value)))
             value = node.args["self"].value
-        numbers = torch.arange(self._program.shapes[value][-1])
-        numbers = numbers.expand(self._program.shapes[value])
+        numbers = torch.arange(self.program.shapes[value][-1])
+        numbers = numbers.expand(self.program.shapes[value])
         passed = []
         for move, place in reversed(moves):
             passed.append((value, numbers, move))
             numbers, value = _move(move, numbers)[place], move.outputs[place]
         for one in passed:
             self._check_alone(*one, numbers)
-        if len(self._readers_of[value]) > 1:
+        if len(self.readers[value]) > 1:
             raise _UnknownError("queries or keys are read elsewhere as well")
         numbers = numbers.movedim(dim, -1)
         if not bool((numbers == numbers[..., :1, :]).all()):
@@ -270,44 +256,42 @@ class _Search:
 
     def _check_alone(self, value: int, numbers: Tensor, move: Node, wanted: Tensor) -> None:
         """Refuse a value of which something else reads the outputs that are wanted."""
-        for reader in self._readers_of[value]:
+        for reader in self.readers[value]:
             if reader is move:
                 continue
             moved = _move(reader, numbers) if self._keeps_values(reader) else [numbers]
             if any(bool(torch.isin(wanted, one).any()) for one in moved):
-                raise _UnknownError(f"{_name(reader)} reads its projection as well")
+                raise _UnknownError(f"{name_of(reader)} reads its projection as well")
 
     def _keeps_values(self, node: Node) -> bool:
-        name = _name(node)
+        name = name_of(node)
         if name in _FACTORS:
             other = node.args.get("other")
-            return not isinstance(other, Ref) or self._program.shapes[other.value] == ()
+            return not isinstance(other, Ref) or self.program.shapes[other.value] == ()
         return name in _MOVES or name in _CASTS
 
     def _weight_of(self, node: Node) -> tuple[str, str, int]:
         """Names of the weight and bias of a matrix product, and the weight's dim of outputs."""
-        name = _name(node)
+        name = name_of(node)
         if name not in ("addmm", "mm"):
             raise _UnknownError(f"it is made by {name}")
         matrix = node.args["mat2"]
-        weight = self._origins.get(matrix.value, "")
-        bias = self._origins.get(node.args["self"].value, "") if name == "addmm" else ""
+        weight = self.names.get(matrix.value, "")
+        bias = self.names.get(node.args["self"].value, "") if name == "addmm" else ""
         plain = all(node.args.get(factor, 1) == 1 for factor in ("alpha", "beta"))
         if not weight or (name == "addmm" and not bias) or not plain:
             raise _UnknownError("it is no plain linear layer")
-        if any(
-            reader is not node for one in (weight, bias) for reader in self._readers.get(one, ())
-        ):
+        if any(reader is not node for one in (weight, bias) if one for reader in self.uses(one)):
             raise _UnknownError(f"{weight} is read more than once")
-        stored = matrix.value in self._program.state
-        if not stored and _name(self._maker[matrix.value]) not in ("t", "transpose"):
+        stored = matrix.value in self.program.state
+        if not stored and name_of(self.maker[matrix.value]) not in ("t", "transpose"):
             raise _UnknownError(f"{weight} is read in parts")
         return weight, bias, int(stored)
 
 
 def _move(node: Node, numbers: Tensor) -> Sequence[Tensor]:
     """What an operator that moves values makes of their numbers, output by output."""
-    name = _name(node)
+    name = name_of(node)
     if name in _CASTS or name in _FACTORS:
         return [numbers]
     bound: dict[str, Any] = {**node.args, "self": numbers}
@@ -315,10 +299,6 @@ def _move(node: Node, numbers: Tensor) -> Sequence[Tensor]:
         return [numbers.reshape(bound["size"])]
     out = call_bound(node.target, bound)
     return out if isinstance(out, (list, tuple)) else [out]
-
-
-def _name(node: Node) -> str:
-    return str(node.target._schema.name).partition("::")[2]
 
 
 def stays(rows: Tensor, keep: Mapping[int, Sequence[int]], dim: int) -> Tensor:

@@ -12,25 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration.batches import bounded
+from prunus.calibration.cross import OwnMoments
+from prunus.calibration.sites import find_sites
 from prunus.calibration.statistics import Statistics, collect, kept_units
 from prunus.errors import DataError, PlanError, checks_options
-from prunus.graph.axis import kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
 from prunus.graph.renaming import Renaming
 from prunus.recovery.attention_rows import find_values, projections_of
 from prunus.recovery.consumers import Consumer, find_consumers, new_biases_of
+from prunus.recovery.least_squares import Method
 from prunus.recovery.queries_keys import Mixed, mix_products
 from prunus.recovery.refit import (
-    Method,
+    Options,
     Repair,
     Repaired,
+    loses,
     outputs_that_stay,
-    repair,
+    refit,
     shift_constant,
+    stay_of,
 )
-from prunus.recovery.sequential import Options, repair_in_order
+from prunus.recovery.sequential import repair_in_order
 from prunus.recovery.values import Turned, turn_values
 from prunus.surgeon.apply import cut
 from prunus.surgeon.biases import add_biases
@@ -114,10 +118,10 @@ def compensate(
         Repair in the order in which weights run, each on what it reads behind those that are
         repaired already, so that it makes up for their error as well
         (:mod:`prunus.recovery.sequential`).  Every named weight that reads changed values is fitted
-        then, and batch norms behind repaired weights are measured again.  Weights that don't need
-        one another share a pass over the data, so that there are as many passes as such layers lie
-        behind one another; an iterator is kept as a list.  A copy of the smaller model is in memory
-        meanwhile, and ``memory_limit`` holds for each pass.
+        then, and batch norms behind repaired weights are measured again.  It takes one forward of
+        the data through both models, and where heads lose dims, one to collect statistics, if none
+        are given.  A copy of the smaller model is in memory meanwhile, and what is alive of all
+        batches at one layer of both; ``memory_limit`` holds for the sums of each layer.
     new_biases
         Whether layers that have none may get a bias; the plan that comes back has them, and so do
         files of :func:`prunus.save`.  A batch norm behind a layer takes up the constant as well.
@@ -127,13 +131,13 @@ def compensate(
     optimizer, check
         See :func:`prunus.apply`.
     progress
-        Called with the number of batches done, in all passes together.
+        Called with the number of batches done; with ``sequential`` each counts once for each layer.
 
     Raises
     ------
     DataError
         If there are neither data nor statistics, or they are empty, not finite, or another plan's;
-        if there are statistics and it is to be sequential.
+        if it is to be sequential without data.
     PlanError
         If the plan or the statistics are for another model, or an option is out of range.
     ApplyError
@@ -150,40 +154,37 @@ def compensate(
     >>> model[2].in_features, done.repairs[0].left < done.repairs[0].cut
     (4, True)
     """
-    _check_options(method, ridge)
-    if sequential:
-        _check_sequential(method, statistics)
-    if statistics is None and data is None:
-        raise DataError(
-            "compensation needs calibration data",
-            why="what stays is fitted to what went, on what the layers read",
-            fix="give data=loader, or statistics=prunus.collect(…, 'second_moment')",
-        )
-    data = None if data is None else bounded(data)
+    options = Options(method, ridge, sequential, new_biases, positions, memory_limit)
+    _check(options, data, statistics)
+    data = () if data is None else bounded(data)
+    if graph is None or plan.drops:
+        with without_blocks(model, plan.drops):
+            graph = _trace_again(model, plan)
+    return cut_and_compensate(
+        *(model, plan, graph, data, statistics, options),
+        optimizer=optimizer,
+        check=check,
+        progress=progress,
+    )
+
+
+def cut_and_compensate(
+    model: nn.Module,
+    plan: Plan,
+    graph: CouplingGraph,
+    data: Iterable[Any],
+    statistics: Statistics | None,
+    options: Options,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    check: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> Compensation:
+    """What :func:`compensate` does, with the graph of the model without the blocks to drop."""
     before = Snapshot(model, optimizer)
     with without_blocks(model, plan.drops):
-        if graph is None or plan.drops:
-            graph = _trace_again(model, plan)
-        if sequential:
-            options = Options(ridge, new_biases, positions, memory_limit)
-            change = _change_in_order(model, plan.widths, graph, data or (), options, progress)
-        else:
-            if statistics is None:
-                statistics = collect(
-                    *(model, graph, data or (), "second_moment"),
-                    plan=plan.widths,
-                    also=projections_of(graph),
-                    positions=positions,
-                    memory_limit=memory_limit,
-                    progress=progress,
-                )
-            check_moments(graph, statistics)
-            change = _change_at_once(
-                *(model, plan.widths, graph, statistics),
-                method=method,
-                ridge=ridge,
-                new_biases=new_biases,
-            )
+        fit = _change_in_order if options.sequential else _change_at_once
+        change = fit(model, plan.widths, graph, data, statistics, options, progress)
     _warn_of_few([new.report for _, new in change.repaired])
     grown = _write(model, plan, change)
     cut(grown, model, optimizer=optimizer, check=check)
@@ -202,26 +203,47 @@ class _Change:
     left: Mapping[str, str] = field(default_factory=dict)
 
 
+def _collect(
+    model: nn.Module,
+    plan: Plan,
+    graph: CouplingGraph,
+    data: Iterable[Any],
+    options: Options,
+    progress: Callable[[int], None] | None = None,
+) -> Statistics:
+    """What is read in the dense model, where that loses something, and by queries and keys."""
+    return collect(
+        *(model, graph, data, "second_moment"),
+        plan=plan,
+        also=projections_of(graph),
+        positions=options.positions,
+        memory_limit=options.memory_limit,
+        progress=progress,
+    )
+
+
 def _change_at_once(
     model: nn.Module,
     plan: Plan,
     graph: CouplingGraph,
-    statistics: Statistics,
-    *,
-    method: Method,
-    ridge: float,
-    new_biases: bool,
+    data: Iterable[Any],
+    statistics: Statistics | None,
+    options: Options,
+    progress: Callable[[int], None] | None,
 ) -> _Change:
     """Everything fitted to what the dense model reads."""
+    if statistics is None:
+        statistics = _collect(model, plan, graph, data, options, progress)
+    check_moments(graph, statistics)
     change = _Change()
-    if method == "least_squares":
+    if options.method == "least_squares":
         change = _change_bases(model, plan, graph, statistics)
         statistics = replace(statistics, sites=change.turned.sites)
     repaired, left = repair_all(
         *(model, plan, graph, statistics),
-        method=method,
-        ridge=ridge,
-        new_biases=new_biases,
+        method=options.method,
+        ridge=options.ridge,
+        new_biases=options.new_biases,
         instead=change.turned.state,
     )
     return replace(change, repaired=tuple(repaired), left={**left, **change.left})
@@ -232,6 +254,7 @@ def _change_in_order(
     plan: Plan,
     graph: CouplingGraph,
     data: Iterable[Any],
+    statistics: Statistics | None,
     options: Options,
     progress: Callable[[int], None] | None,
 ) -> _Change:
@@ -244,20 +267,15 @@ def _change_in_order(
         if progress is not None:
             progress(done)
 
-    bases = _Change()
     heads = projections_of(graph) | {path.weight for path in find_values(graph)}
-    if heads:
-        statistics = collect(
-            *(model, graph, data, "second_moment"),
-            plan=plan,
-            also=projections_of(graph),
-            positions=options.positions,
-            memory_limit=options.memory_limit,
-            progress=count,
-        )
+    bases = _Change()
+    if statistics is None and (heads or any(s.readings > 1 for s in find_sites(graph).all)):
+        statistics = _collect(model, plan, graph, data, options)
+    if statistics is not None:
         bases = _change_bases(model, plan, graph, statistics)
     found = repair_in_order(
         *(model, plan, graph, data, options),
+        dense=bases.turned.sites,
         turned=bases.turned.state,
         mixed=bases.mixed,
         progress=count,
@@ -310,22 +328,21 @@ def repair_all(
     the model's.
     """
     kept = kept_units(graph, plan)
-    check_moments(graph, statistics)
-    touched = tuple(
-        site for site in statistics.sites if len(kept_positions(site.label, kept)) < len(site.label)
-    )
+    touched = [site for site in statistics.sites if loses(site, kept)]
     consumers, left = find_consumers(graph, model, touched, new_biases=new_biases)
     state = {**state_of(model)[0], **instead}
+    keep: dict[str, dict[int, Tensor]] = {}
+    for axis, stay in plan.keep.items():
+        keep.setdefault(axis.tensor, {})[axis.dim] = torch.as_tensor(stay)
     repaired = []
     for consumer in consumers:
-        channels = torch.zeros(len(consumer.site.label), dtype=torch.bool)
-        channels[kept_positions(consumer.site.label, kept)] = True
-        weight = state[consumer.tensor]
-        keep = {
-            a.dim: torch.as_tensor(p) for a, p in plan.keep.items() if a.tensor == consumer.tensor
-        }
-        rows = outputs_that_stay(consumer, tuple(weight.shape), keep)
-        found = repair(consumer, weight, channels, rows, method=method, share=ridge)
+        site, weight = consumer.site, state[consumer.tensor]
+        if site.moments is None:
+            left[consumer.tensor] = "there are no second moments of what it reads"
+            continue
+        rows = outputs_that_stay(consumer, tuple(weight.shape), keep.get(consumer.tensor, {}))
+        own = OwnMoments(site.moments, stay_of(site, kept), site.window.taps)
+        found = refit(consumer, weight, rows, own, method=method, share=ridge)
         repaired.append((consumer, found))
     return repaired, left
 
@@ -340,7 +357,8 @@ def check_moments(graph: CouplingGraph, statistics: Statistics) -> None:
         )
 
 
-def _check_options(method: str, ridge: float) -> None:
+def _check(options: Options, data: Iterable[Any] | None, statistics: Statistics | None) -> None:
+    method, ridge = options.method, options.ridge
     if method not in get_args(Method):
         raise PlanError(
             f"no method of compensation is called {method!r}",
@@ -353,20 +371,20 @@ def _check_options(method: str, ridge: float) -> None:
             why="it is a share of the mean variance of the features",
             fix=f"give a finite number from 0 on; {RIDGE} is usual",
         )
-
-
-def _check_sequential(method: str, statistics: Statistics | None) -> None:
-    if statistics is not None:
-        raise DataError(
-            "sequential=True can't be done with statistics",
-            why="what a layer reads behind the repaired ones is not known before these are",
-            fix="give data=loader in place of statistics=",
-        )
-    if method != "least_squares":
+    if options.sequential and method != "least_squares":
         raise PlanError(
             f"sequential=True can't be done with method={method!r}",
             why="it fits weights by least squares",
             fix='method="least_squares", or sequential=False',
+        )
+    if data is None and (options.sequential or statistics is None):
+        raise DataError(
+            "compensation needs calibration data",
+            why="what a layer reads behind the repaired ones is not in the statistics"
+            if statistics is not None
+            else "what stays is fitted to what went, on what the layers read",
+            fix="give data=loader, or statistics=prunus.collect(…, 'second_moment') and "
+            "sequential=False",
         )
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
 
-from prunus.calibration.activations import Site, origins_of
-from prunus.calibration.readings import contracted_dim
+from prunus.calibration.sites import Site
+from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.program import Node, Program, refs_in
+from prunus.graph.program import refs_in
+from prunus.tracer.dataflow import Dataflow, contracts, name_of, read_by
 
 Place = Literal["bias", "running mean", "new bias", ""]
 """Where a constant goes: into the bias that is there, into the mean that a batch norm subtracts,
@@ -49,33 +50,30 @@ class Consumer:
 def find_consumers(
     graph: CouplingGraph,
     model: nn.Module,
-    sites: tuple[Site, ...],
+    sites: Sequence[Site],
     *,
     new_biases: bool,
 ) -> tuple[list[Consumer], dict[str, str]]:
     """The weights that can be changed, and why the others can't, by name."""
-    program: Program = graph.program
-    uses = _uses(program)
+    flow = Dataflow(graph.program)
     modules = dict(model.named_modules(remove_duplicate=False))
     found: list[Consumer] = []
     left: dict[str, str] = {}
     several = [site.tensor for site in sites]
     for site in sites:
         name = site.tensor
+        others = [name_of(node) for node in flow.uses(name) if not contracts(node)] if name else []
         if not name:
             left[site.module or "the model"] = "its weight is computed from other tensors"
-            continue
-        others = [node for node in uses.get(name, ()) if not _contracts(node)]
-        dim = contracted_dim(graph, site.tensor, site.label, site.window)
-        if others:
-            left[name] = f"{others[0].target._schema.name} reads the weight as well"
+        elif others:
+            left[name] = f"{others[0]} reads the weight as well"
         elif several.count(name) > 1:
             left[name] = "it is read in several ways"
-        elif site.moments is None or dim is None:
+        elif site.dim is None:
             left[name] = "it is no whole matrix or convolution"
         else:
-            place, constant = _find_place(graph, modules, uses, name, new_biases=new_biases)
-            found.append(Consumer(site, dim, place, constant))
+            place, constant = _find_place(graph, modules, flow, name, new_biases=new_biases)
+            found.append(Consumer(site, site.dim, place, constant))
     return found, left
 
 
@@ -88,32 +86,46 @@ def new_biases_of(consumers: Iterable[Consumer]) -> dict[str, int]:
     }
 
 
-def _contracts(node: Node) -> bool:
-    return node.effect is not None and bool(node.effect.contracted)
+def find_changed(graph: CouplingGraph, kept: Mask) -> tuple[set[str], dict[str, int]]:
+    """Weights that read values that a plan changes, and batch norms behind such weights.
 
+    Those are values on which units go, and what is made of such values.  The batch norms are there
+    by the names of their running means, with the number of the operator.
+    """
+    flow = Dataflow(graph.program)
+    products = {node: product for node, _, product in flow.products() if product is not None}
+    behind: dict[int, bool] = {}  # by memory: whether a changed value comes from such a weight
+    weights: set[str] = set()
+    norms: dict[str, int] = {}
 
-def _uses(program: Program) -> dict[str, list[Node]]:
-    """The operators that read a named tensor, or a view of it; views are none."""
-    origins = origins_of(program)
-    found: dict[str, list[Node]] = {}
-    for node in program.nodes:
-        if node.outputs and all(number in origins for number in node.outputs):
+    def loses(value: int) -> bool:
+        if value in flow.fixed:  # a weight that loses rows gives the others as before
+            return False
+        labels = (graph.program.label(label) for label in graph.program.labels[value])
+        return any(label is not None and not kept[label].all() for label in labels)
+
+    for place, node in enumerate(graph.program.nodes):
+        read = read_by(node)
+        known = [behind[flow.root(value)] for value in read if flow.root(value) in behind]
+        if not known and not any(map(loses, read)):
             continue
-        for name in dict.fromkeys(_names(node, origins)):
-            found.setdefault(name, []).append(node)
-    return found
-
-
-def _names(node: Node, origins: Mapping[int, str]) -> Iterator[str]:
-    for ref in refs_in(node.args):
-        if ref.value in origins:
-            yield origins[ref.value]
+        fitted = any(known)
+        for ref in refs_in(node.args.get("running_mean")) if fitted else ():
+            norms.setdefault(flow.names.get(ref.value, ""), place)
+        product = products.get(node)
+        if product is not None and product.name:
+            weights.add(product.name)
+            fitted = True
+        for value in node.outputs:
+            root = flow.root(value)
+            behind[root] = fitted or behind.get(root, False)
+    return weights, norms
 
 
 def _find_place(
     graph: CouplingGraph,
     modules: Mapping[str, nn.Module],
-    uses: Mapping[str, list[Node]],
+    flow: Dataflow,
     name: str,
     *,
     new_biases: bool,
@@ -130,9 +142,9 @@ def _find_place(
     stored: Tensor | None = module._parameters.get(bias) if bias != own else None
     first = graph.aliases.get(full, full)
     if stored is not None:
-        alone = len(uses.get(first, ())) == len(uses[name]) and stored.dim() == 1
+        alone = len(flow.uses(first)) == len(flow.uses(name)) and stored.dim() == 1
         return ("bias", first) if alone and first == full else ("", "")
-    norm = _norm_behind(graph.program, uses[name])
+    norm = _norm_behind(flow, name)
     if norm:
         return "running mean", norm
     standard = any(type(module).forward is kind.forward for kind in _STANDARD)
@@ -142,21 +154,15 @@ def _find_place(
     return "", ""
 
 
-def _norm_behind(program: Program, readers: list[Node]) -> str:
+def _norm_behind(flow: Dataflow, weight: str) -> str:
     """The running mean of the batch norm that alone reads what a weight gives; or nothing."""
-    if len(readers) != 1 or len(readers[0].outputs) != 1:
+    made = [number for node in flow.uses(weight) for number in node.outputs]
+    if len(made) != 1 or len(flow.uses(weight)) != 1 or made[0] in flow.program.outputs.values():
         return ""
-    (number,) = readers[0].outputs
-    behind = [
-        node for node in program.nodes if any(ref.value == number for ref in refs_in(node.args))
-    ]
-    if len(behind) != 1 or number in program.outputs.values():
+    behind = flow.readers.get(made[0], [])
+    if len(behind) != 1 or "batch_norm" not in name_of(behind[0]):
         return ""
-    arguments = behind[0].args
-    if "batch_norm" not in behind[0].target._schema.name or arguments["input"].value != number:
-        return ""
-    mean = arguments.get("running_mean")
-    refs = refs_in(mean)
-    name = program.state.get(refs[0].value, "") if refs else ""
-    shared = [n for n in program.nodes if n is not behind[0] and name in _names(n, program.state)]
-    return "" if shared else name
+    refs = refs_in(behind[0].args.get("running_mean"))
+    name = flow.program.state.get(refs[0].value, "") if refs else ""
+    alone = behind[0].args["input"].value == made[0] and flow.uses(name) == behind
+    return name if alone else ""

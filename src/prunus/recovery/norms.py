@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from prunus.calibration.batches import bounded, run_batch
+from prunus.calibration.batches import bounded, no_data, run_batch
 from prunus.errors import DataError, checks_options
 from prunus.surgeon.snapshot import all_or_nothing
 
@@ -75,11 +75,7 @@ def measure(
                 if progress is not None:
                     progress(done)
         if not done:
-            raise DataError(
-                "the calibration data is empty",
-                why="the iterable gave no batch (an iterator can be used only once)",
-                fix="give a DataLoader or a list of batches",
-            )
+            raise no_data()
         if not all(_is_finite(norm) for norm in norms):
             raise DataError(
                 "the calibration data led to statistics that are not finite",

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunus.calibration.activations import Site
 from prunus.calibration.second_moments import Moments
+from prunus.calibration.sites import Site
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan

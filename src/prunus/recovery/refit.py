@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from prunus.calibration.cross import CrossMoments, OwnMoments
 from prunus.calibration.im2col import matrix_of, weight_of
-from prunus.calibration.second_moments import Moments
+from prunus.calibration.sites import Site
+from prunus.graph.axis import Mask, kept_positions
 from prunus.recovery.consumers import Consumer, Place
-from prunus.recovery.least_squares import Folded, error_of_cut, fold, shift_only
+from prunus.recovery.least_squares import Method as Method
+from prunus.recovery.least_squares import fold
 
-Method = Literal["least_squares", "bias"]
+
+@dataclass(frozen=True)
+class Options:
+    """What :func:`prunus.compensate` was called with."""
+
+    method: Method = "least_squares"
+    ridge: float = 1e-3
+    sequential: bool = False
+    new_biases: bool = True
+    positions: int = 64
+    memory_limit: int = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -66,109 +78,77 @@ class Repaired:
     report: Repair
 
 
-def repair(
+def refit(
     consumer: Consumer,
     weight: Tensor,
-    channels: Tensor,
     rows: Tensor,
+    sums: OwnMoments | CrossMoments,
     *,
-    method: Method,
     share: float,
+    method: Method = "least_squares",
 ) -> Repaired:
-    """Fold what goes into what stays, group by group of a convolution.
+    """Fit what stays of a weight to what all of it says, group by group of a convolution.
 
     Parameters
     ----------
     weight
         The dense weight, as it is.
-    channels
-        Whether each position of the input stays, shape ``(n,)``.
     rows
         Whether each output stays, shape ``(outputs,)``: errors are summed over those.
-    share
-        See :func:`~prunus.recovery.least_squares.ridge_of`.
+    sums
+        Of what it reads, in the dense model and now.
+    share, method
+        See :func:`~prunus.recovery.least_squares.fold`.
 
     Returns
     -------
     Repaired
         The weight has zeros in the columns that go.
     """
-    window, moments = consumer.site.window, consumer.site.moments
-    if moments is None:
-        raise AssertionError(f"{consumer.tensor} has no moments")
-    matrix = matrix_of(weight.detach().to(moments.total), window, consumer.dim)
+    window = consumer.site.window
+    matrix = matrix_of(weight.detach().to(sums.like), window, consumer.dim)
     groups, outputs, columns = matrix.shape
-    stay = channels.to(matrix.device).view(groups, 1, -1).expand(-1, window.taps, -1).flatten(1)
     there = rows.to(matrix.device).view(groups, outputs)
     new, shift = torch.zeros_like(matrix), matrix.new_zeros(groups, outputs)
-    sums = torch.zeros(4, dtype=torch.float64)
-    ridge = 0.0
+    errors = torch.zeros(4, dtype=torch.float64)
+    ridge, kept = 0.0, 0
     fixed = not consumer.place
-    for group in range(groups):
-        if not there[group].any():
-            continue
-        for part in _parts(moments, group):
-            own, kept = matrix[group][:, part.columns], stay[group][part.columns].nonzero()[:, 0]
-            folded = _fold(own, kept, part, fixed=fixed, method=method, share=share)
-            new[group][:, part.columns[kept]] = own[:, kept] + folded.change
-            shift[group] += folded.shift
-            ridge = max(ridge, folded.ridge)
-            nothing = kept[:0]
-            errors = (
-                error_of_cut(own, nothing, part.covariance),
-                error_of_cut(own, kept, part.second),
-                error_of_cut(own, kept, part.covariance),
-                folded.error,
-            )
-            sums += torch.stack([error[there[group]].sum().cpu() for error in errors])
-    spread, cut, shifted, left = sums.tolist()
+    for group in there.any(1).nonzero()[:, 0].tolist():
+        for part in sums.pairings(group):
+            own = matrix[group][:, part.columns]
+            found = fold(own, part, fixed=fixed, share=share, rows=sums.count, method=method)
+            new[group][:, part.columns[part.kept]] = found.weight
+            shift[group] += found.shift
+            ridge, kept = max(ridge, found.ridge), kept + len(part.kept)
+            each = torch.stack([found.spread, found.cut, found.shifted, found.error])
+            errors += each[:, there[group]].sum(1).cpu()
+    spread, cut, shifted, left = errors.tolist()
     report = Repair(
         consumer.tensor,
-        int(stay.sum()),
+        kept,
         groups * columns,
-        moments.count,
+        sums.count,
         ridge,
         spread,
         cut,
         shifted,
         left,
         consumer.place,
-        moments.blocks == 1,
+        sums.exact,
     )
     return Repaired(weight_of(new, window, weight.shape, consumer.dim), shift.flatten(), report)
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """Columns of a group whose products were summed up among themselves."""
-
-    columns: Tensor
-    covariance: Tensor
-    second: Tensor
-    mean: Tensor
-    rows: int
+def stay_of(site: Site, kept: Mask) -> Tensor:
+    """Which channels of a site stay, shape ``(groups, channels of a group)``."""
+    stay = torch.zeros(len(site.label), dtype=torch.bool)
+    stay[kept_positions(site.label, kept)] = True
+    return stay.view(site.window.groups, -1)
 
 
-def _parts(moments: Moments, group: int) -> list[_Part]:
-    columns = torch.arange(moments.columns, device=moments.total.device)
-    covariance, second = moments.covariance()[group], moments.second()[group]
-    return [
-        _Part(own, covariance[block], second[block], moments.mean[group][own], moments.count)
-        for block, own in enumerate(columns.view(moments.blocks, -1))
-    ]
-
-
-def _fold(
-    weight: Tensor, kept: Tensor, part: _Part, *, fixed: bool, method: Method, share: float
-) -> Folded:
-    """One solution; where nothing takes up a constant (``fixed``), without one."""
-    if method == "bias" and not fixed:
-        return shift_only(weight, kept, part.covariance, part.mean)
-    if method == "bias":
-        error = error_of_cut(weight, kept, part.second)
-        return Folded(torch.zeros_like(weight[:, kept]), torch.zeros_like(error), error, 0.0)
-    moment, mean = (part.second, None) if fixed else (part.covariance, part.mean)
-    return fold(weight, kept, moment, mean, share=share, rows=part.rows)
+def loses(site: Site, kept: Mask) -> bool:
+    """Whether anything goes of what is read there."""
+    return len(kept_positions(site.label, kept)) < len(site.label)
 
 
 def outputs_that_stay(

@@ -1,57 +1,55 @@
 """Compensation in the order in which layers run, each on what the repaired ones before it give.
 
-The dense model and the cut one run side by side.  With h what a weight W reads in the dense model
-and g what it reads behind everything that was cut and repaired before it,
-
-    W' = W_S + (W C_hg − W_S C_gg)(C_gg + λI)⁻¹,    b' = b + W E h − W' E g
-
-says on g best what W says on h (C are covariances; S are the columns that stay).  So every layer
-also makes up for what those before it have missed, which with dense inputs alone adds up.
+The dense model and the cut one run side by side, every batch in both, and stop before each weight
+that reads changed values.  There the weight is fitted (:mod:`prunus.recovery.least_squares`) to say
+of what it reads now what it says in the dense model, and all go on with it.  So every layer also
+makes up for what those before it have missed, which with dense inputs alone adds up.  One forward
+of each model is enough; meanwhile what is alive of all batches at one layer is in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.nn import functional as F
 
-from prunus.calibration.cross import CrossMoments, fit_pairs
-from prunus.calibration.im2col import matrix_of, weight_of
-from prunus.calibration.paired import Pair
-from prunus.calibration.readings import SecondMoments
-from prunus.calibration.statistics import check_traced, kept_units
-from prunus.graph.axis import kept_positions
+from prunus.calibration.batches import count_samples, no_data, run_batch
+from prunus.calibration.cross import CrossMoments, OwnMoments, fit_pairs
+from prunus.calibration.lanes import END, Lane
+from prunus.calibration.sites import Read, Site, Sites, Watch, find_sites, storage_of
+from prunus.calibration.statistics import WIDEST, as_traced, check_traced, kept_units
+from prunus.errors import DataError
+from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
-from prunus.recovery.consumers import Consumer, find_consumers, new_biases_of
-from prunus.recovery.least_squares import error_between, refold
-from prunus.recovery.norms import batch_norms, measure
-from prunus.recovery.order import Order, find_order
+from prunus.recovery.consumers import Consumer, find_changed, find_consumers, new_biases_of
+from prunus.recovery.norms import batch_norms
 from prunus.recovery.queries_keys import Mixed
-from prunus.recovery.refit import Repair, Repaired, outputs_that_stay, shift_constant
+from prunus.recovery.refit import (
+    Options,
+    Repaired,
+    loses,
+    outputs_that_stay,
+    refit,
+    shift_constant,
+    stay_of,
+)
 from prunus.surgeon.apply import cut
 from prunus.surgeon.slicing import slice_tensor
 from prunus.surgeon.snapshot import Snapshot, own_data
-from prunus.tracer.copies import duplicate
-from prunus.tracer.forward_fn import ForwardFn, entered_by
+from prunus.tracer.copies import duplicate, stand_in
+from prunus.tracer.quiet import follow_modules
+from prunus.tracer.registry import bind
 
-NO_LIMIT = 1 << 62
-"""Of the sums that are never taken: those of a stage have a limit of their own."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What :func:`prunus.compensate` was called with."""
-
-    ridge: float
-    new_biases: bool
-    positions: int
-    memory_limit: int
+_Norm = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,133 +73,257 @@ def repair_in_order(
     data: Iterable[Any],
     options: Options,
     *,
+    dense: Sequence[Site],
     turned: Mapping[str, Tensor],
     mixed: Sequence[Mixed],
     progress: Callable[[], None] | None,
 ) -> InOrder:
-    """New weights for all that reads what a plan changes, stage by stage.
+    """New weights for all that reads what a plan changes, layer by layer.
 
-    The model is as before when this returns; what is repaired is a copy, cut already.  Memory holds
-    that copy and the sums of one stage.  Every stage takes a pass of both models over the data,
-    and one more of the copy where batch
-    norms lie behind it: these are measured again before anything behind them is fitted.
+    The model is as before when this returns; what is repaired is a copy, cut already.  A weight
+    that is read several times (tied, recurrent) is fitted first, to what it reads in the dense
+    model.  Batch norms behind repaired weights are measured again when they are reached.
 
     Parameters
     ----------
     plan
         What goes of the model as it is, without blocks to drop.
-    data
-        Batches, which are read for every stage.
+    dense
+        Places with second moments of the dense model.
     turned, mixed
         Other bases: tensors with which the dense model is the same, and what becomes of queries and
         keys in the smaller one.
     progress
-        Called after every batch of every pass over both models.
+        Called after every batch, once for each layer.
     """
     kept = kept_units(graph, plan)
-    order = find_order(graph, kept)
+    weights, norms = find_changed(graph, kept)
     with _holding(model, turned):
-        dense, _ = state_of(model)
-        check_traced(graph, dense)
-        mixtures = _mixtures(dense, mixed)
-        watched = SecondMoments(kept, options.positions, NO_LIMIT, frozenset(order.weights))
-        pair = Pair(graph, model, watched)
-        sites = tuple(site for site in pair.sites if site.tensor in order.weights
-                      or len(kept_positions(site.label, kept)) < len(site.label))  # fmt: skip
-        consumers, left = find_consumers(graph, model, sites, new_biases=options.new_biases)
-        smaller = _Smaller(model, plan.with_biases(new_biases_of(consumers)), mixtures, order.norms)
-        pair.join(smaller.model)
+        whole, _ = state_of(model)
+        check_traced(graph, whole)
+        mixtures = _mixtures(whole, mixed)
+        sites = find_sites(graph, weights)
+        touched = [site for site in sites.all if site.tensor in weights or loses(site, kept)]
+        moments = {s.tensor: s.moments for s in dense if s.moments is not None}
+        tied = {s.tensor for s in touched if s.readings > 1 and s.tensor not in moments}
+        consumers, left = find_consumers(
+            *(graph, model, [site for site in touched if site.tensor not in tied]),
+            new_biases=options.new_biases,
+        )
+        left |= dict.fromkeys(tied, "it is read several times, and loses nothing itself")
+        smaller = _Smaller(model, plan.with_biases(new_biases_of(consumers)), mixtures)
         found: dict[str, Repaired] = {}
-        for stage, own in _by_stage(consumers, order).items():
-            sums = _sum_up(pair, own, data, options.memory_limit, progress)
-            for consumer in own:
-                weight = mixtures.get(consumer.tensor, dense[consumer.tensor])
-                rows = outputs_that_stay(consumer, tuple(weight.shape), smaller.keep(consumer))
-                read = sums[pair.owner(consumer.site)]
-                found[consumer.tensor] = refit(consumer, weight, rows, read, share=options.ridge)
-                smaller.write(consumer, found[consumer.tensor])
-            smaller.measure_norms(stage + 1, data, graph.forward_fn)
-        smaller.measure_norms(len(graph.program.nodes), data, graph.forward_fn)
-        norms = smaller.norms_of(dense)
+
+        def fit(consumer: Consumer, sums: OwnMoments | CrossMoments) -> None:
+            weight = mixtures.get(consumer.tensor, whole[consumer.tensor])
+            rows = outputs_that_stay(consumer, tuple(weight.shape), smaller.keep(consumer))
+            found[consumer.tensor] = refit(consumer, weight, rows, sums, share=options.ridge)
+            smaller.write(consumer, found[consumer.tensor])
+
+        for consumer in consumers:
+            if consumer.site.readings > 1:
+                stay = stay_of(consumer.site, kept)
+                own = OwnMoments(moments[consumer.tensor], stay, consumer.site.window.taps)
+                fit(consumer, own)
+        stops = _stops([one for one in consumers if one.site.readings == 1])
+        due = smaller.norms_at(norms)
+        with _Race(graph, model, smaller.model, sites, [*stops], due) as race:
+            for batch in data:
+                race.join(batch)
+            for place, pairs in race.run():
+                if place in due:
+                    smaller.measure(due[place], [pair.smaller.value for pair in pairs])
+                    continue
+                site = stops[place][0].site
+                sums = _sum_up(site, kept, pairs, options, progress)
+                for consumer in stops[place]:
+                    fit(consumer, sums)
+            measured = smaller.norms_of(whole)
+    missing = [one.tensor for one in consumers if one.tensor not in found]
+    if missing:
+        raise DataError(
+            "no rows of these features were seen",
+            where=missing[0],
+            why="the forward did not run what it ran when it was traced",
+            fix="trace the model with inputs like those of the calibration data",
+        )
     repaired = tuple((consumer, found[consumer.tensor]) for consumer in consumers)
-    return InOrder(repaired, left, {**turned, **mixtures}, norms)
+    return InOrder(repaired, left, {**turned, **mixtures}, measured)
 
 
-def _by_stage(consumers: Iterable[Consumer], order: Order) -> dict[int, list[Consumer]]:
+def _stops(consumers: Iterable[Consumer]) -> dict[int, list[Consumer]]:
+    """Weights by the place where they, or others that read the same values, run first."""
+    first: dict[int, int] = {}
     found: dict[int, list[Consumer]] = {}
-    for consumer in sorted(consumers, key=lambda one: order.weights[one.tensor]):
-        found.setdefault(order.weights[consumer.tensor], []).append(consumer)
+    for consumer in sorted(consumers, key=lambda one: one.site.place):
+        place = first.setdefault(consumer.site.source, consumer.site.place)
+        found.setdefault(place, []).append(consumer)
     return found
 
 
-def refit(
-    consumer: Consumer, weight: Tensor, rows: Tensor, sums: CrossMoments, *, share: float
-) -> Repaired:
-    """Fit what stays of a weight to what all of it says, group by group of a convolution.
+class _Pair(NamedTuple):
+    """One batch in both models; ``first`` is the number of its first sample."""
+
+    first: int
+    dense: Lane
+    smaller: Lane
+
+
+class _Race:
+    """The dense model and a smaller one over all batches, from stop to stop.
 
     Parameters
     ----------
-    weight
-        The dense weight.
-    rows
-        Whether each output stays, shape ``(outputs,)``: the report counts these alone.
-    sums
-        Of what it reads, in the dense model and now.
-    share
-        λ as a share of the mean variance of what is read now.
+    stops
+        Places of products before which both wait.
+    norms
+        Batch norms before which the smaller one waits, by place.
     """
-    window = consumer.site.window
-    matrix = matrix_of(weight.detach().to(sums.joint.total), window, consumer.dim)
-    groups, outputs, columns = matrix.shape
-    there = rows.to(matrix.device).view(groups, outputs)
-    new, shift = torch.zeros_like(matrix), matrix.new_zeros(groups, outputs)
-    errors = torch.zeros(4, dtype=torch.float64)
-    ridge, kept = 0.0, 0
-    for group in range(groups):
-        if not there[group].any():
-            continue
-        for part in sums.pairings(group):
-            own = matrix[group][:, part.columns]
-            centred, raw = (part.dense, part.cross, part.inner), part.raw()
-            used, means = (raw, None) if not consumer.place else (centred, part.means)
-            found = refold(own, part.kept, used, means, share=share, rows=sums.count)
-            stayed = own[:, part.kept]
-            new[group][:, part.columns[part.kept]] = stayed + found.change
-            shift[group] += found.shift
-            ridge, kept = max(ridge, found.ridge), kept + len(part.kept)
-            spread = ((own @ part.dense) * own).sum(1)
-            missed = [error_between(own, stayed, moments) for moments in (raw, centred)]
-            told = torch.stack([spread, *missed, found.error])
-            errors += told[:, there[group]].sum(1).cpu()
-    spread_, cut_, shifted, left = errors.tolist()
-    report = Repair(
-        tensor=consumer.tensor,
-        kept=kept,
-        columns=groups * columns,
-        samples=sums.count,
-        ridge=ridge,
-        spread=spread_,
-        cut=cut_,
-        shifted=shifted,
-        left=left,
-        place=consumer.place,
-        exact=sums.exact,
-    )
-    return Repaired(weight_of(new, window, weight.shape, consumer.dim), shift.flatten(), report)
+
+    def __init__(
+        self,
+        graph: CouplingGraph,
+        dense: nn.Module,
+        smaller: nn.Module,
+        sites: Sites,
+        stops: Sequence[int],
+        norms: Mapping[int, _Norm],
+    ) -> None:
+        self._graph, self._models, self._sites = graph, (dense, smaller), sites
+        self._stops, self._norms = frozenset(stops), norms
+        self._stack, self._samples = ExitStack(), 0
+        self._pairs: list[_Pair] = []
+
+    def __enter__(self) -> _Race:
+        with ExitStack() as stack:
+            for model in self._models:
+                stack.enter_context(as_traced(model, self._graph.forward_fn))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stack.close()
+
+    def join(self, batch: Any) -> None:
+        """Let a batch take part."""
+        samples = count_samples(batch)
+        if samples:
+            dense, smaller = self._models
+            lanes = self._lane(dense, batch, {}), self._lane(smaller, batch, self._norms)
+            self._pairs.append(_Pair(self._samples, *lanes))
+            self._samples += samples
+
+    def _lane(self, model: nn.Module, batch: Any, norms: Mapping[int, _Norm]) -> Lane:
+        """One forward, on a copy of the modules: what they note down is of this batch alone."""
+        twin, stack = stand_in(model).model, [""]
+        self._stack.enter_context(follow_modules(twin, stack))
+        work = partial(_run, twin, batch, self._sites, stack, self._stops, norms)
+        lane = Lane(work)
+        self._stack.callback(lane.close)
+        return lane
+
+    def run(self) -> Iterator[tuple[int, list[_Pair]]]:
+        """Every stop in the order of the program, with the batches that wait there."""
+        if not self._pairs:
+            raise no_data("there is no batch, or batches hold no sample")
+        for pair in self._pairs:
+            pair.dense.advance()
+            pair.smaller.advance()
+        while (at := min(min(p.dense.at, p.smaller.at) for p in self._pairs)) < END:
+            here = [pair for pair in self._pairs if at in (pair.dense.at, pair.smaller.at)]
+            if at not in self._norms and any(p.dense.at != p.smaller.at for p in here):
+                raise reads_otherwise()
+            yield at, here
+            for pair in here:
+                for lane in (pair.dense, pair.smaller):
+                    if lane.at == at:
+                        lane.advance()
+
+
+def _run(
+    model: nn.Module,
+    batch: Any,
+    sites: Sites,
+    stack: list[str],
+    stops: frozenset[int],
+    norms: Mapping[int, _Norm],
+    lane: Lane,
+) -> None:
+    """One forward that stops."""
+
+    def hear(site: Site, read: Read, _: tuple[int, int]) -> None:
+        if site.place in stops:
+            lane.stop(site.place, read)
+
+    state, _ = state_of(model)
+    with _Stopping(sites, state, stack, hear, lane, norms):
+        run_batch(model, batch)
+
+
+class _Stopping(Watch):
+    """Also stops before batch norms."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args[:-2])
+        self._lane, norms = args[-2:]
+        self._places = {storage_of(norm.running_mean): at for at, norm in norms.items()}
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if "batch_norm" in func._schema.name:
+            bound = bind(func, args, kwargs or {})
+            mean = bound.get("running_mean")
+            if isinstance(mean, Tensor) and storage_of(mean) in self._places:
+                self._lane.stop(self._places[storage_of(mean)], bound["input"])
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _sum_up(
-    pair: Pair,
-    consumers: Sequence[Consumer],
-    data: Iterable[Any],
-    limit: int,
+    site: Site,
+    kept: Mask,
+    pairs: Sequence[_Pair],
+    options: Options,
     progress: Callable[[], None] | None,
-) -> dict[int, CrossMoments]:
-    """One pass: what each of the weights reads in both models, by number."""
-    sums = {pair.owner(one.site): pair.sums_of(one.site) for one in consumers}
-    fit_pairs(list(sums.values()), limit)
-    pair.run(data, sums, progress)
+) -> CrossMoments:
+    """What a weight is about to read, in both models and all batches."""
+    stay, taps = stay_of(site, kept), site.window.taps
+    by_tap = taps > 1 and stay.shape[1] * taps > WIDEST  # too many columns for all products
+    sums = CrossMoments(stay, taps, taps if by_tap else 1)
+    fit_pairs([sums], options.memory_limit)
+    for pair in pairs:
+        read: list[Tensor] = []
+        for lane in (pair.dense, pair.smaller):
+            one: Read = lane.value
+            if lane is pair.smaller and sums.whole:
+                one = _widened(one, stay.flatten())
+            columns = one.columns(site.window, pair.first, options.positions)
+            read.append(torch.cat(list(columns), 1))
+        if read[0].shape[1] != read[1].shape[1]:
+            raise reads_otherwise()
+        sums.add(*read)
+        if not bool(torch.isfinite(sums.joint.total).all()):
+            raise site.not_finite()
+        if progress is not None:
+            progress()
     return sums
+
+
+def _widened(read: Read, stay: Tensor) -> Read:
+    """With zeros where the dense model has channels and the smaller one has not."""
+    shape = list(read.data.shape)
+    shape[read.dim] = len(stay)
+    at = stay.nonzero()[:, 0].to(read.data.device)
+    return read._replace(data=read.data.new_zeros(shape).index_copy_(read.dim, at, read.data))
+
+
+def reads_otherwise() -> DataError:
+    """The error for two models that can't be compared."""
+    return DataError(
+        "the smaller model reads other rows than the dense one",
+        why="its forward takes another path, or draws at random",
+        fix="repair without sequential=True",
+    )
 
 
 class _Smaller:
@@ -211,17 +333,9 @@ class _Smaller:
     ----------
     state
         Tensors that the copy has in place of the model's.
-    norms
-        Running means of the batch norms that are to be measured again, and their stages.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        state: Mapping[str, Tensor],
-        norms: Mapping[str, int],
-    ) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> None:
         self.model = duplicate(model)
         own, _ = state_of(self.model)
         with torch.no_grad():
@@ -232,10 +346,13 @@ class _Smaller:
         for axis, stay in plan.keep.items():
             self._keep.setdefault(axis.tensor, {})[axis.dim] = torch.as_tensor(stay)
         self._state, _ = state_of(self.model)
-        stages = {id(self._state[name]): stage for name, stage in norms.items()}
-        self._due = {norm: stages[id(norm.running_mean)] for norm in batch_norms(self.model)
-                     if id(norm.running_mean) in stages}  # fmt: skip
         self._measured: set[int] = set()
+
+    def norms_at(self, places: Mapping[str, int]) -> dict[int, _Norm]:
+        """Batch norms by where they run, of which there are places by their running means."""
+        at = {id(self._state[name]): place for name, place in places.items() if name}
+        norms = {id(norm.running_mean): norm for norm in batch_norms(self.model)}
+        return {place: norms[mean] for mean, place in at.items() if mean in norms}
 
     def keep(self, consumer: Consumer) -> Mapping[int, Tensor]:
         """What stays of the dims of a weight that lose any."""
@@ -249,16 +366,15 @@ class _Smaller:
                 shift = slice_tensor(new.shift, self._keep.get(consumer.constant, {}))
                 shift_constant(self._state[consumer.constant], consumer, shift)
 
-    def measure_norms(self, stage: int, data: Iterable[Any], forward_fn: ForwardFn | None) -> None:
-        """Measure batch norms again whose inputs don't change from this stage on."""
-        ready = [norm for norm, due in self._due.items() if due <= stage]
-        if not ready:
-            return
-        with entered_by(self.model, forward_fn):
-            measure(self.model, ready, data)
-        for norm in ready:
-            del self._due[norm]
-            self._measured.update(id(buffer) for buffer in norm.buffers())
+    def measure(self, norm: _Norm, batches: Sequence[Tensor]) -> None:
+        """Replace the statistics of a batch norm by those of what it is about to read."""
+        norm.reset_running_stats()
+        mean, variance = norm.running_mean, norm.running_var
+        for number, x in enumerate(batches, start=1):
+            F.batch_norm(x, mean, variance, training=True, momentum=1 / number)
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.fill_(len(batches))
+        self._measured.update(id(buffer) for buffer in norm.buffers())
 
     def norms_of(self, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What batch norms have measured, at the size of the dense model's."""

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prunus.calibration.activations import Site
 from prunus.calibration.second_moments import Moments
+from prunus.calibration.sites import Site
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.recovery.attention_rows import Projection, ValuePath, find_values, stays

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.program import Ref, refs_in
+from prunus.graph.program import Ref
 from prunus.tracer.attention import Units
+from prunus.tracer.dataflow import contracts, name_of, read_by
 
 _FIXED, _GIVEN = -2, -1
 """Where weights and inputs come from; everything else comes from a node, by its index."""
@@ -28,11 +29,10 @@ def find_stream(graph: CouplingGraph) -> Iterator[Units]:
         return
     origin = dict.fromkeys((*program.state, *program.constants), _FIXED)
     for index, node in enumerate(program.nodes):
-        read = [ref.value for ref in refs_in(node.args)]
+        read = read_by(node)
         before = [origin.get(value, _GIVEN) for value in read]
-        name = str(node.target._schema.name).partition("::")[2]
-        contracts = node.effect is not None and bool(node.effect.contracted)
-        fresh = name in _TABLES or (contracts and max(before) > _FIXED)
+        name = name_of(node)
+        fresh = name in _TABLES or (contracts(node) and max(before) > _FIXED)
         origin.update(dict.fromkeys(node.outputs, index if fresh else max(before, default=_FIXED)))
         if name not in _SUMS or len(read) != 2 or before[0] == before[1] or _FIXED in before:
             continue

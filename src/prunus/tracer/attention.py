@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunus.graph.axis import Label
-from prunus.graph.program import Node, Program, Ref, refs_in
+from prunus.graph.program import Node, Program, Ref
+from prunus.tracer.dataflow import Dataflow, contracts, name_of, read_by
 
 Units = NDArray[np.int64]
 
@@ -66,12 +67,12 @@ def _attentions(flow: _Flow) -> Iterator[tuple[Node, Sequence[Node], Node | None
 
     A fused attention is all of these in one.
     """
-    for index, node in enumerate(flow.program.nodes):
-        name = _name(node)
+    for node in flow.program.nodes:
+        name = name_of(node)
         if name.startswith("_scaled_dot_product"):
             yield node, [node], node
         elif name in _SOFTMAXES:
-            yield node, flow.products_before(index), flow.product_after(index)
+            yield node, flow.products_before(node), flow.product_after(node)
 
 
 class Scores(NamedTuple):
@@ -182,52 +183,36 @@ def _units(*labels: Label | None) -> Units:
     return np.setdiff1d(np.concatenate(found), [0]) if found else np.zeros(0, dtype=np.int64)
 
 
-def _name(node: Node) -> str:
-    return str(node.target._schema.name).partition("::")[2]
+class _Flow(Dataflow):
+    """Looks for the products of an attention."""
 
-
-class _Flow:
-    """Who made a value, and who reads it."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self._nodes = program.nodes
-        self._fixed = {*program.state, *program.constants}
-        self._maker = {value: n for n, node in enumerate(self._nodes) for value in node.outputs}
-        self._readers: dict[int, list[int]] = {}
-        for n, node in enumerate(self._nodes):
-            for value in _read(node):
-                self._readers.setdefault(value, []).append(n)
-
-    def products_before(self, index: int) -> list[Node]:
+    def products_before(self, softmax: Node) -> list[Node]:
         """Products of two activations from which a softmax comes without another in between."""
-        found: dict[int, Node] = {}
-        queue, seen = [index], {index}
+        found: list[Node] = []
+        queue, seen = [softmax], {softmax}
         while queue and len(seen) < _FAR:
-            for value in _read(self._nodes[queue.pop(0)]):
-                maker = self._maker.get(value)
-                if maker is None or maker in seen:
+            for value in read_by(queue.pop(0)):
+                node = self.maker.get(value)
+                if node is None or node in seen:
                     continue
-                seen.add(maker)
-                node = self._nodes[maker]
+                seen.add(node)
                 if self._multiplies(node):
-                    found[maker] = node
-                elif not _contracts(node):
-                    queue.append(maker)
-        return [found[n] for n in sorted(found)]
+                    found.append(node)
+                elif not contracts(node):
+                    queue.append(node)
+        return sorted(found, key=self.place.__getitem__)
 
-    def product_after(self, index: int) -> Node | None:
+    def product_after(self, softmax: Node) -> Node | None:
         """The first product of two activations that reads what a softmax gave."""
-        queue, seen = [index], {index}
+        queue, seen = [softmax], {softmax}
         while queue and len(seen) < _FAR:
-            for value in self._nodes[queue.pop(0)].outputs:
-                for reader in self._readers.get(value, ()):
-                    node = self._nodes[reader]
+            for value in queue.pop(0).outputs:
+                for node in self.readers.get(value, ()):
                     if self._multiplies(node):
                         return node
-                    if reader not in seen and not _contracts(node):
-                        seen.add(reader)
-                        queue.append(reader)
+                    if node not in seen and not contracts(node):
+                        seen.add(node)
+                        queue.append(node)
         return None
 
     def only_shifts_between(self, product: Node, softmax: Node) -> bool:
@@ -236,18 +221,20 @@ class _Flow:
         node = product
         while node is not softmax:
             (value, *more) = node.outputs
-            readers = self._readers.get(value, [])
+            readers = self.readers.get(value, [])
             if more or len(readers) != 1:
                 return False
-            node = self._nodes[readers[0]]
+            node = readers[0]
             if node is not softmax and not self._shifts(node, value):
                 return False
         return True
 
     def _shifts(self, node: Node, scores: int) -> bool:
-        if _name(node).rstrip("_") not in ("mul", "div"):
-            return _name(node).rstrip("_") in _SHIFTING
-        others = [shape for n in _read(node) if n != scores for shape in [self.program.shapes[n]]]
+        if name_of(node).rstrip("_") not in ("mul", "div"):
+            return name_of(node).rstrip("_") in _SHIFTING
+        if read_by(node).count(scores) > 1:  # a square
+            return False
+        others = [shape for n in read_by(node) if n != scores for shape in [self.program.shapes[n]]]
         return all(not shape or shape[-1] == 1 for shape in others)
 
     def units_behind(self, value: Any) -> Units:
@@ -256,37 +243,17 @@ class _Flow:
         found: list[Label | None] = []
         while queue and len(seen) < _FAR:
             number = queue.pop(0)
-            maker = self._maker.get(number)
-            node = None if maker is None else self._nodes[maker]
-            if node is None or _contracts(node):
+            node = self.maker.get(number)
+            if node is None or contracts(node):
                 dims = range(len(self.program.shapes[number]))
                 found += [self.program.value_label(Ref(number), dim) for dim in dims]
                 continue
-            fresh = [n for n in _read(node) if n not in seen]
+            fresh = [n for n in read_by(node) if n not in seen]
             seen.update(fresh)
             queue += fresh
         return _units(*found)
 
     def _multiplies(self, node: Node) -> bool:
-        if _name(node) not in _PRODUCTS:
+        if name_of(node) not in _PRODUCTS:
             return False
-        return all(isinstance(o, Ref) and not self._is_fixed(o.value) for o in _operands(node))
-
-    def _is_fixed(self, value: int) -> bool:
-        """Whether a value is a weight, or a view of one."""
-        while value not in self._fixed:
-            maker = self._maker.get(value)
-            read = [] if maker is None else _read(self._nodes[maker])
-            if len(read) != 1:
-                return False
-            value = read[0]
-        return True
-
-
-def _contracts(node: Node) -> bool:
-    return node.effect is not None and bool(node.effect.contracted)
-
-
-def _read(node: Node) -> list[int]:
-    """Numbers of the values that an operator reads."""
-    return [ref.value for ref in refs_in(node.args)]
+        return all(isinstance(o, Ref) and o.value not in self.stored for o in _operands(node))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from typing import Any
 
@@ -12,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import prunus
-from prunus.errors import DataError
 from prunus.graph.program import state_of
-from prunus.importance.reconstruction import RIDGE, Reconstruction, exchange_units, removal_order
+from prunus.importance.reconstruction import RIDGE, Reconstruction, removal_order
 from prunus.importance.registry import Scores, score
 
 UNITS, EACH, OUTPUTS, ROWS = 5, 2, 3, 60
@@ -164,108 +162,6 @@ def test_outputs_that_go_with_a_unit_are_not_missed() -> None:
     graph, _, found = scored(model.eval(), [torch.randn(100, 2, 3)])
     group = next(g for g in graph.groups if g.name == "0.weight[0]")
     assert found[group.units] == pytest.approx([0.0, 1.0], abs=1e-2)
-
-
-def errors_of(weight: Tensor, features: Tensor, stays: Scores) -> float:
-    return missed(weight, features, tuple(np.flatnonzero(~stays).tolist()))
-
-
-def test_gains_are_what_least_squares_wins(weight: Tensor, features: Tensor) -> None:
-    own = reconstruction(weight, features)
-    for unit in (3, 0, 4):
-        own.remove(unit)
-    before = missed(weight, features, (0, 3, 4))
-    wanted = [
-        before - missed(weight, features, tuple({0, 3, 4} - {u})) if u in (0, 3, 4) else 0.0
-        for u in range(UNITS)
-    ]
-    assert own.gains().tolist() == pytest.approx(wanted, rel=1e-6, abs=1e-9)
-
-
-def test_what_came_back_is_as_if_it_had_never_gone(weight: Tensor, features: Tensor) -> None:
-    own, other = reconstruction(weight, features), reconstruction(weight, features)
-    for unit in (3, 0, 4):
-        own.remove(unit)
-    own.restore(0)
-    for unit in (4, 3):
-        other.remove(unit)
-    assert own.costs().tolist() == pytest.approx(other.costs().tolist(), rel=1e-6, abs=1e-9)
-    assert own.gains().tolist() == pytest.approx(other.gains().tolist(), rel=1e-6, abs=1e-9)
-
-
-@pytest.mark.parametrize("first", [*itertools.combinations(range(UNITS), 2)])
-def test_exchanges_lower_the_error_until_none_does(
-    weight: Tensor, features: Tensor, first: tuple[int, int]
-) -> None:
-    stays = np.isin(np.arange(UNITS), first)
-    own = reconstruction(weight, features)
-    found = exchange_units([(own, own.spread)], stays, np.ones(UNITS, dtype=bool))
-    assert found.sum() == 2
-    assert stays.sum() == 2
-    best = errors_of(weight, features, found)
-    assert best <= errors_of(weight, features, stays) * (1 + 1e-9)
-    # No better: the unit that helps most comes back, and any goes.
-    back = min(np.flatnonzero(~found), key=lambda u: errors_of(weight, features, found | at(u)))
-    for gone in np.flatnonzero(found):
-        assert errors_of(weight, features, (found | at(back)) & ~at(gone)) > best * (1 - 1e-5)
-
-
-def at(unit: int) -> Scores:
-    return np.arange(UNITS) == unit
-
-
-def test_units_that_are_not_free_are_not_exchanged(weight: Tensor, features: Tensor) -> None:
-    parts = [(reconstruction(weight, features), 1.0)]
-    stays = np.array([True, True, False, False, False])
-    assert (exchange_units(parts, stays, ~stays) == stays).all()
-
-
-def test_a_plan_exchanges_the_worst_units_for_better_ones() -> None:
-    torch.manual_seed(5)
-    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
-    batches = [torch.randn(400, 6)]
-    graph, seen, _ = scored(model, batches)
-    options: dict[str, Any] = {"ratio": 0.5, "importance": "random"}
-
-    def left(plan: prunus.Plan) -> float:
-        twin = copy.deepcopy(model)
-        return prunus.compensate(twin, plan, graph, statistics=seen).repairs[0].left
-
-    plain = prunus.plan(graph, model, **options)
-    better = prunus.plan(graph, model, statistics=seen, exchange=True, **options)
-    collected = prunus.plan(graph, model, data=batches, exchange=True, **options)
-    assert better.costs == plain.costs
-    assert left(better) < 0.7 * left(plain)
-    assert collected.keep == better.keep
-    assert better.origin["exchange"] is True
-    shrunk = prunus.shrink(model, batches[0], data=batches, exchange=True, **options)
-    assert shrunk.plan.keep == better.keep
-
-
-def test_an_exchange_keeps_locksteps_and_what_is_held() -> None:
-    torch.manual_seed(6)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(),
-        nn.Conv2d(8, 6, 1), nn.Flatten(), nn.Linear(96, 2),
-    ).eval()  # fmt: skip
-    batches = [torch.randn(64, 3, 6, 6)]
-    graph, seen, _ = scored(model, batches)
-    held = graph.groups[-1].name
-    plan = prunus.plan(
-        graph, model, ratio=0.5, importance="random", statistics=seen, exchange=True, hold=[held]
-    )
-    assert prunus.verify(plan, model, batches[0]).verdict == "exact"
-    assert held not in {choice.name for choice in plan.groups if choice.removed}
-
-
-def test_an_exchange_needs_second_moments() -> None:
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
-    graph = prunus.trace(model, torch.randn(2, 6))
-    with pytest.raises(DataError, match="'obs' needs calibration data"):
-        prunus.plan(graph, model, ratio=0.5, exchange=True)
-    seen = prunus.collect(model, graph, [torch.randn(9, 6)], "activation")
-    with pytest.raises(DataError, match="'obs' needs calibration data"):
-        prunus.plan(graph, model, ratio=0.5, exchange=True, statistics=seen)
 
 
 def test_curves_of_the_error_share_a_global_budget_out() -> None:

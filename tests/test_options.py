@@ -119,7 +119,6 @@ NONSENSE = {
     "exclude": 5,
     "hold": "0.weight[0]",
     "drop": True,
-    "exchange": "yes",
     "protect_ends": "no",
     "seed": 0.5,
     "data": 3,

@@ -6,13 +6,12 @@
 The zoo's ``resnet_fmnist`` keeps at most 70, 50 and 35 % of its MACs, by the importance l2.  Which
 share each group loses is equal for all of them; or read from a table of sensitivities, each group
 costing the metric as little as any other; or found by 30 trials of Optuna.  The metric is minus the
-cross entropy on the 512 calibration images, which are of the training set: of masked models, or,
-where the choice is called ``repaired``, of smaller copies that were repaired on these images.
+cross entropy of masked models on the 512 calibration images, which are of the training set.
 Accuracy is that on the 2,000 test images that ship with the zoo.  Nothing is trained; with
 ``recalibrated``, batch norms are measured again on the calibration images, and with ``least squares
-+ recalibrated`` what stays was fitted on them to what went before.  The tables of sensitivities are
-kept in ``results/sensitivity.json`` and ``results/sensitivity_repaired.json``, and a run that was
-stopped goes on from there; the heat map of the first is ``results/sensitivity.png``.
++ recalibrated`` what stays was fitted on them to what went before.  The table of sensitivities is
+kept in ``results/sensitivity.json``, and a run that was stopped goes on from there; its heat map is
+``results/sensitivity.png``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "sensitivity.csv"
 MODEL = "resnet_fmnist"
 LEVELS = (0.7, 0.5, 0.35)
 TRIALS = 30
-CHOICES = ("equal", "sensitivity", "sensitivity repaired", "search", "search repaired")
+CHOICES = ("equal", "sensitivity", "search")
 RECOVERIES = ("cut", "recalibrated", "least squares + recalibrated")
 FIELDS = (
     "ratios", "recovery", "level", "macs_ratio", "accuracy", "dense_accuracy", "images", "metric",
@@ -65,35 +64,23 @@ class Study:
         ]
         return -sum(lost) / sum(len(y) for _, y in self.seen)
 
-    def sensitivity(self, *, repaired: bool) -> prunus.Sensitivity:
+    def sensitivity(self) -> prunus.Sensitivity:
         """The table, with what its file has."""
-        name = RESULTS.stem + "_repaired" * repaired + ".json"
-        options = self._options(repaired=repaired)
-        return prunus.sensitivity(
-            self.graph, self.model, self.metric, path=RESULTS.with_name(name), **options
-        )
+        path = RESULTS.with_name(f"{RESULTS.stem}.json")
+        return prunus.sensitivity(self.graph, self.model, self.metric, path=path, progress=tell)
 
-    def plan(
-        self, ratios: str, level: float, tables: Mapping[bool, prunus.Sensitivity]
-    ) -> tuple[prunus.Plan, int]:
-        """The plan, and how many masked models or repaired copies it took to find it."""
+    def plan(self, ratios: str, level: float, table: prunus.Sensitivity) -> tuple[prunus.Plan, int]:
+        """The plan, and how many masked models it took to find it."""
         budget = prunus.Budget(macs=level)
-        how, _, repaired = ratios.partition(" ")
-        if how == "equal":
+        if ratios == "equal":
             return prunus.plan(self.graph, self.model, budget=budget, round_to=1), 0
-        if how == "sensitivity":
-            table = tables[bool(repaired)]
+        if ratios == "sensitivity":
             found = prunus.plan_by_sensitivity(table, self.graph, self.model, budget)
             return found, sum(len(curve) - 1 for curve in table.curves.values())
-        options = self._options(repaired=bool(repaired))
         best = prunus.search_ratios(
-            self.graph, self.model, self.metric, budget=budget, trials=TRIALS, **options
+            self.graph, self.model, self.metric, budget=budget, trials=TRIALS, progress=tell
         )
         return best.plan, best.trials
-
-    def _options(self, *, repaired: bool) -> dict[str, Any]:
-        data = self.inputs_seen if repaired else None
-        return {"repaired": repaired, "data": data, "progress": tell}
 
     def row(self, plan: prunus.Plan, recovery: str, **known: Any) -> dict[str, Any]:
         """A row of the table for a plan."""
@@ -127,9 +114,9 @@ def tell(text: str) -> None:
 def measured(study: Study) -> Iterator[list[dict[str, Any]]]:
     """The rows of every choice of ratios and level that the table lacks."""
     done = {tuple(row[name] for name in KEY) for row in rows.read(RESULTS)}
-    tables = {repaired: study.sensitivity(repaired=repaired) for repaired in (False, True)}
+    table = study.sensitivity()
     prunus.draw_sensitivity(
-        tables[False],
+        table,
         RESULTS.with_suffix(".png"),
         title=f"{MODEL}: one group at a time, nothing trained",
         metric="minus cross entropy",
@@ -138,7 +125,7 @@ def measured(study: Study) -> Iterator[list[dict[str, Any]]]:
         for ratios in CHOICES:
             if all((ratios, recovery, str(level)) in done for recovery in RECOVERIES):
                 continue
-            plan, count = study.plan(ratios, level, tables)
+            plan, count = study.plan(ratios, level, table)
             known = {"ratios": ratios, "level": level, "evaluations": count}
             yield [study.row(plan, recovery, **known) for recovery in RECOVERIES]
 

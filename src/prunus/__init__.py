@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prunus.latency import LatencyTable, measure
     from prunus.planner.planning import plan
     from prunus.planner.search.ratio_search import Found, plan_by_sensitivity, search_ratios
-    from prunus.planner.search.sensing import sensitivity
+    from prunus.planner.search.sensitivity import sensitivity
     from prunus.planner.search.sensitivity_table import Sensitivity
     from prunus.recovery import Compensation, compensate, recalibrate
     from prunus.report.console import show_stages
@@ -118,7 +118,7 @@ _HOMES = {
     "recalibrate": "prunus.recovery",
     "save": "prunus.checkpoint",
     "search_ratios": "prunus.planner.search.ratio_search",
-    "sensitivity": "prunus.planner.search.sensing",
+    "sensitivity": "prunus.planner.search.sensitivity",
     "show_stages": "prunus.report.console",
     "shrink": "prunus.api",
     "trace": "prunus.tracer.trace",

@@ -16,7 +16,7 @@ from prunus.errors import PlanError, VerifyError, checks_options
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
-from prunus.importance import Statistics, collect
+from prunus.importance import Statistics, collect, needs_of
 from prunus.integrations.hf import example_inputs
 from prunus.integrations.hf_config import uniform
 from prunus.planner.culprits import tell_groups
@@ -29,7 +29,7 @@ from prunus.planner.depth_planning import (
 from prunus.planner.layers import find_drops, name_layers
 from prunus.planner.option_values import Globs
 from prunus.planner.options import PlanKeywords, PlanOptions, takes_options
-from prunus.planner.width_planning import needs_to_plan, plan_of_mask
+from prunus.planner.width_planning import plan_of_mask
 from prunus.recovery import (
     LOOKED_AT,
     Progress,
@@ -144,7 +144,7 @@ def shrink(
     if asked.drops:
         refuse_quantized(model)
         refuse_statistics(asked.statistics)
-    needs = frozenset() if asked.statistics is not None else needs_to_plan(asked)
+    needs = frozenset() if asked.statistics is not None else needs_of(asked.importance)
     data = asked.data
     if data is not None and (needs or isinstance(asked.drop, int) or recover != "none"):
         data = bounded(data)
@@ -309,7 +309,7 @@ class _Task:
                     given = self.kwargs and not self.args
                     inputs = self.kwargs if given else example_inputs(self.model)
                     graph, held = uniform(graph, self.model, inputs)
-                needs = needs_to_plan(asked)
+                needs = needs_of(asked.importance)
                 if needs and asked.data is not None and statistics is None:
                     statistics = collect(
                         *(self.model, graph, asked.data, needs), loss=asked.loss, seed=asked.seed

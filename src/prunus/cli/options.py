@@ -137,12 +137,6 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     )
     add_importance(group)
     group.add_argument(
-        "--exchange",
-        action="store_true",
-        help="exchange units that go for ones that stay while least squares miss less; reads the "
-        "calibration data of obs",
-    )
-    group.add_argument(
         "--scope",
         default="local",
         metavar="SCOPE|GLOB,…",

@@ -13,7 +13,6 @@ from prunus.cli.by_table import check_alone, ratios_by_table
 if TYPE_CHECKING:
     from prunus import Budget, CouplingGraph, Plan, Statistics
     from prunus.cli.models import Loaded
-    from prunus.planner.options import PlanOptions
 
 
 def add_parser(verbs: Any) -> None:
@@ -84,9 +83,7 @@ def run(options: argparse.Namespace) -> int:
 
 def choice_of(options: argparse.Namespace) -> dict[str, Any]:
     """What :func:`prunus.plan` and :func:`prunus.shrink` take."""
-    names = (
-        "ratios importance exchange scope normalise min_width max_ratio round_to include exclude"
-    )
+    names = "ratios importance scope normalise min_width max_ratio round_to include exclude"
     return {
         "budget": budget_of(options),
         "drop": _drop_of(options),
@@ -118,14 +115,14 @@ def collect(
     """What the importance reads of the calibration data; None if it looks at the weights alone."""
     import prunus
     from prunus.errors import DataError
-    from prunus.planner.width_planning import needs_to_plan
+    from prunus.importance import needs_of
 
-    needs = needs_to_plan(reading(options))
+    needs = needs_of(options.importance)
     if not needs:
         return None
     if data is None:
         raise DataError(
-            f"{_reader(options)} needs calibration data",
+            f"--importance {options.importance} needs calibration data",
             why=f"it is computed from {' and '.join(sorted(needs))} statistics",
             fix="give --data, or an importance of the weights alone: l2",
         )
@@ -134,19 +131,6 @@ def collect(
         step(f"collecting: {done} batches", same=True)
 
     return prunus.collect(loaded.model, graph, data, needs, seed=options.seed, progress=count)
-
-
-def reading(options: argparse.Namespace) -> PlanOptions:
-    """The options that say what is read of calibration data."""
-    from prunus.planner.options import PlanOptions
-
-    names = ("importance", "exchange")
-    return PlanOptions(**{name: getattr(options, name) for name in names})
-
-
-def _reader(options: argparse.Namespace) -> str:
-    """The option that reads calibration data."""
-    return "--exchange" if options.exchange else f"--importance {options.importance}"
 
 
 def choose(

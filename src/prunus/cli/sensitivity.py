@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 METRIC_HELP = """\
 The metric is a function in a file of yours, path/to/file.py:F: F(model) returns a number of which
-more is better, for the model as it is and for masked ones (smaller copies with --repaired), the
-same each time.
+more is better, for the model as it is and for masked ones, the same each time.
 """
 
 
@@ -39,19 +38,13 @@ def add_parser(verbs: Any) -> None:
     )
     shared.add_importance(parser)
     shared.add_group_globs(parser)
-    parser.add_argument(
-        "--repaired",
-        action="store_true",
-        help="measure smaller copies that the calibration data repaired, in place of masked models",
-    )
     shared.add_data_options(parser)
     files = [
         ("out", "the table, as JSON, after each cell; what is there already is not done again"),
         ("picture", "the heat map (the extra 'plot')"),
     ]
     shared.add_files(parser, files)
-    # Units are ranked by their scores alone: no plan is chosen whose units could be exchanged.
-    parser.set_defaults(run=run, exchange=False)
+    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -65,12 +58,6 @@ def run(options: argparse.Namespace) -> int:
 
     if options.picture:
         require("matplotlib", "plot")
-    if options.repaired and options.data is None:
-        raise DataError(
-            "--repaired needs calibration data",
-            why="what stays is fitted to what went, on what the layers read",
-            fix="give --data; labels are not needed",
-        )
     metric: Any = find_function(options.metric, DataError, "write path/to/file.py:FUNCTION")
     given = {} if options.at is None else {"ratios": options.at}
     with shared.follow(options, 4) as step:
@@ -86,11 +73,9 @@ def run(options: argparse.Namespace) -> int:
             metric,
             tolerance=options.tolerance,
             importance=options.importance,
-            data=data if options.repaired else None,
             statistics=collect(loaded, graph, data, options, step),
             include=options.include,
             exclude=options.exclude,
-            repaired=options.repaired,
             path=options.out,
             progress=lambda told: step(f"measuring: {told}", same=True),
             seed=options.seed,

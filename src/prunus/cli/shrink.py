@@ -9,7 +9,7 @@ from prunus.cli import cutting
 from prunus.cli import options as shared
 from prunus.cli.bounds import budget_of
 from prunus.cli.by_table import check_alone, ratios_by_table
-from prunus.cli.plan import choice_of, collect, measure_for, needs_table, reading
+from prunus.cli.plan import choice_of, collect, measure_for, needs_table
 
 
 def add_parser(verbs: Any) -> None:
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     import prunus
     from prunus.cli.data import load_data
     from prunus.cli.models import load_model
-    from prunus.planner.width_planning import needs_to_plan
+    from prunus.importance import needs_of
 
     check_alone(options)
     budget = budget_of(options)
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         stages = [cutting.measure(loaded, "dense")]
         chosen = choice_of(options)
         read: dict[str, Any] = {}
-        needs = needs_to_plan(reading(options))
+        needs = needs_of(options.importance)
         by_table = options.sensitivity is not None
         if not options.drop and (needs or by_table or needs_table(options)):
             graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)

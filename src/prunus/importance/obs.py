@@ -8,12 +8,10 @@ from torch import Tensor
 
 from prunus.calibration.im2col import matrix_of
 from prunus.calibration.sites import Site
-from prunus.graph.axis import Axis, Mask, kept_positions
-from prunus.graph.constraints import find_violation
-from prunus.graph.coupling import CouplingGraph
+from prunus.graph.axis import Axis
 from prunus.graph.groups import Group
 from prunus.importance.magnitude import places_of
-from prunus.importance.reconstruction import Reconstruction, exchange_units, removal_order
+from prunus.importance.reconstruction import Reconstruction, removal_order
 from prunus.importance.registry import Context, Scores, importance
 
 STEPS = 256
@@ -35,38 +33,6 @@ def obs(group: Group, context: Context) -> Scores:
     if not parts:
         return np.full(group.size, np.inf)
     return removal_order(parts, group.size, -(-group.size // STEPS))
-
-
-def exchange_all(graph: CouplingGraph, context: Context, kept: Mask, scores: Scores) -> Mask:
-    """The same widths, with units exchanged in every group while that lowers its error.
-
-    The error is that of :func:`obs`.  A group stays as it was chosen where a constraint or a width
-    tells its units apart, or where its units share columns of a weight that reads them.
-
-    Parameters
-    ----------
-    kept
-        What was chosen, shape ``(unit_count + 1,)``.
-    scores
-        Of the same shape; units of infinite score stay.
-    """
-    found = kept.copy()
-    for group in graph.groups:
-        stays = found[group.units]
-        if stays.all() or not (parts := _all_parts(group, context)):
-            continue
-        if not all(part.separate for part, _ in parts):
-            continue
-        tried = found.copy()
-        tried[group.units] = exchange_units(parts, stays, np.isfinite(scores[group.units]))
-        labels = [graph.labels[axis] for axis, _ in group.axes]
-        as_wide = all(
-            len(kept_positions(label, tried)) == len(kept_positions(label, found))
-            for label in labels
-        )
-        if as_wide and not find_violation(graph.constraints, tried):
-            found = tried
-    return found
 
 
 def _all_parts(group: Group, context: Context) -> list[tuple[Reconstruction, float]]:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from prunus.importance.registry import Scores
@@ -47,7 +45,6 @@ class Reconstruction:
         self, matrix: Tensor, moment: Tensor, columns: Tensor, taken: Tensor | None = None
     ) -> None:
         width = len(moment)
-        self._moment = torch.nn.functional.pad(moment, (0, 1, 0, 1))
         self.spread = float(((matrix @ moment) * matrix).sum())
         level = float(moment.diagonal().mean())
         # One more column, of no weight, stands for those that are not there.
@@ -55,20 +52,11 @@ class Reconstruction:
         if level > 0:
             ridge = RIDGE * level * torch.eye(width, dtype=moment.dtype, device=moment.device)
             self._inverse[:width, :width] = torch.linalg.inv(moment + ridge)
-            self._moment[:width, :width] += ridge
         self._weight = torch.nn.functional.pad(matrix, (0, 1))
-        self._target = self._weight @ self._moment
         self._nothing = width
         self._taken = None if taken is None else taken.to(moment.device)
         self._columns = columns.to(moment.device).clone()
         self._columns[self._columns < 0] = width
-        self._all_columns = self._columns.clone()
-
-    @property
-    def separate(self) -> bool:
-        """Whether no two units share a column, and no output goes with a unit."""
-        own = self._all_columns[self._all_columns != self._nothing]
-        return len(own.unique()) == len(own) and (self._taken is None or not self._taken.any())
 
     def costs(self) -> Tensor:
         """By how much E grows when a unit goes, for every unit: shape ``(units,)``.
@@ -97,79 +85,6 @@ class Reconstruction:
         self._inverse -= step @ across.mT
         self._weight[:, gone] = 0
         self._columns[torch.isin(self._columns, gone)] = self._nothing
-
-    def gains(self) -> Tensor:
-        """By how much E would fall if a unit came back, for every unit: shape ``(units,)``.
-
-        ``Σ_rows D_g (R_gg)⁻¹ D_gᵀ`` with the covariance ``R = H − H G H`` of what the columns
-        that stay don't say of the others, and ``D = T − W H``; 0 for units that are there.
-        """
-        away = self._columns != self._all_columns
-        columns = torch.where(away, self._all_columns, self._nothing)
-        across = self._moment[columns]  # (units, c, d + 1)
-        left = self._moment[columns[:, :, None], columns[:, None, :]]
-        left = left - across @ self._inverse @ across.mT
-        left = left * (away[:, :, None] & away[:, None, :]) + torch.diag_embed((~away).to(left))
-        missed = (self._target - self._weight @ self._moment)[:, columns].movedim(0, -1)
-        missed = missed * away[:, :, None]
-        gain: Tensor = (missed * torch.linalg.solve(left, missed)).sum((1, 2))
-        return gain.clamp_min(0)
-
-    def restore(self, unit: int) -> None:
-        """Let a unit that went come back, and all columns that are there be fitted again."""
-        back = self._all_columns[unit]
-        back = back[back != self._nothing]
-        if not len(back):
-            return
-        across = self._moment[:, back]
-        change = -self._inverse @ across
-        change[back] += torch.eye(len(back), dtype=change.dtype, device=change.device)
-        left = across[back] - across.mT @ self._inverse @ across
-        step = torch.linalg.solve(left, change.mT).mT  # over what the others don't say of these
-        self._weight += (self._target - self._weight @ self._moment)[:, back] @ step.mT
-        self._inverse += step @ change.mT
-        self._columns[unit] = self._all_columns[unit]
-
-
-def exchange_units(
-    parts: Sequence[tuple[Reconstruction, float]], stays: NDArray[np.bool_], free: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
-    """As many units that stay, with which the error is no larger: shape ``(units,)``.
-
-    The unit comes back that lowers the error most, and the one goes that is missed least, until
-    these are the same.  Every exchange lowers the error, so it ends.
-
-    Parameters
-    ----------
-    parts
-        Of which nothing is gone yet, each :attr:`~Reconstruction.separate`.
-    stays
-        Which units stay.
-    free
-        Which units may be exchanged.
-    """
-    stays = stays.copy()
-    told = [(part, scale) for part, scale in parts if scale > 0]
-    for unit in np.flatnonzero(~stays).tolist():
-        for part, _ in told:
-            part.remove(unit)
-    while (~stays & free).any():
-        gains = sum((part.gains().cpu() / scale for part, scale in told), torch.zeros(len(stays)))
-        back = int(np.where(~stays & free, np.asarray(gains), -np.inf).argmax())
-        for part, _ in told:
-            part.restore(back)
-        stays[back] = True
-        costs = sum((part.costs().cpu() / scale for part, scale in told), torch.zeros(len(stays)))
-        missed = np.where(stays & free, np.asarray(costs), np.inf)
-        # Rounding must not exchange two units for ever.
-        better = missed.min() < (1 - _ROUNDING) * missed[back]
-        gone = int(missed.argmin()) if better else back
-        for part, _ in told:
-            part.remove(gone)
-        stays[gone] = False
-        if gone == back:
-            break
-    return stays
 
 
 def removal_order(

@@ -299,15 +299,6 @@ class PlanOptions(ScoreOptions):
         lambda value: hasattr(value, "predict"),
         "what prunus.measure returns",
     )
-    exchange: bool = option(
-        False,
-        """
-        Exchange removed units for kept ones while that lowers the error of least squares; reads
-        the calibration data of ``obs``.
-        """,
-        is_bool,
-        "True or False",
-    )
 
     def check(self) -> None:
         """Refuse values that an option can't have, and options that contradict one another.
@@ -410,7 +401,6 @@ class PlanKeywords(ScoreKeywords, total=False):
     drop: Drop
     protect_ends: bool
     latency: LatencyTable | None
-    exchange: bool
 
 
 def takes_options(record: type[ScoreOptions]) -> Callable[[Call], Call]:

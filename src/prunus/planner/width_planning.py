@@ -18,8 +18,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
 from prunus.importance import collect, needs_of, score
-from prunus.importance.obs import exchange_all
-from prunus.importance.registry import Context, check_statistics, is_comparable
+from prunus.importance.registry import is_comparable
 from prunus.importance.torch_pruning import adapt
 from prunus.latency import LatencyTable
 from prunus.planner.activation_memory import hold_peak
@@ -81,7 +80,7 @@ def plan_widths(
     budget: Budget | Mapping[str, int] | None = asked.budget if limits is None else limits
     data, statistics = asked.data, asked.statistics
     check_table(budget, latency)
-    needs = needs_to_plan(asked)
+    needs = needs_of(importance)
     if statistics is None and data is not None and needs:
         statistics = collect(model, graph, data, needs, loss=asked.loss, seed=seed)
     settled, automatic = _set_automatic(graph, asked, budget, hold)
@@ -95,8 +94,6 @@ def plan_widths(
         scores = score(graph, tensors, importance, seed=seed, statistics=statistics)
         for name in hold:
             scores[graph.group(name).units] = np.inf
-        if asked.exchange:
-            check_statistics(graph, "obs", statistics)
 
     def choose(
         one: CouplingGraph,
@@ -123,16 +120,11 @@ def plan_widths(
             found = choose(graph, budget)
     if found.kept.all() and not may_remove_nothing:
         _refuse_nothing(graph, scores, ratio, asked.ratios, {**found.stopped, **hold})
-    if asked.exchange:
-        context = Context(graph, tensors, seed, collected=statistics)
-        kept = exchange_all(graph, context, found.kept, scores)
-        found = found._replace(kept=kept, retained=None, bound=None)  # worth is not the aim then
     if latency is not None and timed is None:
         timed = predict_time(graph, found, latency)
     origin = {
         **recorded,
         **_told_automatic(automatic, found),
-        **({"exchange": True} if asked.exchange else {}),
         "stopped": {**found.stopped, **dict.fromkeys(sorted(hold), "it is held")},
         **{name: getattr(found, name) for name in ("retained", "bound")},
         "traced": graph.traced,
@@ -245,11 +237,6 @@ def _keep_time(
     with entered_by(model, graph.forward_fn):
         keeper = Timekeeper(graph, model, table, seed)
         return hasten(graph, budget, table, choose, compare)
-
-
-def needs_to_plan(asked: PlanOptions) -> frozenset[str]:
-    """What :func:`prunus.plan` reads of calibration data with these options."""
-    return needs_of(asked.importance) | (needs_of("obs") if asked.exchange else frozenset())
 
 
 def plan_of_mask(

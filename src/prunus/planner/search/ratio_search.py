@@ -12,17 +12,11 @@ from prunus.errors import BudgetError, PlanError, checks_options, require
 from prunus.graph.budget import Budget
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
-from prunus.importance import Importance
 from prunus.planner.culprits import tell_pins
 from prunus.planner.filters import excluded_groups
-from prunus.planner.options import PlanOptions, ScoreKeywords, ScoreOptions, takes_options
-from prunus.planner.planning import plan
-from prunus.planner.search.judging import Metric, batches_to_repair, judge_by
-from prunus.planner.search.loose_groups import find_loose, score_once
-from prunus.planner.search.sensing import check_ratios, fingerprint
+from prunus.planner.options import ScoreKeywords, ScoreOptions, takes_options
+from prunus.planner.search.experiment import Experiment, Metric, check_ratios
 from prunus.planner.search.sensitivity_table import Sensitivity
-from prunus.planner.width_planning import plan_widths
-from prunus.surgeon.apply import kept_axes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,7 +37,7 @@ class Found:
     ratios
         The share of its units that every group of the search loses in it.
     value
-        The metric under this plan, of the masked model or of the repaired copy.
+        The metric of the masked model under this plan.
     trials
         Trials of the study that have a value, those of other processes included.
     """
@@ -93,19 +87,18 @@ def plan_by_sensitivity(
             fix="measure it again: prunus.sensitivity(graph, model, metric)",
         )
     asked = ScoreOptions(**options)
-    asked.check()
+    experiment = Experiment.of(graph, model, asked)
     left_out = excluded_groups(graph, asked.include, asked.exclude)
     table = replace(
         table,
         sizes={name: size for name, size in table.sizes.items() if name not in left_out},
         tolerated={name: most for name, most in table.tolerated.items() if name not in left_out},
     )
-    settled, _ = score_once(graph, model, asked)
     if budget is None:
-        return plan(graph, model, importance=settled, ratios=_tolerated(table))
+        return experiment.plan(_tolerated(table))
     values = [v for curve in table.curves.values() for v in curve.values() if v is not None]
     most = max(table.dense - min(values, default=table.dense), 0.0)
-    return _meet(graph, model, settled, budget, lambda t: table.ratios_at(t * most))
+    return experiment.plan(_meet(experiment, budget, lambda t: table.ratios_at(t * most)))
 
 
 def _tolerated(table: Sensitivity) -> Mapping[str, float]:
@@ -127,7 +120,6 @@ def search_ratios(
     budget: Budget,
     trials: int = 50,
     max_ratio: float = 0.9,
-    repaired: bool = False,
     storage: Any = None,
     study: str = "prunus",
     progress: Callable[[str], None] | None = None,
@@ -136,12 +128,12 @@ def search_ratios(
     """Search the groups' ratios for the best metric within a budget, with Optuna.
 
     Every trial proposes how much the groups lose in proportion to one another, and takes as little
-    as meets the budget; the metric is that of the masked model, or with ``repaired`` of a smaller
-    copy.  The first trial is of equal ratios.  Needs the extra ``search``.
+    as meets the budget; the metric is that of the masked model.  The first trial is of equal
+    ratios.  Needs the extra ``search``.
 
     Parameters
     ----------
-    graph, model, metric, repaired
+    graph, model, metric
         As of :func:`sensitivity`: of the metric more is better.
     budget
         As of :func:`prunus.plan`.
@@ -162,46 +154,37 @@ def search_ratios(
     BudgetError
         If ``max_ratio`` of every group does not meet the budget.
     DataError
-        If the metric returns something else than a finite number, or the importance or the repair
-        lacks data.
+        If the metric returns something else than a finite number, or the importance lacks data.
     PlanError
         If the number of trials or ``max_ratio`` is none, or the study is that of another model,
-        budget, importance or repair.
+        budget or importance.
     MissingExtraError
         Without Optuna; the message names the extra.
     """
     optuna = require("optuna", "search")
     if trials < 1:
         raise PlanError(f"trials={trials!r} is no number of trials", fix="give one from 1 on")
-    asked = ScoreOptions(**options)
-    asked.check()
     (most,) = check_ratios([max_ratio])
-    batches = batches_to_repair(asked.data) if repaired else None
-    if batches is not None:
-        asked = replace(asked, data=batches)
-    settled, scores = score_once(graph, model, asked)
-    shares = [most * part for part in (1.0, 0.75, 0.5, 0.25)]
-    tops = find_loose(graph, model, settled, shares, asked.include, asked.exclude)
-    key = f"{fingerprint(graph, model, scores)} {budget.requested} {max_ratio} {list(tops)}"
-    judge = judge_by(graph, model, metric, batches)
-    if repaired:
-        key += f" repaired on {judge.repaired_on}"
+    experiment = Experiment.of(graph, model, ScoreOptions(**options))
+    tops = experiment.rows([most * part for part in (1.0, 0.75, 0.5, 0.25)])
+    key = f"{experiment.fingerprint()} {budget.requested} {max_ratio} {list(tops)}"
 
-    def chosen(weights: Mapping[str, float]) -> Plan:
-        return _meet(graph, model, settled, budget, lambda t: _grown(tops, weights, t))
+    def chosen(weights: Mapping[str, float]) -> Mapping[str, float]:
+        return _meet(experiment, budget, lambda t: _grown(tops, weights, t))
 
     def objective(trial: Any) -> float:
         weights = {name: trial.suggest_float(name, 0.02, 1.0) for name in tops}
-        value = judge.value(chosen(weights), f"trial {trial.number}")
+        kept = experiment.kept(chosen(weights))
+        value = experiment.value(metric, kept, f"trial {trial.number}")
         if progress is not None:
             progress(f"trial {trial.number}: {value:.6g}")
         return value
 
     chosen(dict.fromkeys(tops, 1.0))  # out of reach is told before a study is made
-    found = _open_study(optuna, storage, study, key, asked.seed)
+    found = _open_study(optuna, storage, study, key, experiment.asked.seed)
     found.enqueue_trial(dict.fromkeys(tops, 0.5), skip_if_exists=True)
     found.optimize(objective, n_trials=trials)
-    best = chosen(found.best_params)
+    best = experiment.plan(chosen(found.best_params))
     lost = {choice.name: len(choice.removed) / choice.size for choice in best.groups}
     done = [t for t in found.trials if t.value is not None]
     return Found(best, {name: lost[name] for name in tops}, found.best_value, len(done))
@@ -224,8 +207,7 @@ def _open_study(optuna: Any, storage: Any, name: str, key: str, seed: int) -> An
     if found.user_attrs.setdefault("asked", key) != key:
         raise PlanError(
             f"the study {name!r} asks something else",
-            why="its weights, importance, budget, max_ratio, groups, or the data of a repair are "
-            "not those of this search",
+            why="its weights, importance, budget, max_ratio or groups are not those of this search",
             fix="give another name: study='…'",
         )
     found.set_user_attr("asked", key)
@@ -242,40 +224,25 @@ def _grown(
 
 
 def _meet(
-    graph: CouplingGraph,
-    model: nn.Module,
-    settled: Importance,
-    budget: Budget,
-    ratios_at: Callable[[float], Mapping[str, float]],
-) -> Plan:
-    """The plan of the least ratios, on a line from 0 to 1, that meet a budget."""
-    limits = budget.limits(graph)
+    experiment: Experiment, budget: Budget, ratios_at: Callable[[float], Mapping[str, float]]
+) -> Mapping[str, float]:
+    """The least ratios, on a line from 0 to 1, that meet a budget."""
+    graph, limits = experiment.graph, budget.limits(experiment.graph)
 
-    def at(share: float) -> tuple[Plan, dict[str, int]]:
-        asked = PlanOptions(importance=settled, ratios=ratios_at(share))
-        made = plan_widths(graph, model, asked, may_remove_nothing=True)
-        kept = graph.mask_from_positions(kept_axes(made))
-        return made, {name: graph.cost(name, kept) for name in limits}
+    def over(share: float) -> dict[str, int]:
+        kept = experiment.kept(ratios_at(share))
+        costs = {name: graph.cost(name, kept) for name in limits}
+        return {name: cost for name, cost in costs.items() if cost > limits[name]}
 
-    best, costs = at(1.0)
-    over = [name for name, most in limits.items() if costs[name] > most]
-    if over:
+    for name, cost in over(1.0).items():
+        most = f"the largest ratios leave {cost:,} of {graph.cost(name):,}"
         raise BudgetError(
-            f"{over[0]} can't be brought to {limits[over[0]]:,}",
-            why="\n".join(
-                [
-                    f"the largest ratios leave {costs[over[0]]:,} of {graph.cost(over[0]):,}",
-                    *tell_pins(graph),
-                ]
-            ),
+            f"{name} can't be brought to {limits[name]:,}",
+            why="\n".join([most, *tell_pins(graph)]),
             fix="allow larger ratios, include more groups, or ask for less",
         )
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        made, costs = at(middle)
-        if all(costs[name] <= most for name, most in limits.items()):
-            best, high = made, middle
-        else:
-            low = middle
-    return best
+        low, high = (middle, high) if over(middle) else (low, middle)
+    return ratios_at(high)

@@ -67,7 +67,7 @@ class Sensitivity:
         The loss of the metric that is tolerated; None if that was not asked for.
     origin
         What the numbers were made with: the importance, the seed and a fingerprint of weights and
-        scores; of repaired copies ``"repaired_on"``, a hash of the calibration data.
+        scores.
     """
 
     dense: float

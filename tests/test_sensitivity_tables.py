@@ -1,4 +1,4 @@
-"""Sensitivities of smaller copies that were repaired, and tables that drive the command line."""
+"""Tables of sensitivities that drive plans and the command line."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 import prunus
 from prunus.cli import main
-from prunus.errors import DataError, FormatError, PlanError
-from prunus.planner.search.sensitivity_table import Sensitivity
+from prunus.errors import PlanError
 
 
 def draw(seed: int, count: int = 32) -> Tensor:
@@ -66,122 +65,6 @@ def bench():
     return prunus.trace(model, DATA[0]), model, Closeness(model)
 
 
-def missed(model: nn.Module, whole: nn.Module) -> float:
-    """How far the outputs are off on the batches that a repair looks at."""
-    with torch.no_grad():
-        pairs = [(model.eval()(x), whole.eval()(x)) for x in DATA[:4]]
-    return sum(float((one - other).square().sum()) for one, other in pairs)
-
-
-def by_hand(plan: prunus.Plan, graph: prunus.CouplingGraph, model: nn.Module):
-    """Cut, compensated, recalibrated where that is nearer; and whether it was."""
-    fitted = copy.deepcopy(model)
-    prunus.compensate(fitted, plan, graph, DATA)
-    settled = prunus.recalibrate(copy.deepcopy(fitted), DATA)
-    nearer = missed(settled, model) < missed(fitted, model)
-    return (settled if nearer else fitted).eval(), nearer
-
-
-def test_cells_are_what_cut_compensate_and_recalibrate_give(bench) -> None:
-    graph, model, metric = bench
-    before = copy.deepcopy(model.state_dict())
-    model.train()
-    masked = prunus.sensitivity(graph, model, metric, **ROWS)
-    table = prunus.sensitivity(graph, model, metric, repaired=True, data=iter(DATA), **ROWS)
-    assert model.training
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    model.eval()
-    assert table.dense == masked.dense == pytest.approx(0, abs=1e-5)
-    nearer = set()
-    for name in ("a.weight[0]", "b.weight[0]"):
-        for ratio in table.ratios:
-            plan = prunus.plan(graph, model, ratios={name: ratio})
-            wanted, settled = by_hand(plan, graph, model)
-            nearer.add(settled)
-            assert table.value(name, ratio) == pytest.approx(metric(wanted), abs=1e-4)
-            assert table.value(name, ratio) > masked.value(name, ratio) + 0.01
-    assert nearer == {True, False}  # both ways out of a repair were taken
-
-
-def test_a_copy_is_entered_like_the_model(bench) -> None:
-    _, model, _ = bench
-
-    def twice(model: nn.Module, x: Tensor) -> Tensor:
-        answer: Tensor = 2 * model(x)
-        return answer
-
-    graph = prunus.trace(model, DATA[0], forward_fn=twice)
-    with torch.no_grad():
-        whole = twice(model, TEST)
-
-    def metric(model: nn.Module) -> float:
-        return -float((model(TEST) - whole).norm())
-
-    found = prunus.sensitivity(graph, model, metric, repaired=True, data=DATA, **ROWS)
-    assert found.dense == pytest.approx(0, abs=1e-5)
-    plan = prunus.plan(graph, model, ratios={"a.weight[0]": 0.25})
-    wanted, _ = by_hand(plan, prunus.trace(model, DATA[0]), model)
-    with torch.no_grad():
-        away = -float((twice(wanted, TEST) - whole).norm())
-    assert found.value("a.weight[0]", 0.25) == pytest.approx(away, abs=1e-3)
-
-
-def test_without_data_it_is_refused_before_the_metric_is_asked(bench) -> None:
-    graph, model, metric = bench
-    with pytest.raises(DataError, match="repaired=True needs calibration data"):
-        prunus.sensitivity(graph, model, metric, repaired=True)
-    with pytest.raises(DataError, match="calibration data is empty"):
-        prunus.sensitivity(graph, model, metric, repaired=True, data=[])
-    pytest.importorskip("optuna")
-    with pytest.raises(DataError, match="repaired=True needs calibration data"):
-        prunus.search_ratios(graph, model, metric, budget=prunus.Budget(macs=0.6), repaired=True)
-    assert metric.calls == 0
-
-
-def test_a_file_goes_on_with_cells_of_its_own_way_and_data_alone(bench, tmp_path) -> None:
-    graph, model, metric = bench
-    paths = {repaired: tmp_path / f"{repaired}.json" for repaired in (False, True)}
-    options = {"include": "a.*", "ratios": [0.5]}
-    for repaired, path in paths.items():
-        made = prunus.sensitivity(
-            graph, model, metric, path=path, repaired=repaired, data=DATA, **options
-        )
-        assert Sensitivity.load(path) == made
-        calls = metric.calls
-        again = prunus.sensitivity(
-            graph, model, metric, path=path, repaired=repaired, data=DATA, **options
-        )
-        assert again == made
-        assert metric.calls == calls + 1  # the whole model alone
-    for repaired, path, said in (
-        (True, paths[False], "cells are masked, and those of this run are of repaired copies"),
-        (False, paths[True], "cells are of repaired copies, and those of this run are masked"),
-    ):
-        with pytest.raises(FormatError, match=said):
-            prunus.sensitivity(
-                graph, model, metric, path=path, repaired=repaired, data=DATA, **options
-            )
-    for other in (DATA[:4], DATA[::-1]):
-        with pytest.raises(FormatError, match="calibration data or seed are not those"):
-            prunus.sensitivity(
-                graph, model, metric, path=paths[True], repaired=True, data=other, **options
-            )
-
-
-def test_a_search_reads_the_metric_of_repaired_copies(bench, tmp_path) -> None:
-    pytest.importorskip("optuna")
-    graph, model, metric = bench
-    budget, storage = prunus.Budget(macs=0.6), f"sqlite:///{tmp_path / 'study.db'}"
-    options = {"budget": budget, "trials": 2, "storage": storage}
-    found = prunus.search_ratios(graph, model, metric, repaired=True, data=DATA, **options)
-    assert found.value == pytest.approx(metric(by_hand(found.plan, graph, model)[0]), abs=1e-4)
-    with prunus.mask(found.plan, model):
-        assert metric(model) < found.value - 0.01
-    for other in ({"repaired": False}, {"repaired": True, "data": DATA[:4]}):
-        with pytest.raises(PlanError, match="the data of a repair"):
-            prunus.search_ratios(graph, model, metric, **options, **other)
-
-
 def test_without_a_budget_groups_lose_what_is_tolerated(bench) -> None:
     graph, model, metric = bench
     table = prunus.sensitivity(graph, model, metric, tolerance=5.0, **ROWS)
@@ -196,7 +79,7 @@ def test_without_a_budget_groups_lose_what_is_tolerated(bench) -> None:
 FILE = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_repaired_sensitivity import DATA, Closeness, net as made
+from test_sensitivity_tables import DATA, Closeness, net as made
 def net(): return made()
 def example_inputs(): return DATA[0]
 def data(): return iter(DATA)
@@ -208,23 +91,6 @@ def metric(model): return Closeness(made())(model)
 def own(tmp_path) -> str:
     (tmp_path / "own.py").write_text(FILE.format(tests=str(Path(__file__).parent)))
     return str(tmp_path / "own.py")
-
-
-def test_repaired_on_the_command_line(own, bench, tmp_path, capsys) -> None:
-    graph, model, metric = bench
-    out = tmp_path / "table.json"
-    asked = ["sensitivity", f"{own}:net", "--metric", f"{own}:metric", "--repaired"]
-    asked += ["--at", "0.25,0.5", "--include", "b.*"]
-    assert main(asked) == 2
-    assert "--repaired needs calibration data" in capsys.readouterr().err
-    assert main([*asked, "--data", f"{own}:data", "--out", str(out)]) == 0
-    table = prunus.sensitivity(
-        graph, model, metric, repaired=True, data=DATA, include="b.*", ratios=[0.25, 0.5]
-    )
-    assert Sensitivity.load(out).origin == table.origin
-    for ratio in table.ratios:
-        there = Sensitivity.load(out).value("b.weight[0]", ratio)
-        assert there == pytest.approx(table.value("b.weight[0]", ratio), abs=1e-4)
 
 
 def test_a_table_drives_plan_and_shrink(own, bench, tmp_path, capsys) -> None:
@@ -294,7 +160,7 @@ def test_a_group_that_the_proof_rejects_is_named_and_can_be_left_out(tmp_path, c
     model, file = Comparing().eval(), tmp_path / "table.json"
     own = tmp_path / "own.py"
     text = FILE.format(tests=str(Path(__file__).parent))
-    own.write_text(f"{text}\nfrom test_repaired_sensitivity import Comparing")
+    own.write_text(f"{text}\nfrom test_sensitivity_tables import Comparing")
     graph = prunus.trace(model, DATA[0])
     prunus.sensitivity(graph, model, Closeness(model), path=file)
     asked = ["shrink", f"{own}:Comparing", "--sensitivity", str(file), "--macs", "0.7", "--json"]

@@ -313,6 +313,42 @@ def test_what_the_surgeon_damages_is_named(
     assert any(name in found.reason for name in ("embed", "drop", "norm", "up", "down")), found
 
 
+class Shared(nn.Module):
+    """Two blocks run the very same layers, each under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.position = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU())
+        self.blocks = nn.ModuleList(nn.ModuleDict({"position": self.position}) for _ in range(2))
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block["position"](x)
+        found: Tensor = self.head(x)
+        return found
+
+
+def test_a_module_under_several_names_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = Shared().eval(), torch.randn(2, 3, 6, 6)
+    plan = prunus.plan(prunus.trace(model, x), model, ratio=0.5)
+    certificate = prunus.verify(plan, model, x)
+    assert certificate.verdict == "exact", certificate.reason
+
+    def apart(plan: Plan, model: Any) -> Any:
+        apply(plan, model, check=False)
+        model.blocks[1]["position"] = nn.Sequential(*model.position)
+        return model
+
+    monkeypatch.setattr("prunus.verifier.case.cut_own", apart)
+    found = prunus.verify(plan, model, x)
+    assert found.verdict == "inexact"
+    assert "blocks.1.position" in found.reason
+
+
 @pytest.mark.parametrize("order", ["flip", "channels_last"])
 def test_a_kernel_is_compared_where_a_small_image_does_not_show_it(
     order: str, monkeypatch: pytest.MonkeyPatch

@@ -31,16 +31,20 @@ def other_attributes(case: Case) -> str:
     for path in (*before, *after):
         if path not in before or path not in after:
             return f"{path}: one of the models has no such module"
-    edited: dict[str, set[str]] = {}
-    for edit in case.plan.edits:
-        edited.setdefault(edit.module, set()).add(edit.attribute)
+    edited: dict[int, set[str]] = {}  # by module: one may have several paths
     shared: dict[int, Any] = {}
-    for path, edits in edited.items():
-        for name in map(_root, edits):
-            if path in before and name in vars(before[path]):
-                _pair_lists(vars(before[path])[name], vars(after[path]).get(name), shared)
+    for edit in case.plan.edits:
+        if edit.module not in before:
+            continue
+        module, name = before[edit.module], _root(edit.attribute)
+        edited.setdefault(id(module), set()).add(edit.attribute)
+        if name in vars(module):
+            _pair_lists(vars(module)[name], vars(after[edit.module]).get(name), shared)
+    pruned: dict[int, nn.Module] = {}
     for path, module in before.items():
-        reason = _differs(module, after[path], edited.get(path, set()), shared)
+        if pruned.setdefault(id(module), after[path]) is not after[path]:
+            return f"{path}: it was one module under several names, and is so no more"
+        reason = _differs(module, after[path], edited.get(id(module), set()), shared)
         if reason:
             return f"{path or 'the model'}: {reason}"
     return ""

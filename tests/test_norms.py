@@ -15,6 +15,7 @@ import prunus
 from models_zoo import data as fashion
 from prunus.recovery import LOOKED_AT, answers_of, distance, recover, refresh
 from prunus.recovery.layer_norms import Correction, correct_norms, measure_norms
+from prunus.surgeon.snapshot import all_or_nothing
 from tests.snapshots import same, snapshot
 
 WIDTH, EPS = 12, 1e-3
@@ -328,13 +329,12 @@ def test_a_failure_at_any_comparison_leaves_the_model_whole(
     monkeypatch.setattr(recover, "distance", nearer_each_time)
     if fails_at < 5:
         with pytest.raises(KeyboardInterrupt):
-            recover.cut_and_recover(model, plan, graph, data, looked_at=data)
+            all_or_nothing(recover.cut_and_recover)(model, plan, graph, data, looked_at=data)
+        assert same(snapshot(model), before)
     else:
-        done = recover.cut_and_recover(model, plan, graph, data, looked_at=data)
-        assert [step.name for step in done.steps][2:] == ["norms", "batch norms"]
+        _, steps = recover.cut_and_recover(model, plan, graph, data, looked_at=data)
+        assert [step.name for step in steps][2:] == ["norms", "batch norms"]
         assert not torch.equal(last.running_var, torch.ones(3))
-        done.undo()
-    assert same(snapshot(model), before)
 
 
 def convolutions() -> nn.Sequential:
@@ -374,6 +374,14 @@ def test_smaller_batches_of_random_inputs_are_more() -> None:
         plan = prunus.plan(prunus.trace(model, torch.zeros(samples, 3, 10, 10)), model, ratio=0.5)
         calls = refresh.random_calls(plan, model)
         assert len(calls) == len({float(args[0].sum()) for args, _ in calls}) == batches
+
+
+def test_looking_at_random_inputs_leaves_the_model_as_it_was() -> None:
+    model = convolutions().train()
+    before = snapshot(model)
+    seen = refresh.look(model, [((torch.randn(2, 3, 10, 10),), {})])
+    assert same(snapshot(model), before)
+    assert not torch.equal(seen.statistics["1"][0], model[1].running_mean)
 
 
 def test_batch_norms_follow_random_inputs_by_the_formula() -> None:
@@ -472,7 +480,7 @@ def test_where_random_inputs_help_nothing_the_model_is_only_cut(
     def refuse(*_: Any) -> None:
         raise ArithmeticError("the model's own error")
 
-    monkeypatch.setattr(recover, "moments_of", refuse)
+    monkeypatch.setattr(recover, "look", refuse)
     model = convolutions()
     done = prunus.shrink(model, PICTURES, budget=prunus.Budget(macs=0.5))
     assert done.recovery == ()
@@ -486,7 +494,7 @@ def test_one_value_per_channel_is_enough() -> None:
     second = [nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU()]
     model = nn.Sequential(*first, *second, nn.Linear(WIDTH, 2)).eval()
     calls = [((torch.randn(1, 6),), {}) for _ in range(8)]
-    _, variance = refresh.moments_of(model, calls)["4"]
+    _, variance = refresh.look(model, calls).moments["4"]
     assert bool((variance > 0.01).all())
     done = prunus.shrink(model, torch.zeros(1, 6), ratio=0.5)
     assert [step.name for step in done.recovery] == ["cut", "batch norms (no data)"]

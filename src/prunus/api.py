@@ -155,16 +155,17 @@ def shrink(
         graph = trace(model, args, kwargs, outputs=outputs)
         task = _Task(graph, model, args, dict(kwargs or {}), asked, each_group, mode)
         chosen, certificate, held = task.solve(verified)
-        recovered = cut_and_recover(
+        chosen, steps = cut_and_recover(
             *(model, chosen, None if chosen.drops else graph, recovered_with),
             method=recover,
             looked_at=looked_at,
             new_biases=mode == "free",  # a plain config can't say them
             optimizer=optimizer,
             progress=progress,
+            check=certificate is None or certificate.verdict != "exact",
             seed=asked.seed,
         )
-    return Shrunk(model, graph, recovered.plan, certificate, held, recovered.steps)
+    return Shrunk(model, graph, chosen, certificate, held, steps)
 
 
 @checks_options

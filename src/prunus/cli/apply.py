@@ -79,14 +79,13 @@ def _cut(
         graph = None
         if data is not None and not plan.drops:
             graph = prunus.trace(model, loaded.args, loaded.kwargs, outputs=options.outputs)
-        done = cut_and_recover(
+        plan, recovery = cut_and_recover(
             *(model, plan, graph, data),
             method=options.recover,
             looked_at=looked_at,
             progress=cutting.telling(step),
             seed=options.seed,
         )
-        plan, recovery = done.plan, done.steps
         stages.append(cutting.measure(loaded, "pruned"))
     document = cutting.describe(options, plan, certificate, stages, recovery)
     return cutting.Outcome(model, plan, certificate, document)

@@ -50,7 +50,6 @@ def recalibrate(
     return model
 
 
-@all_or_nothing
 def measure(
     model: nn.Module,
     norms: Sequence[nn.modules.batchnorm._BatchNorm],

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,19 +21,22 @@ from prunus.recovery.compensate import compensate
 from prunus.recovery.layer_norms import Correction, correct_norms, measure_norms
 from prunus.recovery.norms import batch_norms, recalibrate
 from prunus.recovery.refit import Method
-from prunus.recovery.refresh import Call, Moments, moments_of, move_statistics, random_calls
+from prunus.recovery.refresh import (
+    answer_to,
+    fractions_of,
+    look,
+    move_statistics,
+    random_calls,
+    take_statistics,
+)
 from prunus.surgeon.apply import cut
-from prunus.surgeon.snapshot import Snapshot, all_or_nothing
-from prunus.tracer.outputs import answer_of
+from prunus.surgeon.snapshot import Snapshot
 from prunus.tracer.trace import quiet_run
 
 Recover = Literal["auto", "none", "recalibrate", "bias", "least_squares", "sequential"]
 
 LOOKED_AT = 4
 """Batches on which the outputs are compared with those of the dense model."""
-
-JUDGED = 1
-"""Random inputs on which the outputs are compared where there is no data."""
 
 WORSE = "it made the outputs worse"
 
@@ -50,9 +54,9 @@ class Step:
         ``"cut"``, ``"bias"``, ``"least squares"``, ``"least squares in sequence"``, ``"norms"``,
         ``"batch norms"`` or ``"batch norms (no data)"``.
     error
-        √(Σ (y − y₀)² / Σ y₀²) over the outputs of the first batches (without data, of random
-        inputs) after the step, with the dense model's y₀; NaN where the outputs can't be
-        compared, or the step was not taken.
+        √(Σ (y − y₀)² / Σ y₀²) over the outputs of the first batches after the step (without data,
+        of a random input on which batch norms take its own statistics), with the dense model's
+        y₀; NaN where the outputs can't be compared, or the step was not taken.
     kept
         Whether it stayed; ``"auto"`` takes back what makes the outputs worse.
     why
@@ -65,16 +69,6 @@ class Step:
     why: str = ""
 
 
-@dataclass(frozen=True)
-class Recovery:
-    """The plan as it was applied (with biases that layers got), the steps, and the way back."""
-
-    plan: Plan
-    steps: tuple[Step, ...]
-    undo: Callable[[], None] = field(repr=False, compare=False)
-
-
-@all_or_nothing
 def cut_and_recover(
     model: nn.Module,
     plan: Plan,
@@ -86,9 +80,10 @@ def cut_and_recover(
     new_biases: bool = True,
     optimizer: torch.optim.Optimizer | None = None,
     progress: Progress | None = None,
+    check: bool = True,
     seed: int = 0,
-) -> Recovery:
-    """Cut the model and repair it with the data; in place, either as a whole or not at all.
+) -> tuple[Plan, tuple[Step, ...]]:
+    """Cut the model and repair it with the data, in place; who calls it puts it back on an error.
 
     Parameters
     ----------
@@ -107,32 +102,40 @@ def cut_and_recover(
         so only once the norms are corrected.
     looked_at
         Batches on which the outputs are compared.
+    check
+        As of :func:`prunus.apply`; after a plan was verified it says nothing new.
     seed
         Of the random inputs.
+
+    Returns
+    -------
+    plan, steps
+        The plan as it was applied (with biases that layers got), and what each step brought.
 
     Raises
     ------
     DataError, ModelError, PlanError, ApplyError
-        As from what it calls; the model is then whole.
+        As from what it calls.
     """
     check_recovery(method, data)
-    dense = Snapshot(model, optimizer)
+    only_cut = partial(cut, plan, model, optimizer=optimizer, check=check)
     if data is None and method == "auto":
-        return Recovery(plan, _cut_and_refresh(model, plan, optimizer, seed), dense.restore)
+        return plan, _cut_and_refresh(model, plan, only_cut, seed)
     if data is None or method == "none":
-        cut(plan, model, optimizer=optimizer)
-        return Recovery(plan, (), dense.restore)
+        only_cut()
+        return plan, ()
+    dense = Snapshot(model, optimizer)
     tell = _counting(progress, "norms")
     norms = measure_norms(model, plan, data, progress=tell) if method == "auto" else ()
     answers = answers_of(model, looked_at)
-    bench = _Bench(model, data, looked_at, answers, norms, progress, optimizer=optimizer)
-    bench.cut(plan)
+    bench = _Bench(model, data, looked_at, answers, norms, progress, only_cut)
+    only_cut()
     steps = [Step("cut", bench.distance())]
     if method != "recalibrate":
         dense.restore()
         kind: Method = "bias" if method == "bias" else "least_squares"
         limit = steps[0].error if method == "auto" else None
-        options: Any = {"method": kind, "new_biases": new_biases}
+        options: Any = {"method": kind, "new_biases": new_biases, "optimizer": optimizer}
         if method == "sequential":
             options["sequential"] = True
         plan, step = bench.compensate(plan, graph, limit, dense, **options)
@@ -141,35 +144,34 @@ def cut_and_recover(
         steps.append(bench.correct(_left(steps)))
     if method in ("auto", "recalibrate") and batch_norms(model):
         steps.append(bench.settle(_left(steps) if method == "auto" else None))
-    return Recovery(plan, tuple(steps), dense.restore)
+    return plan, tuple(steps)
 
 
 def _cut_and_refresh(
-    model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None, seed: int
+    model: nn.Module, plan: Plan, only_cut: Callable[[], None], seed: int
 ) -> tuple[Step, ...]:
     """Cut the model, and let its batch norms follow without data."""
     calls = random_calls(plan, model, seed=seed) if batch_norms(model) else []
-    dense: Moments = {}
-    answers: list[dict[str, Tensor]] = []
-    try:
-        if calls:
-            dense = moments_of(model, calls)
-            answers = answers_of(model, calls[:JUDGED], _run_call)
-    except Exception:  # a model's code may refuse random values with any error
-        calls = []
-    cut(plan, model, optimizer=optimizer)
-    if not calls:
+    dense = None
+    if calls:
+        with suppress(Exception):  # a model's code may refuse random values with any error
+            dense = look(model, calls)
+    only_cut()
+    if dense is None:
         return ()
-    bench = _Bench(model, calls, calls[:JUDGED], answers, (), None, _run_call)
-    step = Step("cut", bench.distance())
-    if math.isnan(step.error):
-        return (step,)
-    return step, bench.refresh(plan, dense, step.error)
-
-
-def _run_call(model: nn.Module, call: Call) -> Any:
-    args, kwargs = copy.deepcopy(call)  # a forward may write into its input
-    return model(*args, **kwargs)
+    follow = partial(move_statistics, model, plan, dense.moments, look(model, calls).moments)
+    with quiet_run(model):  # which puts the statistics back
+        take_statistics(model, plan, dense.statistics)
+        before = distance([dense.answer], [answer_to(model, calls[-1])])
+        follow()
+        after = distance([dense.answer], [answer_to(model, calls[-1])])
+    if math.isnan(before):
+        return (Step("cut", before),)
+    kept = _nearer(after, before)
+    if kept:
+        follow()
+    step = Step("batch norms (no data)", after, kept, "" if kept else WORSE)
+    return Step("cut", before), step
 
 
 def check_recovery(method: str, data: Iterable[Any] | None) -> None:
@@ -199,12 +201,7 @@ class _Bench:
     dense: Sequence[dict[str, Tensor]]
     norms: Sequence[Correction]
     progress: Progress | None
-    run: Callable[[nn.Module, Any], Any] = run_batch
-    optimizer: torch.optim.Optimizer | None = None
-
-    def cut(self, plan: Plan) -> None:
-        """Cut the model without any repair."""
-        cut(plan, self.model, optimizer=self.optimizer)
+    only_cut: Callable[[], None]
 
     def compensate(
         self,
@@ -221,23 +218,18 @@ class _Bench:
         try:
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
-                done = compensate(
-                    *(self.model, plan, graph, self.data),
-                    optimizer=self.optimizer,
-                    progress=count,
-                    **options,
-                )
+                done = compensate(*(self.model, plan, graph, self.data), progress=count, **options)
         except ModelError as error:
             if limit is None:
                 raise
-            self.cut(plan)
+            self.only_cut()
             return plan, Step(name, math.nan, False, error.what)
         found = self.distance()
         if _nearer(found, limit) or _nearer(self._corrected(), limit):
             minded = "; ".join(str(one.message) for one in told)
             return done.plan, Step(name, found, why=minded)
         dense.restore()
-        self.cut(plan)
+        self.only_cut()
         return plan, Step(name, found, False, WORSE)
 
     def correct(self, limit: float) -> Step:
@@ -270,15 +262,6 @@ class _Bench:
 
         return self._try(name, measure, limit)
 
-    def refresh(self, plan: Plan, dense: Moments, limit: float) -> Step:
-        """Let batch norms follow without data; as they were where that is worse than the limit."""
-
-        def move() -> None:
-            found = moments_of(self.model, list(self.data))
-            move_statistics(self.model, plan, dense, found)
-
-        return self._try("batch norms (no data)", move, limit)
-
     def _try(self, name: str, change: Callable[[], None], limit: float | None) -> Step:
         """Change the model in place; with a limit, not where the outputs are farther off then."""
         before = Snapshot(self.model)
@@ -291,7 +274,7 @@ class _Bench:
 
     def distance(self) -> float:
         """How far the outputs are from the dense ones, relative to these; NaN if none compare."""
-        return distance(self.dense, answers_of(self.model, self.looked_at, self.run))
+        return distance(self.dense, answers_of(self.model, self.looked_at))
 
 
 def _counting(tell: Progress | None, name: str) -> Callable[[int], None] | None:
@@ -313,18 +296,10 @@ Answers = Sequence[Mapping[str, Tensor]]
 """Outputs by name, batch by batch."""
 
 
-def answers_of(
-    model: nn.Module,
-    batches: Iterable[Any],
-    run: Callable[[nn.Module, Any], Any] = run_batch,
-) -> list[dict[str, Tensor]]:
+def answers_of(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Tensor]]:
     """What a model answers to batches, in eval mode; outputs of fractions alone."""
-    found = []
     with quiet_run(model):
-        for batch in batches:
-            answer = answer_of(run(model, batch)).items()
-            found.append({name: t.detach().clone() for name, t in answer if t.is_floating_point()})
-    return found
+        return [fractions_of(run_batch(model, batch)) for batch in batches]
 
 
 def distance(wanted: Answers, found: Answers) -> float:

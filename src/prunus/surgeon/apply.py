@@ -84,18 +84,17 @@ def apply(
     """
     traced = plan.traced if check else None
     with uncollected(), entered_as_traced(model, traced, forward_fn):
-        _cut(plan, model, optimizer=optimizer, check=check)
+        cut(plan, model, optimizer=optimizer, check=check)
         return model
 
 
 def cut_own(plan: Plan, model: Model) -> Model:
     """What :func:`apply` does without a check, to a copy that is thrown away where it fails."""
     with uncollected():
-        _cut(plan, model, check=False)
+        cut(plan, model, check=False)
     return model
 
 
-@all_or_nothing
 def cut(
     plan: Plan,
     model: nn.Module,
@@ -103,17 +102,10 @@ def cut(
     optimizer: torch.optim.Optimizer | None = None,
     check: bool = True,
 ) -> None:
-    """What :func:`apply` does, for a model that is called as it was traced."""
-    _cut(plan, model, optimizer=optimizer, check=check)
+    """What :func:`apply` does, for a model that is called as it was traced.
 
-
-def _cut(
-    plan: Plan,
-    model: nn.Module,
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    check: bool = True,
-) -> None:
+    Where it fails, the model is left half cut: who calls it puts it back.
+    """
     before, config = list(model.parameters()), copy_config(model)
     if plan.drops:
         drop_blocks(model, plan.drops)

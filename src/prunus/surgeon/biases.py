@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from prunus.errors import ApplyError
-from prunus.surgeon.snapshot import Snapshot, all_or_nothing
+from prunus.surgeon.snapshot import Snapshot
 
 
-@all_or_nothing
 def add_biases(model: nn.Module, biases: Mapping[str, int]) -> None:
     """Make the biases that are not there yet, in place.
 

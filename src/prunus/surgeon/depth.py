@@ -11,10 +11,9 @@ from prunus.errors import ApplyError, ModelError, PlanError
 from prunus.surgeon.layer_count import find_counts
 from prunus.surgeon.numbering import find_numbers
 from prunus.surgeon.own_copies import own_dicts
-from prunus.surgeon.snapshot import Snapshot, all_or_nothing
+from prunus.surgeon.snapshot import Snapshot
 
 
-@all_or_nothing
 def drop_blocks(model: nn.Module, names: Sequence[str]) -> None:
     """Remove children of lists and sequences of modules, in place.
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Edit, Plan
-from prunus.surgeon import apply
+from prunus.surgeon.apply import cut_own
 from prunus.surgeon.reach import read_attribute, write_attribute
 from prunus.surgeon.unread import Unread, find_unread, head_counts, unexplained
 from prunus.tracer.copies import duplicate
@@ -104,7 +104,8 @@ def _by_module(model: nn.Module, found: Iterable[Unread]) -> dict[str, list[Unre
 def ways_of(module: nn.Module) -> list[str]:
     """Methods of a module's class that may compute what its forward does.
 
-    Other forwards of the same signature, and methods without arguments that fold the module.
+    Other forwards of the same signature, and methods without arguments that fold the module; what
+    folds is called from outside, and has a public name (``_make_fuse_layers`` builds a module).
     """
     kind, found = type(module), []
     taken = _signature(kind.forward)
@@ -115,7 +116,7 @@ def ways_of(module: nn.Module) -> list[str]:
         if getattr(nn.Module, name, None) is function:
             continue
         signature = _signature(function)
-        folds = any(part in name.lower() for part in _FOLDS)
+        folds = name[0] != "_" and any(part in name.lower() for part in _FOLDS)
         if signature == taken if "forward" in name else folds and not any(signature or ()):
             found.append(name)
     return found
@@ -161,8 +162,8 @@ def _try_edits(
         return []
     args, kwargs = rebuild_inputs(spec, model)
     with entered_by(model, graph.forward_fn):
-        original = duplicate(model)
-        pruned = apply(plan, duplicate(model), check=False)
+        original = duplicate(model, share=True)
+        pruned = cut_own(plan, duplicate(model, share=True))
     edits = []
     for path, (module, call), ways in _pairs(original, pruned, asked, args, kwargs):
         for way in ways:

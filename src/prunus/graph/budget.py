@@ -74,22 +74,8 @@ class Budget:
                 f"within={self.within!r} is no mapping",
                 fix='write within={"layer4": Budget(macs=0.3)}, say',
             )
-        inner: Any
         for scope, inner in self.within.items():
-            if not isinstance(inner, Budget) or inner.within:
-                raise BudgetError(
-                    f"{inner!r} is no budget of a scope",
-                    where=f"within={{{scope!r}: …}}",
-                    fix="give a Budget that has no scopes of its own",
-                )
-            for name, why in _WHOLE.items():
-                if getattr(inner, name) is not None:
-                    raise BudgetError(
-                        f"a scope can't have a bound on {name}",
-                        where=f"within={{{scope!r}: …}}",
-                        why=why,
-                        fix=f"bound the {name} of the whole model",
-                    )
+            _check_scope(scope, inner)
         if not self.requested:
             raise BudgetError(
                 "the budget bounds nothing",
@@ -181,6 +167,31 @@ def picoseconds(text: str) -> int:
     return int(Fraction(found[1].removesuffix(".")) * _UNITS[found[2]])
 
 
+def _check_scope(scope: str, inner: Any) -> None:
+    where = f"within={{{scope!r}: …}}"
+    if not isinstance(inner, Budget) or inner.within:
+        raise BudgetError(
+            f"{inner!r} is no budget of a scope",
+            where=where,
+            fix="give a Budget that has no scopes of its own",
+        )
+    for name, why in _WHOLE.items():
+        if getattr(inner, name) is not None:
+            raise BudgetError(
+                f"a scope can't have a bound on {name}",
+                where=where,
+                why=why,
+                fix=f"bound the {name} of the whole model",
+            )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is whole or a float, of Python or numpy, which need not be imported for that."""
+    if isinstance(value, Integral):
+        return not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, Rational)
+
+
 def _check(name: str, value: Any) -> None:
     """Refuse whatever is neither a fraction nor a number."""
 
@@ -189,18 +200,16 @@ def _check(name: str, value: Any) -> None:
     def refuse(why: str) -> BudgetError:
         return BudgetError(f"{name}={value!r} is no budget", why=why, fix=fix)
 
-    # These know numpy's numbers as well, without importing numpy.
     whole = isinstance(value, Integral)
-    fraction = isinstance(value, Real) and not isinstance(value, Rational)
-    if isinstance(value, bool) or not (whole or fraction):
+    if not _is_number(value):
         raise refuse(f"it is a {type(value).__name__}")
-    if name == "latency" and whole:
-        raise refuse("a whole number may be seconds as well as milliseconds")
     if not math.isfinite(value):
         raise refuse("it is not finite")
-    if value <= 0:
-        raise refuse("a model that costs nothing computes nothing")
-    if whole and value == 1:
-        raise refuse("the int 1 may mean all of it or a single one; 1.0 is all of it")
-    if not whole and value > 1:
-        raise refuse("a float is a fraction of the dense cost, and this is more than all of it")
+    for wrong, why in (
+        (name == "latency" and whole, "a whole number may be seconds as well as milliseconds"),
+        (value <= 0, "a model that costs nothing computes nothing"),
+        (whole and value == 1, "the int 1 may mean all of it or a single one; 1.0 is all of it"),
+        (not whole and value > 1, "a float is a fraction, and this is more than all of it"),
+    ):
+        if wrong:
+            raise refuse(why)

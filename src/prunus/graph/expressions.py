@@ -161,9 +161,11 @@ def _undo(op: str, value: int, other: int, *, first: bool) -> int | None:
     if op == "-":
         return value + other if first else other - value
     if op == "*":
-        return value // other if other and value % other == 0 else None
+        return _divided(value, other)
     if op == "//":
-        if first:
-            return value * other
-        return other // value if value and other % value == 0 else None
+        return value * other if first else _divided(other, value)
     return None
+
+
+def _divided(value: int, by: int) -> int | None:
+    return value // by if by and value % by == 0 else None

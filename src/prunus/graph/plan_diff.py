@@ -89,22 +89,20 @@ class PlanDiff:
 
 def compare(a: Plan, b: Plan) -> PlanDiff:
     """What two plans for one model do differently; see :meth:`prunus.Plan.diff`."""
-    shapes = _shapes_before(a), _shapes_before(b)
-    shared = shapes[0].keys() & shapes[1].keys()
-    alike = all(shapes[0][name] == shapes[1][name] for name in shared)
-    if not alike or (a.drops == b.drops and shapes[0] != shapes[1]):
+    ours, theirs = _shapes_before(a), _shapes_before(b)
+    only_a, only_b = _without(a.drops, b.drops), _without(b.drops, a.drops)
+    alike = all(ours[name] == theirs[name] for name in ours.keys() & theirs.keys())
+    if not alike or (a.drops == b.drops and ours != theirs):
         raise PlanError("these are plans for different models", fix="compare plans of one")
-    only_a, only_b = (
-        tuple(name for name in one.drops if name not in other.drops)
-        for one, other in ((a, b), (b, a))
-    )
+    both = bool(only_a or only_b)
+    groups = tuple(_differing(_groups_before(a), _groups_before(b), both=both))
     costs = {name: (cost, b.cost(name)) for name, cost in a.cost().items() if name in b.costs}
-    return PlanDiff(
-        tuple(_differing(_groups_before(a), _groups_before(b), both=bool(only_a or only_b))),
-        only_a,
-        only_b,
-        {name: pair for name, pair in costs.items() if pair[0].before == pair[1].before},
-    )
+    same = {name: pair for name, pair in costs.items() if pair[0].before == pair[1].before}
+    return PlanDiff(groups, only_a, only_b, same)
+
+
+def _without(names: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name not in others)
 
 
 def _differing(

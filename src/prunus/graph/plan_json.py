@@ -3,7 +3,8 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -28,16 +29,15 @@ def freeze(value: Any) -> Any:
     >>> freeze({"a": [1, [2.5, None]]})
     {'a': (1, (2.5, None))}
     """
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)) and np.isfinite(value):
-        return float(value)
     if isinstance(value, (list, tuple)):
         return tuple(freeze(item) for item in value)
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {str(key): freeze(item) for key, item in value.items()}
+    if isinstance(value, Mapping) and set(map(type, value)) <= {str}:
+        return {key: freeze(item) for key, item in value.items()}
+    plain = value.item() if isinstance(value, np.generic) else value
+    if isinstance(plain, (bool, int, str, NoneType)):
+        return plain
+    if isinstance(plain, float) and math.isfinite(plain):
+        return plain
     raise PlanError(
         f"{value!r} can't be part of a plan",
         why="a plan is JSON: null, booleans, finite numbers, strings, lists, and objects of these",
@@ -179,35 +179,49 @@ def kind_of_edit(attribute: str, before: Any, after: Any) -> str | None:
     >>> kind_of_edit("training", True, False) is kind_of_edit("width", 8, 9) is None
     True
     """
+    allowed: tuple[tuple[str, Callable[[Any, Any], bool]], ...] = ()
     if attribute == CLASS:
-        named = type(before) is str or _is_equivalent(before)
-        return "adapter" if named and _is_equivalent(after) else None
-    if not _PATH.fullmatch(attribute):
-        return None
-    if attribute == "use_nested_tensor":  # of PyTorch's encoder, whose layers change their class
-        return "adapter" if before is True and after is False else None
-    if type(before) is type(after) is int:
-        return "integer" if 0 < after <= before else None
-    if type(before) is type(after) is tuple:
-        return _kind_of_tuples(before, after)
-    return None
+        allowed = (("adapter", _becomes_equivalent),)
+    elif attribute == "use_nested_tensor":  # of PyTorch's encoder, whose layers change their class
+        allowed = (("adapter", lambda before, after: before is True and after is False),)
+    elif _PATH.fullmatch(attribute):
+        allowed = _SETTINGS
+    return next((kind for kind, is_such in allowed if is_such(before, after)), None)
 
 
-def _kind_of_tuples(before: tuple[Any, ...], after: tuple[Any, ...]) -> str | None:
-    kinds = {type(item) for item in (*before, *after)}
-    if len(before) == len(after) and kinds <= {int}:
-        pairs = zip(before, after, strict=True)
-        return "integers" if all(b == a or 0 < a <= b for b, a in pairs) else None
-    if 0 < len(after) < len(before) and kinds <= {int, str, type(None)}:
-        rest = iter(before)
-        return "subsequence" if all(item in rest for item in after) else None
-    return None
+def _becomes_equivalent(before: Any, after: Any) -> bool:
+    return (type(before) is str or _is_equivalent(before)) and _is_equivalent(after)
 
 
 def _is_equivalent(value: Any) -> bool:
     """A class of our own table with the positive factor that it keeps."""
     pair = isinstance(value, tuple) and len(value) == 2
     return pair and type(value[0]) is str and type(value[1]) is float and 0 < value[1] < math.inf
+
+
+def _is_smaller(before: Any, after: Any) -> bool:
+    return type(before) is type(after) is int and 0 < after <= before
+
+
+def _are_smaller(before: Any, after: Any) -> bool:
+    if not _hold_only({int}, before, after) or len(before) != len(after):
+        return False
+    return all(b == a or 0 < a <= b for b, a in zip(before, after, strict=True))
+
+
+def _is_subsequence(before: Any, after: Any) -> bool:
+    if not _hold_only({int, str, NoneType}, before, after):
+        return False
+    rest = iter(before)
+    return 0 < len(after) < len(before) and all(item in rest for item in after)
+
+
+def _hold_only(kinds: set[type], before: Any, after: Any) -> bool:
+    tuples = type(before) is type(after) is tuple
+    return tuples and {type(item) for item in (*before, *after)} <= kinds
+
+
+_SETTINGS = (("integer", _is_smaller), ("integers", _are_smaller), ("subsequence", _is_subsequence))
 
 
 def check_kind(where: str, attribute: str, before: Any, after: Any) -> None:

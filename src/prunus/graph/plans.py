@@ -158,30 +158,15 @@ class Plan:
         origin: Mapping[str, Any] | None = None,
     ) -> Plan:
         """The plan that keeps the units of a mask of shape ``(units + 1,)``."""
-        if kept.shape != (graph.unit_count + 1,) or kept.dtype != np.bool_ or not kept[0]:
-            raise PlanError(
-                "this is no mask of the graph's units",
-                why=f"it is {kept.dtype} of shape {kept.shape}",
-                fix=f"give a bool array of shape ({graph.unit_count + 1},) whose entry 0 is true",
-            )
-        keep = {axis: tuple(stay.tolist()) for axis, stay in graph.positions(kept)}
-        empty = [str(axis) for axis, stay in keep.items() if not stay]
-        if empty:
-            raise PlanError(f"nothing would stay of {_some(empty)}", fix="keep a unit of each")
-        groups = tuple(
-            GroupChoice(g.name, g.size, tuple(np.flatnonzero(~kept[g.units]).tolist()))
-            for g in graph.groups
-        )
-        cut = {choice.name for choice in groups if choice.removed}
-        renormalised = [name for name in graph.renormalised if name in cut]
+        _check_mask(graph, kept)
         return cls(
-            keep=keep,
+            keep=_kept(graph, kept),
             shapes={n: tuple(s) for n, s in graph.shapes.items() if n not in graph.aliases},
             edits=tuple(edits),
             scalings=tuple(_scalings(graph, kept)),
-            groups=groups,
+            groups=tuple(_choices(graph, kept)),
             costs={name: (graph.cost(name), graph.cost(name, kept)) for name in graph.costs},
-            origin={**(origin or {}), **({"renormalised": renormalised} if renormalised else {})},
+            origin={**(origin or {}), **_renormalised(graph, kept)},
         )
 
     @property
@@ -259,17 +244,17 @@ class Plan:
         surplus = [name for name in parameters if name not in self.shapes]
         if surplus:
             raise _another_model(f"more than the plan has: {_some(surplus)}", _TRACED)
-        given = {name: tuple(shape) for name, shape in shapes.items()}
-        other = [n for n, shape in self.shapes.items() if given[n] != tuple(shape)]
-        if other:
-            pruned = all(given[n] == shape for n, shape in self.resulting_shapes().items())
-            sizes = [f"{n} {given[n]} where the plan has {tuple(self.shapes[n])}" for n in other]
-            fix = (
-                "the plan has been applied to it already"
-                if pruned
-                else f"{_TRACED}, before any pruning"
-            )
-            raise _another_model(_some(sizes), fix)
+        given = {name: tuple(shapes[name]) for name in self.shapes}
+        if given != {name: tuple(shape) for name, shape in self.shapes.items()}:
+            raise self._other_shapes(given)
+
+    def _other_shapes(self, given: Mapping[str, tuple[int, ...]]) -> PlanError:
+        pruned = given == self.resulting_shapes()
+        before = f"{_TRACED}, before any pruning"
+        fix = "the plan has been applied to it already" if pruned else before
+        pairs = ((name, given[name], tuple(shape)) for name, shape in self.shapes.items())
+        sizes = [f"{n} {one} where the plan has {own}" for n, one, own in pairs if one != own]
+        return _another_model(_some(sizes), fix)
 
     def diff(self, other: Plan) -> PlanDiff:
         """What the two plans remove differently and cost; groups by their names in the original.
@@ -385,6 +370,35 @@ def _check_follows(
 
 def _another_model(has: str, fix: str) -> PlanError:
     return PlanError("this is a plan for another model", why=f"the model has {has}", fix=fix)
+
+
+def _check_mask(graph: CouplingGraph, kept: Mask) -> None:
+    if kept.shape != (graph.unit_count + 1,) or kept.dtype != np.bool_ or not kept[0]:
+        raise PlanError(
+            "this is no mask of the graph's units",
+            why=f"it is {kept.dtype} of shape {kept.shape}",
+            fix=f"give a bool array of shape ({graph.unit_count + 1},) whose entry 0 is true",
+        )
+
+
+def _kept(graph: CouplingGraph, kept: Mask) -> dict[Axis, tuple[int, ...]]:
+    keep = {axis: tuple(stay.tolist()) for axis, stay in graph.positions(kept)}
+    empty = [str(axis) for axis, stay in keep.items() if not stay]
+    if empty:
+        raise PlanError(f"nothing would stay of {_some(empty)}", fix="keep a unit of each")
+    return keep
+
+
+def _renormalised(graph: CouplingGraph, kept: Mask) -> dict[str, list[str]]:
+    cut = {group.name for group in graph.groups if not kept[group.units].all()}
+    names = [name for name in graph.renormalised if name in cut]
+    return {"renormalised": names} if names else {}
+
+
+def _choices(graph: CouplingGraph, kept: Mask) -> Iterator[GroupChoice]:
+    for group in graph.groups:
+        removed = tuple(np.flatnonzero(~kept[group.units]).tolist())
+        yield GroupChoice(group.name, group.size, removed)
 
 
 def _scalings(graph: CouplingGraph, kept: Mask) -> Iterator[Scaling]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,18 +120,21 @@ def tensors_of(structure: Any, path: str = "") -> list[tuple[str, Tensor]]:
     """
     if isinstance(structure, Tensor):
         return [(path or "output", structure)]
-    items: list[tuple[str, Any]] = []
-    if isinstance(structure, Mapping):
-        items = [(str(key), value) for key, value in structure.items()]
-    elif isinstance(structure, (list, tuple)):
-        names = getattr(structure, "_fields", range(len(structure)))
-        items = [(str(name), value) for name, value in zip(names, structure, strict=True)]
-    elif hasattr(structure, "__dataclass_fields__") and not isinstance(structure, type):
-        items = [(name, getattr(structure, name)) for name in structure.__dataclass_fields__]
     found: list[tuple[str, Tensor]] = []
-    for name, value in items:
-        found += tensors_of(value, f"{path}.{name}" if path else name)
+    for name, value in _items(structure):
+        found += tensors_of(value, f"{path}.{name}" if path else str(name))
     return found
+
+
+def _items(structure: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(structure, Mapping):
+        return structure.items()
+    if isinstance(structure, (list, tuple)):
+        names = getattr(structure, "_fields", range(len(structure)))
+        return zip(names, structure, strict=True)
+    if hasattr(structure, "__dataclass_fields__") and not isinstance(structure, type):
+        return [(name, getattr(structure, name)) for name in structure.__dataclass_fields__]
+    return ()
 
 
 def stored(module: nn.Module, name: str) -> Any:
@@ -160,16 +163,20 @@ def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        kept = {n: v for n, v in vars(module).items() if isinstance(v, Tensor)}
-        attributes = {n: v for n, v in kept.items() if v.layout == torch.strided}
-        for own in (module._parameters, module._buffers, attributes):
-            for name, tensor in own.items():
-                if tensor is None:
-                    continue
-                full = f"{prefix}.{name}" if prefix else name
-                if id(tensor) in first:
-                    aliases.setdefault(full, first[id(tensor)])
-                else:
-                    first[id(tensor)] = full
-                    state[full] = tensor
+        for own, tensor in _tensors_in(module):
+            name = f"{prefix}.{own}" if prefix else own
+            if id(tensor) in first:
+                aliases.setdefault(name, first[id(tensor)])
+            else:
+                first[id(tensor)] = name
+                state[name] = tensor
     return state, aliases
+
+
+def _tensors_in(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a module itself holds: parameters, buffers, and dense tensor attributes."""
+    for store in (module._parameters, module._buffers):
+        yield from ((name, tensor) for name, tensor in store.items() if tensor is not None)
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            yield name, value

@@ -39,20 +39,35 @@ def solve(equations: Sequence[Equation], current: Mapping[Attribute, int], kept:
         if isinstance(equation.expression, Attribute) and equation.expression not in settled:
             values[equation.expression] = width(equation.width)
             settled.add(equation.expression)
-    pending = [e for e in equations if not isinstance(e.expression, Attribute)]
-    for equation in pending:
-        if _holds(equation, values, width):
+    for equation in equations:
+        if isinstance(equation.expression, Attribute) or _holds(equation, values, width):
             continue
         free = sorted(set(attributes_in(equation.expression)) - settled)
-        if len(free) == 1:
-            found = invert(
-                equation.expression, width(equation.width), free[0], values.__getitem__, width
-            )
-            if found is not None:
-                values[free[0]] = found
-                settled.add(free[0])
+        demanded, of = width(equation.width), values.__getitem__
+        found = (
+            invert(equation.expression, demanded, free[0], of, width) if len(free) == 1 else None
+        )
+        if found is not None:
+            values[free[0]] = found
+            settled.add(free[0])
     broken = tuple(e for e in equations if not _holds(e, values, width))
     return Solution(values, broken)
+
+
+def _settle(
+    equation: Equation,
+    values: dict[Attribute, int],
+    settled: set[Attribute],
+    width: Callable[[Width], int],
+) -> None:
+    """Give the one free attribute of an equation the value that it demands, if there is one."""
+    free = sorted(set(attributes_in(equation.expression)) - settled)
+    if len(free) == 1:
+        demanded = width(equation.width)
+        found = invert(equation.expression, demanded, free[0], values.__getitem__, width)
+        if found is not None:
+            values[free[0]] = found
+            settled.add(free[0])
 
 
 def other_paths(conditions: Sequence[Condition], solution: Solution, kept: Mask) -> list[int]:

@@ -5,7 +5,7 @@ nothing that it would build is larger than :data:`MOST_ELEMENTS`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -95,39 +95,37 @@ def read_traced(value: Any, where: str = "origin.traced") -> Traced:
 def check_inputs(spec: Any, where: str = "inputs") -> bool:
     """Refuse what describes no inputs; False if they can't be built from the description alone.
 
-    A value is null, a boolean, a finite number, a list of values, ``{"dict": {name: value}}``, or
+    A value is null, a boolean, a number, a list of values, ``{"dict": {name: value}}``, or
     ``{"tensor": shape, "dtype": name}`` with, for integers, all ``values`` in a row or a ``low``
     and a ``high`` that they lie between.  A string may be the name of anything, a file's say: it is
     told apart, and whoever reads it from a plan asks for inputs instead.
     """
     call = convert(spec, _Call, where)
     budget = [MOST_ELEMENTS]
-    found = [_check(v, f"{where}.args[{n}]", budget, 0) for n, v in enumerate(call.args)]
-    found += [_check(v, f"{where}.kwargs.{n}", budget, 0) for n, v in call.kwargs.items()]
-    return all(found)
+    items = [(f".args[{n}]", value) for n, value in enumerate(call.args)]
+    items += [(f".kwargs.{name}", value) for name, value in call.kwargs.items()]
+    return _check_all(items, where, budget, 0)
 
 
 def _check(value: Any, where: str, budget: list[int], depth: int) -> bool:
     if depth > _DEEPEST:
         raise malformed(where, f"it is nested deeper than {_DEEPEST}")
-    if isinstance(value, str):
-        return False
-    if value is None or isinstance(value, (bool, int)):
-        return True
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise malformed(where, "it is no finite number")
-        return True
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return not isinstance(value, str)
     items: list[tuple[str, Any]]
     if isinstance(value, (list, tuple)):
-        items = [(f"{where}[{n}]", item) for n, item in enumerate(value)]
+        items = [(f"[{n}]", item) for n, item in enumerate(value)]
     elif isinstance(value, Mapping) and set(value) == {"dict"}:
         named = convert(value["dict"], dict[str, Any], f"{where}.dict")
-        items = [(f"{where}.dict.{n}", item) for n, item in named.items()]
+        items = [(f".dict.{name}", item) for name, item in named.items()]
     else:
         _check_tensor(convert(value, _Tensor, where), where, budget)
         return True
-    found = [_check(item, place, budget, depth + 1) for place, item in items]
+    return _check_all(items, where, budget, depth + 1)
+
+
+def _check_all(items: Sequence[tuple[str, Any]], where: str, budget: list[int], depth: int) -> bool:
+    found = [_check(item, f"{where}{place}", budget, depth) for place, item in items]
     return all(found)
 
 

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import prunus
-from prunus import planner
 from prunus.errors import BudgetError, PlanError
 from prunus.graph.axis import Axis, Role
 from prunus.graph.budget import Budget
@@ -26,6 +25,7 @@ from prunus.graph.constraints import Constraint, Lockstep, Nonempty
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import form_groups
 from prunus.graph.polynomial import Monomial, Polynomial, measure_widths
+from prunus.planner import allocate as planner
 from prunus.planner.allocate import normalised
 from prunus.planner.cost import CostState
 from prunus.planner.lockstep import merge_locksteps

@@ -68,7 +68,7 @@ class Case:
     ) -> None:
         self.plan, self.original, self.source = plan, original, source
         self.args, self.kwargs, self.outputs, self.on = args, kwargs, outputs, on
-        self.gradients: Tensor | None = None  # by projection and unit, if they were taken
+        self.gradients: Tensor | None = None  # by unit, if they were taken
         self._drawn: list[Drawn] = []
         self._drawn_dense: list[Drawn] = []
         if graph is not None:

@@ -7,28 +7,28 @@ end in zeros, batch norms without statistics, attention that looks everywhere al
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunus.errors import checks_options
-from prunus.graph.program import Program, state_of, stored
-from prunus.tracer.adapters import adapted
-from prunus.tracer.capture import PASSIVE
+from prunus.graph.coupling import CouplingGraph
+from prunus.graph.program import Node, state_of, stored, tensors_of
 from prunus.tracer.outputs import answer_of
-from prunus.tracer.registry import bind
 from prunus.tracer.softmax_scale import find_attentions
-from prunus.tracer.trace import forget_caches, plain_kernels, quiet_run, trace
+from prunus.tracer.trace import forget_caches, quiet, quiet_run, trace
+from prunus.verifier.replay import Replay
 
 FAINT = 0.3
 """A weight whose outputs have less than this times the spread of its inputs is made louder."""
 
 ROUNDS = 2
-"""How often attention is sharpened; what an early layer changes, later ones hear."""
+"""How often attention is sharpened where batch norms follow it, whose statistics that changes."""
+
+MASKED = -1e4
+"""Logits below this stand for positions that an attention does not see."""
 
 SMALL = 0.1
 """A constant parameter below this is a switched-off branch, not a scale."""
@@ -52,15 +52,14 @@ def randomise(
     kwargs: Mapping[str, Any],
     *,
     seed: int = 0,
-    program: Program | None = None,
+    graph: CouplingGraph | None = None,
 ) -> dict[str, Tensor] | None:
     """What :func:`listen` does; returns what the model answers then, None where that is not known.
 
     Parameters
     ----------
-    program
-        A trace of the model on these inputs, where there is one; it is not traced again where
-        it runs the same operators.
+    graph
+        A trace of the model on these inputs, where there is one.
     """
     generator = torch.Generator().manual_seed(seed)
     forget_caches(model, args, kwargs)  # of what was computed from the weights as they were
@@ -72,8 +71,8 @@ def randomise(
             if isinstance(module, nn.Linear):
                 _speak_up(module.weight)
         answer = _settle_batch_norms(model, args, kwargs, generator)
-        for _ in range(ROUNDS):
-            if not _sharpen(model, args, kwargs, program):
+        for _ in range(ROUNDS if any(map(_has_statistics, _hookable(model))) else 1):
+            if not _sharpen(model, args, kwargs, graph):
                 break
             # Sharper attention is louder.
             answer = _settle_batch_norms(model, args, kwargs, generator)
@@ -207,79 +206,48 @@ def _perturb(module: Any, generator: torch.Generator) -> None:
 
 
 def _sharpen(
-    model: nn.Module, args: Any, kwargs: Mapping[str, Any], program: Program | None
+    model: nn.Module, args: Any, kwargs: Mapping[str, Any], graph: CouplingGraph | None
 ) -> bool:
     """Multiply the weights of queries whose attention logits are too alike to matter.
 
-    Whether any were: what is loud enough now stays so.
+    Whether any were.  The logits of one replay are multiplied with their weights, so that later
+    attentions see what the earlier ones have become.
     """
-    attentions = None if program is None else find_attentions(program)
-    if attentions == {}:
-        return False
-    hearing = None if program is None else _hear(model, args, kwargs, program, attentions or {})
-    if hearing is None:
-        program = trace(model, args, kwargs, real=True).program
-        attentions = find_attentions(program)
-        hearing = _hear(model, args, kwargs, program, attentions) if attentions else None
-    if hearing is None or not attentions:
+    graph = trace(model, args, kwargs) if graph is None else graph
+    attentions = {graph.program.nodes[n]: t for n, t in find_attentions(graph.program).items()}
+    if not attentions:
         return False
     state, _ = state_of(model)
     sharpened = False
-    for index, targets in attentions.items():
-        spread = hearing.spread.get(index, 1.0)
-        factor = min(max(1.2 / spread, 1.0), 1e3) if spread > 0 else 1.0
-        for name, dim, positions in targets:
-            if factor > 1 and state[name].is_floating_point():
+
+    def alter(node: Node, bound: dict[str, Any]) -> None:
+        nonlocal sharpened
+        targets = [one for one in attentions.get(node, ()) if state[one[0]].is_floating_point()]
+        factor = _factor(bound) if targets else 1.0
+        if factor > 1:
+            for name, dim, positions in targets:
                 at = torch.as_tensor(positions, device=state[name].device)
                 scaled = state[name].index_select(dim, at) * factor
                 state[name].index_copy_(dim, at, scaled)
-                sharpened = True
+            operand = "self" if "self" in bound else "query"
+            values = bound[operand]
+            bound[operand] = torch.where(values > MASKED, values * factor, values)
+            sharpened = True
+
+    with quiet():
+        replay = Replay(graph, state, [t.detach() for _, t in tensors_of([args, kwargs])])
+        replay.run(graph.all_kept, alter=alter)
     return sharpened
 
 
-def _hear(
-    model: nn.Module, args: Any, kwargs: Any, program: Program, chosen: Mapping[int, Any]
-) -> _Hearing | None:
-    """How loud attentions are; None where the model runs other operators than the program."""
-    hearing = _Hearing(set(chosen), [node.target for node in program.nodes])
-    with quiet_run(model), plain_kernels(), adapted(model), hearing:
-        model(*args, **kwargs)
-    return hearing if hearing.same else None
-
-
-class _Hearing(TorchDispatchMode):
-    """Standard deviation of the attention logits of chosen operators, by their position."""
-
-    def __init__(self, chosen: set[int], targets: Sequence[OpOverload]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.spread: dict[int, float] = {}
-        self._chosen = chosen
-        self._targets = targets
-        self._count = 0
-        self._alike = True
-
-    @property
-    def same(self) -> bool:
-        """Whether the operators were those of the program, to its end."""
-        return self._alike and self._count == len(self._targets)
-
-    def __torch_dispatch__(
-        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func._schema.name not in PASSIVE:
-            known = self._count < len(self._targets)
-            self._alike = self._alike and known and self._targets[self._count] is func
-            if self._alike and self._count in self._chosen:
-                bound = bind(func, args, kwargs)
-                logits = bound.get("self")
-                if logits is None:
-                    logits = _logits(bound["query"], bound["key"], bound.get("scale"))
-                finite = logits[torch.isfinite(logits) & (logits > -1e4)]
-                if finite.numel() > 1:
-                    self.spread[self._count] = float(finite.double().std())
-            self._count += 1
-        return func(*args, **kwargs)
+def _factor(bound: Mapping[str, Any]) -> float:
+    """What to multiply the query of an attention by."""
+    logits = bound.get("self")
+    if logits is None:
+        logits = _logits(bound["query"], bound["key"], bound.get("scale"))
+    finite = logits[torch.isfinite(logits) & (logits > MASKED)]
+    spread = float(finite.double().std()) if finite.numel() > 1 else 0.0
+    return min(max(1.2 / spread, 1.0), 1e3) if spread > 0 else 1.0
 
 
 def _logits(query: Tensor, key: Tensor, scale: float | None) -> Tensor:

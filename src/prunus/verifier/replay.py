@@ -29,6 +29,9 @@ Silence = Mask | Tensor | None
 
 Watch = Callable[[Node, list[Tensor], Any], None]
 
+Alter = Callable[[Node, dict[str, Any]], None]
+"""Called with every operator that runs, and its arguments by name, which it may replace."""
+
 
 class Replay:
     """Runs a traced program for real, at full size, with any set of units silenced."""
@@ -51,14 +54,16 @@ class Replay:
         state = self._program.state
         return frozenset(state[number] for number in self._written if number in state)
 
-    def run(self, kept: Mask, watch: Watch | None = None) -> dict[str, Tensor]:
+    def run(
+        self, kept: Mask, watch: Watch | None = None, alter: Alter | None = None
+    ) -> dict[str, Tensor]:
         """Outputs by name, with the given units kept.
 
         ``watch`` is called with every random operator, what went in, and what it drew; every run
         draws the same (:mod:`prunus.tracer.randomness`).
         """
         with torch.no_grad():
-            return self._run(None if kept.all() else kept, watch)
+            return self._run(None if kept.all() else kept, watch, alter)
 
     def run_gated(self) -> tuple[Tensor, dict[str, Tensor]]:
         """A gate of one for every unit, (units + 1,), and the outputs as functions of them.
@@ -70,7 +75,9 @@ class Replay:
         with torch.enable_grad():
             return gates, self._run(gates, None)
 
-    def _run(self, silence: Silence, watch: Watch | None) -> dict[str, Tensor]:
+    def _run(
+        self, silence: Silence, watch: Watch | None, alter: Alter | None = None
+    ) -> dict[str, Tensor]:
         program = self._program
         values: dict[int, Any] = {}
         values.update(zip(program.inputs, (t.clone() for t in self._inputs), strict=True))
@@ -79,7 +86,10 @@ class Replay:
         with same_draws():
             for index, node in enumerate(program.nodes):
                 with _blaming(node):
-                    self._step(node, values, silence, watch)
+                    bound = {name: _fetch(value, values) for name, value in node.args.items()}
+                    if alter is not None:
+                        alter(node, bound)
+                    self._step(node, bound, values, silence, watch)
                 for number in self._last_use.get(index, ()):
                     values.pop(number, None)
         return {name: values[number] for name, number in program.outputs.items()}
@@ -89,9 +99,13 @@ class Replay:
         return tensor.detach().clone() if number in self._written else tensor.detach()
 
     def _step(
-        self, node: Node, values: dict[int, Any], silence: Silence, watch: Watch | None
+        self,
+        node: Node,
+        bound: dict[str, Any],
+        values: dict[int, Any],
+        silence: Silence,
+        watch: Watch | None,
     ) -> None:
-        bound = {name: _fetch(value, values) for name, value in node.args.items()}
         order, before, result = self._order.get(id(node)), list[Tensor](), None
         if order is not None and watch is not None:
             before = copy_of(bound)
@@ -136,14 +150,10 @@ class Replay:
         return bound
 
     def _gated(self, node: Node, bound: dict[str, Any], gates: Tensor) -> dict[str, Any]:
-        """What contractions read, multiplied by the gates."""
+        """What contractions read, as if multiplied by the gates."""
         for name, dim, label in self._contracted(node):
-            operand = bound[name]
-            if operand.is_floating_point():
-                units = torch.as_tensor(label)
-                gate = gates[units].prod(1).to(operand)
-                shape = [-1 if d == dim % operand.dim() else 1 for d in range(operand.dim())]
-                bound[name] = lay(operand * gate.reshape(shape), operand.stride())
+            if bound[name].is_floating_point():
+                bound[name] = _Gate.apply(bound[name], gates, torch.as_tensor(label), dim)
         return bound
 
     def _contracted(self, node: Node) -> list[tuple[str, int, Label]]:
@@ -178,6 +188,26 @@ class Replay:
             if references and all(reference.value in found for reference in references):
                 found.update(node.outputs)
         return found
+
+
+class _Gate(torch.autograd.Function):
+    """A product with gates, which are one: nothing to compute but for the gradient by the gates."""
+
+    @staticmethod
+    def forward(ctx: Any, operand: Tensor, gates: Tensor, units: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(operand, units)
+        ctx.dim, ctx.count = dim % operand.dim(), len(gates)
+        return operand.view_as(operand)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        operand, units = ctx.saved_tensors
+        others = [dim for dim in range(operand.dim()) if dim != ctx.dim]
+        by_position = (operand * gradients[0]).sum(others) if others else operand * gradients[0]
+        found = by_position.new_zeros(ctx.count, dtype=torch.float32)
+        for column in units.to(operand.device).T:
+            found.index_add_(0, column, by_position.float())
+        return gradients[0], found.cpu(), None, None
 
 
 @contextmanager

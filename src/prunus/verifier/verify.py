@@ -264,9 +264,8 @@ def _listening(
 ) -> tuple[nn.Module, dict[str, Tensor] | None]:
     """A copy with random weights in place of constant ones, and what it answers if known."""
     model = duplicate(own)
-    program = None if graph is None else graph.program
     with task.case(own, own, None, "randomised weights").blaming_the_model():
-        answer = randomise_weights(model, task.args, task.kwargs, seed=task.seed, program=program)
+        answer = randomise_weights(model, task.args, task.kwargs, seed=task.seed, graph=graph)
     return model, answer
 
 

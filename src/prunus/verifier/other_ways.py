@@ -180,15 +180,22 @@ def _pairs(
     args: Any,
     kwargs: Mapping[str, Any],
 ) -> Iterator[tuple[str, tuple[nn.Module, _Call], list[str]]]:
-    """Of each module that is asked for: the cut one with its call, and the ways that went wrong."""
-    calls = [_listen(model, asked, args, kwargs) for model in (original, pruned)]
+    """Of each module that is asked for: the cut one with its call, and the ways that went wrong.
+
+    Those disagree with the forward in the cut model, and agree with it at full size.
+    """
+    calls = _listen(pruned, asked, args, kwargs)
+    before: dict[str, _Call] | None = None
     for path in asked:
-        if any(path not in one for one in calls):
+        if path not in calls:
             continue  # it did not run
-        whole, cut = (model.get_submodule(path) for model in (original, pruned))
-        ways = [way for way in ways_of(whole) if _agrees(whole, calls[0][path], way)]
-        wrong = [way for way in ways if not _agrees(cut, calls[1][path], way)]
-        yield path, (cut, calls[1][path]), wrong
+        cut, whole = pruned.get_submodule(path), original.get_submodule(path)
+        wrong = [way for way in ways_of(whole) if not _agrees(cut, calls[path], way)]
+        if wrong and before is None:
+            before = _listen(original, asked, args, kwargs)
+        call = (before or {}).get(path)
+        ways = [way for way in wrong if call is not None and _agrees(whole, call, way)]
+        yield path, (cut, calls[path]), ways
 
 
 def _listen(

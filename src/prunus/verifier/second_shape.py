@@ -7,7 +7,7 @@ take another path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from prunus.tracer.outputs import answer_of
 from prunus.tracer.sources import find_line
 from prunus.tracer.trace import quiet_run
 from prunus.verifier.case import Case
-from prunus.verifier.comparison import compare, tolerance
+from prunus.verifier.comparison import Comparison, compare, tolerance
 from prunus.verifier.depth import prove_depth
 from prunus.verifier.paths import other_path
 from prunus.verifier.rounding import error_in_float64
@@ -66,17 +66,34 @@ class Elsewhere:
 
 
 def compare_elsewhere(case: Case) -> Elsewhere:
-    """Compare on one more batch size and, where the model takes it, resolution or length."""
+    """Compare on one more batch size and, where the model takes it, resolution or length.
+
+    The model itself is run at full size only where the comparison fails: its trace and the replay
+    of that tell as well whether it takes the inputs.
+    """
     near, far = find_thresholds(case.graph)
     traced = as_traced(case.args, case.kwargs)
-    second, why = second_inputs(case.original, case, [n + 1 for n in near])
+    found: list[tuple[Case, Comparison | Exception]] = []
+
+    def refusal(inputs: Inputs) -> str:
+        other = _at(case, inputs)
+        try:
+            found.append((other, compare(other)))
+            said = _no_answer(case, inputs, other.masked)
+        except Exception as failure:  # what a model does at another shape may be beyond the tracer
+            found.append((other, failure))
+            said = str(failure)
+        return said and _refusal(case.original, case, inputs)
+
+    second, why = _first_taken(case, [n + 1 for n in near], refusal)
     if second is None:
         return Elsewhere(0.0, "", (traced, why))
-    other = _at(case, second)
+    other, compared = found[-1]
+    if isinstance(compared, Exception):
+        return Elsewhere(0.0, "", (traced, f"not compared at {second}: {compared}"))
     try:
         reason = _other_couplings(other) or other_path(other)
-        compared = compare(other)
-    except Exception as failure:  # what a model does at another shape may be beyond the tracer
+    except Exception as failure:
         return Elsewhere(0.0, "", (traced, f"not compared at {second}: {failure}"))
     error = compared.rel_err
     if not reason and not compared.reason and error > tolerance(other.dtype):
@@ -95,7 +112,7 @@ def compare_elsewhere(case: Case) -> Elsewhere:
 def depth_elsewhere(original: nn.Module, without: nn.Module, case: Case) -> Elsewhere:
     """Compare a model without blocks with the one that skips them, on one more shape."""
     traced = as_traced(case.args, case.kwargs)
-    second, why = second_inputs(original, case, ())
+    second, why = _first_taken(case, (), lambda inputs: _refusal(original, case, inputs))
     if second is None:
         return Elsewhere(0.0, "", (traced, why))
     names = case.plan.drops
@@ -118,27 +135,30 @@ def as_traced(args: object, kwargs: object) -> str:
     return f"as traced: {', '.join(filter(None, shapes))}"
 
 
-def second_inputs(
-    model: nn.Module, case: Case, lengths: Sequence[int]
+def _first_taken(
+    case: Case, lengths: Sequence[int], refusal: Callable[[Inputs], str]
 ) -> tuple[Inputs | None, str]:
-    """The first other inputs that the model itself takes, and what it said of better ones."""
+    """The first other inputs that are not refused, and what was said of better ones."""
     why = ""
     candidates = other_inputs(case.args, dict(case.kwargs), lengths)
     for _, inputs in zip(range(MOST_TRIES), candidates, strict=False):
-        try:
-            with quiet_run(model):
-                found = answer_of(model(*inputs.args, **inputs.kwargs))
-        except Exception as failure:  # a forward may raise anything at what it doesn't take
-            place = find_line(failure)
-            said = f"the model itself raises {type(failure).__name__}"
-            said += f" at {place}" if place else ""
-            why = why or f"not compared at {inputs.what}: {said}"
-            continue
-        said = _no_answer(case, inputs, found)
+        said = refusal(inputs)
         if not said:
             return inputs, why
         why = why or f"not compared at {inputs.what}: {said}"
     return None, why or "not compared at another shape: the inputs have no dim that may change"
+
+
+def _refusal(model: nn.Module, case: Case, inputs: Inputs) -> str:
+    """Why a model itself does not take the inputs; empty if it does."""
+    try:
+        with quiet_run(model):
+            found = answer_of(model(*inputs.args, **inputs.kwargs))
+    except Exception as failure:  # a forward may raise anything at what it doesn't take
+        place = find_line(failure)
+        said = f"the model itself raises {type(failure).__name__}"
+        return f"{said} at {place}" if place else said
+    return _no_answer(case, inputs, found)
 
 
 def _also(why: str) -> tuple[str, ...]:

@@ -29,7 +29,16 @@ from prunus.tracer.randomness import is_free, tied_nodes
 from prunus.tracer.sources import find_line
 from prunus.tracer.trace import quiet_run, trace
 from prunus.verifier.draws import Drawn, Draws
+from prunus.verifier.permutation import INTERCHANGEABLE, exchange_error, relative_error
 from prunus.verifier.replay import Replay
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
+"""Largest relative error that still counts as exact."""
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """What counts as exact in a type; as in float32 where none is given for it."""
+    return TOLERANCE.get(dtype, TOLERANCE[torch.float32])
 
 
 class Case:
@@ -52,6 +61,8 @@ class Case:
         A trace of ``original`` on these inputs, where there is one.
     on
         The inputs and the weights in words, for the certificate: ``"given inputs, own weights"``.
+    seed
+        Of the order that units take.
     """
 
     def __init__(
@@ -65,9 +76,11 @@ class Case:
         outputs: Any = None,
         graph: CouplingGraph | None = None,
         on: str = "",
+        seed: int = 0,
     ) -> None:
         self.plan, self.original, self.source = plan, original, source
         self.args, self.kwargs, self.outputs, self.on = args, kwargs, outputs, on
+        self.seed = seed
         self.gradients: Tensor | None = None  # by unit, if they were taken
         self._drawn: list[Drawn] = []
         self._drawn_dense: list[Drawn] = []
@@ -124,6 +137,39 @@ class Case:
         """Outputs of the model's own forward at full size."""
         with self.blaming_the_model():
             return self.run(self.original)
+
+    @cached_property
+    def exchanged(self) -> float:
+        """How much the outputs change when the units of the touched groups take another order.
+
+        Beside the traced program, where that shows it: then the program computes what the model
+        does as well, and the model is not run a second time for that.
+        """
+        if "whole" not in vars(self) and not tied_nodes(self.graph.program):
+            error = self._exchange_error(self.dense, float("inf"))
+            if error <= INTERCHANGEABLE:
+                return error
+        return self._exchange_error(self.whole, INTERCHANGEABLE)
+
+    def _exchange_error(self, before: Mapping[str, Tensor], limit: float) -> float:
+        with self.blaming_the_model():
+            return exchange_error(
+                self.graph,
+                self.original,
+                self.touched,
+                self.args,
+                self.kwargs,
+                seed=self.seed,
+                limit=limit,
+                before=before,
+            )
+
+    @property
+    def follows(self) -> bool:
+        """Whether the traced program computes what the model does."""
+        if self.exchanged <= INTERCHANGEABLE and "whole" not in vars(self):
+            return True
+        return relative_error(self.dense, self.whole) <= tolerance(self.dtype)
 
     @cached_property
     def pruned(self) -> nn.Module:

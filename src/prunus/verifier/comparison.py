@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from prunus.errors import PrunusError
 from prunus.tracer.sources import find_line
 from prunus.verifier.case import Case
 from prunus.verifier.permutation import relative_error
-
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
-"""Largest relative error that still counts as exact."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,3 @@ def compare_with(
             f"at {find_line(failure)}: {failure}",
         )
     return Comparison(relative_error(masked, answer))
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """What counts as exact in a type; as in float32 where none is given for it."""
-    return TOLERANCE.get(dtype, TOLERANCE[torch.float32])

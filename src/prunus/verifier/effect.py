@@ -28,13 +28,14 @@ FEW = 4
 def each_alone(case: Case) -> dict[str, float]:
     """By touched group: how far its removal alone moves the outputs, to first order if clear."""
     open_gates(case)
-    touched = case.touched
-    moved = {group.name: _first_order(case, group) for group in touched}
-    for group in touched:
-        if not moved[group.name] > CLEAR * MOVED:
-            alone = case.graph.all_kept
-            alone[group.units] = case.kept[group.units]
-            moved[group.name] = relative_error(case.dense, case.replay.run(alone))
+    moved = {group.name: _first_order(case, group) for group in case.touched}
+    doubtful = [group for group in case.touched if not moved[group.name]]
+    choices = []
+    for group in doubtful:
+        choices.append(case.graph.all_kept)
+        choices[-1][group.units] = case.kept[group.units]
+    for index, outputs in case.replay.run_each(choices):
+        moved[doubtful[index].name] = relative_error(case.dense, outputs)
     return moved
 
 
@@ -50,15 +51,16 @@ def open_gates(case: Case) -> None:
 
 
 def _first_order(case: Case, group: Group) -> float:
-    """What the gradients say of the units that a group loses: the root of the sum of squares.
+    """What the gradients say of the units that a group loses; 0 where that is not clear.
 
-    Each is the change along a random direction, which one unit or their sum may be small along by
-    chance; all of them are not.
+    The root of the sum of squares, which is not small by chance, as the change along one direction
+    may be.  The sum tells whether the units undo each other.
     """
     if case.gradients is None:
         return 0.0
-    gone = torch.as_tensor(group.units[~case.kept[group.units]])
-    return float(case.gradients[gone].norm())
+    removed = case.gradients[torch.as_tensor(group.units[~case.kept[group.units]])]
+    size = float(removed.norm())
+    return size if size > CLEAR * MOVED and abs(float(removed.sum())) > MOVED else 0.0
 
 
 def _gradients(gates: Tensor, outputs: dict[str, Tensor]) -> Tensor:

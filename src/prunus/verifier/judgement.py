@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from prunus.verifier.attributes import other_attributes
-from prunus.verifier.case import Case
-from prunus.verifier.comparison import Comparison, compare, tolerance
+from prunus.verifier.case import Case, tolerance
+from prunus.verifier.comparison import Comparison, compare
 from prunus.verifier.paths import other_path
 from prunus.verifier.rounding import error_in_float64
 from prunus.verifier.settings import compare_on_fast_path, fast_path_matters

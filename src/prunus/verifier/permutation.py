@@ -7,8 +7,8 @@ under norms, softmax and means over channels, of which the second witness can sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,9 @@ from prunus.tracer.outputs import answer_of
 from prunus.tracer.randomness import tied_nodes
 from prunus.tracer.trace import quiet_run
 from prunus.verifier.draws import Draws
+
+INTERCHANGEABLE = 1e-4
+"""Largest relative change of the outputs when units of one group take another order."""
 
 Places = NDArray[np.int64]
 """By unit: which unit takes its place."""
@@ -54,61 +57,58 @@ def exchange_error(
         A change above this is measured again in float64 where the model can run in it, since
         another order rounds differently and depth amplifies it.
     before
-        What the model answers, where that is known.
+        What the model answers, where that is known and draws no random numbers.
     """
-    moved = duplicate(model, share=True)
-    place = _permute(graph, groups, seed)
-    _exchange(graph, moved, place)
-    pair = _Pair(graph, place)
-    kept = graph.kept_outputs
-    single = pair.error([model, moved], args, kwargs, None if pair.random else before)
+    pair = _Pair(graph, _permute(graph, groups, seed))
+    single = pair.error(model, args, kwargs, before)
     if single <= limit:
         return single
     try:
-        double = [duplicate(m).double() for m in (model, moved)]
+        double = duplicate(model).double()
         exact = pair.run(double, *to_double((tuple(args), dict(kwargs))))
         known = all(bool(exact[0][name].isfinite().all()) for name in graph.kept_outputs)
     except (RuntimeError, TypeError):
         known = False
     if not known:  # a forward that insists on its own type, or overflows in another
         return single
-    return relative_error({name: exact[0][name] for name in kept}, exact[1])
+    return relative_error({name: exact[0][name] for name in graph.kept_outputs}, exact[1])
 
 
 class _Pair:
     """Runs a model and the same with its units in another order; random numbers move along."""
 
     def __init__(self, graph: CouplingGraph, place: Places) -> None:
-        self._program = graph.program
-        self.random = bool(tied_nodes(graph.program))
-        self._kept = graph.kept_outputs
+        self._graph = graph
+        self._random = bool(tied_nodes(graph.program))
         self._place = place
 
     def error(
         self,
-        models: Sequence[nn.Module],
+        model: nn.Module,
         args: Any,
         kwargs: Mapping[str, Any],
         before: Mapping[str, Tensor] | None,
     ) -> float:
-        """How far the outputs are apart; ``before`` are those of the first, if they are known."""
-        if before is None:
-            before, after = self.run(models, args, kwargs)
-        else:
-            (after,) = self.run(models[1:], args, kwargs)
-        return relative_error({name: before[name] for name in self._kept}, after)
+        """How far the outputs are apart; ``before`` are those of the model, if they are known."""
+        before, after = self.run(model, args, kwargs, None if self._random else before)
+        return relative_error({name: before[name] for name in self._graph.kept_outputs}, after)
 
     def run(
-        self, models: Iterable[nn.Module], args: Any, kwargs: Mapping[str, Any]
-    ) -> list[dict[str, Tensor]]:
-        """The outputs of both."""
-        answers: list[dict[str, Tensor]] = []
-        draws = Draws(self._program)
-        for model in models:
-            with quiet_run(model), draws if self.random else nullcontext():
-                answers.append(answer_of(model(*args, **kwargs)))
-            draws = Draws(self._program, draws.drawn, self._order)
-        return answers
+        self,
+        model: nn.Module,
+        args: Any,
+        kwargs: Mapping[str, Any],
+        before: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """The outputs before and after."""
+        draws = Draws(self._graph.program)
+        if before is None:
+            with quiet_run(model), draws if self._random else nullcontext():
+                before = answer_of(model(*args, **kwargs))
+        draws = Draws(self._graph.program, draws.drawn, self._order)
+        tied = draws if self._random else nullcontext()
+        with _exchanged(self._graph, model, self._place), quiet_run(model), tied:
+            return before, answer_of(model(*args, **kwargs))
 
     def _order(self, label: Label) -> Places:
         take = _take(label, self._place)
@@ -125,17 +125,25 @@ def to_double(values: Any) -> Any:
     return tree_map(cast, values)
 
 
-def _exchange(graph: CouplingGraph, model: nn.Module, place: Places) -> None:
-    """Put every unit's positions on every axis where the unit goes, in place."""
+@contextmanager
+def _exchanged(graph: CouplingGraph, model: nn.Module, place: Places) -> Iterator[None]:
+    """Within, every unit's positions stand on every axis where the unit goes."""
     tensors, _ = state_of(model)
-    with torch.no_grad():
-        for axis, label in graph.labels.items():
-            take = _take(label, place)
-            if take is not None and not np.array_equal(take, np.arange(len(take))):
-                tensor = tensors[axis.tensor]
-                index = torch.as_tensor(take, device=tensor.device)
-                # Other memory, since a parameter's own is that of the model that was copied.
-                tensor.data = lay(tensor.detach().index_select(axis.dim, index), tensor.stride())
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for axis, label in graph.labels.items():
+                take = _take(label, place)
+                if take is not None and not np.array_equal(take, np.arange(len(take))):
+                    tensor = tensors[axis.tensor]
+                    before.append((tensor, tensor.data))
+                    index = torch.as_tensor(take, device=tensor.device)
+                    moved = tensor.detach().index_select(axis.dim, index)
+                    tensor.data = lay(moved, tensor.stride())  # other memory, which nobody shares
+        yield
+    finally:
+        for tensor, data in reversed(before):
+            tensor.data = data
 
 
 def _permute(graph: CouplingGraph, groups: Iterable[Group], seed: int) -> Places:

@@ -70,12 +70,15 @@ def randomise(
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 _speak_up(module.weight)
-        answer = _settle_batch_norms(model, args, kwargs, generator)
+        answer, heard = _settle_batch_norms(model, args, kwargs, generator), dict[str, Tensor]()
         for _ in range(ROUNDS if any(map(_has_statistics, _hookable(model))) else 1):
-            if not _sharpen(model, args, kwargs, graph):
+            sharpened, heard = _sharpen(model, args, kwargs, graph)
+            if not sharpened:
                 break
             # Sharper attention is louder.
             answer = _settle_batch_norms(model, args, kwargs, generator)
+        if answer is None and heard and not _is_asleep(heard):
+            return None
         return _wake(model, args, kwargs, answer)
 
 
@@ -207,16 +210,17 @@ def _perturb(module: Any, generator: torch.Generator) -> None:
 
 def _sharpen(
     model: nn.Module, args: Any, kwargs: Mapping[str, Any], graph: CouplingGraph | None
-) -> bool:
+) -> tuple[bool, dict[str, Tensor]]:
     """Multiply the weights of queries whose attention logits are too alike to matter.
 
-    Whether any were.  The logits of one replay are multiplied with their weights, so that later
-    attentions see what the earlier ones have become.
+    Whether any were, and what about the model answers, if it has attentions.  The logits of one
+    replay are multiplied with their weights, so that later attentions see what the earlier ones
+    have become.
     """
     graph = trace(model, args, kwargs) if graph is None else graph
     attentions = {graph.program.nodes[n]: t for n, t in find_attentions(graph.program).items()}
     if not attentions:
-        return False
+        return False, {}
     state, _ = state_of(model)
     sharpened = False
 
@@ -236,8 +240,8 @@ def _sharpen(
 
     with quiet():
         replay = Replay(graph, state, [t.detach() for _, t in tensors_of([args, kwargs])])
-        replay.run(graph.all_kept, alter=alter)
-    return sharpened
+        heard = replay.run(graph.all_kept, alter=alter)
+    return sharpened, heard
 
 
 def _factor(bound: Mapping[str, Any]) -> float:

@@ -8,8 +8,7 @@ import numpy as np
 
 from prunus.graph.program import state_of, tensors_of
 from prunus.tracer.renormalised import find_renormalised, names_of
-from prunus.verifier.case import Case
-from prunus.verifier.comparison import tolerance
+from prunus.verifier.case import Case, tolerance
 from prunus.verifier.permutation import relative_error
 from prunus.verifier.replay import Replay
 

@@ -5,13 +5,15 @@ It knows the model's tensors and the labels, and shares no code with the surgeon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch._ops import OpOverload
 
@@ -75,24 +77,80 @@ class Replay:
         with torch.enable_grad():
             return gates, self._run(gates, None)
 
+    def run_each(self, choices: Sequence[Mask]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """The outputs with each choice of kept units, with its number, in another order.
+
+        What comes before the first operator that reads a removed unit runs once for all of them.
+        """
+        read = [self._read_by(node) for node in self._program.nodes]
+        firsts = [
+            next((n for n, units in enumerate(read) if not kept[units].all()), len(read))
+            for kept in choices
+        ]
+        done = 0
+        with torch.no_grad(), same_draws():
+            values = self._start()
+            for first, index in sorted(zip(firsts, range(len(choices)), strict=True)):
+                self._advance(values, range(done, first), None)
+                done = first
+                own = self._forked(values)
+                self._advance(own, range(first, len(read)), choices[index])
+                yield index, self._outputs(own)
+
     def _run(
         self, silence: Silence, watch: Watch | None, alter: Alter | None = None
     ) -> dict[str, Tensor]:
+        values = self._start()
+        with same_draws():
+            self._advance(values, range(len(self._program.nodes)), silence, watch, alter)
+        return self._outputs(values)
+
+    def _start(self) -> dict[int, Any]:
+        """What is known before the first operator."""
         program = self._program
         values: dict[int, Any] = {}
         values.update(zip(program.inputs, (t.clone() for t in self._inputs), strict=True))
         values.update({n: self._own(n, self._state[name]) for n, name in program.state.items()})
         values.update({n: self._own(n, tensor) for n, tensor in program.constants.items()})
-        with same_draws():
-            for index, node in enumerate(program.nodes):
-                with _blaming(node):
-                    bound = {name: _fetch(value, values) for name, value in node.args.items()}
-                    if alter is not None:
-                        alter(node, bound)
-                    self._step(node, bound, values, silence, watch)
-                for number in self._last_use.get(index, ()):
-                    values.pop(number, None)
-        return {name: values[number] for name, number in program.outputs.items()}
+        return values
+
+    def _forked(self, values: Mapping[int, Any]) -> dict[int, Any]:
+        """The same values in memory of their own; what is a view of another stays one."""
+        shared = {*self._program.state, *self._program.constants} - self._written
+        memo: dict[int, Any] = {}
+        return {n: v if n in shared else copy.deepcopy(v, memo) for n, v in values.items()}
+
+    def _advance(
+        self,
+        values: dict[int, Any],
+        indices: Iterable[int],
+        silence: Silence,
+        watch: Watch | None = None,
+        alter: Alter | None = None,
+    ) -> None:
+        """Run some of the operators."""
+        for index in indices:
+            node = self._program.nodes[index]
+            with _blaming(node):
+                bound = {name: _fetch(value, values) for name, value in node.args.items()}
+                if alter is not None:
+                    alter(node, bound)
+                self._step(node, bound, values, silence, watch)
+            for number in self._last_use.get(index, ()):
+                values.pop(number, None)
+
+    def _outputs(self, values: Mapping[int, Any]) -> dict[str, Tensor]:
+        return {name: values[number] for name, number in self._program.outputs.items()}
+
+    def _read_by(self, node: Node) -> NDArray[np.int64]:
+        """The units whose removal changes what an operator computes."""
+        if node.effect is None:
+            return np.empty(0, np.int64)
+        labels = [label for _, _, label in self._contracted(node)]
+        for (name, *_), dim in node.effect.mixing:
+            label = self._program.value_label(node.args[str(name)], dim)
+            labels += [] if label is None else [label]
+        return np.concatenate([np.empty(0, np.int64), *(label.ravel() for label in labels)])
 
     def _own(self, number: int, tensor: Tensor) -> Tensor:
         """A tensor of the model, copied where the program writes to it."""

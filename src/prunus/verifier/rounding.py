@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from prunus.tracer.copies import duplicate
-from prunus.verifier.case import Case
-from prunus.verifier.comparison import TOLERANCE, compare
+from prunus.verifier.case import TOLERANCE, Case
+from prunus.verifier.comparison import compare
 from prunus.verifier.permutation import relative_error, to_double
 from prunus.verifier.structure import other_count, other_positions, stale_attribute
 

@@ -19,7 +19,7 @@ from prunus.tracer.inputs import main_tensor
 SMALL = 64
 """Images up to this side grow rather than shrink: much smaller ones hold too little."""
 
-SHORT = 128
+SHORT = 64
 """Sequences up to this length become more than twice as long."""
 
 MULTIPLE = 32

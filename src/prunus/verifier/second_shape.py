@@ -21,8 +21,8 @@ from prunus.tracer.inputs import samples_in
 from prunus.tracer.outputs import answer_of
 from prunus.tracer.sources import find_line
 from prunus.tracer.trace import quiet_run
-from prunus.verifier.case import Case
-from prunus.verifier.comparison import Comparison, compare, tolerance
+from prunus.verifier.case import Case, tolerance
+from prunus.verifier.comparison import Comparison, compare
 from prunus.verifier.depth import prove_depth
 from prunus.verifier.paths import other_path
 from prunus.verifier.rounding import error_in_float64

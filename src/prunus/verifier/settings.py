@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from prunus.graph.program import state_of
 from prunus.tracer.copies import duplicate
-from prunus.verifier.case import Case
-from prunus.verifier.comparison import Comparison, compare_with, tolerance
+from prunus.verifier.case import Case, tolerance
+from prunus.verifier.comparison import Comparison, compare_with
 from prunus.verifier.permutation import relative_error
 
 _FAST = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)

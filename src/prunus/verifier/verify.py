@@ -28,22 +28,18 @@ from prunus.tracer.precision import full_precision
 from prunus.tracer.randomness import say_draws, tied_nodes
 from prunus.tracer.trace import forget_caches, uncollected
 from prunus.tracer.wrappers import unwraps
-from prunus.verifier.case import Case
-from prunus.verifier.comparison import tolerance
+from prunus.verifier.case import Case, tolerance
 from prunus.verifier.depth import prove_depth
 from prunus.verifier.effect import MOVED, each_alone, open_gates
 from prunus.verifier.judgement import Judgement, judge, judge_as_users_run
 from prunus.verifier.other_ways import stale_integers
-from prunus.verifier.permutation import exchange_error, relative_error
+from prunus.verifier.permutation import INTERCHANGEABLE, relative_error
 from prunus.verifier.randomize import randomise as randomise_weights
 from prunus.verifier.renormalised import renormalised_groups
 from prunus.verifier.second_shape import Elsewhere, compare_elsewhere, depth_elsewhere
 from prunus.verifier.training import breaks_in_training
 
 Verdict = Literal["exact", "inexact", "not verified"]
-
-INTERCHANGEABLE = 1e-4
-"""Largest relative change of the outputs when units of one group take another order."""
 
 NOT_INTERCHANGEABLE = "units of one group are not interchangeable: a coupling is missing"
 
@@ -230,6 +226,7 @@ class _Task:
             outputs=self.outputs,
             graph=None if self.plan.biases else graph,
             on=f"{self.given}, {weights}",
+            seed=self.seed,
         )
 
 
@@ -284,7 +281,7 @@ def _with_weights(
         try:
             if task.each_group:
                 open_gates(case)
-            if relative_error(case.dense, case.whole) <= tolerance(case.dtype):
+            if case.follows:
                 break
         except PrunusError:
             if graph is None:
@@ -376,10 +373,9 @@ def _verify_widths(task: _Task, own: Case, other: Case | None) -> Certificate:
         judged.append(judge(other))
     reason = next((one.reason for one in judged if one.reason), "")
     alone = each_alone(main) if task.each_group else {}
-    swapped = _exchanged(main, task.seed)
-    if not swapped <= INTERCHANGEABLE:
+    if not main.exchanged <= INTERCHANGEABLE:
         reason = reason or NOT_INTERCHANGEABLE
-    if not relative_error(main.dense, main.whole) <= tolerance(main.dtype):
+    if not main.follows:
         reason = reason or NOT_THE_MODEL
     reason = reason or breaks_in_training(own)
     moved = relative_error(main.dense, main.masked)
@@ -394,7 +390,7 @@ def _verify_widths(task: _Task, own: Case, other: Case | None) -> Certificate:
     return Certificate(
         verdict=verdict,
         rel_err=max(error, elsewhere.rel_err) if single is None else error,
-        exchanged=swapped,
+        exchanged=main.exchanged,
         moved=moved,
         moved_alone=alone,
         unverified=tuple(name for name, by in alone.items() if not by > MOVED),
@@ -422,19 +418,6 @@ def _errors(judged: Sequence[Judgement]) -> tuple[torch.dtype, float, float | No
     if not wide:
         return dtype, error, None
     return dtype, error, max(one.rel_err32 or one.rel_err for one in judged)
-
-
-def _exchanged(case: Case, seed: int) -> float:
-    return exchange_error(
-        case.graph,
-        case.original,
-        case.touched,
-        case.args,
-        case.kwargs,
-        seed=seed,
-        limit=INTERCHANGEABLE,
-        before=case.whole,
-    )
 
 
 def _kept_outputs(plan: Plan) -> list[str] | None:

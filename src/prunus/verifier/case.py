@@ -179,6 +179,11 @@ class Case:
         """
         return cut_own(self.plan, duplicate(self.source))
 
+    @cached_property
+    def answer(self) -> dict[str, Tensor]:
+        """Outputs of the pruned model's own forward."""
+        return self.run(self.pruned)
+
     @property
     def dtype(self) -> torch.dtype:
         """The type in which the outputs are compared."""

@@ -54,13 +54,13 @@ def _first_order(case: Case, group: Group) -> float:
     """What the gradients say of the units that a group loses; 0 where that is not clear.
 
     The root of the sum of squares, which is not small by chance, as the change along one direction
-    may be.  The sum tells whether the units undo each other.
+    may be.  The sum is next to nothing where the units undo each other.
     """
     if case.gradients is None:
         return 0.0
     removed = case.gradients[torch.as_tensor(group.units[~case.kept[group.units]])]
     size = float(removed.norm())
-    return size if size > CLEAR * MOVED and abs(float(removed.sum())) > MOVED else 0.0
+    return size if size > CLEAR * MOVED and abs(float(removed.sum())) > MOVED / 4 else 0.0
 
 
 def _gradients(gates: Tensor, outputs: dict[str, Tensor]) -> Tensor:

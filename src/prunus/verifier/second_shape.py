@@ -19,6 +19,7 @@ from prunus.graph.expressions import Attribute, Expression, Width
 from prunus.graph.program import Ref
 from prunus.tracer.inputs import samples_in
 from prunus.tracer.outputs import answer_of
+from prunus.tracer.randomness import tied_nodes
 from prunus.tracer.sources import find_line
 from prunus.tracer.trace import quiet_run
 from prunus.verifier.case import Case, tolerance
@@ -68,8 +69,8 @@ class Elsewhere:
 def compare_elsewhere(case: Case) -> Elsewhere:
     """Compare on one more batch size and, where the model takes it, resolution or length.
 
-    The model itself is run at full size only where the comparison fails: its trace and the replay
-    of that tell as well whether it takes the inputs.
+    The pruned model says whether the inputs are taken; that at full size is asked only where it
+    refuses them, or where they can't be compared.
     """
     near, far = find_thresholds(case.graph)
     traced = as_traced(case.args, case.kwargs)
@@ -77,12 +78,18 @@ def compare_elsewhere(case: Case) -> Elsewhere:
 
     def refusal(inputs: Inputs) -> str:
         other = _at(case, inputs)
+        answer, said = _asked(case.pruned, case, inputs)
+        said = said and _refusal(case.original, case, inputs)
+        if said:
+            return said
         try:
+            if answer and not tied_nodes(other.graph.program):
+                other.answer = answer
             found.append((other, compare(other)))
             said = _no_answer(case, inputs, other.masked)
         except Exception as failure:  # what a model does at another shape may be beyond the tracer
             found.append((other, failure))
-            said = str(failure)
+            said = "not compared"
         return said and _refusal(case.original, case, inputs)
 
     second, why = _first_taken(case, [n + 1 for n in near], refusal)
@@ -151,14 +158,19 @@ def _first_taken(
 
 def _refusal(model: nn.Module, case: Case, inputs: Inputs) -> str:
     """Why a model itself does not take the inputs; empty if it does."""
+    return _asked(model, case, inputs)[1]
+
+
+def _asked(model: nn.Module, case: Case, inputs: Inputs) -> tuple[dict[str, Tensor], str]:
+    """What a model answers, and why that is none."""
     try:
         with quiet_run(model):
             found = answer_of(model(*inputs.args, **inputs.kwargs))
     except Exception as failure:  # a forward may raise anything at what it doesn't take
         place = find_line(failure)
         said = f"the model itself raises {type(failure).__name__}"
-        return f"{said} at {place}" if place else said
-    return _no_answer(case, inputs, found)
+        return {}, f"{said} at {place}" if place else said
+    return found, _no_answer(case, inputs, found)
 
 
 def _also(why: str) -> tuple[str, ...]:

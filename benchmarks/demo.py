@@ -47,9 +47,10 @@ def measure(name: str, model: nn.Module) -> dict[str, Any]:
     return {
         "name": name,
         "accuracy": data.accuracy(model, images, labels),
-        **prunus.measure_costs(model, inputs[:1]),
+        **prunus.report.measure_costs(model, inputs[:1]),
         "latency_ms": {
-            str(batch): prunus.measure_latency(model, inputs[:batch], warmup=5) for batch in BATCHES
+            str(batch): prunus.report.measure_latency(model, inputs[:batch], warmup=5)
+            for batch in BATCHES
         },
     }
 
@@ -76,12 +77,12 @@ def run(out: Path, seed: int) -> dict[str, Any]:
     prunus.apply(plan, model)
     stages.append(measure("cut", model))
 
-    prunus.recalibrate(model, calibration())
+    prunus.recovery.recalibrate(model, calibration())
     stages.append(measure("recalibrated", model))
 
     out.mkdir(parents=True, exist_ok=True)
     plan.save(out / "plan.json")
-    prunus.draw_channels(
+    prunus.report.draw_channels(
         plan, out / "channels.png", title=f"{MODEL}: the channels that stay at half the MACs"
     )
     report = {
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     report = run(options.out, options.seed)
-    prunus.show_stages(report["stages"])
+    prunus.report.show_stages(report["stages"])
     verdict = report["certificate"]["verdict"]
     print(f"The cut model computes what the masked original computes: {verdict}.")
     print(

@@ -20,7 +20,7 @@ from prunus.surgeon import apply
 from prunus.surgeon.attributes import find_edits
 from prunus.tracer.trace import trace
 from prunus.tracer.wrappers import unwrapped
-from prunus.verifier.randomize import listen
+from prunus.verifier.randomize import randomize
 from prunus.verifier.verify import NOT_INTERCHANGEABLE, Certificate, verify
 from tests.witness import Testimony, testify
 
@@ -87,7 +87,7 @@ def judge(
     torch.manual_seed(0)
     model = build().eval()
     kwargs = kwargs or {}
-    listen(model, args, kwargs)
+    randomize(model, args, kwargs)
     try:
         graph = trace(model, args, kwargs, **options)
         kept = thin(graph, seed=seed)

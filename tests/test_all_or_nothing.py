@@ -138,13 +138,15 @@ MODELS: dict[str, Callable[[], Case]] = {
 
 VERBS: dict[str, Callable[[Case], Any]] = {
     "apply": lambda c: prunus.apply(c.plan, c.model, optimizer=c.optimizer),
-    "compensate": lambda c: prunus.compensate(
+    "compensate": lambda c: prunus.recovery.compensate(
         c.model, c.plan, data=[c.x] * 2, optimizer=c.optimizer
     ),
-    "sequential": lambda c: prunus.compensate(c.model, c.plan, data=[c.x] * 2, sequential=True),
+    "sequential": lambda c: prunus.recovery.compensate(
+        c.model, c.plan, data=[c.x] * 2, sequential=True
+    ),
     "shrink": lambda c: prunus.shrink(c.model, c.x, ratio=0.4, data=[c.x], optimizer=c.optimizer),
     "shrink without data": lambda c: prunus.shrink(c.model, c.x, ratio=0.4, each_group=False),
-    "recalibrate": lambda c: prunus.recalibrate(c.model, [c.x]),
+    "recalibrate": lambda c: prunus.recovery.recalibrate(c.model, [c.x]),
     "drop": lambda c: prunus.drop_layers(c.model, [1], c.x),
 }
 

@@ -95,7 +95,7 @@ def test_the_predicted_error_of_scores_is_the_measured_one(options: dict[str, An
     model, x, graph = case(**options)
     plan = plan_of(model, graph)
     smaller = copy.deepcopy(model)
-    done = prunus.compensate(smaller, plan, graph, [x])
+    done = prunus.recovery.compensate(smaller, plan, graph, [x])
     report = next(r for r in done.repairs if "·" in r.tensor)
     wanted = products(model, x)
     missed = (products(smaller, x) - wanted).square().mean((1, 2)).sum()
@@ -110,19 +110,19 @@ def test_the_predicted_error_of_scores_is_the_measured_one(options: dict[str, An
 def test_values_in_another_basis_are_the_same_model_and_miss_less(shared: int) -> None:
     model, x, graph = case(shared=shared)
     plan = plan_of(model, graph)
-    seen = prunus.collect(model, graph, [x], "second_moment", also=projections_of(graph))
+    seen = prunus.importance.collect(model, graph, [x], "second_moment", also=projections_of(graph))
     turned = turn_values(graph, plan, state_of(model)[0], seen.sites)
     assert set(turned.state) == {"v.weight", "v.bias", "out.weight"}
     twin = copy.deepcopy(model)
     twin.load_state_dict({**model.state_dict(), **turned.state})
     assert not torch.equal(twin.v.weight, model.v.weight)
     assert off(model, twin, x) < 1e-10
-    again = prunus.collect(twin, graph, [x], "second_moment")
+    again = prunus.importance.collect(twin, graph, [x], "second_moment")
     (site,) = (s for s in again.sites if s.tensor == "out.weight")
     (told,) = (s for s in turned.sites if s.tensor == "out.weight")
     assert torch.allclose(told.moments.covariance(), site.moments.covariance(), atol=1e-9)
     assert torch.allclose(told.moments.mean, site.moments.mean, atol=1e-9)
-    done = prunus.compensate(copy.deepcopy(model), plan, graph, [x])
+    done = prunus.recovery.compensate(copy.deepcopy(model), plan, graph, [x])
     plain = repair_all(model, plan, graph, seen)[0]
     before = next(new.report for c, new in plain if c.tensor == "out.weight")
     after = next(r for r in done.repairs if r.tensor == "out.weight")
@@ -148,7 +148,7 @@ def test_a_projection_that_is_exactly_of_fewer_dims_loses_nothing() -> None:
 
     plan = prunus.plan(graph, whole, ratio=0.5, hold=heads, importance=odd_ones)
     smaller = copy.deepcopy(whole)
-    done = prunus.compensate(smaller, plan, graph, [inputs], ridge=1e-12)
+    done = prunus.recovery.compensate(smaller, plan, graph, [inputs], ridge=1e-12)
     assert {"1.q.bias", "1.k.bias", "1.v.bias"} <= set(done.plan.biases)
     assert off(whole, prunus.apply(plan, copy.deepcopy(whole)), inputs) > 0.1
     assert off(whole, smaller, inputs) < 1e-4
@@ -157,7 +157,7 @@ def test_a_projection_that_is_exactly_of_fewer_dims_loses_nothing() -> None:
 def test_undo_puts_every_basis_back() -> None:
     model, x, graph = case()
     smaller = copy.deepcopy(model)
-    prunus.compensate(smaller, plan_of(model, graph), graph, [x]).undo()
+    prunus.recovery.compensate(smaller, plan_of(model, graph), graph, [x]).undo()
     assert all(
         torch.equal(a, b) for a, b in zip(*(m.parameters() for m in (model, smaller)), strict=True)
     )
@@ -168,7 +168,7 @@ def test_queries_that_are_read_elsewhere_keep_their_basis() -> None:
     plan = plan_of(model, graph)
     found, left = mix_products(
         graph, plan, kept_units(graph, plan), state_of(model)[0],
-        prunus.collect(model, graph, [x], "second_moment").sites,
+        prunus.importance.collect(model, graph, [x], "second_moment").sites,
     )  # fmt: skip
     assert found == []
     assert list(left.values()) == ["abs reads its projection as well"]
@@ -178,7 +178,7 @@ def test_queries_that_are_read_elsewhere_keep_their_basis() -> None:
 def test_whole_heads_leave_bases_alone() -> None:
     model, x, graph = case()
     plan = plan_of(model, graph, heads=True)
-    done = prunus.compensate(copy.deepcopy(model), plan, graph, [x])
+    done = prunus.recovery.compensate(copy.deepcopy(model), plan, graph, [x])
     assert [r.tensor for r in done.repairs] == ["out.weight"]
     assert done.left == {}
 
@@ -217,7 +217,7 @@ def test_models_of_transformers(family: str, implementation: str) -> None:
     ])  # fmt: skip
     assert any(choice.removed for choice in plan.groups)
     smaller = copy.deepcopy(model)
-    done = prunus.compensate(smaller, plan, graph, [batch])
+    done = prunus.recovery.compensate(smaller, plan, graph, [batch])
     mixed = [r for r in done.repairs if "q" in r.tensor.split(".")[-2] or "·" in r.tensor
              or "c_attn" in r.tensor]  # fmt: skip
     if family == "llama":  # a rotation lies between, which knows pairs of dims

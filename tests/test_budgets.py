@@ -53,9 +53,9 @@ def cut(plan: prunus.Plan, net: nn.Module) -> nn.Module:
 
 class TestBytes:
     def test_bytes_are_those_that_are_stored(self, net, graph) -> None:
-        assert graph.cost("bytes") == prunus.measure_costs(net, INPUT)["bytes"]
+        assert graph.cost("bytes") == prunus.report.measure_costs(net, INPUT)["bytes"]
         plan = prunus.plan(graph, net, budget=Budget(bytes=0.5))
-        small = prunus.measure_costs(cut(plan, net), INPUT)
+        small = prunus.report.measure_costs(cut(plan, net), INPUT)
         assert plan.costs["bytes"] == (graph.cost("bytes"), small["bytes"])
         assert 0.49 < small["bytes"] / graph.cost("bytes") <= 0.5
 
@@ -100,7 +100,7 @@ class TestScopes:
             module.register_forward_hook(lambda m, a, o, name=name: seen.update({name: a}))
         copied(INPUT)
         for name, module in copied.named_children():
-            measured = prunus.measure_costs(module, seen[name])
+            measured = prunus.report.measure_costs(module, seen[name])
             assert {n: graph.cost(f"{n} in {name}") for n in measured} == measured
 
     def test_a_bound_of_a_scope_holds_and_is_used_up(self, net, graph) -> None:
@@ -205,10 +205,10 @@ class TestActivation:
         model, x = models[name]
         graph = prunus.trace(model.eval(), x)
         if name != "attention":  # PyTorch's own packs and copies what its equivalent does not
-            assert graph.cost("activation") == prunus.measure_activation(model, x)
+            assert graph.cost("activation") == prunus.report.measure_activation(model, x)
         plan = prunus.plan(graph, model, budget=Budget(activation=share, params=0.95))
         before, after = plan.costs["activation"]
-        assert after == prunus.measure_activation(cut(plan, model), x)
+        assert after == prunus.report.measure_activation(cut(plan, model), x)
         assert share - 0.1 < after / before <= share
         assert plan.costs["params"][1] <= 0.95 * plan.costs["params"][0]
 
@@ -220,7 +220,7 @@ class TestActivation:
                 kept[chosen.choice(group.units, group.size // 3, replace=False)] = False
             plan = prunus.Plan.from_mask(graph, kept)
             small = cut(plan, net)
-            assert graph.cost("activation", kept) == prunus.measure_activation(small, INPUT)
+            assert graph.cost("activation", kept) == prunus.report.measure_activation(small, INPUT)
 
     def test_what_is_out_of_reach_names_the_moment(self, net, graph) -> None:
         with pytest.raises(BudgetError, match=r"activation at .*operator \d+(.|\n)*stop at"):
@@ -243,7 +243,7 @@ class TestActivation:
         plan = prunus.plan(graph, model, budget=Budget(activation=0.5), drop=["layers.1"])
         before, after = plan.costs["activation"]
         assert before == graph.cost("activation")
-        assert after == prunus.measure_activation(cut(plan, model), args) <= before / 2
+        assert after == prunus.report.measure_activation(cut(plan, model), args) <= before / 2
 
 
 class TestWords:

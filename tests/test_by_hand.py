@@ -242,7 +242,7 @@ def compare(build: Callable[..., Any], seed: int) -> tuple[float, Plan]:
     """Largest relative difference between the pruned model and the one written by hand."""
     torch.manual_seed(seed)
     model, inputs, by_hand = build()
-    prunus.listen(model, (), inputs)
+    prunus.verifier.randomize(model, (), inputs)
     plan = prunus.plan(
         prunus.trace(model, (), inputs), model, ratio=0.3, importance="random", seed=seed
     )

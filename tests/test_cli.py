@@ -655,13 +655,13 @@ def test_exit_code_1_when_nothing_is_proven(net, tmp_path, capsys, monkeypatch, 
     capsys.readouterr()
     real = prunus.verify
 
-    def pretend(*args, **kwargs) -> prunus.Certificate:
+    def pretend(*args, **kwargs) -> prunus.verifier.Certificate:
         return replace(real(*args, **kwargs), verdict=verdict, rel_err=float("inf"))
 
     monkeypatch.setattr("prunus.verify", pretend, raising=False)
     traced = prunus.verifier.verify.verify_traced
     monkeypatch.setattr(
-        "prunus.api.verify_traced",
+        "prunus.planner.verified.verify_traced",
         lambda *a, **k: replace(traced(*a, **k), verdict=verdict, rel_err=float("inf")),
     )
     files = [tmp_path / "w.st", tmp_path / "proof.json"]

@@ -23,7 +23,7 @@ from prunus.calibration.im2col import (
 )
 from prunus.calibration.sites import Site
 from prunus.calibration.statistics import kept_units
-from prunus.graph.axis import kept_positions
+from prunus.graph.axis import Axis, kept_positions
 from prunus.planner.width_planning import plan_of_mask
 from prunus.recovery.compensate import repair_all
 
@@ -141,10 +141,10 @@ def test_least_squares_equal_lstsq_on_materialised_features(name: str) -> None:
         features = unfold_by_torch(h, model.reader)
     kept = kept_units(graph, plan)
     small = copy.deepcopy(model)
-    done = prunus.compensate(small, plan, graph, [x], ridge=0.0, positions=10_000)
+    done = prunus.recovery.compensate(small, plan, graph, [x], ridge=0.0, positions=10_000)
     with torch.no_grad():
         found = small(x)
-    (site,) = prunus.collect(model, graph, [x], "second_moment", plan=plan).sites
+    (site,) = prunus.importance.collect(model, graph, [x], "second_moment", plan=plan).sites
     stay = kept_positions(site.label, kept)
     channel_last = isinstance(model.reader, nn.Linear)
     rows = y.flatten(0, -2) if channel_last else y.movedim(1, -1).flatten(0, -2)
@@ -172,7 +172,7 @@ def test_predicted_error_is_the_measured_one(name: str, method: Any, new_biases:
     model, x, graph, plan = build(name)
     limit = 10
     cut_model, small = prunus.apply(plan, copy.deepcopy(model)), copy.deepcopy(model)
-    done = prunus.compensate(
+    done = prunus.recovery.compensate(
         *(small, plan, graph, [x[:5], x[5:]]),
         method=method,
         ridge=0.05,
@@ -272,18 +272,18 @@ def test_several_consumers_share_moments_and_each_is_repaired(new_biases: bool) 
     x = noisy((20, 3, 6, 6))
     graph = prunus.trace(model, x)
     plan = prunus.plan(graph, model, ratio=0.4, importance="random")
-    statistics = prunus.collect(model, graph, [x], "second_moment")
+    statistics = prunus.importance.collect(model, graph, [x], "second_moment")
     sites: dict[str, Site] = {site.tensor: site for site in statistics.sites}
     assert sites["a.weight"].moments is sites["b.weight"].moments
     assert sites["a.weight"].moments is not sites["c.weight"].moments
-    reports = prunus.compensate(
+    reports = prunus.recovery.compensate(
         small := copy.deepcopy(model), plan, graph, statistics=statistics, new_biases=new_biases
     ).repairs
     places = {report.tensor: report.place for report in reports}
     assert places == {"a.weight": "running mean", "b.weight": "bias", "c.weight": "bias"}
     assert small.a.bias is None
     h = F.relu(model.first(x))
-    stay = list(plan.keep[prunus.Axis("a.weight", 1)])
+    stay = list(plan.keep[Axis("a.weight", 1)])
     for report, name in zip(reports, "abc", strict=True):
         before, now = getattr(model, name), getattr(small, name)
         read = F.relu(model.depthwise(h)) if name == "c" else h
@@ -307,7 +307,7 @@ def test_what_is_constant_costs_nothing() -> None:
     kept[graph.group("first.weight[0]").units[:5]] = False
     plan = plan_of_mask(graph, model, kept, {"traced": graph.traced})
     small = copy.deepcopy(model)
-    (report,) = prunus.compensate(small, plan, graph, [x], method="bias").repairs
+    (report,) = prunus.recovery.compensate(small, plan, graph, [x], method="bias").repairs
     assert report.cut > 1e-3
     assert report.left < 1e-12
     torch.testing.assert_close(small(x), model(x))
@@ -322,9 +322,9 @@ def test_statistics_are_taken_of_what_loses_something_alone() -> None:
         graph, model, budget=prunus.Budget(params=0.9), include="0.weight", importance="l2"
     )
     assert {axis.tensor for axis in plan.keep} == {"0.weight", "0.bias", "2.weight"}
-    found = prunus.collect(model, graph, [x], "second_moment", plan=plan)
+    found = prunus.importance.collect(model, graph, [x], "second_moment", plan=plan)
     assert [site.tensor for site in found.sites if site.moments is not None] == ["2.weight"]
-    every = prunus.collect(model, graph, [x], "second_moment")
+    every = prunus.importance.collect(model, graph, [x], "second_moment")
     assert all(site.moments is not None for site in every.sites)
     alone, _ = repair_all(model, plan, graph, found)
     whole, _ = repair_all(model, plan, graph, every)
@@ -334,7 +334,7 @@ def test_statistics_are_taken_of_what_loses_something_alone() -> None:
 def test_predicting_changes_nothing() -> None:
     model, x, graph, plan = build("3x3")
     before = copy.deepcopy(model.state_dict())
-    repair_all(model, plan, graph, prunus.collect(model, graph, [x], "second_moment"))
+    repair_all(model, plan, graph, prunus.importance.collect(model, graph, [x], "second_moment"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -342,10 +342,10 @@ def test_predicting_changes_nothing() -> None:
 def test_a_new_bias_is_part_of_the_plan(name: str, tmp_path) -> None:
     model, x, graph, plan = build(name)
     small = copy.deepcopy(model)
-    grown = prunus.compensate(small, plan, graph, [x]).plan
+    grown = prunus.recovery.compensate(small, plan, graph, [x]).plan
     assert dict(grown.biases) == {"reader.bias": 0}
     assert prunus.Plan.from_json(grown.to_json()) == grown
-    costs = prunus.measure_costs(small, x)
+    costs = prunus.report.measure_costs(small, x)
     assert grown.costs["params"][1] == costs["params"]
     assert grown.costs["bytes"][1] == costs["bytes"]
     assert not plan.biases
@@ -391,7 +391,7 @@ def test_two_compensated_cuts_compose() -> None:
         plan = prunus.plan(
             graph, model, budget=prunus.Budget(params=0.8), include=f"{include}[[]0]"
         )
-        plans.append(prunus.compensate(model, plan, graph, [x]).plan)
+        plans.append(prunus.recovery.compensate(model, plan, graph, [x]).plan)
     assert [list(plan.biases) for plan in plans] == [["c.bias"], ["b.bias"]]
     both = plans[0].then(plans[1])
     assert both.shapes["b.bias"] == (8,)
@@ -403,7 +403,7 @@ def test_two_compensated_cuts_compose() -> None:
 def test_undo_puts_the_model_back() -> None:
     model, x, graph, plan = build("linear without bias")
     before = copy.deepcopy(model.state_dict())
-    prunus.compensate(model, plan, graph, [x]).undo()
+    prunus.recovery.compensate(model, plan, graph, [x]).undo()
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -45,7 +45,7 @@ def test_bad_input_leaves_the_model_alone(options: Any, error: Any, said: str) -
     model, _, graph, plan = build()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(error, match=said):
-        prunus.compensate(model, plan, graph, **options)
+        prunus.recovery.compensate(model, plan, graph, **options)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.reader.in_features == 9
 
@@ -57,9 +57,9 @@ def test_few_samples_are_said_and_raise_the_ridge() -> None:
     plan = prunus.plan(graph, model, ratio=0.5)
     small = copy.deepcopy(model)
     with pytest.warns(UserWarning, match=r"2.weight has 20 columns that stay(.|\n)*10 samples"):
-        done = prunus.compensate(small, plan, graph, [few])
+        done = prunus.recovery.compensate(small, plan, graph, [few])
     assert done.repairs[0].ridge > 0.01 * done.repairs[0].spread  # and not a thousandth
-    enough = prunus.compensate(model, plan, graph, [many])
+    enough = prunus.recovery.compensate(model, plan, graph, [many])
     assert enough.repairs[0].ridge < done.repairs[0].ridge / 10
 
 
@@ -79,7 +79,7 @@ def test_what_loaders_and_models_may_be(kind: str) -> None:
     wanted, cut = model(rows), copy.deepcopy(model)
     prunus.apply(plan, cut)
     data = [{"input": rows}] if kind == "mapping" else [rows]
-    done = prunus.compensate(model, plan, graph, data)
+    done = prunus.recovery.compensate(model, plan, graph, data)
     assert model.last.weight.dtype == dtype
     assert done.repairs[0].left < done.repairs[0].cut
     near, far = ((m(rows) - wanted).float().square().mean() for m in (model, cut))
@@ -89,8 +89,11 @@ def test_what_loaders_and_models_may_be(kind: str) -> None:
 def test_statistics_of_something_else_are_refused() -> None:
     model, x, graph, plan = build()
     with pytest.raises(DataError, match="second moments"):
-        prunus.compensate(
-            model, plan, graph, statistics=prunus.collect(model, graph, [x], "activation")
+        prunus.recovery.compensate(
+            model,
+            plan,
+            graph,
+            statistics=prunus.importance.collect(model, graph, [x], "activation"),
         )
 
 
@@ -99,6 +102,6 @@ def test_a_model_with_weights_not_loaded_is_refused_and_stays_whole() -> None:
     model.reader.to("meta")
     before = model.first.weight.clone()
     with pytest.raises(ModelError, match=r"reader\.weight has a shape but no values"):
-        prunus.compensate(model, plan, graph, [x])
+        prunus.recovery.compensate(model, plan, graph, [x])
     assert torch.equal(model.first.weight, before)
     assert model.reader.in_features == 9

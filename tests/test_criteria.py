@@ -107,17 +107,17 @@ def test_what_a_criterion_needs_is_collected_or_asked_for(criterion: str) -> Non
         prunus.plan(graph, model, **options)
     plan = prunus.plan(graph, model, data=iter([batch]), **options)
     assert plan.origin["importance"] == criterion
-    found = prunus.collect(model, graph, [batch], needs_of(criterion))
+    found = prunus.importance.collect(model, graph, [batch], needs_of(criterion))
     assert plan == prunus.plan(graph, model, statistics=found, **options)
     assert any(choice.removed for choice in plan.groups)
-    other = prunus.collect(model, graph, [batch], set(NEEDS) - needs_of(criterion))
+    other = prunus.importance.collect(model, graph, [batch], set(NEEDS) - needs_of(criterion))
     with pytest.raises(DataError, match="needs calibration data"):
         prunus.plan(graph, model, statistics=other, **options)
 
 
 def test_statistics_of_another_graph_are_refused() -> None:
     model, x = net(), images()
-    found = prunus.collect(model, prunus.trace(model, x), [x], "gradient")
+    found = prunus.importance.collect(model, prunus.trace(model, x), [x], "gradient")
     prunus.apply(prunus.plan(prunus.trace(model, x), model, ratio=0.5), model)
     graph = prunus.trace(model, x)
     with pytest.raises(PlanError, match="they speak of 10 units, and this one has 5"):
@@ -140,7 +140,7 @@ def test_shrink_uses_its_data_for_importance_and_batch_norms(kind) -> None:
     plan = prunus.plan(graph, twin, budget=budget, importance="taylor", data=data)
     assert done.plan == plan
     prunus.apply(plan, twin)
-    prunus.recalibrate(twin, data)
+    prunus.recovery.recalibrate(twin, data)
     assert torch.equal(model(data[0]), twin(data[0]))
     assert not torch.equal(model[1].running_mean, torch.zeros(len(model[1].running_mean)))
 
@@ -164,8 +164,10 @@ def test_shrink_reads_its_data_once_for_all_its_plans() -> None:
 def test_statistics_that_are_given_are_not_collected_again(monkeypatch) -> None:
     model, x = net(), images()
     graph = prunus.trace(model, x)
-    given = prunus.collect(model, graph, [x], "activation")
-    monkeypatch.setattr("prunus.api.collect", lambda *_, **__: pytest.fail("collected again"))
+    given = prunus.importance.collect(model, graph, [x], "activation")
+    monkeypatch.setattr(
+        "prunus.planner.verified.collect", lambda *_, **__: pytest.fail("collected again")
+    )
     options = {"ratio": 0.3, "importance": "activation", "data": [x], "statistics": given}
     assert prunus.shrink(model, x, **options, each_group=False).certificate.verdict == "exact"
 
@@ -174,7 +176,7 @@ def test_calibration_does_not_stop_the_collector(monkeypatch) -> None:
     """A pass over data makes cycles, which nothing else frees."""
     model, x = net(), images()
     seen = []
-    real = prunus.collect
+    real = prunus.importance.collect
 
     def collect(*args: Any, **kwargs: Any) -> Any:
         seen.append(gc.isenabled())
@@ -220,7 +222,7 @@ def test_negative_scores_are_shifted_alike() -> None:
 def test_movement_sums_what_gradient_descent_does() -> None:
     model, x = net().double(), images().double()
     graph = prunus.trace(model, x)
-    movement = prunus.Movement(graph, model)
+    movement = prunus.importance.Movement(graph, model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     wanted = np.zeros(6)
     for labels in torch.tensor([[0, 1, 2, 0], [1, 1, 0, 2], [2, 0, 0, 1]]):
@@ -249,7 +251,7 @@ def test_movement_sums_what_gradient_descent_does() -> None:
 def test_movement_needs_steps_with_gradients_that_are_finite() -> None:
     model, x = net(), images()
     graph = prunus.trace(model, x)
-    movement = prunus.Movement(graph, model)
+    movement = prunus.importance.Movement(graph, model)
     with pytest.raises(ModelError, match=r"no weight has a gradient(.|\n)*movement.step\(\) betw"):
         movement.step()
     with pytest.raises(DataError, match=r"movement.step\(\) was never called"):

@@ -147,7 +147,7 @@ def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Any, Any, dict[str,
     build, args, kwargs, layers = CASES[request.param]
     torch.manual_seed(0)
     model = build().eval()
-    prunus.listen(model, args, kwargs)
+    prunus.verifier.randomize(model, args, kwargs)
     return model, args, kwargs, layers
 
 
@@ -240,7 +240,7 @@ def test_a_cache_gives_the_tokens_of_the_skipping_original(name) -> None:
     build, args, kwargs, layers = GENERATING[name]
     torch.manual_seed(0)
     model = build().eval()
-    prunus.listen(model, args, kwargs)
+    prunus.verifier.randomize(model, args, kwargs)
     original = copy.deepcopy(model)
     names = [f"{stack}.{place}" for stack, places in layers.items() for place in places]
     for stack, places in layers.items():
@@ -391,7 +391,7 @@ def depth_plan(model: nn.Module, args: Any, drop: Any, **options: Any) -> Plan:
 def test_width_and_depth_share_one_plan_and_one_budget() -> None:
     model = llama(layers=6).eval()
     original = copy.deepcopy(model)
-    dense = prunus.measure_costs(model, (TOKENS,))
+    dense = prunus.report.measure_costs(model, (TOKENS,))
     done = prunus.shrink(model, (TOKENS,), budget=prunus.Budget(params=0.5), drop=2)
     assert done.certificate is not None
     assert done.certificate.verdict == "exact"
@@ -399,7 +399,7 @@ def test_width_and_depth_share_one_plan_and_one_budget() -> None:
     assert not {"model.layers.0", "model.layers.5"} & set(done.plan.drops)
     assert done.plan.keep
     assert done.plan.origin["budget"] == {"params": 0.5}
-    left = prunus.measure_costs(model, (TOKENS,))
+    left = prunus.report.measure_costs(model, (TOKENS,))
     for cost in ("params", "macs"):
         assert done.plan.costs[cost] == (dense[cost], left[cost])
     assert 0.48 * dense["params"] < left["params"] <= 0.5 * dense["params"]
@@ -414,7 +414,7 @@ def test_width_and_depth_share_one_plan_and_one_budget() -> None:
 
 def test_a_mask_generates() -> None:
     model = llama().eval()
-    prunus.listen(model, (TOKENS,), {})
+    prunus.verifier.randomize(model, (TOKENS,), {})
     before = state(model)
     plan = depth_plan(model, (TOKENS,), ["model.layers.0"])
     ask = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(TOKENS)}
@@ -568,7 +568,7 @@ def test_influence_is_one_minus_the_mean_cosine() -> None:
     model = llama().eval()
     graph = prunus.trace(model, (TOKENS,))
     batches = [TOKENS, TOKENS[:1, :4].flip(1)]
-    found = prunus.block_influence(model, graph, batches)
+    found = prunus.importance.block_influence(model, graph, batches)
     cosines: dict[str, list[Tensor]] = {block.name: [] for block in graph.blocks}
     taken: dict[str, Tensor] = {}
     for block in graph.blocks:
@@ -593,7 +593,7 @@ def test_influence_of_images_is_over_channels() -> None:
     model = Staged().eval()
     graph = prunus.trace(model, IMAGE)
     assert {block.dim for block in graph.blocks} == {-3}
-    found = prunus.block_influence(model, graph, [IMAGE])
+    found = prunus.importance.block_influence(model, graph, [IMAGE])
     with torch.no_grad():
         x = model.stages[0][0](IMAGE)
         expected = 1 - F.cosine_similarity(x, model.stages[0][1](x), 1).mean()
@@ -614,9 +614,9 @@ def test_the_least_influential_goes_and_the_ends_stay() -> None:
     with pytest.raises(PlanError, match=r"(?s)4 blocks .* only 3 may be.*protected"):
         prunus.plan(graph, model, drop=4)
     with pytest.raises(prunus.PrunusError, match="not finite"):
-        prunus.block_influence(model, graph, [torch.full((2, 3), float("nan"))])
+        prunus.importance.block_influence(model, graph, [torch.full((2, 3), float("nan"))])
     with pytest.raises(prunus.PrunusError, match="data is empty"):
-        prunus.block_influence(model, graph, [])
+        prunus.importance.block_influence(model, graph, [])
     with pytest.raises(PlanError, match="drop must be an int"):
         prunus.plan(graph, model, drop=True)
 
@@ -835,7 +835,7 @@ def test_statistics_of_the_whole_model_are_refused_where_blocks_go() -> None:
         torch.randn(2, 5, 8),
     )
     graph = prunus.trace(model, x)
-    given = prunus.collect(model, graph, [x], "activation")
+    given = prunus.importance.collect(model, graph, [x], "activation")
     options = {"drop": 1, "ratio": 0.3, "importance": "activation", "statistics": given}
     with pytest.raises(
         PlanError, match=r"can't be given where blocks are dropped(.|\n)*give data="

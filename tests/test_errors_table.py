@@ -454,7 +454,7 @@ CALLS: list[tuple[Callable[[nn.Module, Path], Any], type[Exception], str]] = [
     (lambda m, _: prunus.apply(_stale(m), m), ApplyError, "5.in_features is 8, the plan expects 9"),
     (lambda m, _: prunus.apply(_shape(m), m), ApplyError, "the smaller model does not run"),
     (lambda m, _: prunus.apply(_foreign(), m), PlanError, "plan for another model"),
-    (lambda m, _: prunus.recalibrate(m, []), DataError, "the calibration data is empty"),
+    (lambda m, _: prunus.recovery.recalibrate(m, []), DataError, "the calibration data is empty"),
     (
         lambda m, _: prunus.shrink(m, _inputs(), budget=prunus.Budget(macs=0.5), data=[]),
         DataError,

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 import prunus
 
 OPTIONAL = {
@@ -92,8 +94,22 @@ def test_using_the_api_loads_torch_but_no_optional_package() -> None:
     assert not modules & OPTIONAL
 
 
+PACKAGES = (
+    "importance", "recovery", "report", "structures", "verifier", "planner.search",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_load_on_first_use(package) -> None:
+    printed, _ = run(
+        f"import prunus\nfor name in prunus.{package}.__all__: getattr(prunus.{package}, name)\n"
+        f"print(*prunus.{package}.__all__)"
+    )
+    assert printed.strip()
+
+
 def test_every_public_name_exists_and_is_listed() -> None:
-    assert len(set(prunus.__all__)) == len(prunus.__all__)
+    assert len(set(prunus.__all__)) == len(prunus.__all__) <= 16
     for name in prunus.__all__:
         assert getattr(prunus, name) is not None
         assert name in dir(prunus)

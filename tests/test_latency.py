@@ -130,8 +130,8 @@ def net() -> Net:
 IMAGES = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def table_of(net: nn.Module, tmp_path: Path, **options: Any) -> prunus.LatencyTable:
-    return prunus.measure(net, IMAGES, folder=tmp_path, **options)
+def table_of(net: nn.Module, tmp_path: Path, **options: Any) -> prunus.latency.LatencyTable:
+    return prunus.latency.measure(net, IMAGES, folder=tmp_path, **options)
 
 
 # Measuring, and what is kept of it.
@@ -436,7 +436,7 @@ def test_a_latency_budget_without_a_table_is_refused(net) -> None:
     graph = prunus.trace(net, IMAGES)
     with pytest.raises(PlanError, match="needs a latency table") as caught:
         prunus.plan(graph, net, budget=prunus.Budget(latency=0.5))
-    assert "prunus.measure" in str(caught.value)
+    assert "prunus.latency.measure" in str(caught.value)
     with pytest.raises(PlanError, match='round_to="latency" needs a latency table'):
         prunus.plan(graph, net, budget=prunus.Budget(macs=0.5), round_to="latency")
     with pytest.raises(BudgetError, match="knows nothing of latency"):
@@ -523,13 +523,13 @@ def test_blocks_and_a_latency_budget_are_not_combined(machine, tmp_path) -> None
 
 def test_measure_refuses_what_it_cannot_measure(net) -> None:
     with pytest.raises(ModelError, match="backend='tpu' is none of 'eager'"):
-        prunus.measure(net, IMAGES, backend="tpu")
+        prunus.latency.measure(net, IMAGES, backend="tpu")
     with pytest.raises(PlanError, match="rounds=0"):
-        prunus.measure(net, IMAGES, rounds=0)
+        prunus.latency.measure(net, IMAGES, rounds=0)
     with torch.device("meta"):
         nowhere = Net()
     with pytest.raises(ModelError, match="meta device"):
-        prunus.measure(nowhere, IMAGES)
+        prunus.latency.measure(nowhere, IMAGES)
 
 
 def test_a_missing_compiler_is_told(net, monkeypatch) -> None:
@@ -570,7 +570,7 @@ def everything() -> nn.Module:
 
 
 def test_eager_runs_every_operator(everything, tmp_path) -> None:
-    table = prunus.measure(everything, SMALL, rounds=1, folder=tmp_path)
+    table = prunus.latency.measure(everything, SMALL, rounds=1, folder=tmp_path)
     assert not table.unmeasured
     assert {"convolution", "addmm", "native_layer_norm"} <= {
         samples.operator.name for samples in table.samples.values()
@@ -579,7 +579,9 @@ def test_eager_runs_every_operator(everything, tmp_path) -> None:
 
 def test_onnxruntime_runs_every_operator_and_fuses_norms(everything, tmp_path) -> None:
     pytest.importorskip("onnxruntime")
-    table = prunus.measure(everything, SMALL, rounds=1, folder=tmp_path, backend="onnxruntime")
+    table = prunus.latency.measure(
+        everything, SMALL, rounds=1, folder=tmp_path, backend="onnxruntime"
+    )
     assert not table.unmeasured
     prediction = table.predict(prunus.trace(everything, SMALL))
     norms = [i.module for i in prediction.invocations if i.operator.name == "native_batch_norm"]
@@ -606,7 +608,9 @@ def test_onnxruntime_says_what_it_cannot_export(tmp_path, capfd) -> None:
 def test_compiled_operators_run(tmp_path) -> None:
     net = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)).eval()
     try:
-        table = prunus.measure(net, torch.randn(2, 8), rounds=1, folder=tmp_path, backend="compile")
+        table = prunus.latency.measure(
+            net, torch.randn(2, 8), rounds=1, folder=tmp_path, backend="compile"
+        )
     except ModelError as error:
         pytest.skip(str(error))
     assert not table.unmeasured

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import models_zoo
 import prunus
 from models_zoo import data as fashion
+from prunus.graph.axis import Axis
 from prunus.recovery import LOOKED_AT, answers_of, distance, recover, refresh
 from prunus.recovery.layer_norms import Correction, correct_norms, measure_norms
 from prunus.surgeon.snapshot import all_or_nothing
@@ -139,7 +140,7 @@ def test_a_norm_comes_nearer_to_what_it_said_by_the_formula(name: str) -> None:
     plan = planned(model)
     (found,) = measure_norms(model, plan, rows())
     x = torch.cat([model[0](batch) for batch in rows()])
-    stay = list(plan.keep[prunus.Axis(found.weight, 0)])
+    stay = list(plan.keep[Axis(found.weight, 0)])
     scale, shift = by_hand(x, stay, centred=centred, eps=eps)
     assert found.scale == pytest.approx(scale, rel=1e-9)
     assert found.shift == pytest.approx(shift, rel=1e-9) if centred else found.shift == 0
@@ -165,7 +166,7 @@ def test_of_channels_first_the_norm_is_over_dim_1() -> None:
     x = torch.randn(4, 3, 7, 7)
     plan = planned(model, x)
     (found,) = measure_norms(model, plan, [x])
-    stay = list(plan.keep[prunus.Axis("1.gain", 0)])
+    stay = list(plan.keep[Axis("1.gain", 0)])
     with torch.no_grad():
         scale, _ = by_hand(model[0](x).movedim(1, -1), stay, centred=True, eps=0.0)
     assert found.scale == pytest.approx(scale, rel=1e-5)
@@ -191,7 +192,7 @@ def test_what_only_looks_like_a_norm_is_passed_over(make: Callable[[], nn.Module
     data = [batch.flatten(0, 1) for batch in rows()]  # PReLU has its channels in dim 1
     plan = planned(model, data[0])
     names = [name for name, _ in model[1].named_parameters()]
-    assert all(prunus.Axis(f"1.{name}", 0) in plan.keep for name in names)
+    assert all(Axis(f"1.{name}", 0) in plan.keep for name in names)
     assert measure_norms(model, plan, data) == ()
 
 
@@ -348,7 +349,7 @@ def convolutions() -> nn.Sequential:
     for norm in (model[1], model[4]):
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.normal_(norm.bias)
-    prunus.recalibrate(model, [0.3 + 1.5 * torch.randn(16, 3, 10, 10) for _ in range(4)])
+    prunus.recovery.recalibrate(model, [0.3 + 1.5 * torch.randn(16, 3, 10, 10) for _ in range(4)])
     return model.eval()
 
 
@@ -395,14 +396,14 @@ def test_batch_norms_follow_random_inputs_by_the_formula() -> None:
     calls = refresh.random_calls(done.plan, dense, seed=3)
     pictures = [args[0] for args, _ in calls]
     assert len({float(x.sum()) for x in pictures}) == refresh.BATCHES
-    stay = list(done.plan.keep[prunus.Axis("4.running_mean", 0)])
+    stay = list(done.plan.keep[Axis("4.running_mean", 0)])
     mean, variance = (values[stay] for values in read_by_second(dense, pictures))
     moved, spread = read_by_second(model, pictures)
     stored, norm = dense[4].running_var[stay].double(), model[4]
     wanted = dense[4].running_mean[stay] + (moved - mean) * (stored / variance).sqrt()
     assert torch.allclose(norm.running_mean.double(), wanted, rtol=1e-4, atol=1e-5)
     assert torch.allclose(norm.running_var.double(), stored * spread / variance, rtol=1e-4)
-    first = list(done.plan.keep[prunus.Axis("1.running_mean", 0)])
+    first = list(done.plan.keep[Axis("1.running_mean", 0)])
     assert torch.equal(model[1].running_mean, dense[1].running_mean[first])  # nothing went before
 
 

@@ -88,9 +88,9 @@ def test_several_at_once_still_score_every_unit(weight: Tensor, features: Tensor
 
 def scored(
     model: nn.Module, batches: list[Tensor]
-) -> tuple[prunus.CouplingGraph, prunus.Statistics, Scores]:
+) -> tuple[prunus.CouplingGraph, prunus.importance.Statistics, Scores]:
     graph = prunus.trace(model, batches[0])
-    seen = prunus.collect(model, graph, batches, "second_moment")
+    seen = prunus.importance.collect(model, graph, batches, "second_moment")
     return graph, seen, score(graph, state_of(model)[0], "obs", statistics=seen)
 
 
@@ -129,7 +129,7 @@ def test_the_curve_is_what_compensation_leaves(kind: str) -> None:
     scores = found[group.units]
     others = [g.name for g in graph.groups if g is not group]
     plan = prunus.plan(graph, model, ratio=0.5, importance="obs", statistics=seen, hold=others)
-    repairs = prunus.compensate(model, plan, graph, statistics=seen).repairs
+    repairs = prunus.recovery.compensate(model, plan, graph, statistics=seen).repairs
     left = sum(r.left / r.spread for r in repairs if r.tensor != "2.0.weight")
     gone = group.size // 2
     assert left == pytest.approx(np.sort(scores)[:gone].sum(), rel=0.1)

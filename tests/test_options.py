@@ -42,6 +42,11 @@ X = torch.ones(4, 6)
 
 CALLS = [
     *(getattr(prunus, name) for name in prunus.__all__),
+    *(prunus.api.keep, prunus.api.Shrunk, prunus.verifier.randomize, prunus.verifier.Certificate),
+    *(getattr(prunus.planner.search, name) for name in prunus.planner.search.__all__),
+    *(getattr(prunus.report, name) for name in prunus.report.__all__),
+    *(prunus.importance.collect, prunus.importance.block_influence, prunus.importance.Movement),
+    *(prunus.recovery.compensate, prunus.recovery.recalibrate, prunus.recovery.Compensation),
     *(prunus.Plan.save, prunus.Plan.load),
     *(hf.example_inputs, hf.save, hf.load, hf_config.uniform, torch_pruning.TorchPruning),
 ]
@@ -161,7 +166,12 @@ def test_signature_and_documentation_are_read_off_the_record(call) -> None:
 
 
 def test_no_option_is_documented_twice() -> None:
-    for call in (prunus.plan, prunus.shrink, prunus.sensitivity, prunus.search_ratios):
+    for call in (
+        prunus.plan,
+        prunus.shrink,
+        prunus.planner.search.sensitivity,
+        prunus.planner.search.search_ratios,
+    ):
         names = re.findall(r"^    (\w+(?:, \w+)*)(?: :.*)?$", call.__doc__, re.MULTILINE)
         each = [name for line in names for name in line.split(", ")]
         assert len(each) == len(set(each)), call
@@ -271,6 +281,6 @@ def test_heads_and_layers_carry_an_optimizer_along() -> None:
     step()
     prunus.drop_layers(model, [1], x, optimizer=optimizer)
     group = next(g.name for g in prunus.trace(model, x).groups if "linear1" in g.name)
-    prunus.keep(model, group, range(5), x, optimizer=optimizer)
+    prunus.api.keep(model, group, range(5), x, optimizer=optimizer)
     step()
     assert {id(p) for p in optimizer.param_groups[0]["params"]} == set(map(id, model.parameters()))

@@ -24,7 +24,7 @@ from prunus.graph.program import state_of, tensors_of
 from prunus.surgeon import apply, mask
 from prunus.tracer.trace import trace
 from prunus.verifier.permutation import relative_error
-from prunus.verifier.randomize import listen, randomise
+from prunus.verifier.randomize import randomise, randomize
 from prunus.verifier.replay import Replay
 from prunus.verifier.rounding import DOUBTFUL
 from prunus.verifier.verify import verify
@@ -247,7 +247,7 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def test_mask_and_replay_and_cut_agree(name: str) -> None:
     build, shape = SMALL[name]
     model, x = build().eval(), torch.randn(shape)
-    listen(model, (x,), {})
+    randomize(model, (x,), {})
     graph, plan = chosen(model, x)
     kept = thin(graph)
     state, _ = state_of(model)
@@ -290,7 +290,7 @@ def test_listen_fills_what_initialisation_left_empty() -> None:
     nn.init.zeros_(model.two.weight)
     model.train()
     x = torch.randn(IMAGE)
-    listen(model, (x,), {})
+    randomize(model, (x,), {})
     assert model.training
     for tensor in (model.bn2.weight, model.bn2.bias, model.two.weight, model.scale):
         assert tensor.std() > 0
@@ -300,7 +300,7 @@ def test_listen_fills_what_initialisation_left_empty() -> None:
     assert not any(m._forward_pre_hooks for m in model.modules())
     again = faults.ZeroInit()
     again.load_state_dict(copy.deepcopy(model.state_dict()), strict=False)
-    listen(again, (x,), {}, seed=3)
+    randomize(again, (x,), {}, seed=3)
     assert torch.equal(again.two.weight, model.two.weight), "what speaks already is left alone"
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import models_zoo
 import prunus
+from prunus.graph.axis import Axis
 from prunus.graph.expressions import Attribute, Operation, Width, evaluate
 from prunus.graph.solve import Solution
 from prunus.surgeon import attributes as attributes_room
@@ -168,10 +169,10 @@ def test_pieces_follow_what_states_their_sizes(style: str) -> None:
     assert certificate.verdict == "exact", certificate
     if style == "number":
         assert any("code fixes" in pin.reason for _, pin in whole)
-        assert prunus.Axis("left.weight", 1) not in plan.keep
+        assert Axis("left.weight", 1) not in plan.keep
     else:
         assert not whole
-        assert prunus.Axis("left.weight", 1) in plan.keep
+        assert Axis("left.weight", 1) in plan.keep
 
 
 class Divided(nn.Module):

@@ -66,7 +66,7 @@ def examine(recipe: Recipe, seed: int = 0) -> Finding:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            prunus.listen(model, (x,), {})
+            prunus.verifier.randomize(model, (x,), {})
             graph = prunus.trace(model, x)
             plan = prunus.plan(graph, model, ratio=ratio, importance="random", seed=seed)
             certificate = prunus.verify(plan, model, x, randomise=False)
@@ -277,7 +277,7 @@ def test_the_shadow_of_an_untouched_model_is_the_model(seed: int) -> None:
 def test_the_shadow_can_object(block: str) -> None:
     """One axis that consumes a group is cut by other positions: same shapes, another answer."""
     model, inputs = build(Recipe("tokens", tokens=((block, 0, ()),)))
-    prunus.listen(model, (x := inputs(2),), {})
+    prunus.verifier.randomize(model, (x := inputs(2),), {})
     plan = prunus.plan(prunus.trace(model, x), model, ratio=0.3, importance="random")
     axis = Axis("head.last.weight", 1)
     everything = range(model.get_parameter(axis.tensor).shape[1])

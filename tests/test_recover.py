@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import prunus
 from prunus.cli.cutting import RECOVERIES
 from prunus.errors import DataError, PlanError
+from prunus.graph.axis import Axis
 from prunus.recovery import LOOKED_AT, Recover
 from tests.snapshots import same, snapshot
 
@@ -35,7 +36,7 @@ def images(count: int = 6, scale: float = 1.0) -> list[Tensor]:
     return [scale * torch.randn(16, 3, 8, 8, generator=generator) for _ in range(count)]
 
 
-def shrunk(model: nn.Module, data: Any, **options: Any) -> prunus.Shrunk:
+def shrunk(model: nn.Module, data: Any, **options: Any) -> prunus.api.Shrunk:
     return prunus.shrink(model, images(1)[0], budget=HALF, data=data, **options)
 
 
@@ -75,11 +76,11 @@ def test_each_recovery_is_what_its_parts_do(recover: Recover, steps: list[str]) 
     graph = prunus.trace(twin, images(1)[0])
     plan = prunus.plan(graph, twin, budget=HALF)
     if recover in ("bias", "least_squares"):
-        prunus.compensate(twin, plan, graph, images(), method=recover)
+        prunus.recovery.compensate(twin, plan, graph, images(), method=recover)
     else:
         prunus.apply(plan, twin)
     if recover == "recalibrate":
-        prunus.recalibrate(twin, images())
+        prunus.recovery.recalibrate(twin, images())
     assert torch.equal(model(images(1)[0]), twin(images(1)[0]))
 
 
@@ -91,7 +92,7 @@ def test_auto_takes_back_what_makes_the_outputs_worse() -> None:
     assert [(s.name, s.kept) for s in done.recovery][-1] == ("batch norms", False)
     assert done.recovery[-1].error > min(step.error for step in done.recovery)
     assert done.recovery[-1].why
-    stay = list(done.plan.keep[prunus.Axis("1.weight", 0)])
+    stay = list(done.plan.keep[Axis("1.weight", 0)])
     kept = {name: b.clone() for name, b in model[1].named_buffers()}
     assert torch.equal(kept["running_var"], twin[1].running_var[stay])
     asked = net()

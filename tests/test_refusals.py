@@ -193,12 +193,12 @@ def test_endless_data_is_taken_in_part_and_that_is_said(name: str) -> None:
     "use",
     [
         lambda m, g, data: prunus.plan(g, m, ratio=0.5, importance="obs", data=data),
-        lambda m, g, data: prunus.collect(m, g, data, "activation"),
-        lambda m, g, data: prunus.compensate(m, prunus.plan(g, m, ratio=0.5), g, data),
-        lambda m, g, data: prunus.compensate(
+        lambda m, g, data: prunus.importance.collect(m, g, data, "activation"),
+        lambda m, g, data: prunus.recovery.compensate(m, prunus.plan(g, m, ratio=0.5), g, data),
+        lambda m, g, data: prunus.recovery.compensate(
             m, prunus.plan(g, m, ratio=0.5), g, data, sequential=True
         ),
-        lambda m, g, data: prunus.recalibrate(m, data),
+        lambda m, g, data: prunus.recovery.recalibrate(m, data),
     ],
 )
 def test_every_reader_of_data_stops(use: Callable[..., Any]) -> None:
@@ -293,7 +293,7 @@ def test_what_is_no_module_is_refused(verb: Callable[..., Any], model: Any) -> N
     ids=["mapping", "array", "string", "None"],
 )
 def test_example_inputs_that_are_no_sequence_are_refused(args: Any, said: str) -> None:
-    keep = partial(prunus.keep, group="a.weight[0]", units=[0])
+    keep = partial(prunus.api.keep, group="a.weight[0]", units=[0])
     for verb in (prunus.trace, partial(prunus.shrink, ratio=0.5), keep):
         with pytest.raises(TraceError, match="the example inputs are a") as caught:
             verb(Net(), args=args)

@@ -125,7 +125,7 @@ def test_tables_in_a_pipe_are_not_cut(capsys) -> None:
 
 
 def test_show_stages_is_public(capsys) -> None:
-    prunus.show_stages([{"name": "dense", "params": 1, "macs": 1, "bytes": 1}])
+    prunus.report.show_stages([{"name": "dense", "params": 1, "macs": 1, "bytes": 1}])
     assert "dense" in capsys.readouterr().out
 
 
@@ -161,7 +161,7 @@ def test_picture_of_any_depth(tmp_path: Path, groups: int) -> None:
         for n in range(groups)
     )
     for name in "ab":
-        prunus.draw_channels(Plan({}, {}, groups=choices), tmp_path / f"{name}.png")
+        prunus.report.draw_channels(Plan({}, {}, groups=choices), tmp_path / f"{name}.png")
     first, second = ((tmp_path / f"{name}.png").read_bytes() for name in "ab")
     assert first == second
     height = int.from_bytes(first[20:24], "big")
@@ -179,7 +179,7 @@ def test_a_picture_is_what_its_name_says(tmp_path: Path, name, start) -> None:
     plan = Plan({}, {}, groups=(GroupChoice("a", 4, (1,)),))
     for folder in "xy":
         (tmp_path / folder).mkdir()
-        prunus.draw_channels(plan, tmp_path / folder / name)
+        prunus.report.draw_channels(plan, tmp_path / folder / name)
     drawn = (tmp_path / "x" / name).read_bytes()
     assert drawn.startswith(start)
     assert drawn == (tmp_path / "y" / name).read_bytes()

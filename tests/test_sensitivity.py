@@ -64,7 +64,7 @@ def test_cells_are_what_surgery_gives_and_a_stream_is_one_row(bench) -> None:
     graph, model, metric = bench
     before = copy.deepcopy(model.state_dict())
     model.train()
-    table = prunus.sensitivity(graph, model, metric, ratios=[0.25, 0.5])
+    table = prunus.planner.search.sensitivity(graph, model, metric, ratios=[0.25, 0.5])
     assert list(table.sizes.items()) == [
         ("stem.weight[0]", 8), ("a.weight[0]", 12), ("c.weight[0]", 10)
     ]  # fmt: skip
@@ -102,7 +102,9 @@ class Shared(nn.Module):
 def test_groups_that_lose_units_together_are_one_row_and_still_drive_a_plan() -> None:
     model = Shared()
     graph = prunus.trace(model, X)
-    table = prunus.sensitivity(graph, model, Closeness(model), ratios=[0.25, 0.5], tolerance=0.5)
+    table = prunus.planner.search.sensitivity(
+        graph, model, Closeness(model), ratios=[0.25, 0.5], tolerance=0.5
+    )
     rows = set(table.sizes)
     for name in rows:
         lone = prunus.plan(graph, model, ratios={name: 0.5})
@@ -128,40 +130,46 @@ def test_tolerated_share_is_the_largest_that_a_full_scan_finds() -> None:
 
     for tolerance, units in ((0.0, 0), (0.9, 0), (1.0, 1), (14.9, 4), (15.0, 5), (65.0, 10)):
         calls.clear()
-        table = prunus.sensitivity(graph, net, total, ratios=[11 / 12], tolerance=tolerance)
+        table = prunus.planner.search.sensitivity(
+            graph, net, total, ratios=[11 / 12], tolerance=tolerance
+        )
         assert table.tolerated == {"0.weight[0]": units / 12}
         assert len(calls) <= 2 + 4  # the whole, the one ratio, and a bisection of twelve
-    table = prunus.sensitivity(graph, net, total, ratios=[0.5], tolerance=1e9)
+    table = prunus.planner.search.sensitivity(graph, net, total, ratios=[0.5], tolerance=1e9)
     assert table.tolerated == {"0.weight[0]": 0.5}
 
 
 def test_what_is_in_the_file_is_not_measured_again(bench, tmp_path) -> None:
     graph, model, metric = bench
     path = tmp_path / "table.json"
-    first = prunus.sensitivity(graph, model, metric, ratios=[0.25, 0.5], path=path)
+    first = prunus.planner.search.sensitivity(graph, model, metric, ratios=[0.25, 0.5], path=path)
     assert metric.calls == 1 + 6
     assert Sensitivity.load(path) == first
-    more = prunus.sensitivity(graph, model, metric, ratios=[0.25, 0.5, 0.75], path=path)
+    more = prunus.planner.search.sensitivity(
+        graph, model, metric, ratios=[0.25, 0.5, 0.75], path=path
+    )
     assert metric.calls == 1 + 6 + 1 + 3
     again = Closeness(model)
-    assert more == prunus.sensitivity(graph, model, again, ratios=[0.25, 0.5, 0.75])
+    assert more == prunus.planner.search.sensitivity(graph, model, again, ratios=[0.25, 0.5, 0.75])
 
 
 def test_a_file_of_another_run_is_refused(bench, tmp_path) -> None:
     graph, model, metric = bench
     path = tmp_path / "table.json"
-    prunus.sensitivity(graph, model, metric, ratios=[0.5], path=path)
+    prunus.planner.search.sensitivity(graph, model, metric, ratios=[0.5], path=path)
     with pytest.raises(FormatError, match=r"importance, calibration data or seed are not"):
-        prunus.sensitivity(graph, model, metric, ratios=[0.5], path=path, importance="l1")
+        prunus.planner.search.sensitivity(
+            graph, model, metric, ratios=[0.5], path=path, importance="l1"
+        )
     with pytest.raises(FormatError, match=r"metric of the whole model was -?\S+ then and is 5 now"):
-        prunus.sensitivity(graph, model, lambda _: 5.0, ratios=[0.5], path=path)
+        prunus.planner.search.sensitivity(graph, model, lambda _: 5.0, ratios=[0.5], path=path)
     with torch.no_grad():
         model.head.bias += 1
     with pytest.raises(FormatError, match="weights"):
-        prunus.sensitivity(graph, model, metric, ratios=[0.5], path=path)
+        prunus.planner.search.sensitivity(graph, model, metric, ratios=[0.5], path=path)
     path.write_text("{}")
     with pytest.raises(FormatError, match="missing required field `format`"):
-        prunus.sensitivity(graph, model, metric, ratios=[0.5], path=path)
+        prunus.planner.search.sensitivity(graph, model, metric, ratios=[0.5], path=path)
 
 
 SLOW = """
@@ -175,7 +183,7 @@ near = Closeness(model)
 def metric(one):
     time.sleep(0.3)
     return near(one)
-prunus.sensitivity(graph, model, metric, ratios=[0.25, 0.5, 0.75], path={path!r})
+prunus.planner.search.sensitivity(graph, model, metric, ratios=[0.25, 0.5, 0.75], path={path!r})
 """
 
 
@@ -192,26 +200,30 @@ def test_killed_and_resumed_it_is_as_if_it_had_run_through(bench, tmp_path) -> N
     half = Sensitivity.load(path)
     done = sum(len(curve) - 1 for curve in half.curves.values())
     assert 0 < done < 9
-    resumed = prunus.sensitivity(graph, model, metric, ratios=[0.25, 0.5, 0.75], path=path)
+    resumed = prunus.planner.search.sensitivity(
+        graph, model, metric, ratios=[0.25, 0.5, 0.75], path=path
+    )
     assert metric.calls == 1 + 9 - done
-    whole = prunus.sensitivity(graph, model, metric, ratios=[0.25, 0.5, 0.75])
+    whole = prunus.planner.search.sensitivity(graph, model, metric, ratios=[0.25, 0.5, 0.75])
     assert resumed == whole
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_table_drives_a_plan_within_a_budget(bench) -> None:
     graph, model, metric = bench
-    table = prunus.sensitivity(graph, model, metric)
-    plan = prunus.plan_by_sensitivity(table, graph, model, prunus.Budget(macs=0.6))
+    table = prunus.planner.search.sensitivity(graph, model, metric)
+    plan = prunus.planner.search.plan_by_sensitivity(table, graph, model, prunus.Budget(macs=0.6))
     before, after = plan.costs["macs"]
     assert 0.5 * before < after <= 0.6 * before
     cut = prunus.apply(plan, copy.deepcopy(model).eval())
-    assert prunus.measure_costs(cut, X)["macs"] == after
+    assert prunus.report.measure_costs(cut, X)["macs"] == after
     with pytest.raises(BudgetError, match="the largest ratios leave"):
-        prunus.plan_by_sensitivity(table, graph, model, prunus.Budget(macs=0.001))
+        prunus.planner.search.plan_by_sensitivity(table, graph, model, prunus.Budget(macs=0.001))
     other = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(PlanError, match="no such group"):
-        prunus.plan_by_sensitivity(table, prunus.trace(other, X), other, prunus.Budget(macs=0.6))
+        prunus.planner.search.plan_by_sensitivity(
+            table, prunus.trace(other, X), other, prunus.Budget(macs=0.6)
+        )
 
 
 def test_curves_are_read_at_their_first_crossing() -> None:
@@ -241,7 +253,7 @@ def test_curves_are_read_at_their_first_crossing() -> None:
 def test_bad_input_is_refused_before_the_metric_is_asked(bench, options, text) -> None:
     graph, model, metric = bench
     with pytest.raises(PlanError, match=text):
-        prunus.sensitivity(graph, model, metric, **options)
+        prunus.planner.search.sensitivity(graph, model, metric, **options)
     assert metric.calls == 0
 
 
@@ -252,17 +264,19 @@ def test_bad_input_is_refused_before_the_metric_is_asked(bench, options, text) -
 def test_a_metric_that_is_no_number_is_refused(bench, value, text) -> None:
     graph, model, _ = bench
     with pytest.raises(DataError, match=text):
-        prunus.sensitivity(graph, model, lambda _: value)
+        prunus.planner.search.sensitivity(graph, model, lambda _: value)
     with pytest.raises(DataError, match="needs calibration data"):
-        prunus.sensitivity(graph, model, lambda _: 1.0, importance="taylor")
+        prunus.planner.search.sensitivity(graph, model, lambda _: 1.0, importance="taylor")
 
 
 def test_the_heat_map_is_drawn_and_the_same_each_time(bench, tmp_path) -> None:
     pytest.importorskip("matplotlib")
     graph, model, metric = bench
-    table = prunus.sensitivity(graph, model, metric, ratios=[0.2, 0.6], tolerance=1.0)
+    table = prunus.planner.search.sensitivity(
+        graph, model, metric, ratios=[0.2, 0.6], tolerance=1.0
+    )
     for name in ("a.png", "b.png", "c.svg"):
-        prunus.draw_sensitivity(table, tmp_path / name)
+        prunus.report.draw_sensitivity(table, tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     text = (tmp_path / "c.svg").read_text()
     assert "stem.weight[0]" in text
@@ -309,15 +323,15 @@ def test_the_search_meets_the_budget_and_is_no_worse_than_equal_ratios(bench) ->
     pytest.importorskip("optuna")
     graph, model, metric = bench
     budget = prunus.Budget(macs=0.6)
-    one = prunus.search_ratios(graph, model, metric, budget=budget, trials=1)
-    found = prunus.search_ratios(graph, model, metric, budget=budget, trials=12)
+    one = prunus.planner.search.search_ratios(graph, model, metric, budget=budget, trials=1)
+    found = prunus.planner.search.search_ratios(graph, model, metric, budget=budget, trials=12)
     assert one.value < found.value
     assert found.trials == 12
     before, after = found.plan.costs["macs"]
     assert after <= 0.6 * before
     with prunus.mask(found.plan, model):
         assert metric(model) == found.value
-    again = prunus.search_ratios(graph, model, metric, budget=budget, trials=12)
+    again = prunus.planner.search.search_ratios(graph, model, metric, budget=budget, trials=12)
     assert again.plan == found.plan
     assert prunus.plan(graph, model, ratios=found.ratios).keep == found.plan.keep
 
@@ -328,7 +342,7 @@ sys.path.insert(0, {tests!r})
 from test_sensitivity import Residual, Closeness, X
 import prunus
 model = Residual()
-found = prunus.search_ratios(
+found = prunus.planner.search.search_ratios(
     prunus.trace(model, X), model, Closeness(model), budget=prunus.Budget(macs=0.6),
     trials=4, storage={storage!r}, seed={seed},
 )
@@ -340,15 +354,17 @@ def test_processes_share_a_study(bench, tmp_path) -> None:
     graph, model, metric = bench
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     first = {"budget": prunus.Budget(macs=0.6), "trials": 1, "storage": storage}
-    prunus.search_ratios(graph, model, metric, **first)
+    prunus.planner.search.search_ratios(graph, model, metric, **first)
     tests = str(Path(__file__).parent)
     codes = [SEARCH.format(tests=tests, storage=storage, seed=seed) for seed in (1, 2)]
     running = [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
     assert [process.wait() for process in running] == [0, 0]
-    found = prunus.search_ratios(graph, model, metric, **first)
+    found = prunus.planner.search.search_ratios(graph, model, metric, **first)
     assert found.trials == 1 + 2 * 4 + 1
     with pytest.raises(PlanError, match="the study 'prunus' asks something else"):
-        prunus.search_ratios(graph, model, metric, **{**first, "budget": prunus.Budget(macs=0.5)})
+        prunus.planner.search.search_ratios(
+            graph, model, metric, **{**first, "budget": prunus.Budget(macs=0.5)}
+        )
 
 
 def test_bad_searches_are_refused(bench, monkeypatch) -> None:
@@ -356,12 +372,12 @@ def test_bad_searches_are_refused(bench, monkeypatch) -> None:
     graph, model, metric = bench
     half = prunus.Budget(macs=0.5)
     with pytest.raises(PlanError, match="trials=0 is no number"):
-        prunus.search_ratios(graph, model, metric, budget=half, trials=0)
+        prunus.planner.search.search_ratios(graph, model, metric, budget=half, trials=0)
     with pytest.raises(PlanError, match=r"1\.5 is not between 0 and 1"):
-        prunus.search_ratios(graph, model, metric, budget=half, max_ratio=1.5)
+        prunus.planner.search.search_ratios(graph, model, metric, budget=half, max_ratio=1.5)
     with pytest.raises(BudgetError, match="allow larger ratios"):
-        prunus.search_ratios(graph, model, metric, budget=half, max_ratio=0.1)
+        prunus.planner.search.search_ratios(graph, model, metric, budget=half, max_ratio=0.1)
     assert metric.calls == 0
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(MissingExtraError, match=r"prunus\[search\]"):
-        prunus.search_ratios(graph, model, metric, budget=half)
+        prunus.planner.search.search_ratios(graph, model, metric, budget=half)

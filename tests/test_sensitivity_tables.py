@@ -56,7 +56,7 @@ class Closeness:
 
 
 def net() -> nn.Module:
-    return prunus.recalibrate(Normed().eval(), DATA)
+    return prunus.recovery.recalibrate(Normed().eval(), DATA)
 
 
 @pytest.fixture
@@ -67,13 +67,13 @@ def bench():
 
 def test_without_a_budget_groups_lose_what_is_tolerated(bench) -> None:
     graph, model, metric = bench
-    table = prunus.sensitivity(graph, model, metric, tolerance=5.0, **ROWS)
-    plan = prunus.plan_by_sensitivity(table, graph, model)
+    table = prunus.planner.search.sensitivity(graph, model, metric, tolerance=5.0, **ROWS)
+    plan = prunus.planner.search.plan_by_sensitivity(table, graph, model)
     assert plan.keep
     assert plan.keep == prunus.plan(graph, model, ratios=table.tolerated).keep
-    table = prunus.sensitivity(graph, model, metric, **ROWS)
+    table = prunus.planner.search.sensitivity(graph, model, metric, **ROWS)
     with pytest.raises(PlanError, match="no budget, and the table has no tolerated shares"):
-        prunus.plan_by_sensitivity(table, graph, model)
+        prunus.planner.search.plan_by_sensitivity(table, graph, model)
 
 
 FILE = """
@@ -95,12 +95,12 @@ def own(tmp_path) -> str:
 
 def test_a_table_drives_plan_and_shrink(own, bench, tmp_path, capsys) -> None:
     graph, model, metric = bench
-    table = prunus.sensitivity(graph, model, metric, tolerance=5.0)
+    table = prunus.planner.search.sensitivity(graph, model, metric, tolerance=5.0)
     file, other, out = (tmp_path / name for name in ("table.json", "other.json", "plan.json"))
     table.save(file)
     drive = [f"{own}:net", "--sensitivity", str(file)]
     budget = prunus.Budget(macs=0.6)
-    wanted = prunus.plan_by_sensitivity(table, graph, model, budget)
+    wanted = prunus.planner.search.plan_by_sensitivity(table, graph, model, budget)
     assert wanted.keep != prunus.plan(graph, model, budget=budget).keep
     assert main(["plan", *drive, "--macs", "0.6", "--out", str(out), "--json"]) == 0
     assert prunus.Plan.load(out).keep == wanted.keep
@@ -109,12 +109,14 @@ def test_a_table_drives_plan_and_shrink(own, bench, tmp_path, capsys) -> None:
     assert prunus.Plan.load(out).keep == wanted.keep
     assert json.loads(capsys.readouterr().out)["certificate"]["verdict"] == "exact"
 
-    tolerated = prunus.plan_by_sensitivity(table, graph, model)
+    tolerated = prunus.planner.search.plan_by_sensitivity(table, graph, model)
     assert main(["plan", *drive, "--out", str(out)]) == 0
     assert prunus.Plan.load(out).keep == tolerated.keep != wanted.keep
 
     data = ["--importance", "taylor", "--data", f"{own}:data"]
-    prunus.sensitivity(graph, model, metric, importance="taylor", data=DATA, path=other)
+    prunus.planner.search.sensitivity(
+        graph, model, metric, importance="taylor", data=DATA, path=other
+    )
     drive = [f"{own}:net", "--sensitivity", str(other), "--macs", "0.6", *data]
     assert main(["shrink", *drive, "--no-verify", "--plan", str(out)]) == 0
     ranked = prunus.Plan.load(out)
@@ -125,7 +127,7 @@ def test_a_table_drives_plan_and_shrink(own, bench, tmp_path, capsys) -> None:
 def test_globs_choose_rows_of_a_table(own, bench, tmp_path, capsys) -> None:
     graph, model, metric = bench
     file, out = tmp_path / "table.json", tmp_path / "plan.json"
-    prunus.sensitivity(graph, model, metric, path=file)
+    prunus.planner.search.sensitivity(graph, model, metric, path=file)
     asked = ["plan", f"{own}:net", "--sensitivity", str(file), "--macs", "0.7"]
     every = {"a.weight[0]", "b.weight[0]", "c.weight[0]"}
     for globs, whole in (
@@ -162,7 +164,7 @@ def test_a_group_that_the_proof_rejects_is_named_and_can_be_left_out(tmp_path, c
     text = FILE.format(tests=str(Path(__file__).parent))
     own.write_text(f"{text}\nfrom test_sensitivity_tables import Comparing")
     graph = prunus.trace(model, DATA[0])
-    prunus.sensitivity(graph, model, Closeness(model), path=file)
+    prunus.planner.search.sensitivity(graph, model, Closeness(model), path=file)
     asked = ["shrink", f"{own}:Comparing", "--sensitivity", str(file), "--macs", "0.7", "--json"]
     assert main(asked) == 3
     assert "second.weight[0]: it has to stay" in capsys.readouterr().err
@@ -187,7 +189,7 @@ def test_a_group_that_the_proof_rejects_is_named_and_can_be_left_out(tmp_path, c
 def test_what_contradicts_a_table_is_refused(own, bench, tmp_path, capsys, options, code, said):
     graph, model, metric = bench
     file = tmp_path / "table.json"
-    prunus.sensitivity(graph, model, metric, path=file, ratios=[0.5])
+    prunus.planner.search.sensitivity(graph, model, metric, path=file, ratios=[0.5])
     for verb in (["plan", "--dry-run"], ["shrink"]):
         assert main([*verb, f"{own}:net", "--sensitivity", str(file), *options]) == code
         assert said in capsys.readouterr().err
@@ -196,7 +198,7 @@ def test_what_contradicts_a_table_is_refused(own, bench, tmp_path, capsys, optio
 def test_a_file_that_is_no_table_of_this_model_is_refused(own, bench, tmp_path, capsys) -> None:
     graph, model, metric = bench
     file = tmp_path / "table.json"
-    prunus.sensitivity(graph, model, metric, path=file, ratios=[0.5])
+    prunus.planner.search.sensitivity(graph, model, metric, path=file, ratios=[0.5])
     other = tmp_path / "other.json"
     document = json.loads(file.read_text())
     document["groups"][0]["units"] = 13

@@ -15,6 +15,7 @@ import prunus
 from prunus.calibration.cross import CrossMoments
 from prunus.calibration.statistics import kept_units
 from prunus.errors import DataError, ModelError, PlanError
+from prunus.graph.axis import Axis
 from prunus.recovery.consumers import find_changed
 from tests.snapshots import same, snapshot
 from tests.test_compensation import READERS
@@ -39,7 +40,7 @@ def half(
 
 
 def kept(plan: prunus.Plan, tensor: str, dim: int, size: int) -> list[int]:
-    return list(plan.keep.get(prunus.Axis(tensor, dim), range(size)))
+    return list(plan.keep.get(Axis(tensor, dim), range(size)))
 
 
 class Chain(nn.Module):
@@ -119,14 +120,16 @@ def ridge_by_lstsq(y: Tensor, g: Tensor, start: Tensor, share: float) -> Tensor:
     return torch.linalg.lstsq(design, torch.cat([y, scale * start.mT])).solution.mT
 
 
-def both_ways(name: str, **options: Any) -> list[tuple[nn.Module, prunus.Compensation]]:
+def both_ways(name: str, **options: Any) -> list[tuple[nn.Module, prunus.recovery.Compensation]]:
     """A model whose only reader reads an exact prefix, repaired at once and in order."""
     model, x, graph, plan = build_reader(name)
     found = []
     for sequential in (False, True):
         small = copy.deepcopy(model)
         options = {"positions": 10, "ridge": RIDGE, **options, "sequential": sequential}
-        found.append((small, prunus.compensate(small, plan, graph, [x[:5], x[5:]], **options)))
+        found.append(
+            (small, prunus.recovery.compensate(small, plan, graph, [x[:5], x[5:]], **options))
+        )
     return found
 
 
@@ -164,7 +167,7 @@ def test_every_layer_is_the_ridge_solution_on_what_the_repaired_prefix_gives(
     """The prefix of the model that comes out is the one on which each layer was fitted."""
     model, x, graph, plan = build(name)
     small = copy.deepcopy(model)
-    done = prunus.compensate(
+    done = prunus.recovery.compensate(
         *(small, plan, graph, [x[:10], x[10:]]),
         sequential=True,
         ridge=RIDGE,
@@ -202,12 +205,12 @@ def test_batch_norms_are_measured_before_what_lies_behind_them_is_fitted() -> No
     """On one batch the cumulative average is what the batch has."""
     model, x, graph, plan = build("batch norm")
     small = copy.deepcopy(model)
-    prunus.compensate(small, plan, graph, [x], sequential=True, positions=10_000)
+    prunus.recovery.compensate(small, plan, graph, [x], sequential=True, positions=10_000)
     outputs = small.b(small.maps(x)["b"]).transpose(0, 1).flatten(1)
     torch.testing.assert_close(small.norm.running_mean, outputs.mean(1), **CLOSE)
     torch.testing.assert_close(small.norm.running_var, outputs.var(1), **CLOSE)
     twin = copy.deepcopy(small)
-    prunus.recalibrate(twin, [x])
+    prunus.recovery.recalibrate(twin, [x])
     assert torch.equal(twin(x), small(x))
 
 
@@ -242,7 +245,7 @@ def branched(*only: str) -> tuple[nn.Module, Tensor, prunus.CouplingGraph, prunu
 def test_what_runs_before_all_that_is_removed_stays_as_it_was() -> None:
     model, x, graph, plan = branched("a")
     before = copy.deepcopy(model.state_dict())
-    done = prunus.compensate(model, plan, graph, [x], sequential=True)
+    done = prunus.recovery.compensate(model, plan, graph, [x], sequential=True)
     fitted = [report.tensor for report in done.repairs]
     assert fitted == ["b.weight", "c.weight", "e.weight", "late.weight", "head.weight"]
     after = model.state_dict()
@@ -257,7 +260,7 @@ def test_where_nothing_is_removed_nothing_changes() -> None:
     model, x, graph, _ = branched("a")
     whole = prunus.Plan.from_mask(graph, graph.all_kept)
     before = copy.deepcopy(model.state_dict())
-    done = prunus.compensate(model, whole, graph, [x], sequential=True, check=False)
+    done = prunus.recovery.compensate(model, whole, graph, [x], sequential=True, check=False)
     assert not done.repairs
     assert all(torch.equal(old, model.state_dict()[name]) for name, old in before.items())
 
@@ -271,7 +274,7 @@ def test_what_reads_the_sum_of_branches_comes_after_both() -> None:
     assert not norms
     done: list[int] = []
     small = copy.deepcopy(model)
-    repairs = prunus.compensate(
+    repairs = prunus.recovery.compensate(
         *(small, plan, graph, [x[:6], x[6:]]),
         sequential=True,
         positions=10_000,
@@ -306,8 +309,8 @@ def test_weights_that_read_the_same_values_share_sums() -> None:
     weights, _ = find_changed(graph, kept_units(graph, plan))
     assert weights == {"a.weight", "b.weight", "head.weight"}
     twin = copy.deepcopy(model)
-    repairs = prunus.compensate(model, plan, graph, [x], sequential=True).repairs
-    plain = prunus.compensate(twin, plan, graph, [x]).repairs
+    repairs = prunus.recovery.compensate(model, plan, graph, [x], sequential=True).repairs
+    plain = prunus.recovery.compensate(twin, plan, graph, [x]).repairs
     assert [r.tensor for r in repairs] == ["a.weight", "b.weight", "head.weight"]
     assert [r.left for r in repairs[:2]] == pytest.approx([r.left for r in plain], rel=1e-6)
 
@@ -329,8 +332,8 @@ def test_what_was_read_counts_and_not_what_became_of_it() -> None:
     model, x = Overwriting().double().eval(), noisy((50, 4))
     graph, plan = half(model, x)
     twin = copy.deepcopy(model)
-    (found,) = prunus.compensate(model, plan, graph, [x], sequential=True).repairs
-    (wanted,) = prunus.compensate(twin, plan, graph, [x]).repairs
+    (found,) = prunus.recovery.compensate(model, plan, graph, [x], sequential=True).repairs
+    (wanted,) = prunus.recovery.compensate(twin, plan, graph, [x]).repairs
     assert found.left == pytest.approx(wanted.left, rel=1e-6)
     torch.testing.assert_close(model.b.weight, twin.b.weight, **CLOSE)
 
@@ -350,7 +353,7 @@ def test_a_deep_net_of_half_the_width_is_nearer_than_with_the_plain_method() -> 
     errors = []
     for sequential in (False, True):
         small = copy.deepcopy(model)
-        prunus.compensate(small, plan, graph, list(x.split(500)), sequential=sequential)
+        prunus.recovery.compensate(small, plan, graph, list(x.split(500)), sequential=sequential)
         errors.append(float((small(fresh) - model(fresh)).square().mean()))
     assert errors[1] < 0.8 * errors[0]
 
@@ -394,11 +397,11 @@ def test_bases_of_heads_change_first(held: str) -> None:
     heads = [group.name for group in graph.groups if group.size == 2]
     hold = [*heads, *(stream if held == "stream" else [])]
     plan = prunus.plan(graph, model, ratio=0.4, hold=hold)
-    assert prunus.Axis("q.weight", 0) in plan.keep
+    assert Axis("q.weight", 0) in plan.keep
     errors = {}
     for sequential in (False, True):
         small = copy.deepcopy(model)
-        done = prunus.compensate(small, plan, graph, [x], sequential=sequential)
+        done = prunus.recovery.compensate(small, plan, graph, [x], sequential=sequential)
         errors[sequential] = float((small(x) - model(x)).square().mean())
         mixed = [report for report in done.repairs if "·" in report.tensor]
         assert len(mixed) == 1
@@ -416,11 +419,11 @@ def test_queries_and_keys_get_their_basis_and_their_inputs_at_once() -> None:
     graph = prunus.trace(model, x[:2])
     heads = [group.name for group in graph.groups if group.size == 2]
     plan = prunus.plan(graph, model, ratio=0.4, hold=heads)
-    assert {prunus.Axis("q.weight", dim) for dim in (0, 1)} <= set(plan.keep)
+    assert {Axis("q.weight", dim) for dim in (0, 1)} <= set(plan.keep)
     states = []
     for sequential in (False, True):
         small = copy.deepcopy(model)
-        prunus.compensate(small, plan, graph, [x], sequential=sequential)
+        prunus.recovery.compensate(small, plan, graph, [x], sequential=sequential)
         states.append(small.state_dict())
     for name in (f"{layer}.{own}" for layer in "qkv" for own in ("weight", "bias")):
         torch.testing.assert_close(states[1][name], states[0][name], **CLOSE)
@@ -433,7 +436,7 @@ def test_queries_whose_scores_alone_change_are_followed_by_what_reads_the_answer
     model, x, graph = block()
     others = [group.name for group in graph.groups if group.name != "q.weight[0]/2"]
     plan = prunus.plan(graph, model, ratio=0.5, hold=others)
-    done = prunus.compensate(model, plan, graph, [x], sequential=True)
+    done = prunus.recovery.compensate(model, plan, graph, [x], sequential=True)
     fitted = [report for report in done.repairs if "·" not in report.tensor]
     assert [r.tensor for r in fitted] == ["out.weight", "up.weight", "down.weight", "head.weight"]
     assert all(report.left < report.cut for report in fitted)
@@ -444,7 +447,7 @@ def test_queries_whose_scores_alone_change_are_followed_by_what_reads_the_answer
 def test_undo_puts_the_model_back(name: str) -> None:
     model, x, graph, plan = build(name)
     before = snapshot(model)
-    done = prunus.compensate(model, plan, graph, [x], sequential=True)
+    done = prunus.recovery.compensate(model, plan, graph, [x], sequential=True)
     assert model.d.weight.shape[1] < 10
     done.undo()
     assert same(snapshot(model), before)
@@ -480,22 +483,22 @@ def test_bad_input_leaves_the_model_alone(options: Any, error: Any, said: str) -
     model, _, graph, plan = build("linear")
     before = snapshot(model)
     with pytest.raises(error, match=said):
-        prunus.compensate(model, plan, graph, sequential=True, **options)
+        prunus.recovery.compensate(model, plan, graph, sequential=True, **options)
     assert same(snapshot(model), before)
 
 
 def test_statistics_are_refused_since_they_are_of_dense_inputs() -> None:
     model, x, graph, plan = build("linear")
-    statistics = prunus.collect(model, graph, [x], "second_moment")
+    statistics = prunus.importance.collect(model, graph, [x], "second_moment")
     with pytest.raises(DataError, match=r"statistics(.|\n)*give data="):
-        prunus.compensate(model, plan, graph, statistics=statistics, sequential=True)
+        prunus.recovery.compensate(model, plan, graph, statistics=statistics, sequential=True)
 
 
 def test_weights_that_are_not_loaded_are_refused() -> None:
     model, x, graph, plan = build("linear")
     model.d.to("meta")
     with pytest.raises(ModelError, match="no values"):
-        prunus.compensate(model, plan, graph, [x], sequential=True)
+        prunus.recovery.compensate(model, plan, graph, [x], sequential=True)
 
 
 def test_models_that_read_other_rows_when_they_are_cut_are_told() -> None:
@@ -504,15 +507,15 @@ def test_models_that_read_other_rows_when_they_are_cut_are_told() -> None:
     graph, plan = half(model, few)
     before = snapshot(model)
     with pytest.raises(DataError, match="other rows"):
-        prunus.compensate(model, plan, graph, [many], sequential=True)
+        prunus.recovery.compensate(model, plan, graph, [many], sequential=True)
     assert same(snapshot(model), before)
 
 
 def test_an_iterator_serves_every_pass() -> None:
     model, x, graph, plan = build("linear")
     twin = copy.deepcopy(model)
-    prunus.compensate(model, plan, graph, iter([x[:90], x[90:]]), sequential=True)
-    prunus.compensate(twin, plan, graph, [x[:90], x[90:]], sequential=True)
+    prunus.recovery.compensate(model, plan, graph, iter([x[:90], x[90:]]), sequential=True)
+    prunus.recovery.compensate(twin, plan, graph, [x[:90], x[90:]], sequential=True)
     assert torch.equal(model(x), twin(x))
 
 
@@ -526,7 +529,7 @@ def test_shrink_does_it_and_tells(name: str) -> None:
     assert done.recovery[1].error < done.recovery[0].error
     graph = prunus.trace(twin, x[:2])
     plan = prunus.plan(graph, twin, budget=budget)
-    prunus.compensate(twin, plan, graph, [x], sequential=True)
+    prunus.recovery.compensate(twin, plan, graph, [x], sequential=True)
     torch.testing.assert_close(model(x), twin(x))
 
 

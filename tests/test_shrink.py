@@ -71,7 +71,7 @@ def test_a_group_that_the_code_does_not_follow_stays_whole(build, said) -> None:
     assert done.certificate.verdict == "exact"
     assert model.second.out_features == HIDDEN
     assert model.first.out_features < 24
-    assert prunus.measure_costs(model, x)["params"] <= 0.7 * done.graph.cost("params")
+    assert prunus.report.measure_costs(model, x)["params"] <= 0.7 * done.graph.cost("params")
 
 
 def test_the_failing_line_is_named() -> None:
@@ -91,7 +91,7 @@ def test_a_constant_in_the_forward_pins_its_group_and_the_budget_is_met_elsewher
     assert done.certificate is not None
     assert done.certificate.verdict == "exact"
     assert model.qkv.out_features == 12 * 64
-    assert prunus.measure_costs(model, x)["params"] <= 0.7 * graph.cost("params")
+    assert prunus.report.measure_costs(model, x)["params"] <= 0.7 * graph.cost("params")
 
 
 def test_a_budget_that_the_rest_cannot_meet_is_reported() -> None:

@@ -177,7 +177,7 @@ def test_gradients_equal_autograd_by_hand(name: str) -> None:
         wanted["signed"] += owned
         wanted["squared"] += owned**2
         wanted["fisher"] += by_hand(graph, {n: p**2 for n, p in products.items()})
-    found = prunus.collect(model, graph, [batch], "gradient")
+    found = prunus.importance.collect(model, graph, [batch], "gradient")
     assert found.samples == 4
     np.testing.assert_allclose(found.units["gradient"], wanted["signed"], **CLOSE)
     np.testing.assert_allclose(found.units["gradient_squared"], wanted["squared"], **CLOSE)
@@ -228,7 +228,7 @@ def test_head_gradient_is_that_of_a_gate(name: str) -> None:
         wanted += torch.autograd.grad(loss, gate)[0].abs().numpy()
     for hook in hooks:
         hook.remove()
-    found = prunus.collect(model, graph, [batch], "head_gradient")
+    found = prunus.importance.collect(model, graph, [batch], "head_gradient")
     scores = score(graph, state_of(model)[0], "head_gradient", statistics=found)
     assert wanted.min() > 0
     np.testing.assert_allclose(scores[group.units], wanted / 4, **CLOSE)
@@ -253,7 +253,7 @@ def test_a_gate_on_units_that_no_weights_read_lies_where_they_are_made() -> None
         gate = torch.ones(4, dtype=torch.float64, requires_grad=True)
         out = ((model.q(one) * gate) @ (model.k(one) * gate).T).sum(0)[None]
         wanted += torch.autograd.grad(own_loss(out), gate)[0].abs().numpy()
-    found = prunus.collect(model, graph, [x], "head_gradient")
+    found = prunus.importance.collect(model, graph, [x], "head_gradient")
     np.testing.assert_allclose(found.units["head_gradient"][group.units], wanted, **CLOSE)
 
 
@@ -325,7 +325,7 @@ def weight_by_hand(module: nn.Module, dim: int) -> Tensor:
 def test_activations_equal_hooks_by_hand(name: str) -> None:
     model, batch, graph = build(name)
     inputs = read_by_hand(model, batch, READERS[name])
-    found = prunus.collect(model, graph, [batch], "activation")
+    found = prunus.importance.collect(model, graph, [batch], "activation")
     state, aliases = state_of(model)
     sites = {site.tensor: site for site in found.sites}
     weights = {aliases.get(f"{n}.weight", f"{n}.weight"): n for n in READERS[name]}
@@ -368,7 +368,7 @@ def test_weights_that_are_computed_are_found_by_their_module() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), norm(nn.Linear(4, 2))).double()
     x = torch.randn(5, 3, dtype=torch.float64)
     graph = prunus.trace(model, x)
-    (site,) = prunus.collect(model, graph, [x, x], "activation").sites
+    (site,) = prunus.importance.collect(model, graph, [x, x], "activation").sites
     read = model[:2](x).detach()
     assert (site.tensor, site.count) == ("", 10)
     np.testing.assert_allclose(site.square, 2 * (read**2).sum(0), **CLOSE)
@@ -388,7 +388,7 @@ def test_recurrent_and_shared_modules_are_summed_over_their_calls() -> None:
     model = Twice().double()
     x = torch.randn(5, 6, 3, dtype=torch.float64)
     graph = prunus.trace(model, x)
-    found = prunus.collect(model, graph, [x], "activation")
+    found = prunus.importance.collect(model, graph, [x], "activation")
     sites = {site.tensor: site for site in found.sites}
     h = model.rnn(x)[0].detach()
     read = torch.cat([h[:, 0], h[:, -1]])
@@ -415,7 +415,7 @@ def test_experts_are_read_through_one_tensor_of_weights() -> None:
     model = Experts().double()
     x = torch.randn(2, 5, 4, dtype=torch.float64)
     graph = prunus.trace(model, x)
-    (site,) = prunus.collect(model, graph, [x], "activation").sites
+    (site,) = prunus.importance.collect(model, graph, [x], "activation").sites
     inner = torch.einsum("btd,edf->ebtf", x, model.up).relu().detach()
     assert (site.tensor, site.count) == ("down", 30)
     np.testing.assert_allclose(site.square, (inner**2).sum((0, 1, 2)), **CLOSE)
@@ -428,9 +428,11 @@ def test_results_do_not_hang_on_the_batch_size_or_length_traced(name: str) -> No
     small = cut(batch, slice(0, 1))
     other = prunus.trace(model, *(((), small) if isinstance(small, dict) else (small,)))
     needs = ["gradient", "head_gradient", "activation"]
-    whole = prunus.collect(model, graph, [batch], needs)
-    parts = prunus.collect(model, other, (cut(batch, slice(i, i + 1)) for i in range(4)), needs)
-    alone = prunus.collect(model, graph, [batch], "activation")
+    whole = prunus.importance.collect(model, graph, [batch], needs)
+    parts = prunus.importance.collect(
+        model, other, (cut(batch, slice(i, i + 1)) for i in range(4)), needs
+    )
+    alone = prunus.importance.collect(model, graph, [batch], "activation")
     assert whole.samples == parts.samples == alone.samples == 4
     for key in whole.units:
         np.testing.assert_allclose(whole.units[key], parts.units[key], rtol=1e-8, atol=1e-14)
@@ -454,9 +456,9 @@ def test_nothing_of_the_model_changes() -> None:
     random = torch.get_rng_state()
     attributes = [set(vars(module)) for module in model.modules()]
     data = [x, x]
-    prunus.collect(model, graph, data, ["gradient", "activation"])
+    prunus.importance.collect(model, graph, data, ["gradient", "activation"])
     with pytest.raises(ZeroDivisionError):
-        prunus.collect(model, graph, data, "gradient", loss=lambda output, batch: 1 / 0)
+        prunus.importance.collect(model, graph, data, "gradient", loss=lambda output, batch: 1 / 0)
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
     assert [name for name, w in model.named_parameters() if not w.requires_grad] == ["a.weight"]
@@ -472,13 +474,15 @@ def test_dropout_is_off_and_frozen_weights_count() -> None:
     x = torch.randn(6, 3)
     graph = prunus.trace(model, x)
     model.requires_grad_(False)
-    runs = [prunus.collect(model, graph, [x], "gradient").units["gradient"] for _ in range(2)]
+    runs = [
+        prunus.importance.collect(model, graph, [x], "gradient").units["gradient"] for _ in range(2)
+    ]
     np.testing.assert_array_equal(*runs)
     assert (runs[0][1:] != 0).all()
 
 
 def losses(graph: prunus.CouplingGraph, model: nn.Module, batch: Any, **options: Any) -> float:
-    return prunus.collect(model, graph, [batch], "gradient", **options).loss
+    return prunus.importance.collect(model, graph, [batch], "gradient", **options).loss
 
 
 def test_labels_and_losses_of_the_user_come_first() -> None:
@@ -506,7 +510,7 @@ def test_what_padding_hides_has_no_say_in_the_models_own_answer() -> None:
         "input_ids": batch["input_ids"][:1],
         "attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]]),
     }
-    a, b = (prunus.collect(model, graph, [one], "gradient") for one in (short, padded))
+    a, b = (prunus.importance.collect(model, graph, [one], "gradient") for one in (short, padded))
     assert a.loss == pytest.approx(b.loss)
     np.testing.assert_allclose(a.units["fisher"], b.units["fisher"], rtol=1e-8, atol=1e-15)
 
@@ -518,9 +522,9 @@ def test_outputs_that_are_no_classes_move_in_random_directions() -> None:
     x = torch.randn(1, 3, dtype=torch.float64)
     graph = prunus.trace(model, x)
     (group,) = graph.groups
-    found = prunus.collect(model, graph, [x.expand(4000, 3)], "head_gradient")
-    again = prunus.collect(model, graph, [x.expand(4000, 3)], "head_gradient")
-    other = prunus.collect(model, graph, [x.expand(4000, 3)], "head_gradient", seed=1)
+    found = prunus.importance.collect(model, graph, [x.expand(4000, 3)], "head_gradient")
+    again = prunus.importance.collect(model, graph, [x.expand(4000, 3)], "head_gradient")
+    other = prunus.importance.collect(model, graph, [x.expand(4000, 3)], "head_gradient", seed=1)
     np.testing.assert_array_equal(found.units["head_gradient"], again.units["head_gradient"])
     assert (found.units["head_gradient"] != other.units["head_gradient"])[1:].all()
     moves = (model[2].weight * torch.tanh(model[0](x))).detach().square().sum(0) / 5
@@ -532,8 +536,8 @@ def test_outputs_that_are_no_classes_move_in_random_directions() -> None:
 
 def test_a_batch_may_be_one_sample() -> None:
     model, x, graph = build("mlp")
-    found = prunus.collect(model, graph, [x], "gradient", split=False)
-    apart = prunus.collect(model, graph, [x], "gradient")
+    found = prunus.importance.collect(model, graph, [x], "gradient", split=False)
+    apart = prunus.importance.collect(model, graph, [x], "gradient")
     assert (found.samples, apart.samples) == (1, 4)
     np.testing.assert_allclose(found.units["gradient"], apart.units["gradient"] / 4, **CLOSE)
 
@@ -541,7 +545,7 @@ def test_a_batch_may_be_one_sample() -> None:
 def test_progress_counts_batches() -> None:
     model, x, graph = build("mlp")
     seen: list[int] = []
-    prunus.collect(model, graph, iter([x, x, x]), "activation", progress=seen.append)
+    prunus.importance.collect(model, graph, iter([x, x, x]), "activation", progress=seen.append)
     assert seen == [1, 2, 3]
 
 
@@ -581,7 +585,7 @@ def test_what_can_not_be_collected_is_said(make, data, options, error, text) -> 
     graph = prunus.trace(model, X)
     options = {"needs": "gradient"} | options
     with pytest.raises(error, match=text):
-        prunus.collect(model, graph, data, **options)
+        prunus.importance.collect(model, graph, data, **options)
 
 
 def test_gradients_that_are_no_numbers_name_their_sample() -> None:
@@ -591,7 +595,7 @@ def test_gradients_that_are_no_numbers_name_their_sample() -> None:
     nn.init.zeros_(model[0].bias)
     with pytest.raises(DataError, match="gradients of sample 1 are NaN or infinite"):
         # √0 has no derivative, so that the second sample has a loss and no gradient
-        prunus.collect(
+        prunus.importance.collect(
             model, graph, [data], "gradient", loss=lambda o, b: model[0](b).norm(2) ** 0.5
         )
 
@@ -600,13 +604,13 @@ def test_a_model_without_values_or_of_another_graph_is_refused() -> None:
     model = Mlp()
     graph = prunus.trace(model, X)
     with pytest.raises(ModelError, match=r"first.weight has a shape but no values"):
-        prunus.collect(Mlp().to("meta"), graph, [X], "gradient")
+        prunus.importance.collect(Mlp().to("meta"), graph, [X], "gradient")
     wide = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     with pytest.raises(PlanError, match=r"first.weight has shape \(6, 5\) there, and here is miss"):
-        prunus.collect(wide, graph, [X], "gradient")
+        prunus.importance.collect(wide, graph, [X], "gradient")
     model.second = nn.Linear(6, 5)
     with pytest.raises(PlanError, match=r"second.weight has shape \(4, 6\) there, and here \(5, 6"):
-        prunus.collect(model, graph, [X], "gradient")
+        prunus.importance.collect(model, graph, [X], "gradient")
 
 
 def test_a_model_on_two_devices_is_refused() -> None:
@@ -625,8 +629,10 @@ def test_a_model_on_two_devices_is_refused() -> None:
 
 def test_half_precision_runs() -> None:
     model, x, graph = build("mlp")
-    half = prunus.collect(model.bfloat16(), graph, [x.bfloat16()], ["gradient", "activation"])
-    exact = prunus.collect(model.double(), graph, [x.bfloat16().double()], ["gradient"])
+    half = prunus.importance.collect(
+        model.bfloat16(), graph, [x.bfloat16()], ["gradient", "activation"]
+    )
+    exact = prunus.importance.collect(model.double(), graph, [x.bfloat16().double()], ["gradient"])
     a, b = (one.units["fisher"][1:] for one in (half, exact))
     assert np.corrcoef(a, b)[0, 1] > 0.99
 
@@ -638,7 +644,7 @@ def test_memory_does_not_grow_with_the_data() -> None:
         for _ in range(50):
             yield x
 
-    found = prunus.collect(model, graph, stream(), ["activation", "gradient"])
+    found = prunus.importance.collect(model, graph, stream(), ["activation", "gradient"])
     sizes = [array.size for site in found.sites for array in (site.total, site.weight)]
     assert sum(sizes) + sum(a.size for a in found.units.values()) < 100
     assert isinstance(found.sites[0], Site)
@@ -670,7 +676,7 @@ rank, folder = int(os.environ["RANK"]), sys.argv[1]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=3)
 model, data, parts = torch.load(f"{folder}/given.pt", weights_only=False)
-found = prunus.collect(
+found = prunus.importance.collect(
     model, prunus.trace(model, data[0]), [data[n] for n in parts[rank]],
     ["gradient", "activation", "second_moment"], positions=36,
 )
@@ -695,7 +701,9 @@ def test_processes_of_torch_distributed_add_up_their_sums(tmp_path: Path) -> Non
     ]
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0, 0]
     needs = ["gradient", "activation", "second_moment"]
-    whole = prunus.collect(model, prunus.trace(model, data[0]), data, needs, positions=36)
+    whole = prunus.importance.collect(
+        model, prunus.trace(model, data[0]), data, needs, positions=36
+    )
     for rank in range(3):
         found = torch.load(tmp_path / f"found-{rank}.pt", weights_only=False)
         assert (found.samples, found.loss) == (6, pytest.approx(whole.loss))

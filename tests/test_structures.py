@@ -248,21 +248,21 @@ def test_keep_some_units_of_a_group() -> None:
     model = bert()
     group = "bert.encoder.layer.0.intermediate.dense.weight[0]"
     rows = bert().bert.encoder.layer[0].intermediate.dense.weight[[0, 7, 9]]
-    prunus.keep(model, group, [9, 0, 7])
+    prunus.api.keep(model, group, [9, 0, 7])
     assert torch.equal(model.bert.encoder.layer[0].intermediate.dense.weight, rows)
     for units, text in (([48], "there is no unit 48"), ([], "no unit of"), ([1, 1], "named twice")):
         with pytest.raises(PlanError, match=text):
-            prunus.keep(bert(), group, units)
+            prunus.api.keep(bert(), group, units)
     with pytest.raises(PlanError, match="no group is called 'nothing'"):
-        prunus.keep(bert(), "nothing", [0])
+        prunus.api.keep(bert(), "nothing", [0])
 
 
 def test_keep_respects_constraints() -> None:
     """The kernel of grouped products takes multiples only."""
     group = "model.layers.0.mlp.experts.gate_up_proj[1]"
     with pytest.raises(PlanError, match=r"can't be removed by themselves(.|\n)*is no multiple of"):
-        prunus.keep(mixtral(), group, range(47))
-    prunus.keep(mixtral(), group, range(32))
+        prunus.api.keep(mixtral(), group, range(47))
+    prunus.api.keep(mixtral(), group, range(32))
 
 
 def test_a_quantized_model_is_refused() -> None:
@@ -273,7 +273,7 @@ def test_a_quantized_model_is_refused() -> None:
     with pytest.raises(
         ModelError, match=r"the model is quantized(.|\n)*Linear stores(.|\n)*prune it, and quantize"
     ):
-        prunus.keep(net, "0.weight[0]", [0], torch.randn(1, 4))
+        prunus.api.keep(net, "0.weight[0]", [0], torch.randn(1, 4))
 
 
 def test_inputs_that_nobody_knows() -> None:

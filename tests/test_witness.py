@@ -21,7 +21,7 @@ from prunus.graph.axis import Axis
 from prunus.graph.plans import Plan
 from prunus.tracer import precision
 from prunus.tracer.trace import trace
-from prunus.verifier.randomize import listen
+from prunus.verifier.randomize import randomize
 from tests import faults, hearing, witness  # not ``testify``, which pytest takes for a test
 from tests.faults import Net, conv, head
 from tests.pipeline import cut, plan_for, thin, without_mixing
@@ -32,7 +32,7 @@ def prepared(
 ) -> tuple[Plan, nn.Module]:
     """A plan that touches nothing mixing, and the model it is for."""
     model = build().eval().to(dtype)
-    listen(model, (x,), {})
+    randomize(model, (x,), {})
     graph = trace(model, x)
     return plan_for(graph, model, without_mixing(graph, thin(graph))), model
 

@@ -113,9 +113,9 @@ class Study:
         }
 
     @cached_property
-    def statistics(self) -> prunus.Statistics:
+    def statistics(self) -> prunus.importance.Statistics:
         """What all criteria that read data need, from one pass over it."""
-        return prunus.collect(self.model, self.graph, self.data, NEEDS)
+        return prunus.importance.collect(self.model, self.graph, self.data, NEEDS)
 
     def _prove(self, plan: prunus.Plan) -> str:
         model = copy.deepcopy(self.model)

@@ -122,7 +122,9 @@ def ours(study: Study, seed: int, importances: Sequence[str]) -> Iterator[dict[s
     if not cells:
         return
     batches = study.draw(seed)
-    seen = prunus.collect(study.model, study.graph, batches, oneshot_grid.NEEDS, seed=seed)
+    seen = prunus.importance.collect(
+        study.model, study.graph, batches, oneshot_grid.NEEDS, seed=seed
+    )
     dense = oneshot_grid.Calibrated(study.model, study.graph, batches, seen)
     plans: dict[tuple[str, float], prunus.Plan] = {}
     for cell in cells:
@@ -150,7 +152,7 @@ def torch_pruning(study: Study, seed: int) -> Iterator[dict[str, Any]]:
             model = oneshot_peers.torch_pruning(study.model, study.inputs, limit, **options)
             if "cut" in recoveries:
                 yield study.row(model, recovery="cut", **known)
-            prunus.recalibrate(model, batches)
+            prunus.recovery.recalibrate(model, batches)
             yield study.row(model, recovery="recalibrated", **known)
 
 
@@ -187,7 +189,7 @@ def torch_kirigami(study: Study, seed: int) -> Iterator[dict[str, Any]]:
                    "dense_accuracy": f"{study.dense:.2f}"}  # fmt: skip
             continue
         yield study.row(model, recovery="cut", **known)
-        prunus.recalibrate(model, study.draw(seed))
+        prunus.recovery.recalibrate(model, study.draw(seed))
         yield study.row(model, recovery="recalibrated", **known)
 
 

@@ -28,7 +28,7 @@ class Calibrated:
     model: nn.Module
     graph: prunus.CouplingGraph
     batches: Sequence[Any]
-    statistics: prunus.Statistics
+    statistics: prunus.importance.Statistics
 
     def plan(self, importance: str, **options: Any) -> prunus.Plan:
         """A plan for the dense model; ``options`` as of :func:`prunus.plan`."""
@@ -45,16 +45,16 @@ def _cut(dense: Calibrated, plan: prunus.Plan) -> nn.Module:
 
 def _compensated(dense: Calibrated, plan: prunus.Plan, method: Any) -> nn.Module:
     model = copy.deepcopy(dense.model)
-    prunus.compensate(model, plan, dense.graph, statistics=dense.statistics, method=method)
+    prunus.recovery.compensate(model, plan, dense.graph, statistics=dense.statistics, method=method)
     return model
 
 
 RECOVERIES: dict[str, Callable[[Calibrated, prunus.Plan], nn.Module]] = {
     "cut": _cut,
-    "recalibrated": lambda d, plan: prunus.recalibrate(_cut(d, plan), d.batches),
+    "recalibrated": lambda d, plan: prunus.recovery.recalibrate(_cut(d, plan), d.batches),
     "bias": lambda d, plan: _compensated(d, plan, "bias"),
     "least squares": lambda d, plan: _compensated(d, plan, "least_squares"),
-    "least squares + recalibrated": lambda d, plan: prunus.recalibrate(
+    "least squares + recalibrated": lambda d, plan: prunus.recovery.recalibrate(
         _compensated(d, plan, "least_squares"), d.batches
     ),
 }

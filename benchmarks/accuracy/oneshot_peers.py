@@ -32,7 +32,7 @@ Cut = Callable[[nn.Module, float], nn.Module]
 
 def count_macs(model: nn.Module, inputs: Tensor) -> int:
     """Of one forward, as PyTorch's own counter has it."""
-    return prunus.measure_costs(model, inputs)["macs"]
+    return prunus.report.measure_costs(model, inputs)["macs"]
 
 
 def cut_within(model: nn.Module, inputs: Tensor, limit: int, cut: Cut) -> nn.Module:

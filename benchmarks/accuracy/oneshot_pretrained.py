@@ -86,7 +86,7 @@ class Subject:
     """Of Torch-Pruning."""
 
     def macs(self, model: nn.Module) -> int:
-        return prunus.measure_costs(model, self.args, self.kwargs)["macs"]
+        return prunus.report.measure_costs(model, self.args, self.kwargs)["macs"]
 
 
 def mobilenetv2(folder: Path, device: torch.device) -> Subject:
@@ -242,7 +242,9 @@ def ours(subject: Subject, missing: Callable[..., bool]) -> Iterator[dict[str, A
     if not cells:
         return
     graph = prunus.trace(subject.model, subject.args, subject.kwargs)
-    seen = prunus.collect(subject.model, graph, subject.batches, oneshot_grid.NEEDS, seed=SEED)
+    seen = prunus.importance.collect(
+        subject.model, graph, subject.batches, oneshot_grid.NEEDS, seed=SEED
+    )
     dense = oneshot_grid.Calibrated(subject.model, graph, subject.batches, seen)
     plans: dict[Any, prunus.Plan] = {}
     for cell in cells:
@@ -270,7 +272,7 @@ def torch_pruning(subject: Subject, missing: Callable[..., bool]) -> Iterator[di
                     criterion=criterion, scope=scope, batches=subject.batches,
                 )  # fmt: skip
                 yield cell | {"recovery": "cut", "model": model}
-                prunus.recalibrate(model, subject.batches)
+                prunus.recovery.recalibrate(model, subject.batches)
                 yield cell | {"recovery": "recalibrated", "model": model}
 
 

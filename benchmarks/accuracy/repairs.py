@@ -63,7 +63,7 @@ def fashion(study: Study, seed: int) -> Iterator[dict[str, Any]]:
             budget = prunus.Budget(macs=level)
             options: dict[str, Any] = {"budget": budget, "round_to": 1, "seed": seed}
             if importance == "obs":
-                seen = prunus.collect(study.model, study.graph, batches, "second_moment")
+                seen = prunus.importance.collect(study.model, study.graph, batches, "second_moment")
                 options["statistics"] = seen
             data = batches if chosen.get("data") else None
             started = time.perf_counter()
@@ -99,7 +99,7 @@ def heads() -> Iterator[dict[str, Any]]:
     plan = prunus.plan(graph, model, ratio=0.5, hold=hold)
     repairs: dict[str, Callable[[nn.Module], Any]] = {
         "cut": lambda m: prunus.apply(plan, m),
-        "least squares": lambda m: prunus.compensate(m, plan, graph, images.split(64)),
+        "least squares": lambda m: prunus.recovery.compensate(m, plan, graph, images.split(64)),
     }
     for repair, make in repairs.items():
         smaller = copy.deepcopy(model)

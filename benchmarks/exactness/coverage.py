@@ -169,7 +169,7 @@ def examine(model: Any, args: Any, kwargs: Any, row: Row, *, witness: bool) -> N
     row |= {"reason": _short("; ".join(told))}
     if certificate.verdict != "exact":
         row |= {"verdict": certificate.verdict}
-    prunus.listen(model, args, kwargs)
+    prunus.verifier.randomize(model, args, kwargs)
     row |= {"shadow": _shadow(line.plan, model, args, kwargs)}
     if witness or not row["shadow"].startswith("agrees"):
         row |= {"witness": _witness(graph, model, args, kwargs, half.held)}
@@ -205,7 +205,7 @@ def _halve(model: Any, args: Any, kwargs: Any) -> Any:
         budget = prunus.Budget(params=share)
         try:
             return prunus.shrink(model, args, kwargs, budget=budget, each_group=False)
-        except prunus.BudgetError:
+        except prunus.errors.BudgetError:
             continue
     return prunus.shrink(model, args, kwargs, ratio=0.6, importance="random", each_group=False)
 

@@ -82,7 +82,7 @@ def examine(name: str, seed: int = 0) -> dict[str, Any]:
         "seed": seed,
         "commit": commit(),
     }
-    prunus.listen(model, args, kwargs, seed=seed)
+    prunus.verifier.randomize(model, args, kwargs, seed=seed)
     row["witness"] = _witness(graph, model, args, kwargs, seed)
     row["shadow"] = _shadow(plan, model, args, kwargs)
     row["line_holds"] = line_holds(row)

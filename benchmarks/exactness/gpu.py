@@ -159,11 +159,11 @@ def latency() -> Iterator[dict[str, Any]]:
         torch.manual_seed(0)
         model = models_zoo.build("resnet50").eval().to(CUDA)
         images = torch.randn(batch, 3, 224, 224, device=CUDA)
-        prunus.recalibrate(model, [images])
+        prunus.recovery.recalibrate(model, [images])
         model, images = model.to(dtype), images.to(dtype)
         graph = prunus.trace(model, images)
         with tempfile.TemporaryDirectory() as folder:
-            table = prunus.measure(model, images, graph=graph, folder=folder, rounds=9)
+            table = prunus.latency.measure(model, images, graph=graph, folder=folder, rounds=9)
         for share in (0.75, 0.5):
             setting = f"batch {batch}, {str(dtype).removeprefix('torch.')}, {share}"
             row = {"model": "resnet50", "setting": setting}
@@ -217,7 +217,7 @@ def spread() -> dict[str, Any]:
     plan = prunus.plan(graph, model, ratio=0.5)
     verdict = prunus.verify(plan, model, x).verdict
     try:
-        prunus.collect(model, graph, [x], "second_moment")
+        prunus.importance.collect(model, graph, [x], "second_moment")
     except prunus.PrunusError as error:
         return {"verdict": f"proof {verdict}; collect: {str(error).splitlines()[0]}"}
     return {"verdict": f"proof {verdict}; collected"}

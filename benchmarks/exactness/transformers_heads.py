@@ -26,6 +26,7 @@ import torch
 import prunus
 from benchmarks import rows
 from benchmarks.peers.peers import EXACT, relative_error
+from prunus.graph.axis import Axis
 from prunus.integrations import hf
 
 RESULTS = Path(__file__).parents[1] / "results" / "transformers.csv"
@@ -97,7 +98,7 @@ def examine(name: str, structure: str) -> dict[str, Any]:
     """Remove 30 % of one structure from a model, and prove it."""
     model = build(name)
     inputs = hf.example_inputs(model, tokens=(2, 12))
-    prunus.listen(model, (), inputs)
+    prunus.verifier.randomize(model, (), inputs)
     started = time.perf_counter()
     graph = prunus.trace(model, (), inputs)
     original = copy.deepcopy(model)
@@ -175,7 +176,7 @@ def _run(model: Any, inputs: Mapping[str, Any]) -> Answer:
     return [], [v for v in found.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
 
 
-def _silence(model: Any, keep: Mapping[prunus.Axis, Any]) -> Any:
+def _silence(model: Any, keep: Mapping[Axis, Any]) -> Any:
     """A copy with zeros wherever a matrix made or read what is removed."""
     twin = copy.deepcopy(model)
     for axis, stay in keep.items():

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 import prunus
+from prunus.graph.axis import Axis
 
 Status = Literal["ok", "broken forward", "shape changed", "failed", "timeout", "too little removed"]
 Verdict = Literal["exact", "inexact", "not judged"]
-Keep = dict[prunus.Axis, tuple[int, ...]]
+Keep = dict[Axis, tuple[int, ...]]
 
 LIMIT = 60
 """Seconds of processor time that an engine may take, so that a busy machine changes no result."""
@@ -290,7 +291,7 @@ def judge(
     model.eval()
     # What Prunus can't trace, others may prune.
     with contextlib.suppress(prunus.PrunusError, RuntimeError):
-        prunus.listen(model, tuple(args), kwargs)
+        prunus.verifier.randomize(model, tuple(args), kwargs)
     before = _run(model, args, kwargs)
     twin = copy.deepcopy(model)
     started = time.perf_counter()
@@ -348,7 +349,7 @@ def _compare(
         indices = recover(tensor, cut[name])
         if indices is None:
             return replace(found, reason=f"{name} has other values, not fewer")
-        keep |= {prunus.Axis(name, dim): index for dim, index in indices.items()}
+        keep |= {Axis(name, dim): index for dim, index in indices.items()}
     if not keep:
         return replace(found, reason="nothing was removed")
     if any(t.dtype in (torch.bfloat16, torch.float16) for t in own.values()):
@@ -387,11 +388,11 @@ def _masked(
     graph = prunus.trace(model, tuple(args), kwargs)
     first: Keep = {}
     for axis, stay in keep.items():
-        own = prunus.Axis(graph.aliases.get(axis.tensor, axis.tensor), axis.dim)
+        own = Axis(graph.aliases.get(axis.tensor, axis.tensor), axis.dim)
         if first.setdefault(own, stay) != stay:
             return None, f"tied weights came apart: {axis}"
     apart = [a for a in graph.aliases.items() for d in range(len(graph.shapes[a[1]]))
-             if (prunus.Axis(a[0], d) in keep) != (prunus.Axis(a[1], d) in keep)]  # fmt: skip
+             if (Axis(a[0], d) in keep) != (Axis(a[1], d) in keep)]  # fmt: skip
     if apart:
         return None, f"tied weights came apart: {apart[0][0]} and {apart[0][1]}"
     kept = graph.mask_from_positions({a: np.asarray(stay) for a, stay in first.items()})

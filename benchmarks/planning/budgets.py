@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 import prunus
 from benchmarks import rows
 from benchmarks.exactness import catalogue
+from prunus.graph.axis import Axis
 
 RESULTS = Path(__file__).parents[1] / "results" / "budgets.csv"
 KEY = ("model", "budget", "requested", "round_to")
@@ -107,9 +108,9 @@ class Subject:
     def count(self, model: nn.Module, *, peak: bool) -> dict[str, int]:
         """What a model costs, counted from outside."""
         args, kwargs = self.inputs
-        found = prunus.measure_costs(model, args, kwargs)
+        found = prunus.report.measure_costs(model, args, kwargs)
         if peak:
-            found["activation"] = prunus.measure_activation(model, args, kwargs)
+            found["activation"] = prunus.report.measure_activation(model, args, kwargs)
         return found
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -151,9 +152,9 @@ class Subject:
         }
 
 
-def widths_of(graph: prunus.CouplingGraph) -> dict[prunus.Axis, int]:
+def widths_of(graph: prunus.CouplingGraph) -> dict[Axis, int]:
     """How wide the narrowest group on each axis of a contraction is, heads × dim as one."""
-    found: dict[prunus.Axis, int] = {}
+    found: dict[Axis, int] = {}
     for group in graph.groups:
         makers = [a for a, role in group.axes if role == "producer"] or [a for a, _ in group.axes]
         width = max(graph.shapes[axis.tensor][axis.dim] for axis in makers)

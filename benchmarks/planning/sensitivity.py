@@ -55,7 +55,7 @@ class Study:
         self.seen = list(data.batches(*data.calibration()))
         self.inputs_seen = [inputs for inputs, _ in self.seen]
         self.dense = data.accuracy(self.model, *self.test)
-        self.macs = prunus.measure_costs(self.model, self.inputs)["macs"]
+        self.macs = prunus.report.measure_costs(self.model, self.inputs)["macs"]
 
     def metric(self, model: nn.Module) -> float:
         """Minus the cross entropy, a mean over the calibration images."""
@@ -64,20 +64,24 @@ class Study:
         ]
         return -sum(lost) / sum(len(y) for _, y in self.seen)
 
-    def sensitivity(self) -> prunus.Sensitivity:
+    def sensitivity(self) -> prunus.planner.search.Sensitivity:
         """The table, with what its file has."""
         path = RESULTS.with_name(f"{RESULTS.stem}.json")
-        return prunus.sensitivity(self.graph, self.model, self.metric, path=path, progress=tell)
+        return prunus.planner.search.sensitivity(
+            self.graph, self.model, self.metric, path=path, progress=tell
+        )
 
-    def plan(self, ratios: str, level: float, table: prunus.Sensitivity) -> tuple[prunus.Plan, int]:
+    def plan(
+        self, ratios: str, level: float, table: prunus.planner.search.Sensitivity
+    ) -> tuple[prunus.Plan, int]:
         """The plan, and how many masked models it took to find it."""
         budget = prunus.Budget(macs=level)
         if ratios == "equal":
             return prunus.plan(self.graph, self.model, budget=budget, round_to=1), 0
         if ratios == "sensitivity":
-            found = prunus.plan_by_sensitivity(table, self.graph, self.model, budget)
+            found = prunus.planner.search.plan_by_sensitivity(table, self.graph, self.model, budget)
             return found, sum(len(curve) - 1 for curve in table.curves.values())
-        best = prunus.search_ratios(
+        best = prunus.planner.search.search_ratios(
             self.graph, self.model, self.metric, budget=budget, trials=TRIALS, progress=tell
         )
         return best.plan, best.trials
@@ -86,15 +90,15 @@ class Study:
         """A row of the table for a plan."""
         small = copy.deepcopy(self.model)
         if recovery.startswith("least squares"):
-            prunus.compensate(small, plan, self.graph, self.inputs_seen)
+            prunus.recovery.compensate(small, plan, self.graph, self.inputs_seen)
         else:
             prunus.apply(plan, small)
         if recovery.endswith("recalibrated"):
-            prunus.recalibrate(small, self.inputs_seen)
+            prunus.recovery.recalibrate(small, self.inputs_seen)
         small.eval()
         with torch.no_grad():
             metric = self.metric(small)
-        left = prunus.measure_costs(small, self.inputs)["macs"] / self.macs
+        left = prunus.report.measure_costs(small, self.inputs)["macs"] / self.macs
         return known | {
             "recovery": recovery,
             "macs_ratio": f"{left:.4f}",
@@ -115,7 +119,7 @@ def measured(study: Study) -> Iterator[list[dict[str, Any]]]:
     """The rows of every choice of ratios and level that the table lacks."""
     done = {tuple(row[name] for name in KEY) for row in rows.read(RESULTS)}
     table = study.sensitivity()
-    prunus.draw_sensitivity(
+    prunus.report.draw_sensitivity(
         table,
         RESULTS.with_suffix(".png"),
         title=f"{MODEL}: one group at a time, nothing trained",

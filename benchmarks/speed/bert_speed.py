@@ -7,8 +7,8 @@ Eight sentences of 128 tokens, random weights (their values change no time), eag
 every round the dense model, the pruned one and a second copy of the dense one run in turn, each
 round in another order; ``time_ratio`` is the median over the rounds of pruned ÷ dense, and
 ``dense_vs_dense`` of copy ÷ dense.  Where the latter is off by more than 3 %, the run is void and
-is repeated.  ``macs_ratio`` is counted by PyTorch (prunus.measure_costs), attention included; the
-``share`` of the promise that arrives is macs_ratio ÷ time_ratio.
+is repeated.  ``macs_ratio`` is counted by PyTorch (prunus.report.measure_costs), attention
+included; the ``share`` of the promise that arrives is macs_ratio ÷ time_ratio.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def measure(structure: str, pairs: int) -> dict[str, Any]:
     dense, inputs = bert()
     plan = STRUCTURES[structure](prunus.trace(dense, (), inputs), dense)
     pruned, twin = prunus.apply(plan, copy.deepcopy(dense)), copy.deepcopy(dense)
-    macs = [prunus.measure_costs(model, (), inputs)["macs"] for model in (dense, pruned)]
+    macs = [prunus.report.measure_costs(model, (), inputs)["macs"] for model in (dense, pruned)]
     runs = [partial(model, **inputs) for model in (dense, twin, pruned)]
     seconds = trusted_race(*runs[:2], runs[2:], pairs)
     ratio = median(seconds[:, 2] / seconds[:, 0])

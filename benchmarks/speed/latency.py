@@ -93,12 +93,12 @@ class Contest:
         self.model = build().eval()
         self.images = torch.randn(1, 3, side, side)
         self.scores: dict[str, np.ndarray] = {}
-        prunus.recalibrate(
+        prunus.recovery.recalibrate(
             self.model, [self.images]
         )  # else numbers vanish, and slow is what is tiny
         self.graph = prunus.trace(self.model, self.images)
         folder = Path(tempfile.gettempdir()) / f"prunus-latency-{commit()}"
-        self.table = prunus.measure(
+        self.table = prunus.latency.measure(
             self.model, self.images, backend=backend, graph=self.graph, folder=folder, rounds=ROUNDS
         )
         self.dense = self.prepare(self.model)
@@ -197,7 +197,7 @@ def main() -> None:
             key = {"model": name, "backend": backend, "requested": str(requested)}
             try:
                 row = key | measure(contest, requested)
-            except (BusyError, prunus.BudgetError) as error:  # the next call makes the row
+            except (BusyError, prunus.errors.BudgetError) as error:  # the next call makes the row
                 print(f"  no row: {error}", flush=True)
                 continue
             replace(RESULTS, FIELDS, KEY, [row])

@@ -51,13 +51,15 @@ class Seeds:
         torch.manual_seed(0)
         self.model = timm.create_model("resnet50").eval()
         self.images = torch.randn(1, 3, 224, 224)
-        prunus.recalibrate(self.model, [self.images])  # else numbers vanish, and tiny ones are slow
+        prunus.recovery.recalibrate(
+            self.model, [self.images]
+        )  # else numbers vanish, and tiny ones are slow
         self.graph = prunus.trace(self.model, self.images)
         self.dense = self.count(self.model)
 
     def count(self, model: nn.Module) -> dict[str, int]:
         """Its params and MACs, counted by PyTorch."""
-        return prunus.measure_costs(model, self.images)
+        return prunus.report.measure_costs(model, self.images)
 
     def ours(self, recipe: str, round_to: int) -> nn.Module:
         """Cut by a plan of ours."""

@@ -56,14 +56,14 @@ def _forward(model: Any, graph: Any, plan: Any, data: Sequence[Any]) -> float:
 
 def _pass(model: Any, graph: Any, plan: Any, data: Sequence[Any]) -> float:
     started = time.process_time()
-    prunus.collect(model, graph, data, "second_moment", plan=plan)
+    prunus.importance.collect(model, graph, data, "second_moment", plan=plan)
     return time.process_time() - started
 
 
 def _solve(model: Any, graph: Any, plan: Any, data: Sequence[Any]) -> float:
-    seen = prunus.collect(model, graph, data, "second_moment", plan=plan)
+    seen = prunus.importance.collect(model, graph, data, "second_moment", plan=plan)
     started = time.process_time()
-    prunus.compensate(model, plan, graph, statistics=seen)
+    prunus.recovery.compensate(model, plan, graph, statistics=seen)
     return time.process_time() - started
 
 

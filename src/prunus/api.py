@@ -2,50 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import nn
 
 from prunus.calibration.batches import bounded, first_batches
-from prunus.errors import PlanError, VerifyError, checks_options
+from prunus.errors import PlanError, checks_options
 from prunus.graph.axis import Mask
+from prunus.graph.constraints import find_violation
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
-from prunus.importance import Statistics, collect, needs_of
+from prunus.importance import needs_of
 from prunus.integrations.hf import example_inputs
 from prunus.integrations.hf_config import uniform
-from prunus.planner.culprits import tell_groups
-from prunus.planner.depth_planning import (
-    measure_influence,
-    plan_depth,
-    plan_left,
-    refuse_statistics,
-)
-from prunus.planner.layers import find_drops, name_layers
+from prunus.planner.depth_planning import refuse_statistics
+from prunus.planner.layers import name_layers
 from prunus.planner.option_values import Globs
 from prunus.planner.options import PlanKeywords, PlanOptions, takes_options
+from prunus.planner.verified import Restrict, plan_verified, rejected
 from prunus.planner.width_planning import plan_of_mask
-from prunus.recovery import (
-    LOOKED_AT,
-    Progress,
-    Recover,
-    Step,
-    check_recovery,
-    cut_and_recover,
-)
+from prunus.recovery import LOOKED_AT, Progress, Recover, Step, check_recovery, cut_and_recover
+from prunus.structures.by_hand import Where, with_units, without_heads
 from prunus.surgeon.apply import cut
-from prunus.surgeon.depth import refuse_quantized, without_blocks
+from prunus.surgeon.depth import refuse_quantized
 from prunus.surgeon.snapshot import all_or_nothing
 from prunus.tracer.forward_fn import ForwardFn, entered_by
 from prunus.tracer.inputs import positional
-from prunus.tracer.randomness import DRAWS
 from prunus.tracer.trace import trace
-from prunus.verifier.bisect import find_culprits
+from prunus.verifier.other_ways import follow_other_ways
 from prunus.verifier.verify import Certificate, verify_traced
 
 if TYPE_CHECKING:
@@ -153,8 +140,12 @@ def shrink(
     looked_at = [] if recovered_with is None else first_batches(recovered_with, LOOKED_AT)
     with entered_by(model, forward_fn):
         graph = trace(model, args, kwargs, outputs=outputs)
-        task = _Task(graph, model, args, dict(kwargs or {}), asked, each_group, mode)
-        chosen, certificate, held = task.solve(verified)
+        chosen, certificate, held = plan_verified(
+            *(graph, model, args, dict(kwargs or {}), asked),
+            verified=verified,
+            each_group=each_group,
+            restrict=_restriction(mode, model, args, kwargs),
+        )
         chosen, steps = cut_and_recover(
             *(model, chosen, None if chosen.drops else graph, recovered_with),
             method=recover,
@@ -221,160 +212,129 @@ def drop_layers(
     ('exact', 2, ('layers.1', 'layers.2'))
     """
     refuse_quantized(model)
-    args, kwargs = inputs_of(model, args, kwargs)
+    args, kwargs = _inputs_of(model, args, kwargs)
     graph = trace(model, args, kwargs, outputs=outputs)
     names = name_layers(graph, model, layers, stack)
-    task = _Task(graph, model, args, kwargs, PlanOptions(drop=names, seed=seed))
-    chosen, certificate, held = task.solve(verified)
+    asked = PlanOptions(drop=names, seed=seed)
+    chosen, certificate, held = plan_verified(graph, model, args, kwargs, asked, verified=verified)
     cut(chosen, model, optimizer=optimizer)
     return Shrunk(model, graph, chosen, certificate, held)
 
 
-@dataclass(frozen=True)
-class _Left:
-    """A model without some of its blocks: its graph, what has to stay whole, its statistics.
+@checks_options
+@all_or_nothing
+def prune_heads(
+    model: nn.Module,
+    heads: Mapping[Where, Collection[int]],
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    verified: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int = 0,
+) -> Shrunk:
+    """Remove attention heads by their numbers; the model changes in place.
 
-    ``traced`` is the graph as it was traced, ``graph`` the one to plan with.
+    Parameters
+    ----------
+    model
+        Any model whose attention is softmax(q kᵀ) v, fused or written out.
+    heads
+        Layer → numbers of its query heads, as the model now counts them.  A layer is given by its
+        number, or by its path or that of its attention where several stacks have numbers.
+    args, kwargs
+        Example inputs for the forward; a model of transformers needs none.
+    verified
+        Prove first, on a copy, that the cut model computes the masked original.
+    optimizer
+        Its state is cut along, as by :func:`prunus.apply`.
+
+    Raises
+    ------
+    PlanError
+        If there is no such layer or head, if nothing would stay of a layer, or if heads can't go
+        alone: query heads share keys and values with others of their KV group, and layers that
+        share a position bias share their heads.
+    VerifyError
+        If the proof fails; the model was not touched.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> layer = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True)
+    >>> model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    >>> shrunk = prune_heads(model, {0: [1, 2]}, torch.randn(1, 3, 8))
+    >>> shrunk.certificate.verdict, model.layers[0].self_attn.num_heads
+    ('exact', 2)
     """
-
-    graph: CouplingGraph
-    traced: CouplingGraph
-    held: Mapping[str, str]
-    statistics: Statistics | None
-
-
-@dataclass(frozen=True)
-class _Task:
-    """Plan, prove, find what the proof rejects, and plan again without it."""
-
-    graph: CouplingGraph
-    model: nn.Module
-    args: Any
-    kwargs: Mapping[str, Any]
-    asked: PlanOptions
-    each_group: bool = True
-    mode: Mode = "free"
-    known: dict[tuple[str, ...], _Left] = field(default_factory=dict)
-
-    def solve(self, verified: bool) -> tuple[Plan, Certificate | None, dict[str, str]]:
-        """The plan, its certificate, and what was held with the reason."""
-        held: dict[str, str] = {}
-        asked = self.asked
-        while True:
-            names = find_drops(
-                self.graph, asked.drop, lambda: self._influence, asked.protect_ends, held
-            )
-            blocks = {block.name for block in self.graph.blocks}
-            left = self._without(names)
-            held |= left.held
-            hold = {n: f"it has to stay: {why}" for n, why in held.items() if n not in blocks}
-            hold |= dict.fromkeys(asked.hold, "it is held")
-            if left.statistics is not None:
-                asked = replace(self.asked, statistics=left.statistics)
-            with without_blocks(self.model, names):
-                chosen = plan_left(self.graph, left.graph, self.model, names, asked, hold=hold)
-            if not verified:
-                return chosen, None, held
-            certificate = self._prove(chosen, left.traced, each_group=self.each_group)
-            if certificate.verdict != "inexact":
-                return chosen, certificate, held
-            found = self._reject_blocks(names)
-            if found and not isinstance(asked.drop, int):
-                name, why = next(iter(found.items()))
-                raise VerifyError(
-                    "without this block the model does not compute what it does when it is skipped",
-                    where=name,
-                    why=why,
-                    fix="drop another block; the model was not touched",
-                )
-            touched = sum(bool(choice.removed) for choice in chosen.groups)
-            if not found:
-                found = self._reject_groups(chosen, left)
-                if not found or len(found) == touched:
-                    raise unproven(certificate, found)
-            held |= found
-
-    def _without(self, names: Sequence[str]) -> _Left:
-        """What planning needs to know of the model without these blocks."""
-        key = tuple(names)
-        if key not in self.known:
-            asked = self.asked
-            graph, statistics = self.graph, asked.statistics
-            held: dict[str, str] = {}
-            with without_blocks(self.model, names):
-                if names:
-                    outputs = list(graph.kept_outputs)
-                    graph = trace(self.model, self.args, self.kwargs, outputs=outputs)
-                traced = graph
-                if self.mode == "uniform":
-                    given = self.kwargs and not self.args
-                    inputs = self.kwargs if given else example_inputs(self.model)
-                    graph, held = uniform(graph, self.model, inputs)
-                needs = needs_of(asked.importance)
-                if needs and asked.data is not None and statistics is None:
-                    statistics = collect(
-                        *(self.model, graph, asked.data, needs), loss=asked.loss, seed=asked.seed
-                    )
-            self.known[key] = _Left(graph, traced, held, statistics)
-        return self.known[key]
-
-    @cached_property
-    def _influence(self) -> dict[str, float]:
-        return measure_influence(self.model, self.graph, self.asked.data, self.args, self.kwargs)
-
-    def _prove(self, chosen: Plan, graph: CouplingGraph | None, *, each_group: bool) -> Certificate:
-        return verify_traced(
-            chosen,
-            self.model,
-            self.args,
-            self.kwargs,
-            each_group=each_group,
-            seed=self.asked.seed,
-            graph=graph,
-        )
-
-    def _reject_blocks(self, names: Sequence[str]) -> dict[str, str]:
-        """The blocks whose absence alone makes the proof fail, with the reason."""
-        found: dict[str, str] = {}
-        for name in names:
-            chosen, _ = plan_depth(
-                self.graph, self.model, [name], self.args, self.kwargs, PlanOptions()
-            )
-            proof = self._prove(chosen, None, each_group=False)
-            if proof.verdict == "inexact":
-                found[name] = _why_inexact(proof)
-        return found
-
-    def _reject_groups(self, chosen: Plan, left: _Left) -> dict[str, str]:
-        """The groups of a plan that make its proof fail, with the reason."""
-        graph = left.graph
-        kept = graph.mask_from_positions({a: np.asarray(stay) for a, stay in chosen.keep.items()})
-
-        def fails(mask: Mask) -> str:
-            if mask.all():
-                return ""
-            try:
-                with without_blocks(self.model, chosen.drops):
-                    part = plan_of_mask(graph, self.model, mask, {"traced": graph.traced})
-            except PlanError as error:
-                return str(error)
-            part = replace(part, drops=chosen.drops)
-            proof = self._prove(part, left.traced, each_group=False)
-            return _why_inexact(proof) if proof.verdict == "inexact" else ""
-
-        return find_culprits(graph, kept, fails)
+    refuse_quantized(model)
+    args, kwargs = _inputs_of(model, args, kwargs)
+    graph = trace(model, args, kwargs)
+    kept = without_heads(graph, heads)
+    return _cut(model, graph, kept, args, kwargs, verified, optimizer, seed)
 
 
-def unproven(proof: Certificate, groups: Mapping[str, str] | None = None) -> VerifyError:
-    """The error for a plan that the proof rejects as a whole, or in each of these groups."""
-    fix = "please report the case"
-    if proof.reason.startswith(DRAWS):
-        fix = "prune it with these numbers fixed (a probability of 0, the mean for a sample)"
-    return VerifyError(
-        "the cut model would not compute what the original does without the removed units",
-        why="\n".join([_why_inexact(proof), *tell_groups(groups or {})]),
-        fix=f"the model was not touched; {fix}",
-    )
+@checks_options
+@all_or_nothing
+def keep(
+    model: nn.Module,
+    group: str,
+    units: Collection[int],
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    verified: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int = 0,
+) -> Shrunk:
+    """Keep only the given units of a group; the model changes in place.
+
+    Parameters
+    ----------
+    group
+        Its name, as ``prunus inspect`` lists it.
+    units
+        Numbers of the units that stay, from 0.
+    args, kwargs, verified, optimizer
+        As for :func:`prune_heads`.
+
+    Raises
+    ------
+    PlanError
+        If there is no such group or unit, if none would stay, or if a constraint forbids it.
+    VerifyError
+        If the proof fails; the model was not touched.
+    """
+    refuse_quantized(model)
+    args, kwargs = _inputs_of(model, args, kwargs)
+    graph = trace(model, args, kwargs)
+    kept = with_units(graph, group, units)
+    return _cut(model, graph, kept, args, kwargs, verified, optimizer, seed)
+
+
+def _cut(
+    model: nn.Module,
+    graph: CouplingGraph,
+    kept: Mask,
+    args: Any,
+    kwargs: Any,
+    verified: bool,
+    optimizer: torch.optim.Optimizer | None,
+    seed: int,
+) -> Shrunk:
+    broken = find_violation(graph.constraints, kept)
+    if broken:
+        raise PlanError("these units can't be removed by themselves", why=broken)
+    plan = plan_of_mask(graph, model, kept, {"chosen": "by hand", "traced": graph.traced})
+    plan = follow_other_ways(plan, graph, model, kept)
+    certificate = None
+    if verified and plan.keep:
+        certificate = verify_traced(plan, model, args, kwargs, seed=seed, graph=graph)
+        if certificate.verdict == "inexact":
+            raise rejected(certificate)
+    cut(plan, model, optimizer=optimizer)
+    return Shrunk(model, graph, plan, certificate)
 
 
 def _check_mode(mode: str) -> None:
@@ -383,12 +343,16 @@ def _check_mode(mode: str) -> None:
         raise PlanError(f"mode={mode!r} is none of {known}", fix="leave it out for 'free'")
 
 
-def inputs_of(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> tuple[Any, Any]:
+def _restriction(mode: Mode, model: nn.Module, args: Any, kwargs: Any) -> Restrict | None:
+    """What narrows the graph to what the mode can say."""
+    if mode == "free":
+        return None
+    inputs = kwargs if kwargs and not args else example_inputs(model)
+    return lambda graph: uniform(graph, model, inputs)
+
+
+def _inputs_of(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> tuple[Any, Any]:
     """The example inputs that were given; a model of transformers needs none."""
     args = positional(args)
     kwargs = dict(kwargs or {})
     return (args, kwargs) if args or kwargs else ((), example_inputs(model))
-
-
-def _why_inexact(proof: Certificate) -> str:
-    return proof.reason or f"the outputs differ by {proof.rel_err:.1e}"

@@ -10,8 +10,9 @@ from prunus.cli import cutting, values
 from prunus.cli import options as shared
 
 if TYPE_CHECKING:
-    from prunus import Certificate, Plan
+    from prunus import Plan
     from prunus.cli.models import Loaded
+    from prunus.verifier import Certificate
 
 
 def add_parser(verbs: Any) -> None:

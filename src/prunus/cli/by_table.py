@@ -10,7 +10,9 @@ from prunus.cli.bounds import budget_of
 if TYPE_CHECKING:
     from torch import nn
 
-    from prunus import CouplingGraph, Sensitivity, Statistics
+    from prunus import CouplingGraph
+    from prunus.importance import Statistics
+    from prunus.planner.search import Sensitivity
 
 _ALONE: dict[str, Any] = {
     "ratios": None,
@@ -66,9 +68,9 @@ def ratios_by_table(
     """
     import prunus
 
-    table = prunus.Sensitivity.load(options.sensitivity)
+    table = prunus.planner.search.Sensitivity.load(options.sensitivity)
     _check_importance(table, options)
-    chosen = prunus.plan_by_sensitivity(
+    chosen = prunus.planner.search.plan_by_sensitivity(
         table,
         graph,
         model,

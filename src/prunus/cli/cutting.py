@@ -17,9 +17,10 @@ from prunus.errors import require
 if TYPE_CHECKING:
     from torch import nn
 
-    from prunus import Certificate, Plan
+    from prunus import Plan
     from prunus.cli.models import Loaded
     from prunus.recovery import Step
+    from prunus.verifier import Certificate
 
 RECOVERIES = ("auto", "none", "recalibrate", "bias", "least_squares", "sequential")
 
@@ -77,7 +78,7 @@ def measure(loaded: Loaded, name: str) -> dict[str, Any]:
     """The costs of the model as it is now."""
     import prunus
 
-    return {"name": name, **prunus.measure_costs(loaded.model, loaded.args, loaded.kwargs)}
+    return {"name": name, **prunus.report.measure_costs(loaded.model, loaded.args, loaded.kwargs)}
 
 
 def telling(step: Callable[..., None]) -> Callable[[str, int], None]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from prunus.cli import options as shared
 
 if TYPE_CHECKING:
-    from prunus import CouplingGraph, LatencyTable
+    from prunus import CouplingGraph
     from prunus.cli.models import Loaded
+    from prunus.latency import LatencyTable
 
 
 def add_parser(verbs: Any) -> None:
@@ -70,7 +71,7 @@ def measure(
     def count(done: int, whole: int) -> None:
         step(f"measuring: {done} of {whole} operators", same=True)
 
-    return prunus.measure(
+    return prunus.latency.measure(
         loaded.model,
         loaded.args,
         loaded.kwargs,

@@ -11,8 +11,9 @@ from prunus.cli.bounds import budget_of
 from prunus.cli.by_table import check_alone, ratios_by_table
 
 if TYPE_CHECKING:
-    from prunus import Budget, CouplingGraph, Plan, Statistics
+    from prunus import Budget, CouplingGraph, Plan
     from prunus.cli.models import Loaded
+    from prunus.importance import Statistics
 
 
 def add_parser(verbs: Any) -> None:
@@ -130,7 +131,9 @@ def collect(
     def count(done: int) -> None:
         step(f"collecting: {done} batches", same=True)
 
-    return prunus.collect(loaded.model, graph, data, needs, seed=options.seed, progress=count)
+    return prunus.importance.collect(
+        loaded.model, graph, data, needs, seed=options.seed, progress=count
+    )
 
 
 def choose(

@@ -9,7 +9,7 @@ from prunus.cli import options as shared
 from prunus.cli import values
 
 if TYPE_CHECKING:
-    from prunus import Sensitivity
+    from prunus.planner.search import Sensitivity
 
 METRIC_HELP = """\
 The metric is a function in a file of yours, path/to/file.py:F: F(model) returns a number of which
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         step("tracing")
         graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
         step("measuring")
-        table = prunus.sensitivity(
+        table = prunus.planner.search.sensitivity(
             graph,
             loaded.model,
             metric,
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         )
         step("writing")
         if options.picture:
-            prunus.draw_sensitivity(table, options.picture)
+            prunus.report.draw_sensitivity(table, options.picture)
     _answer(options, table)
     return 0
 

@@ -46,7 +46,7 @@ class Budget:
     latency
         A float in (0, 1] is a fraction of what the dense model takes, a string an absolute time
         with its unit: ``"12ms"``, ``"0.8 s"``, ``"900us"``.  Planning needs a table of
-        :func:`prunus.measure` for it.
+        :func:`prunus.latency.measure` for it.
     within
         Budgets of parts of the model, by a glob over the paths of modules and the names of
         tensors; fractions are of what that part costs.
@@ -127,7 +127,7 @@ class Budget:
                 raise BudgetError(
                     "the graph knows nothing of latency",
                     why="only a table that was measured on this machine does",
-                    fix="give it to the plan: latency=prunus.measure(model, args)",
+                    fix="give it to the plan: latency=prunus.latency.measure(model, args)",
                 )
             dense = graph.cost(name)
             number: Any = value

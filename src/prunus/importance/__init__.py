@@ -6,6 +6,7 @@ from prunus.importance import magnitude as _magnitude
 from prunus.importance import obs as _obs
 from prunus.importance import random as _control
 from prunus.importance import structure as _structure
+from prunus.importance.influence import block_influence
 from prunus.importance.movement import Movement
 from prunus.importance.registry import (
     Context,
@@ -22,6 +23,7 @@ __all__ = [
     "Importance",
     "Movement",
     "Statistics",
+    "block_influence",
     "collect",
     "importance",
     "name_of",

@@ -31,7 +31,7 @@ class Movement:
 
     Examples
     --------
-    >>> movement = prunus.Movement(graph, model)             # doctest: +SKIP
+    >>> movement = prunus.importance.Movement(graph, model)             # doctest: +SKIP
     >>> for batch in loader:                                 # doctest: +SKIP
     ...     loss(model, batch).backward()
     ...     movement.step()

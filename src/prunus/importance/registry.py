@@ -39,7 +39,7 @@ class Context:
         Filled by criteria: what a whole axis was reduced to, by criterion and axis, so that no
         axis is read twice when several groups live on it.
     collected
-        What :func:`prunus.collect` made of calibration data, for criteria that need it.
+        What :func:`prunus.importance.collect` made of calibration data, for criteria that need it.
     """
 
     graph: CouplingGraph
@@ -93,8 +93,8 @@ def importance(
 ) -> Callable[[Importance], Importance]:
     """Register a function under a name; a name that is taken is refused.
 
-    ``needs`` says what :func:`prunus.collect` has to collect for it; ``comparable``, that
-    scores of different groups compare as they are.
+    ``needs`` says what :func:`~prunus.importance.collect` has to collect for it; ``comparable``,
+    that scores of different groups compare as they are.
 
     >>> @importance("l2")
     ... def mine(group, context): ...
@@ -217,7 +217,8 @@ def check_statistics(
         raise DataError(
             f"the importance {name_of(criterion)!r} needs calibration data",
             why=f"it reads {'; '.join(NEEDS[need] for need in missing)}",
-            fix=f"give data=loader, or statistics=prunus.collect(model, graph, loader, {missing})",
+            fix="give data=loader, or "
+            f"statistics=prunus.importance.collect(model, graph, loader, {missing})",
         )
     if needs_of(criterion) and statistics and statistics.unit_count != graph.unit_count:
         raise PlanError(

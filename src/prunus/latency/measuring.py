@@ -81,7 +81,7 @@ def measure(
 
     Examples
     --------
-    >>> table = prunus.measure(model, images)                              # doctest: +SKIP
+    >>> table = prunus.latency.measure(model, images)                              # doctest: +SKIP
     >>> plan = prunus.plan(graph, model, budget=Budget(latency=0.5), latency=table)
     ...                                                                    # doctest: +SKIP
     """

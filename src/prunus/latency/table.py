@@ -68,7 +68,7 @@ class LatencyTable:
                 f"the latency table does not know {len(missing)} of {len(invocations)} operators",
                 where=f"{missing[0].operator.name} in {missing[0].module or 'the model'}",
                 why="it is that of another model, of other inputs, or of other outputs",
-                fix="make one: prunus.measure(model, args, graph=graph)",
+                fix="make one: prunus.latency.measure(model, args, graph=graph)",
             )
         return Prediction(self, tuple(known), labels)
 

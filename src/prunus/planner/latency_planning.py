@@ -105,7 +105,7 @@ def check_table(budget: Any, table: LatencyTable | None) -> None:
         raise PlanError(
             "a latency budget needs a latency table",
             why="nobody but this machine knows what an operator takes on it",
-            fix="latency=prunus.measure(model, args), or --backend on the command line",
+            fix="latency=prunus.latency.measure(model, args), or --backend on the command line",
         )
 
 
@@ -117,7 +117,7 @@ def resolve_rounding(round_to: Any, graph: CouplingGraph, table: LatencyTable | 
         raise PlanError(
             'round_to="latency" needs a latency table',
             why="only a table that was measured on this machine knows where time steps",
-            fix="latency=prunus.measure(model, args), or a number: round_to=8",
+            fix="latency=prunus.latency.measure(model, args), or a number: round_to=8",
         )
     return table.predict(graph).step
 

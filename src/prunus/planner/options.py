@@ -90,7 +90,7 @@ class ScoreOptions:
         """
         Score of a unit.  Of the weights: ``l1``, ``l2`` (default), ``lamp``, ``fpgm``,
         ``bn_scale``, ``random``; of calibration data: ``taylor``, ``fisher``, ``head_gradient``,
-        ``activation``, ``wanda``, ``flap``, ``obs``, ``confidence``.
+        ``activation``, ``wanda``, ``flap``, ``obs``.
 
         Or a :class:`prunus.importance.Movement`, an importance of Torch-Pruning, or a function of
         a group and a context.
@@ -116,7 +116,7 @@ class ScoreOptions:
         several plans.
         """,
         lambda value: hasattr(value, "unit_count"),
-        "what prunus.collect returns",
+        "what prunus.importance.collect returns",
     )
     loss: Loss | None = option(
         None,
@@ -291,13 +291,13 @@ class PlanOptions(ScoreOptions):
     latency: LatencyTable | None = option(
         None,
         """
-        What :func:`prunus.measure` returned.
+        What :func:`prunus.latency.measure` returned.
 
         With a budget of latency ``plan.costs["latency_ns"]`` and ``plan.origin["latency"]`` say
         what was measured, without one what the table predicts.
         """,
         lambda value: hasattr(value, "predict"),
-        "what prunus.measure returns",
+        "what prunus.latency.measure returns",
     )
 
     def check(self) -> None:

@@ -107,8 +107,8 @@ def compensate(
         What :func:`prunus.trace` found in it; without it, or where the plan drops blocks, the model
         is traced again.
     data, statistics
-        Calibration batches; or what :func:`prunus.collect` made of them with this graph and the
-        need ``"second_moment"``.
+        Calibration batches; or what :func:`~prunus.importance.collect` made of them with this graph
+        and the need ``"second_moment"``.
     method
         ``"least_squares"``, or ``"bias"``: the bias alone takes up the mean of what goes (An et
         al., 2024).
@@ -127,7 +127,7 @@ def compensate(
         files of :func:`prunus.save`.  A batch norm behind a layer takes up the constant as well.
         Where nothing can, the fit is one without a constant.
     positions, memory_limit
-        See :func:`prunus.collect`.
+        See :func:`prunus.importance.collect`.
     optimizer, check
         See :func:`prunus.apply`.
     progress
@@ -150,7 +150,7 @@ def compensate(
     >>> x = torch.randn(64, 4)
     >>> graph = prunus.trace(model, x)
     >>> plan = prunus.plan(graph, model, ratio=0.5)
-    >>> done = prunus.compensate(model, plan, graph, [x])
+    >>> done = prunus.recovery.compensate(model, plan, graph, [x])
     >>> model[2].in_features, done.repairs[0].left < done.repairs[0].cut
     (4, True)
     """
@@ -353,7 +353,7 @@ def check_moments(graph: CouplingGraph, statistics: Statistics) -> None:
         raise DataError(
             "these statistics are not those of this graph's second moments",
             why=f"they have {', '.join(sorted(statistics.needs))} of {statistics.unit_count} units",
-            fix='prunus.collect(model, graph, data, "second_moment")',
+            fix='prunus.importance.collect(model, graph, data, "second_moment")',
         )
 
 
@@ -383,7 +383,7 @@ def _check(options: Options, data: Iterable[Any] | None, statistics: Statistics 
             why="what a layer reads behind the repaired ones is not in the statistics"
             if statistics is not None
             else "what stays is fitted to what went, on what the layers read",
-            fix="give data=loader, or statistics=prunus.collect(…, 'second_moment') and "
+            fix="give data=loader, or statistics=prunus.importance.collect(…, 'second_moment') and "
             "sequential=False",
         )
 

@@ -19,7 +19,7 @@ from prunus.recovery.least_squares import fold
 
 @dataclass(frozen=True)
 class Options:
-    """What :func:`prunus.compensate` was called with."""
+    """What :func:`prunus.recovery.compensate` was called with."""
 
     method: Method = "least_squares"
     ridge: float = 1e-3

@@ -1,4 +1,4 @@
-"""Make a network listen, so that a comparison proves something.
+"""Randomize what initialisation left constant, so that verification is not vacuous.
 
 A network at initialisation ignores much of what could be wrong with it: residual branches that
 end in zeros, batch norms without statistics, attention that looks everywhere alike.
@@ -35,7 +35,7 @@ SMALL = 0.1
 
 
 @checks_options
-def listen(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *, seed: int = 0) -> None:
+def randomize(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *, seed: int = 0) -> None:
     """Fill what initialisation left constant and randomise batch statistics, in place.
 
     Constant weights become random, constant scales are drawn from [0.5, 1.5], constant biases
@@ -54,7 +54,7 @@ def randomise(
     seed: int = 0,
     graph: CouplingGraph | None = None,
 ) -> dict[str, Tensor] | None:
-    """What :func:`listen` does; returns what the model answers then, None where that is not known.
+    """What :func:`randomize` does; returns the outputs then, None where they are not known.
 
     Parameters
     ----------

@@ -65,7 +65,7 @@ def plan_by_sensitivity(
     Parameters
     ----------
     table
-        What :func:`prunus.sensitivity` measured on this model.
+        What :func:`prunus.planner.search.sensitivity` measured on this model.
     budget
         As of :func:`prunus.plan`.
     **options
@@ -84,7 +84,7 @@ def plan_by_sensitivity(
         raise PlanError(
             f"the table speaks of {strange[0]}, of {table.sizes[strange[0]]} units",
             why="the model has no such group: the table is another model's",
-            fix="measure it again: prunus.sensitivity(graph, model, metric)",
+            fix="measure it again: prunus.planner.search.sensitivity(graph, model, metric)",
         )
     asked = ScoreOptions(**options)
     experiment = Experiment.of(graph, model, asked)

@@ -67,8 +67,8 @@ def sensitivity(
     Returns
     -------
     Sensitivity
-        The table.  :func:`prunus.plan_by_sensitivity` makes a plan of it, within a budget or with
-        what is tolerated.
+        The table.  :func:`~prunus.planner.search.plan_by_sensitivity` makes a plan of it, within a
+        budget or with what is tolerated.
 
     Raises
     ------
@@ -87,7 +87,7 @@ def sensitivity(
     >>> whole = net(torch.ones(1, 4))
     >>> def closeness(model):
     ...     return -float((model(torch.ones(1, 4)) - whole).norm())
-    >>> table = prunus.sensitivity(graph, net, closeness, ratios=[0.25, 0.5])
+    >>> table = prunus.planner.search.sensitivity(graph, net, closeness, ratios=[0.25, 0.5])
     >>> list(table.sizes.items()), table.dense == 0
     ([('0.weight[0]', 8)], True)
     """

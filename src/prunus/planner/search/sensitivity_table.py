@@ -152,7 +152,7 @@ class Sensitivity:
             raise FormatError(
                 f"{path} is no table of sensitivities that can be read",
                 why=f"{type(error).__name__}: {error}",
-                fix="give a file that prunus.sensitivity wrote, or remove it to start anew",
+                fix="give a file that sensitivity(path=…) wrote, or remove it to start anew",
             ) from error
         return cls(
             dense=document.dense,

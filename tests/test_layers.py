@@ -65,7 +65,7 @@ CODE_LINES = {
     "structures": 340,
     "surgeon": 2250,
     "tracer": 6950,
-    "verifier": 2350,
+    "verifier": 2400,
 }
 """Caps of code lines (no docstrings, comments, blank lines) by package, ``.`` for loose files.
 

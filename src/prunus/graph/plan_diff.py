@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from prunus.errors import PlanError
 from prunus.graph.plan_json import to_ranges
 from prunus.graph.renaming import Renaming
-
-if TYPE_CHECKING:
-    from prunus.graph.plans import GroupChoice, Plan
 
 
 class Cost(NamedTuple):
@@ -87,7 +84,7 @@ class PlanDiff:
         return "\n".join(lines)
 
 
-def compare(a: Plan, b: Plan) -> PlanDiff:
+def compare(a: Any, b: Any) -> PlanDiff:
     """What two plans for one model do differently; see :meth:`prunus.Plan.diff`."""
     ours, theirs = _shapes_before(a), _shapes_before(b)
     only_a, only_b = _without(a.drops, b.drops), _without(b.drops, a.drops)
@@ -106,7 +103,7 @@ def _without(names: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
 
 
 def _differing(
-    ours: Mapping[str, GroupChoice], theirs: Mapping[str, GroupChoice], *, both: bool
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], *, both: bool
 ) -> Iterator[GroupDiff]:
     """The groups that lose other units; ``both`` leaves out those that only one plan knows."""
     for name in {**ours, **theirs}:
@@ -119,14 +116,14 @@ def _differing(
             yield GroupDiff(name, tuple(sorted(a - b)), tuple(sorted(b - a)), size, kept)
 
 
-def _shapes_before(plan: Plan) -> dict[str, tuple[int, ...]]:
+def _shapes_before(plan: Any) -> dict[str, tuple[int, ...]]:
     """The shapes by the names of the original; those of dropped blocks are not known."""
     names = Renaming(plan.drops)
     own = ((name, shape) for name, shape in plan.shapes.items() if name not in plan.biases)
     return {names.before(name): tuple(shape) for name, shape in own}
 
 
-def _groups_before(plan: Plan) -> dict[str, GroupChoice]:
+def _groups_before(plan: Any) -> dict[str, Any]:
     names = Renaming(plan.drops)
     return {names.before(choice.name): choice for choice in plan.groups}
 

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -13,9 +13,6 @@ import numpy as np
 from prunus.errors import PlanError
 from prunus.graph.axis import Axis
 from prunus.graph.traced import convert, malformed, misplaced, read_traced
-
-if TYPE_CHECKING:
-    from prunus.graph.plans import Plan
 
 Indices = tuple[int, ...]
 
@@ -146,8 +143,8 @@ def read(text: str, limit: int = LIMIT) -> dict[str, Any]:
     }
 
 
-def write(plan: "Plan") -> str:
-    """One line of JSON: sorted keys, indices as [start, stop) ranges."""
+def write(plan: Any) -> str:
+    """One line of JSON for a :class:`Plan`: sorted keys, indices as [start, stop) ranges."""
     edits, scalings, groups = (
         [{name: getattr(record, name) for name in record.__slots__} for record in records]
         for records in (plan.edits, plan.scalings, plan.groups)

@@ -201,6 +201,49 @@ def test_nonsense_is_refused_in_any_combination(name, amount) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "fix"),
+    [
+        (0.5, "prunus.Budget(macs=0.5)"),
+        (2_000_000, "prunus.Budget(macs=2000000)"),
+        ("0.3", "prunus.Budget(macs=0.3)"),
+        ("30%", "prunus.Budget(macs=0.3)"),
+        ("half", "prunus.Budget(macs=0.5)"),
+        ({"params": 0.4, "macs": 0.6}, "prunus.Budget(params=0.4, macs=0.6)"),
+        ({"flops": 0.4}, "prunus.Budget(macs=0.5)"),
+        ([0.5], "prunus.Budget(macs=0.5)"),
+        (True, "prunus.Budget(macs=0.5)"),
+    ],
+)
+def test_what_is_no_budget_is_answered_with_one(given, fix) -> None:
+    with pytest.raises(PlanError) as caught:
+        prunus.shrink(Untouchable(), Untouchable(), budget=given)
+    assert f"budget must be a Budget; got {given!r}" in str(caught.value)
+    assert caught.value.fix == f"budget={fix}"
+
+
+def test_plans_and_results_are_short_tables(model) -> None:
+    whole = prunus.plan(prunus.trace(model, X), model, ratio=0.5)
+    table = """\
+        before  after  share
+params     355    131    37%
+MACs    1.30 k    456    35%
+bytes   1.42 k    524    37%
+group        units  kept  share
+0.weight[0]     16     8    50%
+2.weight[0]     12     6    50%"""
+    assert str(whole) == table
+    small = prunus.shrink(model, X, ratio=0.5)
+    verdict = repr(small).removeprefix(f"{table}\n")
+    assert re.fullmatch(
+        r"verified \(exact\): max relative error \S+ against the masked model; "
+        r"pruning changed the outputs by \S+",
+        verdict,
+    )
+    unseen = prunus.shrink(model, X, ratio=0.5, verified=False)
+    assert repr(unseen).endswith("not verified (verified=False)")
+
+
+@pytest.mark.parametrize(
     ("options", "error", "said"),
     [
         ({"mode": "nonsense"}, PlanError, "mode='nonsense' is none of 'free', 'uniform'"),

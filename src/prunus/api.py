@@ -42,7 +42,7 @@ Mode = Literal["free", "uniform"]
 
 
 @checks_options
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shrunk:
     """What :func:`shrink` did: the smaller model, the plan, and the proof.
 
@@ -57,6 +57,9 @@ class Shrunk:
     certificate: Certificate | None
     held: Mapping[str, str] = field(default_factory=dict)
     recovery: tuple[Step, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"{self.plan}\n{_spelled(self.certificate)}"
 
 
 @takes_options(PlanOptions)
@@ -335,6 +338,22 @@ def _cut(
             raise rejected(certificate)
     cut(plan, model, optimizer=optimizer)
     return Shrunk(model, graph, plan, certificate)
+
+
+def _spelled(certificate: Certificate | None) -> str:
+    """The verdict in a line."""
+    if certificate is None:
+        return "not verified (verified=False)"
+    if certificate.verdict == "inexact":
+        return (
+            f"inexact: {certificate.reason or f'the outputs differ by {certificate.rel_err:.1e}'}"
+        )
+    if certificate.verdict == "not verified":
+        return f"not verified: {certificate.reason or 'no measurable effect on the outputs'}"
+    return (
+        f"verified (exact): max relative error {certificate.rel_err:.1e} against the masked model; "
+        f"pruning changed the outputs by {certificate.moved:.1e}"
+    )
 
 
 def _check_mode(mode: str) -> None:

@@ -94,11 +94,13 @@ def _answer(graph: CouplingGraph, options: argparse.Namespace) -> dict[str, Any]
 
 
 def _overview(graph: CouplingGraph, name: str) -> list[Any]:
+    from prunus.graph.plan_table import spell_count
     from prunus.report import tables
     from prunus.structures import find_structures
 
-    spell = tables.spell_count
-    costs = ", ".join(f"{spell(graph.cost(c))} {c}" for c in sorted(graph.costs, reverse=True))
+    costs = ", ".join(
+        f"{spell_count(graph.cost(c))} {c}" for c in sorted(graph.costs, reverse=True)
+    )
     shown: list[Any] = [
         f"{name}: {costs} for the example inputs",
         f"{graph.unit_count:,} units in {len(graph.groups)} groups; "

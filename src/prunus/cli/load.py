@@ -97,8 +97,9 @@ def _compare(outputs: dict[str, list[int]], plan: Plan | None, options: argparse
 
 
 def _show(document: dict[str, Any], plan: Plan | None) -> None:
+    from prunus.graph.plan_table import spell_count
     from prunus.report.console import show
-    from prunus.report.tables import choices_table, spell_count
+    from prunus.report.tables import choices_table
 
     params, size = spell_count(document["params"]), spell_count(document["bytes"])
     show(f"{document['file']}: {params} parameters, {size}B of tensors, the digest is right.")

@@ -16,6 +16,7 @@ from prunus.files import replace_file
 from prunus.graph.axis import Axis, Mask
 from prunus.graph.plan_diff import Cost, PlanDiff, compare
 from prunus.graph.plan_json import LIMIT, freeze, read, write
+from prunus.graph.plan_table import costs_lines, groups_lines
 from prunus.graph.renaming import Renaming
 from prunus.graph.traced import Traced, convert, read_traced
 
@@ -106,6 +107,12 @@ class Plan:
     {'w': (4, 3)}
     >>> Plan.from_json(plan.to_json()) == plan
     True
+    >>> choice = GroupChoice("w[0]", 6, (3, 4))
+    >>> print(Plan({}, {}, groups=(choice,), costs={"macs": (18000, 12000)}))
+          before   after  share
+    MACs  18.0 k  12.0 k    67%
+    group  units  kept  share
+    w[0]       6     4    67%
     """
 
     keep: Mapping[Axis, tuple[int, ...]]
@@ -121,6 +128,11 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "origin", freeze(self.origin))
         object.__setattr__(self, "drops", tuple(self.drops))
+
+    def __str__(self) -> str:
+        kept = [(g.name, g.size, g.size - len(g.removed)) for g in self.groups]
+        dropped = [f"dropped: {', '.join(self.drops)}"] if self.drops else []
+        return "\n".join([*costs_lines(self.costs), *groups_lines(kept), *dropped])
 
     def with_biases(
         self, biases: Mapping[str, int], element_sizes: Mapping[str, int] | None = None

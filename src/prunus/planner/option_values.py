@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
-from prunus.errors import PlanError
+from prunus.errors import PlanError, PrunusError
+from prunus.graph.budget import Budget
 
 Globs = str | Sequence[str]
 Drop = int | str | Sequence[str]
@@ -49,6 +50,22 @@ def is_batches(value: Any) -> bool:
 
 def is_anything(value: Any) -> bool:
     return True
+
+
+def spell_budget(value: Any) -> str:
+    """The budget that somebody may have meant who gave something else.
+
+    >>> spell_budget(0.3), spell_budget("40%"), spell_budget({"params": 9000})
+    ('prunus.Budget(macs=0.3)', 'prunus.Budget(macs=0.4)', 'prunus.Budget(params=9000)')
+    """
+    bounds: dict[Any, Any] = dict(value) if isinstance(value, Mapping) else {"macs": value}
+    try:
+        if isinstance(value, str):
+            number = float(value.strip().removesuffix("%"))
+            bounds = {"macs": number / 100 if "%" in value else number}
+        return f"prunus.{Budget(**bounds)}"
+    except (PrunusError, TypeError, ValueError):
+        return "prunus.Budget(macs=0.5)"
 
 
 def check_scope(scope: Any, normalise: str | None) -> None:

@@ -36,6 +36,7 @@ from prunus.planner.option_values import (
     is_names,
     is_real,
     is_whole,
+    spell_budget,
 )
 
 if TYPE_CHECKING:
@@ -153,7 +154,10 @@ class ScoreOptions:
         for one in fields(self):
             value = getattr(self, one.name)
             if value is not one.default and not one.metadata["fits"](value):
-                raise PlanError(f"{one.name} must be {one.metadata['wanted']}; got {value!r}")
+                fix = f"budget={spell_budget(value)}" if one.name == "budget" else ""
+                raise PlanError(
+                    f"{one.name} must be {one.metadata['wanted']}; got {value!r}", fix=fix
+                )
         if isinstance(self.importance, str):
             from prunus.importance import needs_of
 
@@ -175,7 +179,7 @@ class PlanOptions(ScoreOptions):
         turn with the dense model, and made again.
         """,
         lambda value: isinstance(value, Budget),
-        "a Budget, as prunus.Budget(macs=0.5)",
+        "a Budget",
         recorded=True,
     )
     ratio: float | None = option(

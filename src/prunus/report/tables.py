@@ -14,6 +14,7 @@ from prunus.graph.constraints import Lockstep, Pin
 from prunus.graph.coupling import Coupling, CouplingGraph
 from prunus.graph.groups import Group
 from prunus.graph.plan_diff import PlanDiff
+from prunus.graph.plan_table import spell_count
 from prunus.graph.plans import Plan
 from prunus.planner.search.sensitivity_table import Sensitivity
 from prunus.structures import Anatomy, Kind, Layer
@@ -197,22 +198,6 @@ def stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
         cells += [f"{times[batch]:.2f}" if batch in times else "" for batch in batches]
         _row(table, *cells)
     return table
-
-
-def spell_count(number: int) -> str:
-    """A number in three or four digits.
-
-    >>> [spell_count(n) for n in (999, 41_886, 173_842, 25_557_032, 6_700_000_000)]
-    ['999', '41.9 k', '174 k', '25.6 M', '6.70 G']
-    """
-    scaled, suffixes = float(number), iter(("", " k", " M", " G", " T", " P"))
-    suffix = next(suffixes)
-    while scaled >= 999.5 and suffix != " P":
-        scaled, suffix = scaled / 1000, next(suffixes)
-    if not suffix:
-        return str(number)
-    digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
-    return f"{scaled:.{digits}f}{suffix}"
 
 
 def spell_places(names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import prunus
 from prunus.calibration.statistics import kept_units
 from prunus.graph.program import state_of
-from prunus.recovery.attention_rows import find_products, find_values, projections_of
+from prunus.recovery.attention_rows import find_products, find_values
 from prunus.recovery.compensate import repair_all
 from prunus.recovery.queries_keys import best_products, mix_products
 from prunus.recovery.values import turn_values
@@ -110,7 +110,7 @@ def test_the_predicted_error_of_scores_is_the_measured_one(options: dict[str, An
 def test_values_in_another_basis_are_the_same_model_and_miss_less(shared: int) -> None:
     model, x, graph = case(shared=shared)
     plan = plan_of(model, graph)
-    seen = prunus.importance.collect(model, graph, [x], "second_moment", also=projections_of(graph))
+    seen = prunus.importance.collect(model, graph, [x], "second_moment")
     turned = turn_values(graph, plan, state_of(model)[0], seen.sites)
     assert set(turned.state) == {"v.weight", "v.bias", "out.weight"}
     twin = copy.deepcopy(model)

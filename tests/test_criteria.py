@@ -166,7 +166,7 @@ def test_statistics_that_are_given_are_not_collected_again(monkeypatch) -> None:
     graph = prunus.trace(model, x)
     given = prunus.importance.collect(model, graph, [x], "activation")
     monkeypatch.setattr(
-        "prunus.planner.verified.collect", lambda *_, **__: pytest.fail("collected again")
+        "prunus.planner.verified.gather", lambda *_, **__: pytest.fail("collected again")
     )
     options = {"ratio": 0.3, "importance": "activation", "data": [x], "statistics": given}
     assert prunus.shrink(model, x, **options, each_group=False).certificate.verdict == "exact"

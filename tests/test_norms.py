@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 import models_zoo
 import prunus
 from models_zoo import data as fashion
+from prunus.calibration.batches import Batches
 from prunus.graph.axis import Axis
 from prunus.recovery import LOOKED_AT, answers_of, distance, recover, refresh
-from prunus.recovery.layer_norms import Correction, correct_norms, measure_norms
+from prunus.recovery.layer_norms import Correction, correct_norms, corrections_of, watching
 from prunus.surgeon.snapshot import all_or_nothing
 from tests.snapshots import same, snapshot
 
@@ -101,6 +102,16 @@ def rows() -> list[Tensor]:
     """Batches of different sizes, samples × positions × features."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(n, 5, 6, generator=generator, dtype=torch.float64) for n in (16, 3)]
+
+
+def measure_norms(
+    model: nn.Module, plan: prunus.Plan, data: Iterable[Any]
+) -> tuple[Correction, ...]:
+    """How norms have to change, in one pass over the data."""
+    with watching(model, plan) as watches:
+        if watches:
+            answers_of(model, data)
+    return corrections_of(watches)
 
 
 def planned(model: nn.Module, x: Tensor | None = None, **options: Any) -> prunus.Plan:
@@ -274,7 +285,8 @@ def test_end_to_end_no_step_makes_the_outputs_worse(make: Callable[[], nn.Module
     assert kept == sorted(kept, reverse=True)
     assert done.recovery[-1].kept
     assert kept[-1] < 0.99 * kept[-2]
-    assert distance(answers_of(dense, data), answers_of(model, data)) == pytest.approx(kept[-1])
+    seen = Batches(data).first(LOOKED_AT)
+    assert distance(answers_of(dense, seen), answers_of(model, seen)) == pytest.approx(kept[-1])
 
 
 def test_what_makes_the_outputs_worse_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +294,7 @@ def test_what_makes_the_outputs_worse_is_taken_back(monkeypatch: pytest.MonkeyPa
     budget = prunus.Budget(params=0.5)
     prunus.shrink(fitted, rows()[0], budget=budget, data=rows(), recover="least_squares")
     wrong = Correction("1.weight", "", 0, 9.0, 3.0)
-    monkeypatch.setattr(recover, "measure_norms", lambda *_, **__: (wrong,))
+    monkeypatch.setattr(recover, "corrections_of", lambda _: (wrong,))
     done = prunus.shrink(model, rows()[0], budget=budget, data=rows())
     assert [(s.name, s.kept) for s in done.recovery][1:] == [
         ("least squares", True),
@@ -299,8 +311,9 @@ def test_what_is_fitted_behind_a_norm_is_judged_with_the_norm_corrected() -> Non
     assert fitted.kept
     assert corrected.kept
     assert fitted.error > cut.error > 2 * corrected.error
-    wanted = answers_of(dense, rows())
-    assert distance(wanted, answers_of(model, rows())) == pytest.approx(corrected.error)
+    seen = Batches(rows()).first(LOOKED_AT)
+    error = distance(answers_of(dense, seen), answers_of(model, seen))
+    assert error == pytest.approx(corrected.error)
 
 
 @pytest.mark.parametrize("fails_at", range(1, 6))
@@ -330,10 +343,10 @@ def test_a_failure_at_any_comparison_leaves_the_model_whole(
     monkeypatch.setattr(recover, "distance", nearer_each_time)
     if fails_at < 5:
         with pytest.raises(KeyboardInterrupt):
-            all_or_nothing(recover.cut_and_recover)(model, plan, graph, data, looked_at=data)
+            all_or_nothing(recover.cut_and_recover)(model, plan, graph, data)
         assert same(snapshot(model), before)
     else:
-        _, steps = recover.cut_and_recover(model, plan, graph, data, looked_at=data)
+        _, steps = recover.cut_and_recover(model, plan, graph, data)
         assert [step.name for step in steps][2:] == ["norms", "batch norms"]
         assert not torch.equal(last.running_var, torch.ones(3))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from typing import Any, get_args
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import prunus
+from prunus.calibration.batches import Batches
 from prunus.cli.cutting import RECOVERIES
 from prunus.errors import DataError, PlanError
 from prunus.graph.axis import Axis
@@ -43,7 +45,7 @@ def shrunk(model: nn.Module, data: Any, **options: Any) -> prunus.api.Shrunk:
 def off(model: nn.Module, dense: nn.Module) -> float:
     """What a step tells, counted here."""
     with torch.no_grad():
-        pairs = [(model(x), dense(x)) for x in images()[:LOOKED_AT]]
+        pairs = [(model(x), dense(x)) for x in Batches(images()).first(LOOKED_AT)]
     missed = sum(float((a - b).double().square().sum()) for a, b in pairs)
     return math.sqrt(missed / sum(float(b.double().square().sum()) for _, b in pairs))
 
@@ -175,3 +177,44 @@ def test_uniform_plans_get_no_biases() -> None:
 
 def test_the_command_line_knows_all_recoveries() -> None:
     assert get_args(Recover) == RECOVERIES
+
+
+def normed() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Flatten(), nn.Linear(192, 24), nn.LayerNorm(24), nn.GELU()),
+        *(nn.Linear(24, 16), nn.GELU(), nn.Linear(16, 5)),
+    ).eval()
+
+
+@pytest.mark.parametrize("make", [net, normed])
+@pytest.mark.parametrize(
+    ("recover", "most"), [("auto", 4.0), ("least_squares", 4.0), ("sequential", 6.0)]
+)
+@pytest.mark.parametrize("importance", ["l2", "obs", "taylor", "wanda"])
+def test_the_data_run_a_few_times(
+    make: Any, recover: Recover, most: float, importance: str, tmp_path: Any
+) -> None:
+    """What 64 images more cost: so that trace and verification, which are fixed, don't count.
+
+    Counted in a file, since all that a forward leaves behind in memory is put back.
+    """
+
+    def count(batches: int) -> int:
+        path = tmp_path / f"{batches}"
+        file = os.open(path, os.O_WRONLY | os.O_CREAT)
+
+        class Counting(nn.Sequential):
+            def forward(self, x: Tensor) -> Tensor:
+                os.write(file, bytes(len(x)))
+                y: Tensor = super().forward(x)
+                return y
+
+        model = Counting(*make().children()).eval()
+        done = shrunk(model, images(batches), importance=importance, recover=recover)
+        os.close(file)
+        assert done.samples == 16 * batches
+        assert len(done.recovery) > 1
+        return int(path.stat().st_size)
+
+    assert 64 < count(8) - count(4) <= most * 64

@@ -9,7 +9,6 @@ import re
 import socket
 import tempfile
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import prunus
-from prunus.calibration.batches import bounded
+from prunus.calibration.batches import Batches
 from prunus.errors import ModelError, TraceError
 from prunus.tracer.refusals import warn_untested
 
@@ -183,8 +182,8 @@ ENDLESS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", ENDLESS)
 def test_endless_data_is_taken_in_part_and_that_is_said(name: str) -> None:
     model = Net().eval()
-    with pytest.warns(UserWarning, match=r"first 8 batches \(512 samples\)"):
-        shrunk = prunus.shrink(model, X, ratio=0.5, importance="obs", data=ENDLESS[name]())
+    shrunk = prunus.shrink(model, X, ratio=0.5, importance="obs", data=ENDLESS[name]())
+    assert shrunk.samples == 512
     assert shrunk.certificate.verdict == "exact"
     assert len(shrunk.recovery) > 1
 
@@ -203,15 +202,22 @@ def test_endless_data_is_taken_in_part_and_that_is_said(name: str) -> None:
 )
 def test_every_reader_of_data_stops(use: Callable[..., Any]) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).eval()
-    with pytest.warns(UserWarning, match="first 8 batches"):
-        use(model, prunus.trace(model, X), iter(Endless()))
+    use(model, prunus.trace(model, X), iter(Endless()))
 
 
-def test_data_that_ends_is_taken_whole_and_without_a_warning() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert len(list(bounded(torch.ones(100, 2) for _ in range(5)))) == 5
-        assert len(list(bounded([torch.ones(600, 2)] * 3))) == 3
+@pytest.mark.parametrize("kind", [list, iter])
+def test_the_first_samples_of_data_are_taken_in_whole_batches(kind: Any) -> None:
+    def taken(sizes: list[int], *samples: int) -> list[int]:
+        batches = Batches(kind([torch.ones(n, 2) for n in sizes]), *samples)
+        assert sum(len(batch) for batch in batches) == batches.samples
+        return [len(batch) for batch in batches]  # for the third time
+
+    assert taken([100] * 5) == [100] * 5
+    assert taken([600] * 3) == [600]
+    assert taken([100] * 9) == [100] * 6
+    assert taken([100] * 9, 100) == [100]
+    assert taken([100] * 9, 700) == [100] * 7
+    assert taken([100] * 9, 10_000) == [100] * 9
 
 
 class Guarded(Net):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
-from prunus.calibration.batches import bounded, first_batches
+from prunus.calibration.batches import Batches
 from prunus.errors import PlanError, checks_options
 from prunus.graph.axis import Mask
 from prunus.graph.constraints import find_violation
@@ -24,7 +24,7 @@ from prunus.planner.option_values import Globs
 from prunus.planner.options import PlanKeywords, PlanOptions, takes_options
 from prunus.planner.verified import Restrict, plan_verified, rejected
 from prunus.planner.width_planning import plan_of_mask
-from prunus.recovery import LOOKED_AT, Progress, Recover, Step, check_recovery, cut_and_recover
+from prunus.recovery import Progress, Recover, Step, check_recovery, cut_and_recover
 from prunus.structures.by_hand import Where, with_units, without_heads
 from prunus.surgeon.apply import cut
 from prunus.surgeon.depth import refuse_quantized
@@ -48,7 +48,8 @@ class Shrunk:
 
     ``held`` names the groups and blocks that stayed whole, with the reason: the proof rejected
     them, or in a uniform plan the config can't say them.  ``recovery`` has what was done with the
-    calibration data, step by step, with the error of the outputs after each.
+    calibration data, step by step, with the error of the outputs after each; ``samples`` is how
+    many samples of the data were used.
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class Shrunk:
     certificate: Certificate | None
     held: Mapping[str, str] = field(default_factory=dict)
     recovery: tuple[Step, ...] = ()
+    samples: int = 0
 
     def __repr__(self) -> str:
         return f"{self.plan}\n{_spelled(self.certificate)}"
@@ -134,32 +136,33 @@ def shrink(
     if asked.drops:
         refuse_quantized(model)
         refuse_statistics(asked.statistics)
-    needs = frozenset() if asked.statistics is not None else needs_of(asked.importance)
-    data = asked.data
-    if data is not None and (needs or isinstance(asked.drop, int) or recover != "none"):
-        data = bounded(data)
+    reads = needs_of(asked.importance) if asked.statistics is None else frozenset()
+    data = None
+    if asked.data is not None and (reads or isinstance(asked.drop, int) or recover != "none"):
+        data = Batches(asked.data, asked.samples)
     asked = replace(asked, data=data)
-    recovered_with = None if recover == "none" else data
-    looked_at = [] if recovered_with is None else first_batches(recovered_with, LOOKED_AT)
     with entered_by(model, forward_fn):
         graph = trace(model, args, kwargs, outputs=outputs)
-        chosen, certificate, held = plan_verified(
+        planned = plan_verified(
             *(graph, model, args, dict(kwargs or {}), asked),
             verified=verified,
             each_group=each_group,
             restrict=_restriction(mode, model, args, kwargs),
+            repair=recover not in ("none", "recalibrate"),
         )
+        certificate = planned.certificate
         chosen, steps = cut_and_recover(
-            *(model, chosen, None if chosen.drops else graph, recovered_with),
+            *(model, planned.plan, planned.graph, None if recover == "none" else data),
+            statistics=planned.statistics,
             method=recover,
-            looked_at=looked_at,
             new_biases=mode == "free",  # a plain config can't say them
             optimizer=optimizer,
             progress=progress,
             check=certificate is None or certificate.verdict != "exact",
             seed=asked.seed,
         )
-    return Shrunk(model, graph, chosen, certificate, held, steps)
+    samples = 0 if data is None else data.samples
+    return Shrunk(model, graph, chosen, certificate, planned.held, steps, samples)
 
 
 @checks_options
@@ -219,9 +222,9 @@ def drop_layers(
     graph = trace(model, args, kwargs, outputs=outputs)
     names = name_layers(graph, model, layers, stack)
     asked = PlanOptions(drop=names, seed=seed)
-    chosen, certificate, held = plan_verified(graph, model, args, kwargs, asked, verified=verified)
-    cut(chosen, model, optimizer=optimizer)
-    return Shrunk(model, graph, chosen, certificate, held)
+    found = plan_verified(graph, model, args, kwargs, asked, verified=verified)
+    cut(found.plan, model, optimizer=optimizer)
+    return Shrunk(model, graph, found.plan, found.certificate, found.held)
 
 
 @checks_options

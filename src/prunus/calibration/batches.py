@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from prunus.errors import DataError
+from prunus.tracer.outputs import answer_of
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
@@ -40,6 +39,12 @@ def _copied(value: Any, device: torch.device) -> Any:
     return value.to(device, copy=True) if isinstance(value, Tensor) else value
 
 
+def outputs_of(result: Any) -> dict[str, Tensor]:
+    """What a model answered, by name: tensors of fractions alone, detached."""
+    answer = answer_of(result).items()
+    return {name: t.detach().clone() for name, t in answer if t.is_floating_point()}
+
+
 def labels_of(batch: Any) -> Tensor | None:
     """What a batch says that the output should be: its entry ``labels``, or that after the input.
 
@@ -53,14 +58,6 @@ def labels_of(batch: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def first_batches(data: Iterable[Any], count: int) -> list[Any]:
-    """As many batches as there are, up to a number; :class:`~prunus.errors.DataError` for none."""
-    found = list(islice(iter(data), count))
-    if not found:
-        raise no_data()
-    return found
-
-
 def no_data(
     why: str = "the iterable gave no batch (an iterator can be used only once)",
 ) -> DataError:
@@ -70,67 +67,56 @@ def no_data(
 
 
 SAMPLES = 512
-"""How many samples are taken of calibration data of unknown length."""
+"""How many samples are taken of calibration data, unless somebody says otherwise."""
 
 
-def bounded(data: Iterable[Any]) -> Iterable[Any]:
-    """Calibration data that ends and can be read several times.
+class Batches:
+    """The first samples of calibration data, in whole batches, which can be read several times.
 
-    What has a length is returned as it is; of anything else a list of the first batches, up to 512
-    samples.
+    They are taken once and kept, so that a loader which shuffles gives the same ones to every
+    reader.  More than :data:`SAMPLES` are read again each time from data that has a length.
 
-    Warns
-    -----
-    UserWarning
-        If there were more, with the number of batches that were taken.
+    Parameters
+    ----------
+    data
+        Any iterable of batches; others of this class are taken as they are.
+    samples
+        After so many samples no further batch is taken.
 
-    >>> bounded([1, 2]), len(list(bounded(torch.zeros(2, 3) for _ in range(4))))
-    ([1, 2], 4)
+    Attributes
+    ----------
+    samples
+        How many there are; of data that is read again, as many as the last reader saw.
+
+    Examples
+    --------
+    >>> taken = Batches((torch.zeros(200, 3) for _ in range(9)))
+    >>> len(taken.first(2)), taken.samples, len(list(taken))
+    (2, 600, 3)
     """
-    if has_length(data):
-        return data
-    taken = list(found := Limited(data))
-    found.warn(stacklevel=4)
-    return taken
 
-
-def has_length(data: Iterable[Any]) -> bool:
-    """Whether an iterable says how long it is, so that it ends."""
-    try:
-        len(data)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError, AttributeError):
-        return False
-    return True
-
-
-class Limited:
-    """The same batches as of :func:`bounded`, for one pass: each is read when it is needed."""
-
-    def __init__(self, data: Iterable[Any]) -> None:
-        self._data = data
-        self._cut: tuple[int, int] | None = None
+    def __init__(self, data: Iterable[Any], samples: int = SAMPLES) -> None:
+        self._data, self._most, self.samples = data, samples, 0
+        if isinstance(data, Batches):
+            self._data, self._most, self.samples = data._data, data._most, data.samples
+        elif samples <= SAMPLES or not hasattr(data, "__len__"):
+            self._data = list(self)
 
     def __iter__(self) -> Iterator[Any]:
-        if has_length(self._data):
-            yield from self._data
-            return
-        samples, more = 0, iter(self._data)
-        for taken, batch in enumerate(more, start=1):
+        samples = 0
+        for batch in self._data:
             yield batch
             samples += count_samples(batch)
-            if samples >= SAMPLES:
-                self._cut = None if next(more, more) is more else (taken, samples)
-                return
+            if samples >= self._most:
+                break
+        self.samples = samples
 
-    def warn(self, stacklevel: int) -> None:
-        """After the pass: say how much was taken, if that was not all."""
-        if self._cut is not None:
-            taken, samples = self._cut
-            warnings.warn(
-                f"the calibration data has no length: its first {taken} batches "
-                f"({samples} samples) were taken; give a list or a DataLoader for another number",
-                stacklevel=stacklevel,
-            )
+    def first(self, count: int) -> list[Any]:
+        """As many batches as that, but of several no more than half; refused if there is none."""
+        found = list(islice(self, 2 * count))
+        if not found:
+            raise no_data()
+        return found[: -(-len(found) // 2)]
 
 
 def count_samples(batch: Any) -> int:
@@ -155,30 +141,3 @@ def samples_of(batch: Any) -> Iterator[Any]:
 
     for index in range(count):
         yield tree_map(lambda value, index=index: cut(value, index), batch)
-
-
-def digest_of(batches: Iterable[Any]) -> str:
-    """A hash of batches: of the tensors and plain values in them, in their order.
-
-    >>> x = torch.ones(4)
-    >>> digest_of([x, x]) == digest_of([x + 0, x + 0]), digest_of([x, x]) == digest_of([x])
-    (True, False)
-    """
-    digest = hashlib.sha256()
-    for batch in batches:
-        leaves = tree_leaves(batch)
-        digest.update(f"{len(leaves)} ".encode())
-        for leaf in leaves:
-            _feed(digest, leaf)
-    return digest.hexdigest()
-
-
-def _feed(digest: Any, leaf: Any) -> None:
-    """Add a tensor, or a plain value, to a digest."""
-    if not isinstance(leaf, Tensor):
-        digest.update(repr(leaf if isinstance(leaf, (str, int, float)) else type(leaf)).encode())
-        return
-    digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-    if leaf.layout == torch.strided:
-        plain = leaf.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)

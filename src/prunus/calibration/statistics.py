@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from prunus.calibration.batches import Limited, count_samples, no_data, run_batch, samples_of
+from prunus.calibration.batches import (
+    SAMPLES,
+    Batches,
+    count_samples,
+    no_data,
+    outputs_of,
+    run_batch,
+    samples_of,
+)
 from prunus.calibration.gradients import Contributions
 from prunus.calibration.second_moments import Moments, fit_memory
 from prunus.calibration.sites import Read, Site, Sites, Watch, find_sites
@@ -24,6 +32,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
 from prunus.tracer.adapters import adapted
+from prunus.tracer.attention import score_weights
 from prunus.tracer.forward_fn import ForwardFn, entered_by
 from prunus.tracer.trace import follow_modules, plain_kernels, quiet_run
 from prunus.tracer.wrappers import unwraps
@@ -69,6 +78,8 @@ class Statistics:
         :attr:`~prunus.calibration.sites.Site.moments` holds ``"second_moment"``).
     loss
         Mean loss of the samples; NaN without gradients.
+    outputs
+        What the model answered to the first batches, by name, where that was wanted.
     """
 
     needs: frozenset[str]
@@ -77,6 +88,7 @@ class Statistics:
     units: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
     sites: tuple[Site, ...] = field(default=(), repr=False)
     loss: float = float("nan")
+    outputs: tuple[Mapping[str, Tensor], ...] = field(default=(), repr=False)
 
     @property
     def moments(self) -> tuple[Moments, ...]:
@@ -96,9 +108,9 @@ def collect(
     split: bool = True,
     seed: int = 0,
     plan: Plan | None = None,
-    also: Collection[str] = (),
     positions: int = 64,
     memory_limit: int = 8 << 30,
+    samples: int = SAMPLES,
     progress: Callable[[int], None] | None = None,
 ) -> Statistics:
     """Run the model over calibration data once and keep sums of what criteria need.
@@ -128,14 +140,15 @@ def collect(
     seed
         For the loss that draws.
     plan
-        Second moments of what reads units that this plan removes, and of nothing else.
-    also
-        Names of weights: second moments of what these read are taken whatever the plan says.
+        Second moments of what reads units that this plan removes, and of what the queries and keys
+        of attentions are made of, and of nothing else.
     positions
         Of an image at which second moments of what a convolution reads are taken, evenly spread.
     memory_limit
         Bytes that the second moments may take.  Where they would take more, the largest are taken
         for every tap of a convolution apart, and then of every column apart.
+    samples
+        How many samples are read: the first ones, in whole batches; ``found.samples`` says it.
     progress
         Called with the number of batches done, after each batch that runs.
 
@@ -153,25 +166,55 @@ def collect(
     PlanError
         If the graph is another model's, or a need is unknown.
     """
-    wanted = _known(needs)
+    wanted = Wanted(_known(needs), loss, split, seed, plan, positions, memory_limit)
+    return gather(model, graph, Batches(data, samples), wanted, progress)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a pass is to collect; see :func:`collect`.
+
+    The outputs of the first ``outputs`` batches are kept as well, where samples don't run alone.
+    """
+
+    needs: frozenset[str]
+    loss: Loss | None = None
+    split: bool = True
+    seed: int = 0
+    plan: Plan | None = None
+    positions: int = 64
+    memory_limit: int = 8 << 30
+    outputs: int = 0
+
+    @property
+    def singly(self) -> bool:
+        """Whether every sample runs alone."""
+        return self.split and bool(self.needs & _GRADIENTS)
+
+
+def gather(
+    model: nn.Module,
+    graph: CouplingGraph,
+    data: Iterable[Any],
+    wanted: Wanted,
+    progress: Callable[[int], None] | None = None,
+) -> Statistics:
+    """What :func:`collect` does."""
     tensors, _ = state_of(model)
     check_traced(graph, tensors)
-    kept = None if plan is None else kept_units(graph, plan)
-    moments = "second_moment" in wanted
-    sites = find_sites(graph, also if moments else ())
-    if moments:
-        _allot_moments(sites, kept, also, memory_limit)
-    passed = _Pass(model, graph, tensors, wanted, sites, positions, loss, seed)
-    singly = split and bool(wanted & _GRADIENTS)
+    also = score_weights(graph.program) if "second_moment" in wanted.needs else frozenset()
+    sites = find_sites(graph, also)
+    if "second_moment" in wanted.needs:
+        _allot_moments(graph, sites, wanted, also)
+    passed = _Pass(model, graph, tensors, sites, wanted)
     with as_traced(model, graph.forward_fn) as stack, _tracked(passed.weights):
         passed.watch(stack)
         done = 0
-        for done, batch in enumerate(batches := Limited(data), start=1):
-            for part in samples_of(batch) if singly else [batch]:
-                passed.take(part, 1 if singly or not split else count_samples(batch))
+        for done, batch in enumerate(data, start=1):
+            for part in samples_of(batch) if wanted.singly else [batch]:
+                passed.take(part, count_samples(part) if wanted.split else 1)
             if progress is not None:
                 progress(done)
-    batches.warn(stacklevel=3)
     found = _sum_over_processes(passed.found())
     if not found.samples:
         raise no_data(*["its batches hold no sample"] if done else [])
@@ -274,9 +317,10 @@ WIDEST = 8192
 
 
 def _allot_moments(
-    sites: Sites, kept: Mask | None, also: Collection[str], memory_limit: int
+    graph: CouplingGraph, sites: Sites, wanted: Wanted, also: Collection[str]
 ) -> None:
     """Give every site moments of which they are wanted: where a unit goes, or by name."""
+    kept = None if wanted.plan is None else kept_units(graph, wanted.plan)
     shared: dict[int, tuple[Moments, int]] = {}
     for site in sites.all:
         stay = 0 if kept is None else len(kept_positions(site.label, kept))
@@ -286,7 +330,7 @@ def _allot_moments(
         columns = len(site.label) // site.window.groups * site.window.taps
         fresh = (Moments(site.window.groups, columns), site.window.taps)
         site.moments = shared.setdefault(site.source, fresh)[0]
-    fit_memory(list(shared.values()), memory_limit, WIDEST)
+    fit_memory(list(shared.values()), wanted.memory_limit, WIDEST)
 
 
 @contextmanager
@@ -310,15 +354,14 @@ class _Pass:
         model: nn.Module,
         graph: CouplingGraph,
         tensors: Mapping[str, Tensor],
-        needs: frozenset[str],
         sites: Sites,
-        positions: int,
-        loss: Loss | None,
-        seed: int,
+        wanted: Wanted,
     ) -> None:
         self.weights: dict[str, Tensor] = {}
-        self._model, self._graph, self._tensors, self._needs = model, graph, tensors, needs
-        self._sites, self._positions, self._loss, self._seed = sites, positions, loss, seed
+        needs = self._needs = wanted.needs
+        self._model, self._graph, self._tensors = model, graph, tensors
+        self._sites, self._wanted = sites, wanted
+        self._outputs: list[dict[str, Tensor]] = []
         self._contributions: Contributions | None = None
         if needs & _GRADIENTS:
             self._contributions = Contributions(graph)
@@ -337,7 +380,7 @@ class _Pass:
 
     def _hear(self, site: Site, read: Read, part: tuple[int, int]) -> None:
         if site in self._owners:
-            site.add_moments(read, self._samples, self._positions)
+            site.add_moments(read, self._samples, self._wanted.positions)
         if "activation" in self._needs:
             site.add(read, part)
 
@@ -346,7 +389,8 @@ class _Pass:
         loss = self._losses / max(self._samples, 1) if self._units else float("nan")
         sites = self._sites.all if self._needs - _GRADIENTS else ()
         units = self._graph.unit_count
-        return Statistics(self._needs, units, self._samples, self._units, sites, loss)
+        told = (self._needs, units, self._samples, self._units, sites, loss)
+        return Statistics(*told, tuple(self._outputs))
 
     def take(self, batch: Any, samples: int) -> None:
         """Add what one batch brings: forward, and backward if gradients are needed."""
@@ -358,12 +402,14 @@ class _Pass:
             with self._watch or nullcontext():
                 output = run_batch(self._model, batch)
             if self._contributions is None:
+                if len(self._outputs) < self._wanted.outputs:
+                    self._outputs.append(outputs_of(output))
                 self._samples += samples
                 return
             value = loss_of(
                 output,
                 batch,
-                loss=self._loss,
+                loss=self._wanted.loss,
                 kept=self._graph.kept_outputs,
                 seed=self._draw(),
             )
@@ -374,7 +420,7 @@ class _Pass:
 
     def _draw(self) -> int:
         """A seed of 32 bits (PyTorch's generator reads no more) for the present sample."""
-        source = np.random.SeedSequence((self._seed, self._samples))
+        source = np.random.SeedSequence((self._wanted.seed, self._samples))
         return int(source.generate_state(1)[0])
 
     def _add(self, of: Contributions, gradients: Mapping[str, Tensor | None]) -> None:

@@ -61,8 +61,7 @@ def _cut(
 ) -> cutting.Outcome:
     """Prove on a copy; if that does not fail, cut the model in place and recover."""
     import prunus
-    from prunus.calibration.batches import first_batches
-    from prunus.recovery import LOOKED_AT, Step, cut_and_recover
+    from prunus.recovery import Step, cut_and_recover
 
     model = loaded.model
     step("counting")
@@ -76,14 +75,12 @@ def _cut(
         )
     if certificate is None or certificate.verdict != "inexact":
         step("cutting")
-        looked_at = [] if data is None else first_batches(data, LOOKED_AT)
         graph = None
         if data is not None and not plan.drops:
             graph = prunus.trace(model, loaded.args, loaded.kwargs, outputs=options.outputs)
         plan, recovery = cut_and_recover(
             *(model, plan, graph, data),
             method=options.recover,
-            looked_at=looked_at,
             progress=cutting.telling(step),
             seed=options.seed,
         )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunus.calibration.batches import bounded
+from prunus.calibration.batches import Batches
 from prunus.cli.models import Loaded
 from prunus.cli.options import IMAGES, TOKENIZERS
 from prunus.cli.python_file import find_function
@@ -28,8 +28,10 @@ _REFERENCE = "write a folder of images, FILE.npz, FILE.txt or path/to/file.py:FU
 
 def load_data(options: argparse.Namespace, loaded: Loaded) -> Iterable[Any] | None:
     """Calibration batches, or None if none were asked for; what is missing is told at once."""
-    if options.data is None:
-        return None
+    return None if options.data is None else Batches(_batches(options, loaded), options.samples)
+
+
+def _batches(options: argparse.Namespace, loaded: Loaded) -> Iterable[Any]:
     reference: str = options.data
     path = Path(reference)
     if path.is_dir():
@@ -55,7 +57,7 @@ def load_data(options: argparse.Namespace, loaded: Loaded) -> Iterable[Any] | No
             why="calibration data is an iterable of batches",
             fix="return a DataLoader or a list of batches",
         )
-    return bounded(batches)
+    return batches
 
 
 @dataclass(frozen=True)

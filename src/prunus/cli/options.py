@@ -102,7 +102,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=values.count,
         default=512,
-        help="images or lines that are used at most (default: 512)",
+        help="samples of it that are used: the first ones, in whole batches (default: 512)",
     )
     group.add_argument(
         "--mean", metavar="R,R,…", type=values.numbers, help="of the images' channels"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.calibration.batches import bounded, no_data, run_batch
+from prunus.calibration.batches import Batches, no_data, run_batch
 from prunus.errors import DataError, PlanError, checks_options
 from prunus.graph.blocks import Block
 from prunus.graph.coupling import CouplingGraph
@@ -67,13 +67,12 @@ def block_influence(
             why="no child of its lists and sequences of modules is a residual block",
             fix="`graph.obstacles` says of each why it is none",
         )
-    data = bounded(data)
     sums = {block.name: 0.0 for block in graph.blocks}
     counts = dict.fromkeys(sums, 0)
     done = 0
     measured = _measure(model, graph.blocks, sums, counts)
     with entered_by(model, graph.forward_fn), quiet_run(model), measured:
-        for batch in data:
+        for batch in Batches(data):
             (forward_fn or run_batch)(model, batch)
             done += 1
     if not done:

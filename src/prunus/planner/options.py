@@ -110,6 +110,16 @@ class ScoreOptions:
         is_batches,
         "an iterable of batches, as a DataLoader is",
     )
+    samples: int = option(
+        512,
+        """
+        Samples of ``data`` that are used: the first ones, in whole batches (default: 512).
+
+        They are taken once and kept in memory; more are read again for every pass.
+        """,
+        lambda value: is_whole(value) and value >= 1,
+        "an int ≥ 1",
+    )
     statistics: Statistics | None = option(
         None,
         """
@@ -383,6 +393,7 @@ class ScoreKeywords(TypedDict, total=False):
 
     importance: str | Importance
     data: Iterable[Any] | None
+    samples: int
     statistics: Statistics | None
     loss: Loss | None
     include: Globs | None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from prunus.calibration.batches import bounded
+from prunus.calibration.batches import Batches
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.planner.depth_planning import (
@@ -63,7 +63,7 @@ def plan(
         return plan_widths(graph, model, asked)
     refuse_quantized(model)
     refuse_statistics(asked.statistics)
-    data = None if asked.data is None else bounded(asked.data)
+    data = None if asked.data is None else Batches(asked.data, asked.samples)
     asked = replace(asked, data=data)
     args, kwargs = traced_inputs(graph, model, asked.seed)
     with entered_by(model, graph.forward_fn):

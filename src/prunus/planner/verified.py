@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from prunus.calibration.batches import Batches
+from prunus.calibration.statistics import Wanted, gather
 from prunus.errors import PlanError, VerifyError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
-from prunus.importance import Statistics, collect, needs_of
+from prunus.importance import Statistics, needs_of
 from prunus.planner.culprits import tell_groups
 from prunus.planner.depth_planning import measure_influence, plan_depth, plan_left
 from prunus.planner.layers import find_drops
 from prunus.planner.options import PlanOptions
 from prunus.planner.width_planning import plan_of_mask
+from prunus.recovery import LOOKED_AT
 from prunus.surgeon.depth import without_blocks
 from prunus.tracer.randomness import DRAWS
 from prunus.tracer.trace import trace
@@ -40,8 +43,9 @@ def plan_verified(
     verified: bool = True,
     each_group: bool = True,
     restrict: Restrict | None = None,
-) -> tuple[Plan, Certificate | None, dict[str, str]]:
-    """The plan, its certificate, and what was held with the reason.
+    repair: bool = False,
+) -> Planned:
+    """A plan that the verification accepts.
 
     Groups that the verification rejects are kept whole, and the plan is made again; so are blocks,
     unless they were named.
@@ -52,13 +56,17 @@ def plan_verified(
         Without it the first plan is the result, and there is no certificate.
     each_group
         Whether the verification also removes every group alone.
+    repair
+        Whether the smaller model will be repaired: what that reads of the data is then collected
+        along with what the importance reads.
 
     Raises
     ------
     VerifyError
         If it fails for every group, or for a block that was named.
     """
-    return _Task(graph, model, args, kwargs, asked, each_group, restrict).solve(verified)
+    task = _Task(graph, model, args, kwargs, asked, each_group, restrict, repair)
+    return task.solve(verified)
 
 
 def rejected(certificate: Certificate, groups: Mapping[str, str] | None = None) -> VerifyError:
@@ -71,6 +79,27 @@ def rejected(certificate: Certificate, groups: Mapping[str, str] | None = None) 
         why="\n".join([_why_inexact(certificate), *tell_groups(groups or {})]),
         fix=f"the model was not touched; {fix}",
     )
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What :func:`plan_verified` found.
+
+    Attributes
+    ----------
+    plan, certificate
+        Without verification there is no certificate.
+    held
+        Groups and blocks that were kept whole, with the reason.
+    graph, statistics
+        Of the model without the blocks that are dropped.
+    """
+
+    plan: Plan
+    certificate: Certificate | None
+    held: dict[str, str]
+    graph: CouplingGraph
+    statistics: Statistics | None
 
 
 @dataclass(frozen=True)
@@ -97,10 +126,11 @@ class _Task:
     asked: PlanOptions
     each_group: bool = True
     restrict: Restrict | None = None
+    repair: bool = False
     known: dict[tuple[str, ...], _Left] = field(default_factory=dict)
 
-    def solve(self, verified: bool) -> tuple[Plan, Certificate | None, dict[str, str]]:
-        """The plan, its certificate, and what was held with the reason."""
+    def solve(self, verified: bool) -> Planned:
+        """See :func:`plan_verified`."""
         held: dict[str, str] = {}
         asked = self.asked
         while True:
@@ -117,10 +147,10 @@ class _Task:
             with without_blocks(self.model, names):
                 chosen = plan_left(self.graph, left.graph, self.model, names, asked, hold=hold)
             if not verified:
-                return chosen, None, held
+                return Planned(chosen, None, held, left.graph, left.statistics)
             certificate = self._verify(chosen, left.traced, each_group=self.each_group)
             if certificate.verdict != "inexact":
-                return chosen, certificate, held
+                return Planned(chosen, certificate, held, left.graph, left.statistics)
             found = self._reject_blocks(names)
             if found and not isinstance(asked.drop, int):
                 name, why = next(iter(found.items()))
@@ -153,9 +183,12 @@ class _Task:
                     graph, held = self.restrict(graph)
                 needs = needs_of(asked.importance)
                 if needs and asked.data is not None and statistics is None:
-                    statistics = collect(
-                        *(self.model, graph, asked.data, needs), loss=asked.loss, seed=asked.seed
-                    )
+                    data, seen = Batches(asked.data, asked.samples), 0
+                    if self.repair:
+                        needs |= {"second_moment"}
+                        seen = 0 if names else len(data.first(LOOKED_AT))
+                    wanted = Wanted(needs, asked.loss, seed=asked.seed, outputs=seen)
+                    statistics = gather(self.model, graph, data, wanted)
             self.known[key] = _Left(graph, traced, held, statistics)
         return self.known[key]
 

@@ -82,7 +82,9 @@ def plan_widths(
     check_table(budget, latency)
     needs = needs_of(importance)
     if statistics is None and data is not None and needs:
-        statistics = collect(model, graph, data, needs, loss=asked.loss, seed=seed)
+        statistics = collect(
+            *(model, graph, data, needs), loss=asked.loss, seed=seed, samples=asked.samples
+        )
     settled, automatic = _set_automatic(graph, asked, budget, hold)
     recorded = settled.record()
     if settled.normalise is None and ratio is None:

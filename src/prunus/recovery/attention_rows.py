@@ -138,12 +138,6 @@ def find_values(graph: CouplingGraph) -> list[ValuePath]:
     return [p for p in found if weights.count(p.values.weight) == weights.count(p.weight) == 1]
 
 
-def projections_of(graph: CouplingGraph) -> frozenset[str]:
-    """The weights of all products: what they read tells what queries and keys are."""
-    products, _ = find_products(graph)
-    return frozenset(p.weight for one in products for p in (one.queries, one.keys))
-
-
 def _tensors_of(product: ScoreProduct) -> list[tuple[str, int]]:
     """Every output of a weight that a product takes."""
     return [

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from prunus.calibration.batches import bounded
+from prunus.calibration.batches import Batches
 from prunus.calibration.cross import OwnMoments
 from prunus.calibration.sites import find_sites
 from prunus.calibration.statistics import Statistics, collect, kept_units
@@ -20,7 +20,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
 from prunus.graph.renaming import Renaming
-from prunus.recovery.attention_rows import find_values, projections_of
+from prunus.recovery.attention_rows import find_values
 from prunus.recovery.consumers import Consumer, find_consumers, new_biases_of
 from prunus.recovery.least_squares import Method
 from prunus.recovery.queries_keys import Mixed, mix_products
@@ -40,6 +40,7 @@ from prunus.surgeon.apply import cut
 from prunus.surgeon.biases import add_biases
 from prunus.surgeon.depth import without_blocks
 from prunus.surgeon.snapshot import Snapshot, all_or_nothing, own_data
+from prunus.tracer.attention import score_weights
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.trace import trace
 
@@ -156,10 +157,10 @@ def compensate(
     """
     options = Options(method, ridge, sequential, new_biases, positions, memory_limit)
     _check(options, data, statistics)
-    data = () if data is None else bounded(data)
+    data = Batches(() if data is None else data)
     if graph is None or plan.drops:
         with without_blocks(model, plan.drops):
-            graph = _trace_again(model, plan)
+            graph = trace_again(model, plan)
     return cut_and_compensate(
         *(model, plan, graph, data, statistics, options),
         optimizer=optimizer,
@@ -215,7 +216,6 @@ def _collect(
     return collect(
         *(model, graph, data, "second_moment"),
         plan=plan,
-        also=projections_of(graph),
         positions=options.positions,
         memory_limit=options.memory_limit,
         progress=progress,
@@ -267,7 +267,7 @@ def _change_in_order(
         if progress is not None:
             progress(done)
 
-    heads = projections_of(graph) | {path.weight for path in find_values(graph)}
+    heads = score_weights(graph.program) or find_values(graph)
     bases = _Change()
     if statistics is None and (heads or any(s.readings > 1 for s in find_sites(graph).all)):
         statistics = _collect(model, plan, graph, data, options)
@@ -347,6 +347,15 @@ def repair_all(
     return repaired, left
 
 
+def covers(statistics: Statistics, graph: CouplingGraph, plan: Plan) -> bool:
+    """Whether statistics have all that :func:`compensate` reads for a plan."""
+    if "second_moment" not in statistics.needs or statistics.unit_count != graph.unit_count:
+        return False
+    kept, also = kept_units(graph, plan), score_weights(graph.program)
+    sites = [s for s in statistics.sites if loses(s, kept) or s.tensor in also]
+    return all(site.moments is not None for site in sites if site.dim is not None)
+
+
 def check_moments(graph: CouplingGraph, statistics: Statistics) -> None:
     """Refuse statistics without second moments, or of another graph."""
     if "second_moment" not in statistics.needs or statistics.unit_count != graph.unit_count:
@@ -388,7 +397,8 @@ def _check(options: Options, data: Iterable[Any] | None, statistics: Statistics 
         )
 
 
-def _trace_again(model: nn.Module, plan: Plan) -> CouplingGraph:
+def trace_again(model: nn.Module, plan: Plan) -> CouplingGraph:
+    """The graph of a model without the blocks that a plan drops, on inputs that it describes."""
     traced = plan.traced
     if traced is None or traced.inputs is None:
         raise PlanError(

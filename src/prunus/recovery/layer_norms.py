@@ -10,7 +10,8 @@ normalised rows are all of the same length, no other factor is nearer in the lea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
@@ -18,13 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prunus.calibration.batches import bounded, run_batch
 from prunus.graph.axis import Axis
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
-from prunus.surgeon.depth import without_blocks
 from prunus.surgeon.snapshot import own_data
-from prunus.tracer.trace import quiet_run
 
 TOLERANCE = 1e-3
 """How far, relative to its outputs, a module may be from a formula that describes it."""
@@ -53,39 +51,27 @@ class Correction:
     shift: float
 
 
-def measure_norms(
-    model: nn.Module,
-    plan: Plan,
-    data: Iterable[Any],
-    *,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[Correction, ...]:
-    """How the norms over axes that a plan shortens have to change, in one pass over the data.
+@contextmanager
+def watching(model: nn.Module, plan: Plan | None) -> Iterator[list[_Watch]]:
+    """While the dense model runs within the context, see how norms that a plan shortens change.
 
     A norm is what computes one: a module whose one or two parameters (weight, bias) are as long as
     the last dim of its input, or as dim 1, and whose outputs are ``γ x / rms(x) + β``, or that of a
     LayerNorm, or either with ``1 + γ`` for γ.  What fits no formula, or several, is passed over;
-    so is a norm that shares its parameters with another module.
-
-    Parameters
-    ----------
-    model, plan
-        The dense model, which is only read, and what will be cut.
-    data
-        Calibration batches, as for :func:`~prunus.recovery.norms.recalibrate`; means are over all
-        rows (samples × positions).  They are not read where the plan shortens no such axis.
-    progress
-        Called with the number of batches done.
-
-    Returns
-    -------
-    tuple of Correction
-        For :func:`correct_norms`, in the order of the model's modules.
+    so is a norm that shares its parameters with another module.  Means are over all rows
+    (samples × positions).  The list is empty where the plan shortens no such axis.
     """
-    with without_blocks(model, plan.drops):
-        watches = list(_watches(model, plan))
-        if watches:
-            _watch(model, watches, bounded(data), progress)
+    watches = [] if plan is None else list(_watches(model, plan))
+    hooks = [watch.module.register_forward_hook(watch, with_kwargs=True) for watch in watches]
+    try:
+        yield watches
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def corrections_of(watches: Iterable[_Watch]) -> tuple[Correction, ...]:
+    """What was seen, for :func:`correct_norms`."""
     return tuple(found for watch in watches if (found := watch.correction()) is not None)
 
 
@@ -121,9 +107,11 @@ class _Watch:
         self.names = names
         self.values = [p for p in module._parameters.values() if p is not None]
         self.stay = torch.as_tensor(stay, device=self.values[0].device)
+        self.seen = False
         self.open = {form: torch.zeros(3, dtype=torch.float64) for form in _forms_of(module)}
 
     def __call__(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.seen = True
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if len(given) != 1 or not isinstance(output, Tensor) or output.shape != given[0].shape:
             self.open.clear()
@@ -185,26 +173,6 @@ def _watches(model: nn.Module, plan: Plan) -> Iterator[_Watch]:
         stay = kept.pop()
         if stay is not None and not kept and shared.isdisjoint(names):
             yield _Watch(module, names, stay)
-
-
-def _watch(
-    model: nn.Module,
-    watches: list[_Watch],
-    data: Iterable[Any],
-    progress: Callable[[int], None] | None,
-) -> None:
-    hooks = [watch.module.register_forward_hook(watch, with_kwargs=True) for watch in watches]
-    try:
-        with quiet_run(model):
-            for done, batch in enumerate(data, start=1):
-                run_batch(model, batch)
-                if progress is not None:
-                    progress(done)
-                if not any(watch.open for watch in watches):
-                    break
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _forms_of(module: nn.Module) -> tuple[_Form, ...]:

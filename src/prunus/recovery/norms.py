@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from prunus.calibration.batches import bounded, no_data, run_batch
+from prunus.calibration.batches import SAMPLES, Batches, no_data, run_batch
 from prunus.errors import DataError, checks_options
 from prunus.surgeon.snapshot import all_or_nothing
 
@@ -22,6 +22,7 @@ def recalibrate(
     data: Iterable[Any],
     *,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    samples: int = SAMPLES,
     progress: Callable[[int], None] | None = None,
 ) -> Model:
     """Replace the running statistics of every batch norm by those of the data, in place.
@@ -36,6 +37,8 @@ def recalibrate(
         keyword arguments.
     forward_fn
         Called as ``forward_fn(model, batch)`` in place of the above.
+    samples
+        How many samples are read: the first ones, in whole batches.
     progress
         Called with the number of batches done.
 
@@ -46,7 +49,7 @@ def recalibrate(
     """
     norms = batch_norms(model)
     if norms:
-        measure(model, norms, bounded(data), forward_fn=forward_fn, progress=progress)
+        measure(model, norms, Batches(data, samples), forward_fn=forward_fn, progress=progress)
     return model
 
 

@@ -8,35 +8,40 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from itertools import islice
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from prunus.calibration.batches import run_batch
+from prunus.calibration.batches import Batches, outputs_of, run_batch
+from prunus.calibration.statistics import Statistics, Wanted, gather
 from prunus.errors import DataError, ModelError, PlanError
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
-from prunus.recovery.compensate import compensate
-from prunus.recovery.layer_norms import Correction, correct_norms, measure_norms
+from prunus.recovery.compensate import Compensation, covers, cut_and_compensate, trace_again
+from prunus.recovery.layer_norms import Correction, correct_norms, corrections_of, watching
+from prunus.recovery.least_squares import Method
 from prunus.recovery.norms import batch_norms, recalibrate
-from prunus.recovery.refit import Method
+from prunus.recovery.refit import Options
 from prunus.recovery.refresh import (
     answer_to,
-    fractions_of,
     look,
     move_statistics,
     random_calls,
     take_statistics,
 )
 from prunus.surgeon.apply import cut
+from prunus.surgeon.depth import without_blocks
 from prunus.surgeon.snapshot import Snapshot
 from prunus.tracer.trace import quiet_run
 
 Recover = Literal["auto", "none", "recalibrate", "bias", "least_squares", "sequential"]
 
 LOOKED_AT = 4
-"""Batches on which the outputs are compared with those of the dense model."""
+"""Batches on which the outputs are compared with those of the dense model: as many at most, and of
+several batches half.
+"""
 
 WORSE = "it made the outputs worse"
 
@@ -75,8 +80,8 @@ def cut_and_recover(
     graph: CouplingGraph | None,
     data: Iterable[Any] | None,
     *,
+    statistics: Statistics | None = None,
     method: Recover = "auto",
-    looked_at: Sequence[Any] = (),
     new_biases: bool = True,
     optimizer: torch.optim.Optimizer | None = None,
     progress: Progress | None = None,
@@ -87,12 +92,16 @@ def cut_and_recover(
 
     Parameters
     ----------
-    model, plan, graph, new_biases, optimizer
+    model, plan, new_biases, optimizer
         See :func:`~prunus.recovery.compensate.compensate`.
+    graph
+        Of the model without the blocks to drop; without it the model is traced again.
     data
-        Calibration batches, which are read several times.  Without them the model is only cut,
-        but by ``"auto"`` its batch norms follow by random inputs of the traced shapes
-        (:mod:`prunus.recovery.refresh`), where that brings the outputs on these nearer.
+        Calibration batches.  Without them the model is only cut, but by ``"auto"`` its batch norms
+        follow by random inputs of the traced shapes (:mod:`prunus.recovery.refresh`), where that
+        brings the outputs on these nearer.
+    statistics
+        Of the dense model, with this graph; what they lack is collected.
     method
         ``"recalibrate"`` measures batch norms again; ``"bias"`` and ``"least_squares"``
         compensate, and ``"sequential"`` does with ``sequential=True``, which measures batch norms
@@ -100,8 +109,6 @@ def cut_and_recover(
         (:mod:`prunus.recovery.layer_norms`), then measures batch norms, and keeps of these what
         brings the outputs nearer to those of the dense model; least squares also where they do
         so only once the norms are corrected.
-    looked_at
-        Batches on which the outputs are compared.
     check
         As of :func:`prunus.apply`; after a plan was verified it says nothing new.
     seed
@@ -124,27 +131,115 @@ def cut_and_recover(
     if data is None or method == "none":
         only_cut()
         return plan, ()
+    data = Batches(data)
+    fit = _Fit(method, new_biases)
+    if graph is None and fit.wanted:
+        with without_blocks(model, plan.drops):
+            graph = trace_again(model, plan)
+    seen = _see(model, plan, graph, data, statistics, fit, progress)
     dense = Snapshot(model, optimizer)
-    tell = _counting(progress, "norms")
-    norms = measure_norms(model, plan, data, progress=tell) if method == "auto" else ()
-    answers = answers_of(model, looked_at)
-    bench = _Bench(model, data, looked_at, answers, norms, progress, only_cut)
+    bench = _Bench(model, data, seen, progress, only_cut)
     only_cut()
     steps = [Step("cut", bench.distance())]
-    if method != "recalibrate":
+    if seen.why:
+        steps.append(Step(fit.name, math.nan, False, seen.why))
+    elif fit.wanted and graph is not None:
         dense.restore()
-        kind: Method = "bias" if method == "bias" else "least_squares"
+        compensate = partial(
+            cut_and_compensate,
+            *(model, plan, graph, data, seen.statistics, fit.options),
+            optimizer=optimizer,
+            check=check,
+            progress=_counting(progress, fit.name),
+        )
         limit = steps[0].error if method == "auto" else None
-        options: Any = {"method": kind, "new_biases": new_biases, "optimizer": optimizer}
-        if method == "sequential":
-            options["sequential"] = True
-        plan, step = bench.compensate(plan, graph, limit, dense, **options)
+        plan, step = bench.compensate(plan, compensate, fit.name, limit, dense)
         steps.append(step)
-    if norms:
+    if seen.norms:
         steps.append(bench.correct(_left(steps)))
     if method in ("auto", "recalibrate") and batch_norms(model):
         steps.append(bench.settle(_left(steps) if method == "auto" else None))
     return plan, tuple(steps)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What a recovery fits weights by."""
+
+    method: Recover
+    new_biases: bool
+
+    @property
+    def wanted(self) -> bool:
+        return self.method not in ("none", "recalibrate")
+
+    @property
+    def options(self) -> Options:
+        kind: Method = "bias" if self.method == "bias" else "least_squares"
+        return Options(kind, sequential=self.method == "sequential", new_biases=self.new_biases)
+
+    @property
+    def name(self) -> str:
+        if self.method == "sequential":
+            return "least squares in sequence"
+        return "bias" if self.method == "bias" else "least squares"
+
+
+class _Seen(NamedTuple):
+    """What the dense model showed.
+
+    Attributes
+    ----------
+    answers
+        Its outputs on the batches that are looked at.
+    statistics
+        What weights are fitted to; None where nothing usable was collected yet.
+    norms
+        How norms have to change that the plan shortens.
+    why
+        Why no weights can be fitted, where ``"auto"`` does without.
+    """
+
+    answers: Answers
+    statistics: Statistics | None
+    norms: tuple[Correction, ...]
+    why: str = ""
+
+
+def _see(
+    model: nn.Module,
+    plan: Plan,
+    graph: CouplingGraph | None,
+    data: Batches,
+    statistics: Statistics | None,
+    fit: _Fit,
+    progress: Progress | None,
+) -> _Seen:
+    """Run the dense model over the data once, or not even that, for all that is read of it."""
+    looked_at, why = len(data.first(LOOKED_AT)), ""
+    answers: Answers = ()
+    if plan.drops:
+        answers = answers_of(model, data, looked_at)
+    elif statistics is not None:
+        answers = statistics.outputs
+    if statistics is not None and (graph is None or not covers(statistics, graph, plan.widths)):
+        statistics = None
+    auto = fit.method == "auto"
+    with without_blocks(model, plan.drops), watching(model, plan if auto else None) as watches:
+        if statistics is None and graph is not None and fit.wanted and not fit.options.sequential:
+            wanted = Wanted(frozenset({"second_moment"}), plan=plan.widths, outputs=looked_at)
+            try:
+                statistics = gather(model, graph, data, wanted, _counting(progress, fit.name))
+                answers = answers or statistics.outputs
+            except ModelError as error:
+                if not auto:
+                    raise
+                why = error.what
+        if watches and not any(watch.seen for watch in watches):
+            found = answers_of(model, data, looked_at, _counting(progress, "norms"), whole=True)
+            answers = answers or found
+    answers = answers or answers_of(model, data, looked_at)
+    return _Seen(answers, statistics, corrections_of(watches), why)
 
 
 def _cut_and_refresh(
@@ -192,38 +287,26 @@ def check_recovery(method: str, data: Iterable[Any] | None) -> None:
 
 @dataclass(frozen=True)
 class _Bench:
-    """A model under repair, with what the dense one answered to the batches that are looked at,
-    and what it said of the norms that the plan shortens."""
+    """A model under repair, with what the dense one showed."""
 
     model: nn.Module
-    data: Iterable[Any]
-    looked_at: Sequence[Any]
-    dense: Sequence[dict[str, Tensor]]
-    norms: Sequence[Correction]
+    data: Batches
+    seen: _Seen
     progress: Progress | None
     only_cut: Callable[[], None]
 
     def compensate(
         self,
         plan: Plan,
-        graph: CouplingGraph | None,
+        compensate: Callable[[], Compensation],
+        name: str,
         limit: float | None,
         dense: Snapshot,
-        **options: Any,
     ) -> tuple[Plan, Step]:
-        """Compensate the dense model; with a limit, only cut it where that can't be or is worse."""
-        name = "bias" if options["method"] == "bias" else "least squares"
-        name += " in sequence" if options.get("sequential") else ""
-        count = _counting(self.progress, name)
-        try:
-            with warnings.catch_warnings(record=True) as told:
-                warnings.simplefilter("always")
-                done = compensate(*(self.model, plan, graph, self.data), progress=count, **options)
-        except ModelError as error:
-            if limit is None:
-                raise
-            self.only_cut()
-            return plan, Step(name, math.nan, False, error.what)
+        """Compensate the dense model; with a limit, only cut it where that is worse."""
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            done = compensate()
         found = self.distance()
         if _nearer(found, limit) or _nearer(self._corrected(), limit):
             minded = "; ".join(str(one.message) for one in told)
@@ -242,7 +325,7 @@ class _Bench:
         What was fitted behind a norm expects the outputs that it has then, and may be worse than
         a mere cut before.
         """
-        if not self.norms:
+        if not self.seen.norms:
             return math.inf
         before = Snapshot(self.model)
         self._correct()
@@ -251,7 +334,7 @@ class _Bench:
         return found
 
     def _correct(self) -> None:
-        correct_norms(self.model, self.norms)
+        correct_norms(self.model, self.seen.norms)
 
     def settle(self, limit: float | None) -> Step:
         """Measure batch norms again; as they were where that is worse than the limit."""
@@ -274,7 +357,8 @@ class _Bench:
 
     def distance(self) -> float:
         """How far the outputs are from the dense ones, relative to these; NaN if none compare."""
-        return distance(self.dense, answers_of(self.model, self.looked_at))
+        wanted = self.seen.answers
+        return distance(wanted, answers_of(self.model, self.data, len(wanted)))
 
 
 def _counting(tell: Progress | None, name: str) -> Callable[[int], None] | None:
@@ -296,10 +380,27 @@ Answers = Sequence[Mapping[str, Tensor]]
 """Outputs by name, batch by batch."""
 
 
-def answers_of(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Tensor]]:
-    """What a model answers to batches, in eval mode; outputs of fractions alone."""
+def answers_of(
+    model: nn.Module,
+    data: Iterable[Any],
+    count: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    *,
+    whole: bool = False,
+) -> list[dict[str, Tensor]]:
+    """What a model answers to the first batches, in eval mode; outputs of fractions alone.
+
+    If the data is to be read as a ``whole``, the model runs on all of it.
+    """
+    found = []
     with quiet_run(model):
-        return [fractions_of(run_batch(model, batch)) for batch in batches]
+        for done, batch in enumerate(islice(data, None if whole else count), start=1):
+            output = run_batch(model, batch)
+            if count is None or done <= count:
+                found.append(outputs_of(output))
+            if progress is not None:
+                progress(done)
+    return found
 
 
 def distance(wanted: Answers, found: Answers) -> float:

@@ -13,8 +13,7 @@ from prunus.calibration.im2col import matrix_of, weight_of
 from prunus.calibration.sites import Site
 from prunus.graph.axis import Mask, kept_positions
 from prunus.recovery.consumers import Consumer, Place
-from prunus.recovery.least_squares import Method as Method
-from prunus.recovery.least_squares import fold
+from prunus.recovery.least_squares import Method, fold
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunus.calibration.batches import outputs_of
 from prunus.graph.axis import Axis
 from prunus.graph.plans import Plan
 from prunus.graph.renaming import Renaming
 from prunus.recovery.norms import batch_norms
 from prunus.tracer.inputs import rebuild_inputs, samples_in
-from prunus.tracer.outputs import answer_of
 from prunus.tracer.trace import quiet_run
 
 SAMPLES = 8
@@ -106,13 +106,7 @@ def look(model: nn.Module, calls: Sequence[Call]) -> Looked:
 def answer_to(model: nn.Module, call: Call) -> dict[str, Tensor]:
     """What a model answers to a call; within a quiet run, which copies what it is given."""
     args, kwargs = call
-    return fractions_of(model(*args, **kwargs))
-
-
-def fractions_of(result: Any) -> dict[str, Tensor]:
-    """The outputs of fractions, by name."""
-    answer = answer_of(result).items()
-    return {name: t.detach().clone() for name, t in answer if t.is_floating_point()}
+    return outputs_of(model(*args, **kwargs))
 
 
 @torch.no_grad()

@@ -105,6 +105,15 @@ def find_scores(program: Program) -> Iterator[Scores]:
                 yield Scores(product, *_operands(product), (-1, -2), shiftless=alike)
 
 
+def score_weights(program: Program) -> frozenset[str]:
+    """The weights that queries and keys are made by."""
+    flow = _Flow(program)
+    made = {product.node: product.name for _, _, product in flow.products() if product is not None}
+    read = {ref.value for one in find_scores(program) for ref in (one.queries, one.keys)}
+    sources = {number for value in read for number in flow.sources(value)} & flow.maker.keys()
+    return frozenset(filter(None, (made.get(flow.maker[number], "") for number in sources)))
+
+
 class Weighing(NamedTuple):
     """A product of attention probabilities with values, whose last dims are those of the heads."""
 
@@ -239,19 +248,24 @@ class _Flow(Dataflow):
 
     def units_behind(self, value: Any) -> Units:
         """Units of what a value was made of, before anything repeated it."""
-        queue, seen = [value.value], {value.value}
-        found: list[Label | None] = []
+        label, shapes = self.program.value_label, self.program.shapes
+        sources = self.sources(value.value)
+        return _units(*(label(Ref(n), dim) for n in sources for dim in range(len(shapes[n]))))
+
+    def sources(self, value: int) -> list[int]:
+        """What a value was made of: the outputs of products before it, and what nothing made."""
+        queue, seen = [value], {value}
+        found: list[int] = []
         while queue and len(seen) < _FAR:
             number = queue.pop(0)
             node = self.maker.get(number)
             if node is None or contracts(node):
-                dims = range(len(self.program.shapes[number]))
-                found += [self.program.value_label(Ref(number), dim) for dim in dims]
+                found.append(number)
                 continue
             fresh = [n for n in read_by(node) if n not in seen]
             seen.update(fresh)
             queue += fresh
-        return _units(*found)
+        return found
 
     def _multiplies(self, node: Node) -> bool:
         if name_of(node) not in _PRODUCTS:

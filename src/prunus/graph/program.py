@@ -162,7 +162,7 @@ def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     state: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in _modules_in(model):
         for own, tensor in _tensors_in(module):
             name = f"{prefix}.{own}" if prefix else own
             if id(tensor) in first:
@@ -171,6 +171,17 @@ def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
                 first[id(tensor)] = name
                 state[name] = tensor
     return state, aliases
+
+
+def _modules_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What ``named_modules(remove_duplicate=False)`` gives, of which each level takes time anew."""
+    waiting = [("", model)]
+    while waiting:
+        prefix, module = waiting.pop()
+        yield prefix, module
+        for name, child in reversed(list(module._modules.items())):
+            if child is not None:
+                waiting.append((f"{prefix}.{name}" if prefix else name, child))
 
 
 def _tensors_in(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dis
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from logging import Logger
 from types import ModuleType, SimpleNamespace
@@ -398,10 +398,10 @@ def mark_attributes(model: nn.Module) -> dict[Attribute, int]:
     return found
 
 
-def marked_objects(model: nn.Module) -> Iterator[dict[str, Any]]:
+def marked_objects(modules: Iterable[nn.Module]) -> Iterator[dict[str, Any]]:
     """Attribute dicts of the plain objects that :func:`mark_attributes` changes in place."""
     seen: set[int] = set()
-    for module in model.modules():
+    for module in modules:
         for name, value in vars(module).items():
             if type(value) in PLAIN or name.startswith("_"):
                 continue

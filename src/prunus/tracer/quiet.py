@@ -55,9 +55,9 @@ def quiet_run(model: nn.Module, *, users_own: bool = False, copies: bool = True)
     """
     modes = {module: module.training for module in model.modules()}
     snapshots = [_Snapshot(module) for module in modes]
-    settings = [(values, dict(values)) for values in marked_objects(model)]
+    settings = [(values, dict(values)) for values in marked_objects(modes)]
     outside = None if users_own else Outside(model)
-    buffers = None if users_own else _Buffers(model)
+    buffers = None if users_own else _Buffers(modes)
     try:
         if copies and not users_own and not isinstance(model, torch.jit.ScriptModule):
             model.register_forward_pre_hook(_copy_inputs, prepend=True, with_kwargs=True)
@@ -169,16 +169,18 @@ class _Buffers:
 
     LARGEST = 1 << 16
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         weights = (
             module._parameters["weight"]
-            for module in model.modules()
+            for module in modules
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
         )
+        buffers = {id(b): b for module in modules for b in module._buffers.values()}.values()
         self._saved = [
             (buffer, buffer.detach().clone())
-            for buffer in (*model.buffers(), *(weight for weight in weights if weight is not None))
-            if buffer.layout == torch.strided
+            for buffer in (*buffers, *weights)
+            if buffer is not None
+            and buffer.layout == torch.strided
             and buffer.numel() <= self.LARGEST
             and not buffer.is_inference()
             and not buffer.is_meta

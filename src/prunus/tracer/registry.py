@@ -5,6 +5,7 @@ Kept outside ``rules/`` so that importing one rule imports no other.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -223,9 +224,18 @@ def bind(target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 
 def call_bound(target: OpOverload, bound: Mapping[str, Any]) -> Any:
     """Run an overload on arguments by name."""
-    positional = [bound[a.name] for a in target._schema.arguments if not a.kwarg_only]
-    named = {a.name: bound[a.name] for a in target._schema.arguments if a.kwarg_only}
-    return target(*positional, **named)
+    positional, named = _names(target)
+    return target(*(bound[name] for name in positional), **{name: bound[name] for name in named})
+
+
+@functools.lru_cache(1 << 12)
+def _names(target: OpOverload) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """An overload's positional and keyword-only arguments: its schema takes time to read."""
+    arguments = target._schema.arguments
+    return (
+        tuple(a.name for a in arguments if not a.kwarg_only),
+        tuple(a.name for a in arguments if a.kwarg_only),
+    )
 
 
 _imported = False

@@ -6,6 +6,7 @@ It knows the model's tensors and the labels, and shares no code with the surgeon
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -289,6 +290,7 @@ def _place(node: Node) -> str:
     return " ".join(filter(None, (node.module, node.source)))
 
 
+@functools.lru_cache(1 << 12)
 def _aliases(target: OpOverload) -> bool:
     """Whether results are views of operands, or operands themselves."""
     return any(one.alias_info is not None for one in target._schema.returns)

@@ -189,12 +189,18 @@ def verify_traced(
         torch.backends.mha.get_fastpath_enabled(),
     )
     with entered_as_traced(model, plan.traced, forward_fn), full_precision(), uncollected():
-        own = duplicate(model, share=True)  # entered as the model is
-        forget_caches(own, args, kwargs)
-        if plan.drops:
-            return _verify_depth(task, own, graph, randomised=randomised)
-        case = task.case(own, own, graph, "own weights")
-        return _verify_widths(task, case, _randomised(task, case) if randomised else None)
+        return _verify(task, model, graph, randomised=randomised)
+
+
+def _verify(
+    task: _Task, model: nn.Module, graph: CouplingGraph | None, *, randomised: bool
+) -> Certificate:
+    own = duplicate(model, share=True)  # entered as the model is
+    forget_caches(own, task.args, task.kwargs)
+    if task.plan.drops:
+        return _verify_depth(task, own, graph, randomised=randomised)
+    case = task.case(own, own, graph, "own weights")
+    return _verify_widths(task, case, _randomised(task, case) if randomised else None)
 
 
 @dataclass(frozen=True)

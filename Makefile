@@ -10,13 +10,14 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CON
 export PYTHONUNBUFFERED := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-slow test-torch demo lint format clean
+.PHONY: help test test-slow test-torch demo bench-quick lint format clean
 
 help:
 	@echo "make test       the tests (all but the slow ones) and the doctests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-torch TORCH=2.9.1   the rules', the surgeon's and the zoo's tests on that release"
 	@echo "make demo       prune a small model end to end; writes out/demo"
+	@echo "make bench-quick  a small sample of every benchmark, in under ten minutes"
 	@echo "make lint       ruff check, ruff format --check, mypy"
 	@echo "make format     let ruff fix and format"
 	@echo "make clean      remove .venv, caches and outputs"
@@ -44,6 +45,10 @@ test-torch: .venv-torch-$(TORCH)/.stamp
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/python benchmarks/demo.py --out out/demo
+
+# A small sample of every benchmark; none writes to the committed tables.
+bench-quick: $(VENV)/.stamp-dev
+	$(BIN)/python -m benchmarks.quick
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

@@ -11,22 +11,21 @@ of a small encoder with data (``tests/test_traces_and_copies.py``).
 
 from __future__ import annotations
 
-import argparse
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import rich.table
 from radon.complexity import cc_visit
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks import rows
+from benchmarks.rows import ROOT, Table
 from tests import test_layers, test_traces_and_copies
 
-RESULTS = rows.ROOT / "benchmarks" / "results" / "house.csv"
-SOURCE = rows.ROOT / "src" / "prunus"
+TABLE = Table("house.csv", ("measure", "value", "target"), ("measure",))
+SOURCE = ROOT / "src" / "prunus"
 APART = ("training", "sparsity", "exporters")
 """Packages of later issues, which the total does not count."""
 
@@ -90,13 +89,12 @@ def sizes() -> Iterator[Measure]:
 
 def structure() -> Iterator[Measure]:
     """What the imports and the top of the package show."""
-    root = rows.ROOT
-    broken = len(list(test_layers.layer_violations(root)))
+    broken = len(list(test_layers.layer_violations(ROOT)))
     levels = f"{broken} imports upwards" if broken else len(test_layers.LEVELS)
     loose = list(SOURCE.glob("*.py"))
     yield Measure("loose files", len(loose), 5)
     yield Measure("import levels", levels, 9)
-    yield Measure("import cycles", len(list(test_layers.cycle_violations(root))), 0)
+    yield Measure("import cycles", len(list(test_layers.cycle_violations(ROOT))), 0)
     yield Measure("public names", len(test_layers.public_names(SOURCE / "__init__.py")), 16)
 
 
@@ -121,18 +119,17 @@ def costs() -> Iterator[Measure]:
 
 def main() -> None:
     """Measure, print, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = TABLE.parser(__doc__)
     parser.add_argument("--dry", action="store_true", help="write nothing")
     options = parser.parse_args()
     measures = [*sizes(), *structure(), *complexity(), *costs()]
-    table = Table("measure", "value", "target", "")
+    table = rich.table.Table("measure", "value", "target", "")
     for found in measures:
         target = "" if found.target is None else f"{found.target:g}"
         table.add_row(found.measure, str(found.value), target, "" if found.met else "missed")
     Console().print(table)
     if not options.dry:
-        RESULTS.unlink(missing_ok=True)  # a package that is gone leaves no row behind
-        rows.replace(RESULTS, ("measure", "value", "target"), ("measure",), map(vars, measures))
+        options.table.write(map(vars, measures))
 
 
 if __name__ == "__main__":

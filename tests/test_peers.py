@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.peers import peers
+from benchmarks.peers import engines
+from benchmarks.peers.judge import judge, recover
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
 
@@ -52,14 +53,14 @@ STAY = [0, 3, 4, 7, 10]
 
 
 def test_a_right_cut_is_exact() -> None:
-    found = peers.judge(Mlp(), (X,), {}, cut(STAY, STAY))
+    found = judge(Mlp(), (X,), {}, cut(STAY, STAY))
     assert (found.status, found.verdict, found.reason) == ("ok", "exact", "")
     assert found.moved > 1e-2
     assert found.param_ratio < 0.5
 
 
 def test_a_cut_that_reads_other_positions_is_inexact() -> None:
-    found = peers.judge(Mlp(), (X,), {}, cut(STAY, [0, 3, 5, 7, 10]))
+    found = judge(Mlp(), (X,), {}, cut(STAY, [0, 3, 5, 7, 10]))
     assert (found.status, found.verdict) == ("ok", "inexact")
     assert found.reason.startswith("cut across couplings: ")
     assert found.rel_err > 1e-2
@@ -71,7 +72,7 @@ def test_other_values_are_not_judged(scale: float) -> None:
         cut(STAY, STAY)(model).b.weight.data.mul_(scale)  # type: ignore[union-attr]
         return model  # type: ignore[no-any-return]
 
-    found = peers.judge(Mlp(), (X,), {}, prune)
+    found = judge(Mlp(), (X,), {}, prune)
     assert (found.verdict, found.reason) == ("not judged", "b.weight has other values, not fewer")
 
 
@@ -90,7 +91,7 @@ def test_what_is_not_a_success_says_so() -> None:
         return model  # type: ignore[no-any-return]
 
     failed, broken, reshaped, nothing = (
-        peers.judge(Mlp(), (X,), {}, prune) for prune in (fails, breaks, reshapes, lambda m: m)
+        judge(Mlp(), (X,), {}, prune) for prune in (fails, breaks, reshapes, lambda m: m)
     )
     assert failed.status == "failed"
     assert failed.reason.startswith("IndexError: no such channel [test_peers.py:")
@@ -118,7 +119,7 @@ class Grouped(nn.Module):
     ],
 )
 def test_a_group_norm_sees_the_groups_that_there_were(stay: list[int], verdict: str) -> None:
-    found = peers.judge(Grouped(), (torch.randn(2, 6, 5),), {}, cut_groups(stay))
+    found = judge(Grouped(), (torch.randn(2, 6, 5),), {}, cut_groups(stay))
     assert found.verdict == verdict, found
 
 
@@ -134,15 +135,15 @@ def cut_groups(stay: list[int]) -> Callable[[Any], nn.Module]:
 
 def test_positions_are_read_off_the_values() -> None:
     x = torch.randn(5, 6, 2)
-    assert peers.recover(x, x[[0, 3]][:, [1, 2, 5]]) == {0: (0, 3), 1: (1, 2, 5)}
-    assert peers.recover(x, x.clone()) == {}
-    assert peers.recover(x, x[[3, 0]]) is None
-    assert peers.recover(x, 2 * x[[0, 3]]) is None
-    assert peers.recover(torch.ones(4), torch.ones(2)) is None
+    assert recover(x, x[[0, 3]][:, [1, 2, 5]]) == {0: (0, 3), 1: (1, 2, 5)}
+    assert recover(x, x.clone()) == {}
+    assert recover(x, x[[3, 0]]) is None
+    assert recover(x, 2 * x[[0, 3]]) is None
+    assert recover(torch.ones(4), torch.ones(2)) is None
 
 
 def test_the_layers_of_the_outputs_are_found() -> None:
-    assert peers.find_output_layers(Mlp(), (X,), {}) == ["b"]
+    assert engines.find_output_layers(Mlp(), (X,), {}) == ["b"]
 
 
 def test_heads_are_found_by_the_names_of_counts_and_layers() -> None:
@@ -153,5 +154,5 @@ def test_heads_are_found_by_the_names_of_counts_and_layers() -> None:
             self.q_proj, self.k_proj, self.out = (nn.Linear(8, w) for w in (16, 8, 8))
 
     model = Attention()
-    found = {layer: hint.count for layer, hint in peers.find_heads(model).items()}
+    found = {layer: hint.count for layer, hint in engines.find_heads(model).items()}
     assert found == {model.q_proj: 4, model.k_proj: 2}

@@ -14,10 +14,8 @@ removal is also proven: ``verdict`` is the oracle's.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
-import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,10 +25,9 @@ from typing import Any
 import torch
 
 import prunus
-from benchmarks import rows
 from benchmarks.accuracy import measures, pretrained, texts
+from benchmarks.rows import Row, Table, commit
 
-RESULTS = Path(__file__).parents[1] / "results" / "heads.csv"
 MODEL = "all-MiniLM-L6-v2"
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 PROVEN = 0.3
@@ -38,11 +35,14 @@ SEEDS = range(5)
 SCOPES = ("global", "local")
 TITLES = {"global": "heads of all layers compete", "local": "every layer loses the same share"}
 HEADS = "*.self.query.weight[0]"
-FIELDS = (
-    "model", "importance", "scope", "ratio", "removed", "fidelity", "verdict", "seed",
-    "sentences", "text", "commit",
+TABLE = Table(
+    "heads.csv",
+    (
+        "model", "importance", "scope", "ratio", "removed", "fidelity", "verdict", "seed",
+        "sentences", "text", "commit",
+    ),
+    ("model", "importance", "scope", "ratio", "seed"),
 )  # fmt: skip
-KEY = ("model", "importance", "scope", "ratio", "seed")
 CALIBRATED = ("taylor", "fisher", "head_gradient", "activation", "wanda", "flap")
 NEEDS = ("gradient", "head_gradient", "activation")
 IMPORTANCES = ("random", "l2", *CALIBRATED)
@@ -109,7 +109,7 @@ class Study:
             "seed": seed,
             "sentences": self.sentences,
             "text": texts.SOURCE,
-            "commit": rows.commit(),
+            "commit": commit(),
         }
 
     @cached_property
@@ -122,7 +122,7 @@ class Study:
         return prunus.verify(plan, model, (), self.inputs, each_group=False).verdict
 
 
-def draw(table: Sequence[rows.Row], path: Path) -> None:
+def draw(table: Sequence[Row], path: Path) -> None:
     """Fidelity against the share of heads removed: a panel a scope, a line an importance."""
     from matplotlib.figure import Figure
 
@@ -158,7 +158,7 @@ def draw_line(axes: Any, importance: str, line: dict[float, tuple[float, float, 
 
 
 def curve(
-    table: Sequence[rows.Row], importance: str, scope: str
+    table: Sequence[Row], importance: str, scope: str
 ) -> dict[float, tuple[float, float, float]]:
     """Mean, least and greatest fidelity over the seeds, by ratio."""
     found: dict[float, list[float]] = {}
@@ -169,36 +169,25 @@ def curve(
 
 
 def main() -> int:
-    """Measure the importances asked for; 1 if one of them could not be."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    """Measure the importances asked for, and draw; 1 if one of them could not be measured."""
+    parser = TABLE.parser(__doc__)
     parser.add_argument("--importance", nargs="*", default=IMPORTANCES, metavar="NAME")
     parser.add_argument("--sentences", type=int, default=256, help="to be scored on")
     parser.add_argument("--calibration", type=int, default=256, help="sentences for the criteria")
     parser.add_argument("--picture", action="store_true", help="only draw the table")
     options = parser.parse_args()
-    failed = [] if options.picture else measure_all(options)
-    draw(rows.read(RESULTS), RESULTS.with_suffix(".png"))
-    for importance, reason in failed:
-        print(f"{importance} was not measured: {reason}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def measure_all(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """Write the rows of every importance; returns those that failed, with the reason."""
-    study, failed = Study(options.sentences, options.calibration), []
-    for importance in options.importance:
-        started, found = time.perf_counter(), []
+    study = None if options.picture else Study(options.sentences, options.calibration)
+    failed = 0
+    for importance in options.importance if study else ():
         try:
             for scope in SCOPES:
                 for seed in SEEDS if importance == "random" else (0,):
-                    found += [study.measure(importance, scope, r, seed) for r in RATIOS]
+                    options.table.add(*(study.measure(importance, scope, r, seed) for r in RATIOS))
         except (prunus.PrunusError, TypeError) as error:  # the other importances go on
-            failed.append((importance, f"{type(error).__name__}: {error}"))
-            continue
-        rows.replace(RESULTS, FIELDS, KEY, found)
-        told = " ".join(f"{row['scope'][0]}{row['ratio']}:{row['fidelity']}" for row in found)
-        print(f"{importance} ({time.perf_counter() - started:.0f} s) {told}", flush=True)
-    return failed
+            print(f"{importance} was not measured: {error}", file=sys.stderr)
+            failed += 1
+    draw(options.table.read(), options.table.path.with_suffix(".png"))
+    return min(failed, 1)
 
 
 if __name__ == "__main__":

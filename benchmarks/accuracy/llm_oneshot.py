@@ -23,33 +23,32 @@ the engine on the wall; of Torch-Pruning for about ten tries until the ratio is 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import resource
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
+from itertools import product
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import prunus
-from benchmarks import rows
 from benchmarks.accuracy import measures, pretrained, texts
+from benchmarks.apart import FailedError, StoppedError, limit_processor_time, run_apart
+from benchmarks.peers import bounded
+from benchmarks.peers.judge import count_parameters
+from benchmarks.rows import Table, commit
 
-RESULTS = Path(__file__).parents[1] / "results" / "llm_oneshot.csv"
 REMOVED = (0.1, 0.2, 0.3)
 LIMIT = 600
 LENGTH = 256
-FIELDS = (
-    "engine", "structure", "importance", "removed", "params_ratio", "perplexity",
-    "dense_perplexity", "seconds", "blocks", "note", "text", "commit",
+TABLE = Table(
+    "llm_oneshot.csv",
+    (
+        "engine", "structure", "importance", "removed", "params_ratio", "perplexity",
+        "dense_perplexity", "seconds", "blocks", "note", "text", "commit",
+    ),
+    ("engine", "structure", "importance", "removed"),
 )  # fmt: skip
-KEY = ("engine", "structure", "importance", "removed")
 FFN, KV_GROUPS, HIDDEN = (
     "*.mlp.gate_proj.weight[0]", "*.self_attn.q_proj.weight[0]", "model.embed_tokens.weight[1]",
 )  # fmt: skip
@@ -126,23 +125,17 @@ NATIVE = {"depth": ("block_influence",)}
 
 
 def find_ratio(model: Any, removed: float, blocks: Tensor, *, over_all: bool) -> Any:
-    """The model cut by the least ratio, to a thousandth, that removes enough parameters.
+    """The model cut by the least ratio that removes enough parameters.
 
     Its ratio is one of widths.  Every try has the whole of the time limit for itself.
     """
-    low, high, found = 0.0, 0.9, None
     goal = (1 - removed) * count_parameters(model)
-    while high - low > 1e-3:
-        middle = (low + high) / 2
-        limit_processor_time()
-        cut = cut_by_recipe(copy.deepcopy(model), middle, blocks, over_all=over_all)
-        if count_parameters(cut) <= goal:
-            high, found = middle, cut
-        else:
-            low = middle
-    if found is None:
-        raise RuntimeError(f"no ratio up to 0.9 removes {removed:.0%} of the parameters")
-    return found
+
+    def cut(twin: Any, ratio: float) -> Any:
+        limit_processor_time(LIMIT)
+        return cut_by_recipe(twin, ratio, blocks, over_all=over_all)
+
+    return bounded.cut_within(model, cut, lambda smaller: count_parameters(smaller) <= goal)
 
 
 def cut_by_recipe(model: Any, ratio: float, blocks: Tensor, *, over_all: bool) -> Any:
@@ -194,7 +187,7 @@ def run(engine: str, structure: str, importance: str, removed: float, count: int
     if not removed:
         return {"perplexity": f"{measures.perplexity(model, test):.4g}"}
     cut = CUTS[engine][structure]
-    limit_processor_time()
+    limit_processor_time(LIMIT)
     started = time.perf_counter()
     pruned = cut(model, removed, importance, calibration)
     seconds = time.perf_counter() - started
@@ -206,29 +199,14 @@ def run(engine: str, structure: str, importance: str, removed: float, count: int
     }
 
 
-def limit_processor_time(seconds: int | None = LIMIT) -> None:
-    """End this process after that much more processor time; without a number, never."""
-    used, hard = (
-        resource.getrusage(resource.RUSAGE_SELF),
-        resource.getrlimit(resource.RLIMIT_CPU)[1],
-    )
-    soft = hard if seconds is None else int(used.ru_utime + used.ru_stime) + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
-
-
-def run_apart(
-    engine: str, structure: str, importance: str, removed: float, count: int
-) -> dict[str, Any]:
+def try_apart(*words: Any) -> dict[str, Any]:
     """The same in a process of its own; an engine that fails or does not finish says so."""
-    words = ("--one", engine, structure, importance, str(removed), "--blocks", str(count))
-    done = subprocess.run((sys.executable, __file__, *words), capture_output=True, text=True)
-    if done.returncode == -signal.SIGXCPU:
+    try:
+        found: dict[str, Any] = run_apart(run, *words)
+    except StoppedError:
         return {"note": f"did not finish in {LIMIT // 60} minutes"}
-    if done.returncode:
-        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()
-        raised = [line for line in last if line[:1] not in (" ", "") and "Error" in line]
-        return {"note": f"failed: {(raised or last)[-1]}"[:200]}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except FailedError as error:
+        return {"note": f"failed: {error}"[:200]}
     return found
 
 
@@ -240,11 +218,6 @@ def example(blocks: Tensor) -> dict[str, Any]:
 def batches(blocks: Tensor) -> list[dict[str, Any]]:
     """Calibration data: every token is to be foretold."""
     return [{"input_ids": b, "labels": b, "use_cache": False} for b in blocks.split(2)]
-
-
-def count_parameters(model: Any) -> int:
-    """Of a model or a layer; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def jobs(options: argparse.Namespace) -> list[tuple[str, str, str]]:
@@ -259,46 +232,38 @@ def jobs(options: argparse.Namespace) -> list[tuple[str, str, str]]:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Run what was asked for and replace its rows; 1 if something of ours failed."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = TABLE.parser(__doc__)
     parser.add_argument("--engine", nargs="*", choices=CUTS)
     parser.add_argument("--structure", nargs="*")
     parser.add_argument("--importance", nargs="*")
     parser.add_argument("--removed", nargs="*", type=float, default=REMOVED)
     parser.add_argument("--blocks", type=int, default=40, help="of the test text")
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.one:
-        engine, structure, importance, removed = options.one
-        print(json.dumps(run(engine, structure, importance, float(removed), options.blocks)))
-        return 0
-    dense = run_apart("prunus", "width", "random", 0.0, options.blocks)
+    options = parser.parse_args()
+    dense = try_apart("prunus", "width", "random", 0.0, options.blocks)
     if "perplexity" not in dense:
-        print(f"the dense model {dense['note']}", file=sys.stderr)
-        return 1
+        raise SystemExit(f"the dense model {dense['note']}")
     failed = False
-    for engine, structure, importance in jobs(options):
-        for removed in options.removed:
-            row = {
-                "engine": engine,
-                "structure": structure,
-                "importance": importance,
-                "removed": removed,
-                "dense_perplexity": dense["perplexity"],
-                "blocks": options.blocks,
-                "text": texts.SOURCE,
-                "commit": rows.commit(),
-                **run_apart(engine, structure, importance, removed, options.blocks),
-            }
-            print({k: row[k] for k in FIELDS if row.get(k)}, flush=True)
-            if engine == "prunus" and "note" in row:
-                failed = True  # ours has to be mended; no row of the table
-            else:
-                rows.replace(RESULTS, FIELDS, KEY, [row])
+    for (engine, structure, importance), removed in product(jobs(options), options.removed):
+        row = {
+            "engine": engine,
+            "structure": structure,
+            "importance": importance,
+            "removed": removed,
+            "dense_perplexity": dense["perplexity"],
+            "blocks": options.blocks,
+            "text": texts.SOURCE,
+            "commit": commit(),
+            **try_apart(engine, structure, importance, removed, options.blocks),
+        }
+        if engine == "prunus" and "note" in row:
+            failed = True  # ours has to be mended; no row of the table
+            print(row)
+        else:
+            options.table.add(row)
     return int(failed)
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     sys.exit(main())

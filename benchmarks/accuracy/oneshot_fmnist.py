@@ -22,12 +22,9 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -36,12 +33,12 @@ from torch import Tensor, nn
 
 import models_zoo
 import prunus
-from benchmarks import rows
-from benchmarks.accuracy import oneshot_grid, oneshot_peers
-from benchmarks.peers import peers
+from benchmarks.accuracy import oneshot_grid
+from benchmarks.peers import bounded
+from benchmarks.peers.judge import OutOfTime
+from benchmarks.rows import MissingError, Table, commit
 from models_zoo import data
 
-RESULTS = Path(__file__).parents[1] / "results" / "oneshot_fmnist.csv"
 VARIABLE = "FASHION_MNIST"
 MODEL = "resnet_fmnist"
 LEVELS = (0.7, 0.5, 0.35, 0.25)
@@ -52,17 +49,23 @@ BEST = 4
 
 LIMIT = 600
 SCOPE = "local"
-FIELDS = (
-    "engine", "importance", "scope", "recovery", "seed", "level", "macs_ratio", "accuracy",
-    "dense_accuracy", "images", "note", "commit",
+TABLE = Table(
+    "oneshot_fmnist.csv",
+    (
+        "engine", "importance", "scope", "recovery", "seed", "level", "macs_ratio", "accuracy",
+        "dense_accuracy", "images", "note", "commit",
+    ),
+    ("engine", "importance", "scope", "recovery", "seed", "level"),
 )  # fmt: skip
-KEY = ("engine", "importance", "scope", "recovery", "seed", "level")
 
 
 class Study:
     """The dense network, its accuracy, and the images of both sets."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, table: Table = TABLE) -> None:
+        if not folder.is_dir():
+            raise MissingError(f"Fashion-MNIST in the folder {folder}")
+        self._table, self._done = table, table.done()
         train, self.test = data.load_full(folder)
         seen = {image.tobytes() for image in self.test.images}
         # Some images of the training set are in the test set as well.
@@ -71,7 +74,7 @@ class Study:
         self.train = train
         self.model = models_zoo.build(MODEL, pretrained=True)
         self.inputs = models_zoo.example_inputs(MODEL)[0]
-        self.macs = oneshot_peers.count_macs(self.model, self.inputs)
+        self.macs = bounded.count_macs(self.model, self.inputs)
         self.dense = self.accuracy(self.model)
         self.graph = prunus.trace(self.model, self.inputs)
 
@@ -92,25 +95,20 @@ class Study:
     def row(self, model: nn.Module, **known: Any) -> dict[str, Any]:
         """A row of the table for a smaller model."""
         return known | {
-            "macs_ratio": f"{oneshot_peers.count_macs(model, self.inputs) / self.macs:.4f}",
+            "macs_ratio": f"{bounded.count_macs(model, self.inputs) / self.macs:.4f}",
             "accuracy": f"{self.accuracy(model):.2f}",
             "dense_accuracy": f"{self.dense:.2f}",
             "images": len(self.test.images),
-            "commit": rows.commit(),
+            "commit": commit(),
         }
 
-    @cached_property
-    def done(self) -> set[tuple[str, ...]]:
-        """The keys of the rows that there are."""
-        return {tuple(row[name] for name in KEY) for row in rows.read(RESULTS)}
-
     def missing(self, **known: Any) -> bool:
-        """Whether the table has no row for this yet."""
-        return tuple(str(known[name]) for name in KEY) not in self.done
+        """Whether the table had no row for this at the start."""
+        return self._table.key_of(known) not in self._done
 
 
 def ours(study: Study, seed: int, importances: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Every recovery at every level; a draw is looked at once for all of them."""
+    """Every recovery at every level."""
     cells = [
         {"engine": "prunus", "importance": importance, "scope": SCOPE, "recovery": recovery,
          "seed": seed, "level": level}
@@ -118,22 +116,17 @@ def ours(study: Study, seed: int, importances: Sequence[str]) -> Iterator[dict[s
         for level in LEVELS
         for recovery in oneshot_grid.RECOVERIES
     ]  # fmt: skip
+
+    def calibrate() -> oneshot_grid.Calibrated:
+        batches = study.draw(seed)
+        seen = prunus.importance.collect(
+            study.model, study.graph, batches, oneshot_grid.NEEDS, seed=seed
+        )
+        return oneshot_grid.Calibrated(study.model, study.graph, batches, seen)
+
     cells = [cell for cell in cells if study.missing(**cell)]
-    if not cells:
-        return
-    batches = study.draw(seed)
-    seen = prunus.importance.collect(
-        study.model, study.graph, batches, oneshot_grid.NEEDS, seed=seed
-    )
-    dense = oneshot_grid.Calibrated(study.model, study.graph, batches, seen)
-    plans: dict[tuple[str, float], prunus.Plan] = {}
-    for cell in cells:
-        chosen = cell["importance"], cell["level"]
-        if chosen not in plans:
-            budget = prunus.Budget(macs=cell["level"])
-            options: Any = {"budget": budget, "scope": SCOPE, "seed": seed, "round_to": 1}
-            plans[chosen] = dense.plan(chosen[0], **options)
-        yield study.row(oneshot_grid.RECOVERIES[cell["recovery"]](dense, plans[chosen]), **cell)
+    for cell, model in oneshot_grid.fill(cells, calibrate, seed=seed):
+        yield study.row(model, **cell)
 
 
 def torch_pruning(study: Study, seed: int) -> Iterator[dict[str, Any]]:
@@ -149,7 +142,7 @@ def torch_pruning(study: Study, seed: int) -> Iterator[dict[str, Any]]:
             batches = batches or study.draw(seed)
             limit = int(level * study.macs)
             options: dict[str, Any] = {"criterion": criterion, "scope": scope, "batches": batches}
-            model = oneshot_peers.torch_pruning(study.model, study.inputs, limit, **options)
+            model = bounded.torch_pruning(study.model, study.inputs, limit, **options)
             if "cut" in recoveries:
                 yield study.row(model, recovery="cut", **known)
             prunus.recovery.recalibrate(model, batches)
@@ -159,9 +152,9 @@ def torch_pruning(study: Study, seed: int) -> Iterator[dict[str, Any]]:
 def settings(level: float, seed: int) -> list[tuple[str, str]]:
     """Criteria and scopes of Torch-Pruning that run with a seed."""
     if seed == 0:
-        return [(c, s) for c in oneshot_peers.CRITERIA for s in oneshot_peers.SCOPES]
+        return [(c, s) for c in bounded.CRITERIA for s in bounded.SCOPES]
     first = [
-        row for row in rows.read(RESULTS)
+        row for row in TABLE.read()
         if row["engine"] == "torch-pruning" and row["recovery"] == "recalibrated"
         and row["seed"] == "0" and float(row["level"]) == level
     ]  # fmt: skip
@@ -180,12 +173,10 @@ def torch_kirigami(study: Study, seed: int) -> Iterator[dict[str, Any]]:
         left = LIMIT - int(time.process_time() - started)
         limit = int(level * study.macs)
         try:
-            model = oneshot_peers.torch_kirigami(
-                study.model, study.inputs, limit, seconds=max(1, left)
-            )
-        except peers.OutOfTime:
+            model = bounded.torch_kirigami(study.model, study.inputs, limit, seconds=max(1, left))
+        except OutOfTime:
             note = f"did not finish in {LIMIT // 60} minutes of processor time"
-            yield {**known, "recovery": "recalibrated", "note": note, "commit": rows.commit(),
+            yield {**known, "recovery": "recalibrated", "note": note, "commit": commit(),
                    "dense_accuracy": f"{study.dense:.2f}"}  # fmt: skip
             continue
         yield study.row(model, recovery="cut", **known)
@@ -193,71 +184,29 @@ def torch_kirigami(study: Study, seed: int) -> Iterator[dict[str, Any]]:
         yield study.row(model, recovery="recalibrated", **known)
 
 
-def table(found: Sequence[rows.Row]) -> Iterator[str]:
-    """Mean, and spread over the seeds, by setting and level; the best setting of a peer."""
-    yield f"{'':52}" + "".join(f"{level:>14}" for level in LEVELS)
-    settings = dict.fromkeys(
-        (r["engine"], r["importance"], r["scope"], r["recovery"]) for r in found if r["accuracy"]
-    )
-    for engine, *rest in settings:
-        cells = [figures(found, level, engine, *rest) for level in LEVELS]
-        told = [f"{m:6.2f} ± {s:4.2f}" if m else "" for m, s in cells]
-        yield f"{' '.join((engine, *rest)):52}" + "".join(f"{text:>14}" for text in told)
-
-
-def figures(
-    found: Sequence[rows.Row], level: float, engine: str, importance: str, scope: str, recovery: str
-) -> tuple[float, float]:
-    """Mean and standard deviation of the accuracy over the seeds; zeros where there is none."""
-    setting = (engine, importance, scope, recovery)
-    values = [
-        float(row["accuracy"])
-        for row in found
-        if (row["engine"], row["importance"], row["scope"], row["recovery"]) == setting
-        and float(row["level"]) == level
-        and row["accuracy"]
-    ]
-    spread = stdev(values) if len(values) > 1 else 0.0
-    return (mean(values), spread) if values else (0.0, 0.0)
-
-
-def ask(text: str, draws: int) -> tuple[Study, range]:
-    """Read the command line of another benchmark on this network: the study, and the draws."""
-    parser = argparse.ArgumentParser(description=text.partition("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--seeds", type=int, default=draws)
-    options = parser.parse_args()
-    return Study(options.data), range(options.seeds)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what is missing, one row after the other, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def ask_for_data(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the option for the folder of the images."""
     folder = os.environ.get(VARIABLE, "/usr/share/datasets/fashion-mnist")
     parser.add_argument("--data", type=Path, default=Path(folder), metavar="FOLDER")
-    parser.add_argument(
-        "--engine", nargs="*", choices=ENGINES, default=list(ENGINES), metavar="NAME"
-    )
+    return parser
+
+
+def main() -> None:
+    """Measure what is missing, one row after the other, and print the table."""
+    parser = ask_for_data(TABLE.parser(__doc__))
+    parser.add_argument("--engine", nargs="*", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--importance", nargs="*", default=oneshot_grid.IMPORTANCES)
     parser.add_argument("--seed", nargs="*", type=int, default=list(SEEDS))
-    parser.add_argument("--table", action="store_true", help="only print the table")
-    options = parser.parse_args(arguments)
-    if not options.table:
-        study = Study(options.data)
-        for seed in options.seed:
-            for engine in options.engine:
-                measured = (
-                    ours(study, seed, options.importance)
-                    if engine == "prunus"
-                    else ENGINES[engine](study, seed)
-                )
-                for row in measured:
-                    rows.replace(RESULTS, FIELDS, KEY, [row])
-                    print(" ".join(str(row.get(name, "")) for name in FIELDS), flush=True)
-    print("\n".join(table(rows.read(RESULTS))))
-    return 0
+    parser.add_argument("--table", dest="show", action="store_true", help="only print the table")
+    options = parser.parse_args()
+    study = None if options.show else Study(options.data, options.table)
+    for seed in options.seed if study else ():
+        for engine in options.engine:
+            own = (options.importance,) if engine == "prunus" else ()
+            for row in ENGINES[engine](study, seed, *own):
+                options.table.add(row)
+    columns = ("engine", "importance", "scope", "recovery")
+    print(options.table.pivot(columns, "level", "accuracy"))
 
 
 ENGINES: dict[str, Any] = {
@@ -269,4 +218,4 @@ ENGINES: dict[str, Any] = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main())
+    main()

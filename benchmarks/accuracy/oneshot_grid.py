@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,31 @@ RECOVERIES: dict[str, Callable[[Calibrated, prunus.Plan], nn.Module]] = {
     ),
 }
 """What makes a smaller copy of the dense model; the model of a :class:`Calibrated` stays whole."""
+
+
+def fill(
+    cells: Sequence[dict[str, Any]], calibrate: Callable[[], Calibrated], **options: Any
+) -> Iterator[tuple[dict[str, Any], nn.Module]]:
+    """The smaller model of every cell; the calibration inputs are looked at once for all.
+
+    Parameters
+    ----------
+    cells
+        Each with its importance, scope, recovery and level, the share of the MACs.
+    options
+        Of :func:`prunus.plan`.
+    """
+    dense = calibrate() if cells else None
+    plans: dict[Any, prunus.Plan] = {}
+    for cell in cells:
+        assert dense is not None
+        chosen = cell["importance"], cell["level"]
+        if chosen not in plans:
+            budget = prunus.Budget(macs=cell["level"])
+            plans[chosen] = dense.plan(
+                cell["importance"], budget=budget, scope=cell["scope"], round_to=1, **options
+            )
+        yield cell, RECOVERIES[cell["recovery"]](dense, plans[chosen])
 
 
 def digest(values: Tensor | bytes) -> str:

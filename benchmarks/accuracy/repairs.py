@@ -20,22 +20,23 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import prunus
-from benchmarks import rows
-from benchmarks.accuracy.oneshot_fmnist import Study, ask
+from benchmarks.accuracy.oneshot_fmnist import Study, ask_for_data
+from benchmarks.rows import Table, commit
 
-RESULTS = Path(__file__).parents[1] / "results" / "repairs.csv"
-FIELDS = (
-    "model", "importance", "repair", "level", "seed", "macs_ratio", "value", "dense_value",
-    "seconds", "commit",
+TABLE = Table(
+    "repairs.csv",
+    (
+        "model", "importance", "repair", "level", "seed", "macs_ratio", "value", "dense_value",
+        "seconds", "commit",
+    ),
+    ("model", "importance", "repair", "level", "seed"),
 )  # fmt: skip
-KEY = ("model", "importance", "repair", "level", "seed")
 LEVELS = (0.7, 0.5, 0.35, 0.25)
 SEEDS, IMAGES = 3, 512
 REPAIRS: dict[tuple[str, str], dict[str, Any]] = {
@@ -110,17 +111,18 @@ def heads() -> Iterator[dict[str, Any]]:
             "model": "vit_tiny", "importance": "l2", "repair": repair, "level": "half of dims",
             "seed": 0, "value": f"{off(model, smaller, [others]):.4f}",
             "macs_ratio": f"{plan.cost('macs').share:.4f}", "dense_value": 0,
-            "seconds": f"{seconds:.1f}", "commit": rows.commit(),
+            "seconds": f"{seconds:.1f}", "commit": commit(),
         }  # fmt: skip
 
 
 def main() -> None:
     """Measure, and replace the rows."""
-    study, seeds = ask(__doc__, SEEDS)
-    for row in chain(heads(), *(fashion(study, seed) for seed in seeds)):
-        kept = {name: row[name] for name in FIELDS}
-        rows.replace(RESULTS, FIELDS, KEY, [kept])
-        print(" ".join(map(str, kept.values())), flush=True)
+    parser = ask_for_data(TABLE.parser(__doc__))
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="draws of calibration images")
+    options = parser.parse_args()
+    study = Study(options.data)
+    for row in chain(heads(), *(fashion(study, seed) for seed in range(options.seeds))):
+        options.table.add(row)
 
 
 if __name__ == "__main__":

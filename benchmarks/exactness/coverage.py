@@ -26,53 +26,46 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import gc
 import importlib.metadata
 import importlib.util
-import json
 import math
-import multiprocessing
-import os
 import random
-import resource
-import sys
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from benchmarks.exactness.coverage_table import ENOUGH, OURS, PEERS, Key, Row, render
-from benchmarks.rows import commit
+import torch
 
-RESULTS = Path(__file__).parents[1] / "results" / "coverage.csv"
-ROOT = Path(__file__).resolve().parents[2]
-RATIO = 0.3
+import prunus
+from benchmarks.apart import FailedError, Process, StoppedError, peak_mb
+from benchmarks.exactness import coverage_models
+from benchmarks.exactness.coverage_table import ENOUGH, OURS, PEERS, Row, render
+from benchmarks.exactness.judges import RATIO, ask_shadow, ask_witness, name_pins, short
+from benchmarks.peers.engines import PEERS as DRIVERS
+from benchmarks.peers.judge import blame
+from benchmarks.rows import Table, commit
+from tests.shadow import as_double
+
 BUDGETS = (0.5, 0.6, 0.7)
 """Half of the parameters is asked for; where floors stop it, the next that can be reached."""
 
 ALONE_SECONDS = 3
 """Groups are tried one by one where that takes no longer than about this."""
 
-FIELDS = (
-    "engine", "library", "model", "status", "verdict", "moved", "param_ratio", "prunable_share",
-    "seconds", "peak_mb", "reason", "line_ratio", "rel_err", "moved_min", "not_verified",
-    "shapes", "witness", "shadow", "forward_s", "groups", "units", "unknown", "pins", "version",
-    "commit",
+TABLE = Table(
+    "coverage.csv",
+    (
+        "engine", "library", "model", "status", "verdict", "moved", "param_ratio",
+        "prunable_share", "seconds", "peak_mb", "reason", "line_ratio", "rel_err", "moved_min",
+        "not_verified", "shapes", "witness", "shadow", "forward_s", "groups", "units", "unknown",
+        "pins", "version", "commit",
+    ),
+    ("engine", "library", "model"),
+    lambda row: (row["engine"], f"{row['library']}:{row['model']}"),
 )  # fmt: skip
-EXPECTED_PINS = ("a convolution needs every position", "keeps its shape")
-
-
-def _models() -> ModuleType:
-    """The list of models, which imports torch."""
-    from benchmarks.exactness import coverage_models
-
-    return coverage_models
 
 
 def draw(names: Sequence[str], size: int, seed: int) -> list[str]:
@@ -81,7 +74,7 @@ def draw(names: Sequence[str], size: int, seed: int) -> list[str]:
     >>> draw(["timm:a", "timm:b", "ultralytics:c"], 60, 0)
     ['timm:a', 'timm:b', 'ultralytics:c']
     """
-    strata = _models().STRATA
+    strata = coverage_models.STRATA
     chosen: set[str] = set()
     for library, share in strata.items():
         own = sorted(name for name in names if name.startswith(f"{library}:"))
@@ -112,8 +105,7 @@ def read_list(path: Path) -> dict[str, str]:
 def build(name: str, target: str | None) -> Any:
     """The model of a row, with its args and kwargs."""
     if target is None:
-        return _models().build(name)
-
+        return coverage_models.build(name)
     path, _, factory = target.rpartition(":")
     spec = importlib.util.spec_from_file_location("listed", path)
     if spec is None or spec.loader is None:
@@ -126,8 +118,6 @@ def build(name: str, target: str | None) -> Any:
 
 def examine(model: Any, args: Any, kwargs: Any, row: Row, *, witness: bool) -> None:
     """Prune one model to half of its parameters, and hold another copy to the exactness line."""
-    import prunus
-
     forward = float(row["forward_s"])
     row["status"] = "trace failed"
     graph = prunus.trace(model, args, kwargs)
@@ -137,7 +127,7 @@ def examine(model: Any, args: Any, kwargs: Any, row: Row, *, witness: bool) -> N
         "units": str(graph.unit_count),
         "prunable_share": f"{_prunable_share(graph):.3f}",
         "unknown": "; ".join(f"{name} x{count}" for name, count in sorted(graph.unknown.items())),
-        "pins": _pins(graph),
+        "pins": name_pins(graph),
     }
     started = time.process_time()
     half = _halve(copy.deepcopy(model), args, kwargs)
@@ -166,13 +156,13 @@ def examine(model: Any, args: Any, kwargs: Any, row: Row, *, witness: bool) -> N
     told = [f"{name} held: {why}" for name, why in {**half.held, **line.held}.items()]
     if certificate.dtype == "float64":
         told.append("proven in float64")
-    row |= {"reason": _short("; ".join(told))}
+    row |= {"reason": short("; ".join(told))}
     if certificate.verdict != "exact":
         row |= {"verdict": certificate.verdict}
     prunus.verifier.randomize(model, args, kwargs)
-    row |= {"shadow": _shadow(line.plan, model, args, kwargs)}
+    row |= {"shadow": ask_shadow(line.plan, model, args, kwargs, tolerance=1e-5)}
     if witness or not row["shadow"].startswith("agrees"):
-        row |= {"witness": _witness(graph, model, args, kwargs, half.held)}
+        row |= {"witness": ask_witness(graph, model, args, kwargs, hold=[*half.held])}
     enough = float(row["param_ratio"]) <= ENOUGH
     row["status"] = "ok" if enough else "too little removed"
 
@@ -185,9 +175,6 @@ def _hold_to_the_line(
     Where rounding changes a choice that the forward makes (which queries are the best ones, say),
     the proof is asked for in float64.
     """
-    import prunus
-    from tests.shadow import as_double
-
     options: Any = {"ratio": RATIO, "importance": "random", "hold": hold, "each_group": alone}
     try:
         return prunus.shrink(copy.deepcopy(model), args, kwargs, **options)
@@ -199,8 +186,6 @@ def _hold_to_the_line(
 
 def _halve(model: Any, args: Any, kwargs: Any) -> Any:
     """Shrunk to half of the parameters, or to the least that the floors allow."""
-    import prunus
-
     for share in BUDGETS:
         budget = prunus.Budget(params=share)
         try:
@@ -219,8 +204,6 @@ def _count_shapes(inputs: Sequence[str]) -> int:
 
 def _answers_alike(model: Any, pruned: Any, args: Any, kwargs: Any, outputs: Iterable[str]) -> bool:
     """Whether the pruned model's own forward runs and answers in the shapes of the original."""
-    import torch
-
     with torch.no_grad():
         before, after = (shapes_of(one(*args, **kwargs)) for one in (model, pruned))
     return all(before[name] == after.get(name) for name in outputs)
@@ -243,40 +226,6 @@ def shapes_of(answer: Any, path: str = "") -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _witness(graph: Any, model: Any, args: Any, kwargs: Any, held: Iterable[str]) -> str:
-    """What the second witness says of the groups that nothing mixes."""
-    import prunus
-
-    mixed = [group.name for group in graph.groups if group.mixing]
-    plan = prunus.plan(graph, model, ratio=RATIO, importance="random", hold=[*mixed, *held])
-    if not plan.keep:
-        return "none (all groups mix)"
-    from tests.witness import testify
-
-    try:
-        pruned = prunus.apply(plan, copy.deepcopy(model))
-    except prunus.PrunusError as error:
-        return _short(f"not asked: {error}")[:120]
-    found = testify(plan, model, pruned, args, kwargs, outputs=graph.kept_outputs)
-    error = "" if math.isnan(found.rel_err) else f" {found.rel_err:.1e}"
-    return _short(f"{found.verdict}{error} {found.reason}")[:120].strip()
-
-
-def _shadow(plan: Any, model: Any, args: Any, kwargs: Any) -> str:
-    """What a forward with a mask beside every tensor says of all groups at once, in float64."""
-    import prunus
-    from tests import shadow
-
-    try:
-        pruned = prunus.apply(plan, copy.deepcopy(model)).double()
-        gap = shadow.compare(model, pruned, plan.keep, args, kwargs)
-    except prunus.PrunusError as error:
-        return _short(f"not asked: {error}")[:120]
-    except Exception as error:  # an operator or a type that it does not know
-        return _short(f"undecided {type(error).__name__}: {error}")[:120]
-    return f"{'agrees' if gap <= 1e-5 else 'disagrees'} {gap:.1e}"
-
-
 def _prunable_share(graph: Any) -> float:
     """Share of the parameters that lie on some prunable axis."""
     touched = {axis.tensor for axis in graph.labels}
@@ -284,34 +233,17 @@ def _prunable_share(graph: Any) -> float:
     return sum(sizes[name] for name in sizes if name in touched) / max(sum(sizes.values()), 1)
 
 
-def _pins(graph: Any) -> str:
-    """The commonest reasons, each with the operator, module and line of one case."""
-    reasons: Counter[str] = Counter()
-    where: dict[str, str] = {}
-    for _, pin in graph.pins:
-        if not any(expected in pin.reason for expected in EXPECTED_PINS):
-            reasons[pin.reason] += 1
-            where.setdefault(pin.reason, str(pin))
-    return "; ".join(f"{where[reason]} x{count}" for reason, count in reasons.most_common(6))
-
-
-def _short(text: str) -> str:
-    return " ".join(text.split())[:300]
-
-
 def ask_peer(engine: str, model: Any, args: Any, kwargs: Any, row: Row) -> None:
-    """What another engine makes of the model; see ``peers.py``."""
-    from benchmarks.peers import peers
-
+    """What another engine makes of the model; see ``peers/engines.py``."""
     row["status"] = "failed"
-    found = peers.PEERS[engine](model, args, kwargs)
+    found = DRIVERS[engine](model, args, kwargs)
     row |= {
         "status": found.status,
         "verdict": found.verdict,
         "moved": _number(found.moved, ".1e"),
         "param_ratio": _number(found.param_ratio, ".3f"),
         "seconds": f"{found.seconds:.1f}",
-        "reason": _short(found.reason),
+        "reason": short(found.reason),
     }
 
 
@@ -321,8 +253,6 @@ def _number(value: float | None, form: str) -> str:
 
 def _time_forward(model: Any, args: Any, kwargs: Any) -> float:
     """Processor seconds of one plain forward, after another one."""
-    import torch
-
     with torch.no_grad():
         model(*args, **kwargs)
         started = time.process_time()
@@ -330,16 +260,11 @@ def _time_forward(model: Any, args: Any, kwargs: Any) -> float:
     return time.process_time() - started
 
 
-def _child(key: Key, target: str | None, gigabytes: float, witness: bool, pipe: Connection) -> None:
-    """In the process of one model: whatever happens, a row goes up the pipe."""
-    import torch
-
-    limit = int(gigabytes * 2**30)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+def answer(engine: str, name: str, target: str | None, witness: bool) -> Row:
+    """In the process of one model: its row, whatever happens."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    engine, name = key
+    before = peak_mb()
     row: Row = {"status": "not built"}
     started = time.process_time()
     try:
@@ -351,186 +276,79 @@ def _child(key: Key, target: str | None, gigabytes: float, witness: bool, pipe: 
         else:
             ask_peer(engine, model, args, kwargs, row)
     except BaseException as error:  # whatever a model may raise: its row says it
-        _blame(error, row)
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            row["status"] = "out of memory"
+        elif isinstance(error, prunus.PrunusError) and row["status"] != "trace failed":
+            row["status"] = "refused"
+        row["reason"] = blame(error)
     row.setdefault("seconds", f"{time.process_time() - started:.1f}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    row["peak_mb"] = f"{(peak - before) / 1024:.0f}"
-    pipe.send(row)
-    pipe.close()
-    os._exit(0)  # what the libraries registered to run at exit is the parent's to run
+    return row | {"peak_mb": f"{peak_mb() - before:.0f}"}
 
 
-def _blame(error: BaseException, row: Row) -> None:
-    import prunus
-
-    text = str(error)
-    if isinstance(error, MemoryError) or "allocate memory" in text:
-        row["status"] = "out of memory"
-    elif isinstance(error, prunus.PrunusError) and row["status"] != "trace failed":
-        row["status"] = "refused"
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    row["reason"] = _short(f"{type(error).__name__}: {text}")
-    if last is not None:
-        file = Path(last.tb_frame.f_code.co_filename).name
-        row["reason"] += f" [{file}:{last.tb_lineno}]"
-
-
-# -- all of them -----------------------------------------------------------------------------------
-
-
-class Running:
-    """A child that works on one row."""
-
-    def __init__(self, key: Key, target: str | None, gigabytes: float, witness: bool) -> None:
-        context = multiprocessing.get_context("fork")
-        self.key = key
-        self.started = time.perf_counter()
-        self._pipe, sender = context.Pipe(duplex=False)
-        self._process: BaseProcess = context.Process(
-            target=_child, args=(key, target, gigabytes, witness, sender), daemon=True
-        )
-        self._process.start()
-        sender.close()
-
-    def row(self, limit: float) -> Row | None:
-        """The row, once there is one, or the time is up."""
-        engine, name = self.key
-        library, _, short = name.partition(":")
-        row: Row = {"engine": engine, "library": library, "model": short, "commit": commit(),
-                    "version": _version(engine)}  # fmt: skip
-        if self._pipe.poll(0.2):
-            try:
-                row |= self._pipe.recv()
-            except EOFError:  # the process died before it could answer
-                self._process.join()
-                row |= {"status": "crashed", "reason": f"exit code {self._process.exitcode}"}
-        elif time.perf_counter() - self.started > limit:
-            row |= {"status": "timeout", "seconds": f"{limit:.0f}"}
-            row["reason"] = f"stopped after {limit:.0f} s"
-        else:
-            return None
-        self._process.kill()
-        self._process.join()
-        return row
-
-
-def sweep(
-    keys: Sequence[Key],
-    targets: Mapping[str, str],
-    *,
-    limit: float,
-    gigabytes: float,
-    jobs: int,
-    witness: bool,
-    done: Callable[[Key, Row], None],
-) -> None:
-    """Work through the rows, ``jobs`` at a time."""
-    waiting = list(reversed(keys))
-    running: list[Running] = []
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            key = waiting.pop()
-            running.append(Running(key, targets.get(key[1]), gigabytes, witness))
-        for one in list(running):
-            row = one.row(limit)
-            if row is not None:
-                running.remove(one)
-                done(one.key, row)
-
-
-def preload(engines: Iterable[str]) -> None:
-    """Import once what every child needs."""
-    import torch
-
-    torch.set_num_threads(1)
-    sys.path.insert(0, str(ROOT))  # for ``tests.shadow``
-    models = _models()
-    models.import_libraries()
-    if any(engine != OURS for engine in engines):
-        importlib.import_module("benchmarks.peers.peers")
-    gc.freeze()  # a collection in a child would copy all these pages
-
-
-def _version(engine: str) -> str:
-    return importlib.metadata.version(PEERS.get(engine, OURS))
-
-
-def read_rows(path: Path) -> dict[Key, Row]:
-    """Rows by engine and model; none where there is no file yet."""
-    if not path.exists():
-        return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {(row["engine"], f"{row['library']}:{row['model']}"): row for row in rows}
-
-
-def write_rows(path: Path, rows: Mapping[Key, Row]) -> None:
-    """Sorted by engine, library and model; the old file stays whole until the new one is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    with draft.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows[key] for key in sorted(rows))
-    os.replace(draft, path)
-
-
-def _save(path: Path, rows: Mapping[Key, Row]) -> None:
-    write_rows(path, rows)
-    path.with_suffix(".md").write_text(render(rows), encoding="utf-8")
+def wait_for(process: Process, limit: float) -> Row:
+    """The row of a process that is ready."""
+    try:
+        row: Row = process.result()
+    except StoppedError as stopped:
+        row = {"status": "timeout", "seconds": f"{limit:.0f}", "reason": str(stopped)}
+    except FailedError as died:
+        row = {"status": "crashed", "reason": str(died)}
+    return row
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Sweep what is asked for; every row is saved at once."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = TABLE.parser(__doc__)
     parser.add_argument("models", nargs="*", help="library:name; the whole list without")
     parser.add_argument("--engine", action="append", choices=(OURS, *PEERS), help="ours without")
     parser.add_argument("--list", type=Path, help="models from a file instead")
     parser.add_argument("--sample", type=int, help="draw that many, stratified by library")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="skip what has a row")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--limit", type=float, default=300, help="seconds per row")
     parser.add_argument("--memory", type=float, default=12, help="GiB of address space per row")
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     parser.add_argument("--witness", action="store_true", help="ask the second witness always")
-    parser.add_argument("--table", action="store_true", help="render the table and stop")
+    parser.add_argument("--table", dest="render", action="store_true", help="only render the table")
     options = parser.parse_args(argv)
-    rows = read_rows(options.out)
-    if options.table:
-        _save(options.out, rows)
-        return
-    engines = options.engine or [OURS]
-    preload(engines)
+    table: Table = options.table
+    waiting = [] if options.render else wanted(options)
+    if waiting:
+        torch.set_num_threads(1)
+        coverage_models.import_libraries()
+        gc.freeze()  # a collection in a child would copy all these pages
+    running: dict[Process, Row] = {}
+    while waiting or running:
+        while waiting and len(running) < options.jobs:
+            row, target = waiting.pop(0)
+            name = f"{row['library']}:{row['model']}"
+            process = Process(
+                *(answer, row["engine"], name, target, options.witness),
+                start="fork", seconds=options.limit, gigabytes=options.memory,
+            )  # fmt: skip
+            running[process] = row
+        for process in [process for process in running if process.ready()]:
+            table.add(running.pop(process) | wait_for(process, options.limit))
+    table.path.with_suffix(".md").write_text(render(table.read()), encoding="utf-8")
+
+
+def wanted(options: argparse.Namespace) -> list[tuple[Row, str | None]]:
+    """The rows to be made, as far as they are known before, and where their models are listed."""
     listed = read_list(options.list) if options.list else {}
-    names = list(listed) or _models().names()
-    if options.sample:
+    names = options.models or list(listed) or coverage_models.names()
+    if options.sample and not options.models:
         names = draw(names, options.sample, options.seed)
-    keys = [(engine, name) for engine in engines for name in options.models or names]
-    keys = [key for key in keys if not (options.resume and key in rows)]
-    finished = 0
-
-    def done(key: Key, row: Row) -> None:
-        nonlocal finished
-        finished += 1
-        row = dict.fromkeys(FIELDS, "") | row
-        rows.update({**read_rows(options.out), key: row})  # another sweep may write as well
-        _save(options.out, rows)
-        shown = {k: v for k, v in row.items() if k not in ("pins", "version", "commit", "library")}
-        print(f"{finished}/{len(keys)}", json.dumps(shown), flush=True)
-
-    for engine in engines:
-        sweep(
-            [key for key in keys if key[0] == engine],
-            listed,
-            limit=options.limit,
-            gigabytes=options.memory,
-            jobs=options.jobs,
-            witness=options.witness,
-            done=done,
-        )
+    done = options.table.done() if options.resume else set()
+    found = []
+    for engine in options.engine or [OURS]:
+        version = importlib.metadata.version(PEERS.get(engine, OURS))
+        for name in names:
+            library, _, model = name.partition(":")
+            row = {"engine": engine, "library": library, "model": model,
+                   "version": version, "commit": commit()}  # fmt: skip
+            if options.table.key_of(row) not in done:
+                found.append((row, listed.get(name)))
+    return found
 
 
 if __name__ == "__main__":

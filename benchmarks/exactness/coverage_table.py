@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 Row = dict[str, str]
-Key = tuple[str, str]
-"""An engine, and a model as ``library:name``."""
-
 OURS = "prunus"
 PEERS = {
     "torch-pruning": "torch-pruning",
@@ -27,9 +24,9 @@ def succeeds(row: Row) -> bool:
     return row["status"] == "ok" and proven
 
 
-def render(rows: Mapping[Key, Row]) -> str:
+def render(rows: Sequence[Row]) -> str:
     """A table of all engines by library, and what ours does not do."""
-    libraries = sorted({row["library"] for row in rows.values()})
+    libraries = sorted({row["library"] for row in rows})
     lines = [
         "# Coverage",
         "",
@@ -42,7 +39,7 @@ def render(rows: Mapping[Key, Row]) -> str:
         "|---|" + "---|" * (len(libraries) + 3),
     ]
     for engine in (OURS, *PEERS):
-        own = [row for row in rows.values() if row["engine"] == engine]
+        own = [row for row in rows if row["engine"] == engine]
         if not own:
             continue
         cells = []
@@ -54,7 +51,7 @@ def render(rows: Mapping[Key, Row]) -> str:
         told = "flagged" if engine == OURS else "silent"
         cells += [f"{wrong} {told}", str(sum(row["status"] == "timeout" for row in own))]
         lines.append(f"| {engine} {own[0].get('version', '')} | {' | '.join(cells)} |")
-    ours = [row for row in rows.values() if row["engine"] == OURS]
+    ours = [row for row in rows if row["engine"] == OURS]
     if ours:
         lines += ["", "## Prunus", "", *_details(ours, libraries)]
     return "\n".join(lines) + "\n"

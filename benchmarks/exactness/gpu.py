@@ -18,14 +18,11 @@ sources, and the row says the version.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -34,13 +31,16 @@ from torch import Tensor, nn
 
 import models_zoo
 import prunus
-from benchmarks import rows
+from benchmarks.rows import MissingError, Table, commit
 
-RESULTS = Path(__file__).parents[1] / "results" / "gpu.csv"
-FIELDS = (
-    "check", "model", "setting", "verdict", "value", "other", "seconds", "gpu", "torch", "commit",
+TABLE = Table(
+    "gpu.csv",
+    (
+        "check", "model", "setting", "verdict", "value", "other", "seconds", "gpu", "torch",
+        "commit",
+    ),
+    ("check", "model", "setting"),
 )  # fmt: skip
-KEY = ("check", "model", "setting")
 PAIRS = 21
 CUDA = torch.device("cuda")
 ZOO = (
@@ -250,26 +250,23 @@ CHECKS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def main() -> int:
+def main() -> None:
     """Run the checks, and replace their rows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = TABLE.parser(__doc__)
     parser.add_argument("--check", action="append", choices=CHECKS)
     parser.add_argument("--commit", help="what to write where this is no repository")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise MissingError("a GPU")
     told = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "commit": options.commit or rows.commit(),
+        "commit": options.commit or commit(),
     }
     for check in options.check or CHECKS:
         for row in CHECKS[check]():
-            print({"check": check} | row, flush=True)
-            rows.replace(options.out, FIELDS, KEY, [{"check": check} | row | told])
-    return 0
+            options.table.add({"check": check} | row | told)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -15,23 +15,26 @@ from __future__ import annotations
 
 import copy
 import random
-import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import prunus
-from benchmarks import rows
-from benchmarks.peers.peers import EXACT, relative_error
+from benchmarks.peers.judge import EXACT, relative_error
+from benchmarks.rows import Table, commit
 from prunus.graph.axis import Axis
 from prunus.integrations import hf
 
-RESULTS = Path(__file__).parents[1] / "results" / "transformers.csv"
-FIELDS = ("model", "structure", "named", "removed", "rel_err", "moved", "verdict", "params_ratio",
-          "witness", "seconds", "commit")  # fmt: skip
+TABLE = Table(
+    "transformers.csv",
+    (
+        "model", "structure", "named", "removed", "rel_err", "moved", "verdict", "params_ratio",
+        "witness", "seconds", "commit",
+    ),
+    ("model", "structure"),
+)  # fmt: skip
 RATIO = 0.3
 MOVED = 1e-3
 """Logits have to be moved by as much, or that they agree says nothing."""
@@ -122,7 +125,7 @@ def examine(name: str, structure: str) -> dict[str, Any]:
         "rel_err": f"{proof.rel_err:.1e}", "moved": f"{proof.moved:.1e}", "verdict": proof.verdict,
         "params_ratio": f"{proof.params[1] / proof.params[0]:.3f}",
         "witness": _compare(original, shrunk, inputs),
-        "seconds": f"{time.perf_counter() - started:.1f}", "commit": rows.commit(),
+        "seconds": f"{time.perf_counter() - started:.1f}", "commit": commit(),
     }  # fmt: skip
 
 
@@ -212,18 +215,18 @@ def _hand_on(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
 
 def main() -> None:
     """Examine what is asked for, and save every row at once."""
-    wanted = sys.argv[1:] or list(MODELS)
+    parser = TABLE.parser(__doc__)
+    parser.add_argument("models", nargs="*", metavar="MODEL", default=list(MODELS))
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    for name in wanted:
+    for name in options.models:
         for structure in KINDS:
             try:
                 row = examine(name, structure)
             except Exception as error:  # a row says what went wrong
                 told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                row = {"model": name, "structure": structure, "verdict": told,
-                       "commit": rows.commit()}  # fmt: skip
-            print(row, flush=True)
-            rows.replace(RESULTS, FIELDS, ("model", "structure"), [row])
+                row = {"model": name, "structure": structure, "verdict": told, "commit": commit()}
+            options.table.add(row)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,9 @@ meta device, which has all of this and computes nothing.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +21,18 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import prunus
-from benchmarks import rows
 from benchmarks.exactness import catalogue
+from benchmarks.rows import Table, commit
 from prunus.graph.axis import Axis
 
-RESULTS = Path(__file__).parents[1] / "results" / "budgets.csv"
-KEY = ("model", "budget", "requested", "round_to")
-FIELDS = (*KEY, "planned", "achieved", "spare", "unaligned", "verdict", "plan_s", "commit")
+TABLE = Table(
+    "budgets.csv",
+    (
+        "model", "budget", "requested", "round_to", "planned", "achieved", "spare", "unaligned",
+        "verdict", "plan_s", "commit",
+    ),
+    ("model", "budget", "requested", "round_to"),
+)  # fmt: skip
 SHARES = (0.3, 0.5, 0.7)
 BUDGETS = (("params",), ("macs",), ("bytes",), ("params", "macs"), ("activation",))
 CLOSE = {1: 0.01, 8: 0.02, 32: 0.04}
@@ -170,25 +173,17 @@ def _to_meta(value: Any) -> Any:
 
 def main() -> None:
     """Ask what was not asked at this commit, and replace its rows."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("models", nargs="*", default=list(MODELS))
-    for name in parser.parse_args().models:
-        known = {
-            tuple(row[field] for field in KEY): row["commit"]
-            for row in rows.read(RESULTS)
-            if "commit" in row
-        }
-        missing = [
-            request
-            for request in requests()
-            if known.get((name, *(str(request[field]) for field in KEY[1:]))) != rows.commit()
-        ]
-        subject = Subject(name) if missing else None
-        for request in missing:
+    parser = TABLE.parser(__doc__)
+    parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL")
+    options = parser.parse_args()
+    done = options.table.done(by=commit())
+    for name in options.models:
+        rows = [{"model": name, **request, "commit": commit()} for request in requests()]
+        rows = [row for row in rows if TABLE.key_of(row) not in done]
+        subject = Subject(name) if rows else None
+        for row in rows:
             assert subject is not None
-            row = {"model": name, **request, **subject.ask(request), "commit": rows.commit()}
-            rows.replace(RESULTS, FIELDS, KEY, [row])
-            print(*(f"{field}={row.get(field, '')}" for field in FIELDS), flush=True)
+            options.table.add(row | subject.ask(row))
 
 
 if __name__ == "__main__":

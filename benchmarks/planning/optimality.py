@@ -12,10 +12,8 @@ exceeds.
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,10 +21,15 @@ import torch
 from torch import Tensor, nn
 
 import prunus
-from benchmarks.rows import commit, replace
+from benchmarks.rows import Table, commit
 
-RESULTS = Path(__file__).parents[1] / "results" / "optimality.csv"
-FIELDS = ("instance", "budget", "units", "kept", "optimum", "ratio", "bound", "commit")
+TABLE = Table(
+    "optimality.csv",
+    (
+        "instance", "budget", "units", "kept", "optimum", "ratio", "bound", "commit",
+    ),
+    ("instance",),
+)  # fmt: skip
 COUNT = 200
 MOST_UNITS = 18
 CHUNK = 1 << 14
@@ -219,16 +222,15 @@ def examine(
 
 def main() -> None:
     """Examine the instances and replace their rows."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = TABLE.parser(__doc__)
     parser.add_argument("--count", type=int, default=COUNT)
-    found: list[dict[str, Any]] = []
-    for instance, model, graph, scores, budget in instances(parser.parse_args().count):
-        rows = examine(instance, model, graph, scores, budget)
-        replace(RESULTS, FIELDS, ("instance",), rows)
-        found += rows
-        print(instance, graph.unit_count, budget, *(row["ratio"] for row in rows), flush=True)
-    ratios = [float(row["ratio"]) for row in found]
-    print(f"least {min(ratios):.4f}, median {np.median(ratios):.4f}", flush=True)
+    options = parser.parse_args()
+    ratios = []
+    for instance in instances(options.count):
+        rows = examine(*instance)
+        options.table.add(*rows)
+        ratios += [float(row["ratio"]) for row in rows]
+    print(f"least {min(ratios):.4f}, median {np.median(ratios):.4f}")
 
 
 if __name__ == "__main__":

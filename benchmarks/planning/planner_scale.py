@@ -12,22 +12,23 @@ depth runs in a process of its own.
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
-import resource
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 import prunus
-from benchmarks.rows import commit, read, replace
+from benchmarks.apart import peak_mb, run_apart
+from benchmarks.rows import Table, commit
 
-RESULTS = Path(__file__).parents[1] / "results" / "planner_scale.csv"
-KEY = ("layers",)
-FIELDS = (*KEY, "units", "seconds", "peak_mb", "trace_seconds", "retained", "bound", "commit")
+TABLE = Table(
+    "planner_scale.csv",
+    (
+        "layers", "units", "seconds", "peak_mb", "trace_seconds", "retained", "bound", "commit",
+    ),
+    ("layers",),
+)  # fmt: skip
 LAYERS = (4, 8, 16, 32)
 SHARE = 0.5
 TOKENS = 128
@@ -63,7 +64,7 @@ def measure(layers: int) -> dict[str, Any]:
         "layers": layers,
         "units": graph.unit_count,
         "seconds": f"{time.process_time() - begun:.2f}",
-        "peak_mb": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}",
+        "peak_mb": f"{peak_mb():.0f}",
         "trace_seconds": f"{traced - start:.2f}",
         "retained": f"{plan.origin['retained']:.6f}",
         "bound": f"{plan.origin['bound']:.6f}",
@@ -73,16 +74,13 @@ def measure(layers: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure the depths that have no row of this commit."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = TABLE.parser(__doc__)
     parser.add_argument("layers", nargs="*", type=int, default=LAYERS)
-    done = {row["layers"] for row in read(RESULTS) if row["commit"] == commit()}
-    for layers in parser.parse_args().layers:
-        if str(layers) in done:
-            continue
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            row = pool.apply(measure, (layers,))
-        replace(RESULTS, FIELDS, KEY, [row])
-        print(*(f"{name} {value}" for name, value in row.items()), flush=True)
+    options = parser.parse_args()
+    done = options.table.done(by=commit())
+    for layers in options.layers:
+        if (str(layers),) not in done:
+            options.table.add(run_apart(measure, layers))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,8 @@ kept in ``results/sensitivity.json``, and a run that was stopped goes on from th
 
 from __future__ import annotations
 
-import argparse
 import copy
-import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,20 +25,22 @@ from torch import nn
 
 import models_zoo
 import prunus
-from benchmarks import rows
+from benchmarks.rows import RESULTS, Table, commit
 from models_zoo import data
 
-RESULTS = Path(__file__).parents[1] / "results" / "sensitivity.csv"
 MODEL = "resnet_fmnist"
 LEVELS = (0.7, 0.5, 0.35)
 TRIALS = 30
 CHOICES = ("equal", "sensitivity", "search")
 RECOVERIES = ("cut", "recalibrated", "least squares + recalibrated")
-FIELDS = (
-    "ratios", "recovery", "level", "macs_ratio", "accuracy", "dense_accuracy", "images", "metric",
-    "evaluations", "commit",
+TABLE = Table(
+    "sensitivity.csv",
+    (
+        "ratios", "recovery", "level", "macs_ratio", "accuracy", "dense_accuracy", "images",
+        "metric", "evaluations", "commit",
+    ),
+    ("ratios", "recovery", "level"),
 )  # fmt: skip
-KEY = ("ratios", "recovery", "level")
 
 
 class Study:
@@ -66,7 +65,7 @@ class Study:
 
     def sensitivity(self) -> prunus.planner.search.Sensitivity:
         """The table, with what its file has."""
-        path = RESULTS.with_name(f"{RESULTS.stem}.json")
+        path = RESULTS / "sensitivity.json"
         return prunus.planner.search.sensitivity(
             self.graph, self.model, self.metric, path=path, progress=tell
         )
@@ -106,7 +105,7 @@ class Study:
             "dense_accuracy": f"{self.dense:.2f}",
             "images": len(self.test.images),
             "metric": f"{metric:.4f}",
-            "commit": rows.commit(),
+            "commit": commit(),
         }
 
 
@@ -117,11 +116,11 @@ def tell(text: str) -> None:
 
 def measured(study: Study) -> Iterator[list[dict[str, Any]]]:
     """The rows of every choice of ratios and level that the table lacks."""
-    done = {tuple(row[name] for name in KEY) for row in rows.read(RESULTS)}
+    done = TABLE.done()
     table = study.sensitivity()
     prunus.report.draw_sensitivity(
         table,
-        RESULTS.with_suffix(".png"),
+        RESULTS / "sensitivity.png",
         title=f"{MODEL}: one group at a time, nothing trained",
         metric="minus cross entropy",
     )
@@ -134,32 +133,16 @@ def measured(study: Study) -> Iterator[list[dict[str, Any]]]:
             yield [study.row(plan, recovery, **known) for recovery in RECOVERIES]
 
 
-def table_of(found: Sequence[rows.Row]) -> Iterator[str]:
-    """Accuracy by choice of ratios, recovery and level."""
-    yield f"{'accuracy at MACs of':52}" + "".join(f"{level:>9}" for level in LEVELS)
-    by_key = {tuple(row[name] for name in KEY): row["accuracy"] for row in found}
-    for recovery in RECOVERIES:
-        for ratios in CHOICES:
-            cells = [by_key.get((ratios, recovery, str(level)), "") for level in LEVELS]
-            yield f"{ratios + ', ' + recovery:52}" + "".join(f"{cell:>9}" for cell in cells)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> None:
     """Measure what is missing, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--table", action="store_true", help="only print the table")
-    options = parser.parse_args(arguments)
-    if not options.table:
-        for found in measured(Study()):
-            rows.replace(RESULTS, FIELDS, KEY, found)
-            for row in found:
-                tell(" ".join(str(row[name]) for name in FIELDS))
-    print("\n".join(table_of(rows.read(RESULTS))))
-    return 0
+    parser = TABLE.parser(__doc__)
+    parser.add_argument("--table", dest="show", action="store_true", help="only print the table")
+    options = parser.parse_args()
+    for found in [] if options.show else measured(Study()):
+        options.table.add(*found)
+    print(options.table.pivot(("ratios", "recovery"), "level", "accuracy"))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main())
+    main()

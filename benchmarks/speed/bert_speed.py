@@ -1,7 +1,7 @@
 """How much of the promised speed-up of a pruned BERT-base arrives; ``results/bert_speed.csv``.
 
     python -m benchmarks.speed.bert_speed   # ten minutes, on a quiet machine
-    python -m benchmarks.speed.bert_speed --pairs 5 --dry  # a try, which writes nothing
+    python -m benchmarks.speed.bert_speed --pairs 5 --out FILE  # a try
 
 Eight sentences of 128 tokens, random weights (their values change no time), eager, float32.  In
 every round the dense model, the pruned one and a second copy of the dense one run in turn, each
@@ -17,7 +17,6 @@ import argparse
 import copy
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,17 +24,19 @@ import numpy as np
 import torch
 
 import prunus
-from benchmarks import rows
 from benchmarks.accuracy import heads
-from benchmarks.speed.racing import control, race, trusted_race
+from benchmarks.rows import Table, commit
+from benchmarks.speed.racing import ask_how_to_race, control, race, trusted_race
 
-RESULTS = Path(__file__).parents[1] / "results" / "bert_speed.csv"
 BATCH, TOKENS = 8, 128
-PAIRS = 15
 FFN = "*.intermediate.dense.weight[0]"
-FIELDS = (
-    "structure", "macs_ratio", "time_ratio", "share", "dense_vs_dense", "pairs", "threads",
-    "commit",
+TABLE = Table(
+    "bert_speed.csv",
+    (
+        "structure", "macs_ratio", "time_ratio", "share", "dense_vs_dense", "pairs", "threads",
+        "commit",
+    ),
+    ("structure", "threads"),
 )  # fmt: skip
 
 
@@ -69,14 +70,14 @@ def bert() -> tuple[Any, dict[str, torch.Tensor]]:
     return BertModel(BertConfig()).eval(), {"input_ids": ids}
 
 
-def measure(structure: str, pairs: int) -> dict[str, Any]:
+def measure(structure: str, options: argparse.Namespace) -> dict[str, Any]:
     """One row, of the first race that is not void."""
     dense, inputs = bert()
     plan = STRUCTURES[structure](prunus.trace(dense, (), inputs), dense)
     pruned, twin = prunus.apply(plan, copy.deepcopy(dense)), copy.deepcopy(dense)
     macs = [prunus.report.measure_costs(model, (), inputs)["macs"] for model in (dense, pruned)]
     runs = [partial(model, **inputs) for model in (dense, twin, pruned)]
-    seconds = trusted_race(*runs[:2], runs[2:], pairs)
+    seconds = trusted_race(*runs[:2], runs[2:], options)
     ratio = median(seconds[:, 2] / seconds[:, 0])
     return {
         "structure": structure,
@@ -84,9 +85,9 @@ def measure(structure: str, pairs: int) -> dict[str, Any]:
         "time_ratio": f"{ratio:.4f}",
         "share": f"{macs[1] / macs[0] / ratio:.3f}",
         "dense_vs_dense": f"{control(seconds):.4f}",
-        "pairs": pairs,
+        "pairs": options.pairs,
         "threads": torch.get_num_threads(),
-        "commit": rows.commit(),
+        "commit": commit(),
     }
 
 
@@ -107,22 +108,17 @@ def profile(structure: str) -> None:
 
 def main() -> None:
     """Measure the structures asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = TABLE.parser(__doc__)
     parser.add_argument("structures", nargs="*", default=list(STRUCTURES), metavar="STRUCTURE")
-    parser.add_argument("--pairs", type=int, default=PAIRS)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dry", action="store_true", help="write nothing")
+    ask_how_to_race(parser, pairs=15)
     parser.add_argument("--profile", action="store_true", help="print where the time goes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for structure in options.structures:
         if options.profile:
             profile(structure)
-            continue
-        row = measure(structure, options.pairs)
-        print(row, flush=True)
-        if not options.dry:
-            rows.replace(RESULTS, FIELDS, ("structure", "threads"), [row])
+        else:
+            options.table.add(measure(structure, options))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 Batch 1, one thread.  A plan is made for a part of the dense time, and its cut model timed here,
 by a clock on the wall that shares no code with the planner: dense, pruned, dense in turn, in
-``PAIRS`` rounds; where dense against dense differs by more than 3 %, all are void and repeated.
+45 rounds; where dense against dense differs by more than 3 %, all are void and repeated.
 Then the share of MACs is bisected at which a MACs plan, made in the same way but for the budget,
 takes that time within 1 %; of nine that don't the nearest counts.  ``kept_importance`` is the kept
 part of the sum of all scores.  These are drawn: only one of the models has weights that can be had
@@ -30,18 +30,27 @@ import torch
 from torch import nn
 
 import prunus
-from benchmarks.rows import commit, read, replace
-from benchmarks.speed.racing import BACKENDS, BusyError, Run, control, forward_of, trusted_race
+from benchmarks.rows import Table, commit
+from benchmarks.speed.racing import (
+    BACKENDS,
+    BusyError,
+    Run,
+    ask_how_to_race,
+    control,
+    forward_of,
+    trusted_race,
+)
 
-RESULTS = Path(__file__).parents[1] / "results" / "latency.csv"
-FIELDS = (
-    "model", "backend", "requested", "measured_ratio", "kept_importance",
-    "kept_importance_macs_plan", "macs_plan_ratio", "macs_left", "macs_plan_macs_left",
-    "dense_ms", "dense_vs_dense", "commit",
+TABLE = Table(
+    "latency.csv",
+    (
+        "model", "backend", "requested", "measured_ratio", "kept_importance",
+        "kept_importance_macs_plan", "macs_plan_ratio", "macs_left", "macs_plan_macs_left",
+        "dense_ms", "dense_vs_dense", "commit",
+    ),
+    ("model", "backend", "requested"),
 )  # fmt: skip
-KEY = ("model", "backend", "requested")
 REQUESTS = (0.75, 0.5)
-PAIRS = 45
 ROUNDS = 15
 """Of the table: what an operator saves with few channels less is a difference of near numbers."""
 
@@ -86,7 +95,8 @@ def draw_scores(group: Any, context: Any) -> np.ndarray:
 class Contest:
     """One model on one backend: plans of it, and their times."""
 
-    def __init__(self, name: str, backend: str) -> None:
+    def __init__(self, name: str, backend: str, options: argparse.Namespace) -> None:
+        self.options = options
         build, side = MODELS[name]
         torch.manual_seed(0)
         self.backend = backend
@@ -123,7 +133,7 @@ class Contest:
     def time(self, plan: prunus.Plan) -> float:
         """The ratio of the pruned to the dense model's time, once the clock can be trusted."""
         pruned = self.prepare(prunus.apply(plan, copy.deepcopy(self.model)))
-        seconds = trusted_race(self.dense, self.dense, [pruned], PAIRS)
+        seconds = trusted_race(self.dense, self.dense, [pruned], self.options)
         self.dense_ms, self.control = 1e3 * median(seconds[:, 0]), control(seconds)
         return float(median(seconds[:, 2] / seconds[:, 0]))
 
@@ -172,7 +182,7 @@ def measure(contest: Contest, requested: float) -> dict[str, str]:
 
 def wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, list[float]]]:
     """What has no row of this commit yet."""
-    there = {tuple(row[k] for k in KEY) for row in read(RESULTS) if row["commit"] == commit()}
+    there = options.table.done(by=commit())
     for name in options.models:
         for backend in options.backend or BACKENDS:
             left = [r for r in REQUESTS if options.again or (name, backend, f"{r}") not in there]
@@ -182,17 +192,17 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, list[float]]
 
 def main() -> None:
     """Measure what was asked for, and replace its rows as soon as they are there."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = TABLE.parser(__doc__)
     parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL")
     parser.add_argument("--backend", action="append", choices=BACKENDS)
     parser.add_argument("--again", action="store_true", help="also what this commit has measured")
-    parser.add_argument("--threads", type=int, default=1)
+    ask_how_to_race(parser, pairs=45)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     started = time.monotonic()
     for name, backend, left in wanted(options):
         print(f"{name} on {backend}", flush=True)
-        contest = Contest(name, backend)
+        contest = Contest(name, backend, options)
         for requested in left:
             key = {"model": name, "backend": backend, "requested": str(requested)}
             try:
@@ -200,8 +210,8 @@ def main() -> None:
             except (BusyError, prunus.errors.BudgetError) as error:  # the next call makes the row
                 print(f"  no row: {error}", flush=True)
                 continue
-            replace(RESULTS, FIELDS, KEY, [row])
-            print(row, f"after {time.monotonic() - started:.0f} s", flush=True)
+            options.table.add(row)
+            print(f"after {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import time
 import warnings
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.rows import MissingError
+
 BACKENDS = ("eager", "onnxruntime")
 VOID = 0.03
 """How far two runs of one model may differ: else what ran beside them is not told from them."""
@@ -22,7 +25,7 @@ Run = Callable[[], Any]
 Seconds = np.ndarray[Any, Any]
 
 
-class BusyError(Exception):
+class BusyError(MissingError):
     """Other processes disturb the clock."""
 
 
@@ -42,21 +45,30 @@ def race(runs: Sequence[Run], rounds: int) -> Seconds:
     return seconds[2:]
 
 
-def trusted_race(dense: Run, twin: Run, pruned: Sequence[Run], rounds: int) -> Seconds:
+def trusted_race(
+    dense: Run, twin: Run, pruned: Sequence[Run], options: argparse.Namespace
+) -> Seconds:
     """Seconds of the dense model, of its twin, and of the others, of the first race not void.
 
     Raises
     ------
     BusyError
-        If twelve are void.
+        If all are void.
     """
-    for _ in range(12):
-        seconds = race([dense, twin, *pruned], rounds)
+    for _ in range(options.tries):
+        seconds = race([dense, twin, *pruned], options.pairs)
         off = control(seconds)
         if abs(off - 1) <= VOID:
             return seconds
         print(f"  void: dense against dense is {off:.3f}", flush=True)
-    raise BusyError(f"dense against dense differs by more than {VOID:.0%}, again and again")
+    raise BusyError(f"a quiet machine: dense against dense differs by more than {VOID:.0%}")
+
+
+def ask_how_to_race(parser: argparse.ArgumentParser, pairs: int) -> None:
+    """Add what :func:`trusted_race` wants to know; ``pairs`` is how many rounds count."""
+    parser.add_argument("--pairs", type=int, default=pairs, help="rounds of a race")
+    parser.add_argument("--tries", type=int, default=12, help="races until one is not void")
+    parser.add_argument("--threads", type=int, default=1)
 
 
 def control(seconds: Seconds) -> float:

@@ -5,8 +5,8 @@
 
 What the field began with, on ResNet-50 at batch 1 and 224 pixels, one thread: 40 % of the filters
 of every layer removed, and 70 % of all weights; by L2 norm, widths as they come, and as multiples
-of 16.  Beside them Torch-Pruning with the ratio at which its plan has the MACs of ours without
-alignment, within 1 %.  All of a recipe run in turn; a race in which dense against dense differs by
+of 16.  Beside them Torch-Pruning with the least ratio at which its plan has no more MACs than ours
+without alignment.  All of a recipe run in turn; a race in which dense against dense differs by
 more than 3 % is void and repeated.  ``share``, the part of the promise that arrives, is
 macs_ratio ÷ time_ratio.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,18 +23,26 @@ import torch
 from torch import nn
 
 import prunus
-from benchmarks.rows import commit, read, replace
-from benchmarks.speed.racing import BACKENDS, Run, control, forward_of, trusted_race
+from benchmarks.peers import bounded
+from benchmarks.rows import Table, commit
+from benchmarks.speed.racing import (
+    BACKENDS,
+    Run,
+    ask_how_to_race,
+    control,
+    forward_of,
+    trusted_race,
+)
 
-RESULTS = Path(__file__).parents[1] / "results" / "seeds.csv"
-FIELDS = (
-    "recipe", "backend", "engine", "round_to", "params_left", "macs_ratio", "time_ratio", "share",
-    "dense_ms", "dense_vs_dense", "pairs", "commit",
+TABLE = Table(
+    "seeds.csv",
+    (
+        "recipe", "backend", "engine", "round_to", "params_left", "macs_ratio", "time_ratio",
+        "share", "dense_ms", "dense_vs_dense", "pairs", "commit",
+    ),
+    ("recipe", "backend", "engine", "round_to"),
 )  # fmt: skip
-KEY = ("recipe", "backend", "engine", "round_to")
-PAIRS = 15
 ALIGNED = 16
-CLOSE = 0.01
 RECIPES: dict[str, dict[str, Any]] = {
     "40 % of filters": {"ratios": {"*": 0.4}},
     "70 % of weights": {"budget": prunus.Budget(params=0.3)},
@@ -66,47 +73,24 @@ class Seeds:
         plan = prunus.plan(self.graph, self.model, round_to=round_to, **RECIPES[recipe])
         return prunus.apply(plan, copy.deepcopy(self.model))
 
-    def theirs(self, macs: int) -> nn.Module:
-        """Cut by Torch-Pruning, by the ratio that leaves so many MACs."""
-        low, high = 0.0, 1.0
-        for _ in range(12):
-            share = (low + high) / 2
-            twin = self.prune(share)
-            left = self.count(twin)["macs"]
-            if abs(left / macs - 1) <= CLOSE:
-                break
-            low, high = (share, high) if left > macs else (low, share)
-        return twin
-
-    def prune(self, share: float) -> nn.Module:
-        """Cut by Torch-Pruning."""
-        import torch_pruning
-
-        twin = copy.deepcopy(self.model)
-        torch_pruning.pruner.BasePruner(
-            twin,
-            self.images,
-            importance=torch_pruning.importance.MagnitudeImportance(p=2),
-            pruning_ratio=share,
-            ignored_layers=[twin.fc],
-            # Its default dicts are shared by all pruners of a process, and it writes to them.
-            out_channel_groups={},
-            in_channel_groups={},
-        ).step()
-        return twin
-
     def contestants(self, recipe: str) -> dict[tuple[str, int], nn.Module]:
         """By engine and multiple."""
         free = self.ours(recipe, 1)
         return {
             ("prunus", 1): free,
             ("prunus", ALIGNED): self.ours(recipe, ALIGNED),
-            ("torch-pruning", 1): self.theirs(self.count(free)["macs"]),
+            ("torch-pruning", 1): bounded.torch_pruning(
+                self.model, self.images, self.count(free)["macs"], criterion="l2", scope="local"
+            ),
         }
 
 
 def measure(
-    seeds: Seeds, recipe: str, models: dict[tuple[str, int], nn.Module], backend: str
+    seeds: Seeds,
+    recipe: str,
+    models: dict[tuple[str, int], nn.Module],
+    backend: str,
+    options: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
     """The rows of one race."""
 
@@ -114,7 +98,7 @@ def measure(
         return forward_of(model, seeds.images, backend)
 
     dense = prepare(seeds.model)
-    seconds = trusted_race(dense, dense, [prepare(model) for model in models.values()], PAIRS)
+    seconds = trusted_race(dense, dense, [prepare(model) for model in models.values()], options)
     for column, ((engine, multiple), model) in enumerate(models.items(), 2):
         costs = seeds.count(model)
         ratio = median(seconds[:, column] / seconds[:, 0])
@@ -130,27 +114,25 @@ def measure(
             "share": f"{macs / ratio:.3f}",
             "dense_ms": f"{1e3 * median(seconds[:, 0]):.2f}",
             "dense_vs_dense": f"{control(seconds):.4f}",
-            "pairs": PAIRS,
+            "pairs": options.pairs,
             "commit": commit(),
         }
 
 
 def main() -> None:
     """Measure what has no row of this commit, each recipe and backend in one race."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = TABLE.parser(__doc__)
     parser.add_argument("--again", action="store_true", help="also what this commit has measured")
-    parser.add_argument("--threads", type=int, default=1)
+    ask_how_to_race(parser, pairs=15)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    done = {(r["recipe"], r["backend"]) for r in read(RESULTS) if r["commit"] == commit()}
+    done = set() if options.again else {key[:2] for key in options.table.done(by=commit())}
     seeds = Seeds()
     for recipe in RECIPES:
-        left = [b for b in BACKENDS if options.again or (recipe, b) not in done]
+        left = [backend for backend in BACKENDS if (recipe, backend) not in done]
         models = seeds.contestants(recipe) if left else {}
         for backend in left:
-            rows = list(measure(seeds, recipe, models, backend))
-            print(*rows, sep="\n", flush=True)
-            replace(RESULTS, FIELDS, KEY, rows)
+            options.table.add(*measure(seeds, recipe, models, backend, options))
 
 
 if __name__ == "__main__":

@@ -13,32 +13,27 @@ plain forward of the same model on fake tensors.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "results" / "speed.csv"
+import torch
+from torch import nn
+
+import prunus
+from benchmarks.apart import FailedError, StoppedError, peak_mb, run_apart
+from benchmarks.rows import Table
+
 ROUNDS = 3
 LIMIT = 600
-FIELDS = (
-    "engine", "model", "trace_s", "group_s", "plan_s", "apply_s", "verify_s", "total_s",
-    "peak_mb", "fake_s", "params_left", "note",
-)  # fmt: skip
 STAGES = ("trace_s", "group_s", "plan_s", "apply_s")
 
 
 def _timm(name: str) -> Callable[[], tuple[Any, Any, Any]]:
     def build() -> tuple[Any, Any, Any]:
         import timm
-        import torch
 
         return timm.create_model(name).eval(), (torch.randn(1, 3, 224, 224),), {}
 
@@ -47,7 +42,6 @@ def _timm(name: str) -> Callable[[], tuple[Any, Any, Any]]:
 
 def _bert(layers: int) -> Callable[[], tuple[Any, Any, Any]]:
     def build() -> tuple[Any, Any, Any]:
-        import torch
         from transformers import BertConfig, BertModel
 
         ids = torch.randint(5, 30000, (1, 128))
@@ -57,7 +51,6 @@ def _bert(layers: int) -> Callable[[], tuple[Any, Any, Any]]:
 
 
 def _llama_8b() -> tuple[Any, Any, Any]:
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -72,9 +65,6 @@ def _llama_8b() -> tuple[Any, Any, Any]:
 
 def _warm_up() -> tuple[Any, Any, Any]:
     """A small network: importing what an engine loads when first used is nobody's speed."""
-    import torch
-    from torch import nn
-
     layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten()]
     model = nn.Sequential(*layers, nn.Linear(8 * 4 * 4, 10))
     return model.eval(), (torch.randn(1, 3, 8, 8),), {}
@@ -93,10 +83,19 @@ MODELS: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
 }
 
 
+TABLE = Table(
+    "speed.csv",
+    (
+        "engine", "model", "trace_s", "group_s", "plan_s", "apply_s", "verify_s", "total_s",
+        "peak_mb", "fake_s", "params_left", "note",
+    ),
+    ("model", "engine"),
+    lambda row: list(MODELS).index(row["model"]),
+)  # fmt: skip
+
+
 def run_prunus(name: str, *, verified: bool = False) -> dict[str, Any]:
     """One round of ours, in this process."""
-    import prunus
-
     model, args, kwargs = MODELS[name]()
     meta = name.endswith("meta")
     row: dict[str, Any] = {"fake_s": _fake_forward(model, args, kwargs)}
@@ -108,7 +107,7 @@ def run_prunus(name: str, *, verified: bool = False) -> dict[str, Any]:
     row["plan_s"], started = time.perf_counter() - started, time.perf_counter()
     prunus.apply(plan, model)
     row["apply_s"] = time.perf_counter() - started
-    row["peak_mb"] = _peak_mb()
+    row["peak_mb"] = peak_mb()
     row["params_left"] = plan.costs["params"][1] / plan.costs["params"][0]
     if verified and not meta:
         dense, args, kwargs = MODELS[name]()
@@ -121,9 +120,7 @@ def run_prunus(name: str, *, verified: bool = False) -> dict[str, Any]:
 
 def run_torch_pruning(name: str, *, verified: bool = False) -> dict[str, Any]:
     """One round of Torch-Pruning, in this process; it has no proof to be ``verified``."""
-    import torch
     import torch_pruning
-    from torch import nn
 
     model, args, kwargs = MODELS[name]()
     before = sum(parameter.numel() for parameter in model.parameters())
@@ -150,7 +147,7 @@ def run_torch_pruning(name: str, *, verified: bool = False) -> dict[str, Any]:
     pruner.step()
     row = {"trace_s": built - started, "group_s": 0.0, "plan_s": 0.0}
     row["apply_s"] = time.perf_counter() - built
-    row["peak_mb"] = _peak_mb()
+    row["peak_mb"] = peak_mb()
     row["params_left"] = sum(parameter.numel() for parameter in model.parameters()) / before
     try:
         with torch.no_grad():
@@ -160,13 +157,7 @@ def run_torch_pruning(name: str, *, verified: bool = False) -> dict[str, Any]:
         return row | {"note": f"broken forward: {error}"[:80].replace("\n", " ")}
 
 
-def _peak_mb() -> float:
-    """The most memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def _fake_forward(model: Any, args: Any, kwargs: Any) -> float:
-    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._pytree import tree_map
 
@@ -203,8 +194,6 @@ def profile(name: str) -> None:
     import cProfile
     import pstats
 
-    import prunus
-
     run_prunus("warm_up")
     model, args, kwargs = MODELS[name]()
     profiler = cProfile.Profile()
@@ -227,17 +216,20 @@ def profile(name: str) -> None:
 ENGINES = {"prunus": run_prunus, "torch-pruning": run_torch_pruning}
 
 
+def run_round(engine: str, name: str, verified: bool) -> dict[str, Any]:
+    """One round in this process, after a small model."""
+    ENGINES[engine]("warm_up")
+    return ENGINES[engine](name, verified=verified)
+
+
 def measure(engine: str, name: str, *, verified: bool) -> dict[str, Any]:
     """One round in a process of its own."""
-    command = [sys.executable, __file__, "--round", engine, name]
-    command += ["--verified"] if verified else []
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
-    except subprocess.TimeoutExpired:
+        found: dict[str, Any] = run_apart(run_round, engine, name, verified, seconds=LIMIT)
+    except StoppedError:
         return {"note": f"did not finish in {LIMIT} s"}
-    if done.returncode:
-        return {"note": f"failed: {done.stderr.strip().splitlines()[-1]}"[:120]}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except FailedError as error:
+        return {"note": f"failed: {error}"[:120]}
     return found
 
 
@@ -258,39 +250,21 @@ def summarise(engine: str, name: str, rounds: list[dict[str, Any]]) -> dict[str,
 
 def main() -> None:
     """Measure the models asked for, engines in turn, and replace their rows."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("models", nargs="*", default=list(MODELS)[1:])
-    parser.add_argument("--round", nargs=2, metavar=("ENGINE", "MODEL"), help=argparse.SUPPRESS)
-    parser.add_argument("--verified", action="store_true", help=argparse.SUPPRESS)
+    parser = TABLE.parser(__doc__)
+    parser.add_argument("models", nargs="*", default=list(MODELS)[1:], metavar="MODEL")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--profile", action="store_true", help="print where the time goes")
     options = parser.parse_args()
-    if options.profile:
-        for name in options.models:
-            profile(name)
-        return
-    if options.round:
-        engine, name = options.round
-        ENGINES[engine]("warm_up")
-        print(json.dumps(ENGINES[engine](name, verified=options.verified)))
-        return
-    rows: list[dict[str, Any]] = []
-    if RESULTS.exists():
-        with RESULTS.open() as file:
-            rows = list(csv.DictReader(file))
     for name in options.models:
+        if options.profile:
+            profile(name)
+            continue
         rounds: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
-        for _ in range(ROUNDS):
+        for _ in range(options.rounds):
             for engine, known in rounds.items():
                 if not known or "apply_s" in known[-1]:
                     known.append(measure(engine, name, verified=not known))
-        found = [summarise(engine, name, rounds[engine]) for engine in ENGINES]
-        print(*found, sep="\n", flush=True)
-        rows = [row for row in rows if row["model"] != name] + found
-        rows.sort(key=lambda row: list(MODELS).index(row["model"]))
-        with RESULTS.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
+        options.table.add(*(summarise(engine, name, rounds[engine]) for engine in ENGINES))
 
 
 if __name__ == "__main__":

@@ -9,25 +9,24 @@ there.  The forward is the same model on the same batches.
 
 from __future__ import annotations
 
-import argparse
-import json
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import models_zoo
 import prunus
-from benchmarks import rows
+from benchmarks.apart import peak_mb, run_apart
+from benchmarks.rows import Table, commit
 
-RESULTS = Path(__file__).parents[1] / "results" / "statistics_cost.csv"
-FIELDS = ("model", "images", "side", "what", "seconds", "times_forward", "peak_mb", "commit")
-KEY = ("model", "images", "side", "what")
+TABLE = Table(
+    "statistics_cost.csv",
+    (
+        "model", "images", "side", "what", "seconds", "times_forward", "peak_mb", "commit",
+    ),
+    ("model", "images", "side", "what"),
+)  # fmt: skip
 MODEL, IMAGES, SIDE, BATCH = "resnet50", 256, 224, 32
 
 
@@ -41,9 +40,9 @@ def measure(what: str, images: int, side: int) -> dict[str, Any]:
     plan = prunus.plan(graph, model, ratio=0.5)
     with torch.no_grad():
         model(data[0][:1])  # what is loaded and laid out once
-    before = _peak_mb()
+    before = peak_mb()
     seconds = {"forward": _forward, "pass": _pass, "solve": _solve}[what](model, graph, plan, data)
-    return {"what": what, "seconds": round(seconds, 2), "peak_mb": round(_peak_mb() - before)}
+    return {"what": what, "seconds": round(seconds, 2), "peak_mb": round(peak_mb() - before)}
 
 
 def _forward(model: Any, graph: Any, plan: Any, data: Sequence[Any]) -> float:
@@ -67,35 +66,19 @@ def _solve(model: Any, graph: Any, plan: Any, data: Sequence[Any]) -> float:
     return time.process_time() - started
 
 
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Every measurement in a process of its own."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = TABLE.parser(__doc__)
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--side", type=int, default=SIDE)
-    parser.add_argument("--only", choices=("forward", "pass", "solve"), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.only:
-        print(json.dumps(measure(options.only, options.images, options.side)))
-        return
+    options = parser.parse_args()
     plain = 0.0
     for what in ("forward", "pass", "solve"):
-        asked = ["--only", what, "--images", str(options.images), "--side", str(options.side)]
-        told = subprocess.run(
-            [sys.executable, __file__, *asked], check=True, capture_output=True, text=True
-        )
-        found = json.loads(told.stdout.splitlines()[-1])
+        found = run_apart(measure, what, options.images, options.side)
         plain = plain or found["seconds"]
-        ratio = f"{found['seconds'] / plain:.2f}"
         row = found | {"model": MODEL, "images": options.images, "side": options.side}
-        row |= {"times_forward": ratio, "commit": rows.commit()}
-        rows.replace(RESULTS, FIELDS, KEY, [row])
-        print(" ".join(str(row[name]) for name in FIELDS), flush=True)
+        ratio = f"{found['seconds'] / plain:.2f}"
+        options.table.add(row | {"times_forward": ratio, "commit": commit()})
 
 
 if __name__ == "__main__":

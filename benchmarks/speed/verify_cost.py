@@ -11,21 +11,26 @@ verify_forwards and shrink_forwards (these over forward_s).
 
 from __future__ import annotations
 
-import csv
 import importlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 import prunus
+from benchmarks.rows import Table
 
-RESULTS = Path(__file__).parents[1] / "results" / "verify_cost.csv"
+TABLE = Table(
+    "verify_cost.csv",
+    (
+        "model", "forward_s", "trace_s", "verify_s", "verify_traces_s", "verify_forwards",
+        "shrink_s", "shrink_traces_s", "shrink_forwards", "verdict", "shrunk",
+    ),
+    ("model",),
+)  # fmt: skip
 RUNS = 2
 
 
@@ -135,19 +140,16 @@ def measure(name: str) -> dict[str, Any]:
     }
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
+    """Measure the models asked for."""
+    parser = TABLE.parser(__doc__)
+    parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     importlib.import_module("prunus.api")  # what is imported once is no part of a call
-    rows = []
-    for name in names or MODELS:
-        rows.append(measure(name))
-        print(rows[-1], flush=True)
-    if not names:
-        with RESULTS.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+    for name in options.models:
+        options.table.add(measure(name))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,9 +1,9 @@
-"""The other engines, asked for the largest model that they make within so many MACs.
+"""The other engines, asked for the largest model that they make within a bound.
 
 Torch-Pruning takes a ratio of widths and torch-kirigami a bound on parameters, so either is
-bisected on a copy of the model until the MACs fit.  MACs are counted by PyTorch, for every engine
-alike.  What criteria read of data comes without labels: the loss is the cross-entropy of the
-model's own largest class.
+bisected on a copy of the model until the bound is kept.  MACs are counted by PyTorch, for every
+engine alike.  What criteria read of data comes without labels: the loss is the cross-entropy of
+the model's own largest class.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import prunus
-from benchmarks.peers import peers
+from benchmarks.peers import engines, judge
 
 CRITERIA = ("l1", "l2", "lamp", "fpgm", "bn_scale", "taylor")
 """Torch-Pruning's own; the last one depends on the draw of a seed."""
@@ -35,8 +35,8 @@ def count_macs(model: nn.Module, inputs: Tensor) -> int:
     return prunus.report.measure_costs(model, inputs)["macs"]
 
 
-def cut_within(model: nn.Module, inputs: Tensor, limit: int, cut: Cut) -> nn.Module:
-    """The model of the least share removed, to a thousandth, that has no more MACs.
+def cut_within(model: nn.Module, cut: Cut, fits: Callable[[nn.Module], bool]) -> nn.Module:
+    """The model of the least share removed, to a thousandth, that fits.
 
     Raises
     ------
@@ -47,12 +47,12 @@ def cut_within(model: nn.Module, inputs: Tensor, limit: int, cut: Cut) -> nn.Mod
     for _ in range(STEPS):
         middle = (low + high) / 2
         smaller = cut(copy.deepcopy(model), middle)
-        if count_macs(smaller, inputs) <= limit:
+        if fits(smaller):
             high, found = middle, smaller
         else:
             low = middle
     if found is None:
-        raise RuntimeError(f"no share up to 0.99 comes to {limit} MACs")
+        raise RuntimeError("no share up to 0.99 is enough")
     return found.eval()
 
 
@@ -63,12 +63,12 @@ def torch_pruning(
     *,
     criterion: str,
     scope: str,
-    batches: Sequence[Tensor],
+    batches: Sequence[Tensor] = (),
 ) -> nn.Module:
     """Torch-Pruning's model within a limit of MACs; only the layers of the outputs are ignored."""
     import torch_pruning as engine
 
-    ignored = peers.find_output_layers(model, (inputs,), {})
+    ignored = engines.find_output_layers(model, (inputs,), {})
     gradients = _differentiate(model, batches) if criterion == "taylor" else {}
 
     def cut(twin: nn.Module, share: float) -> nn.Module:
@@ -92,7 +92,7 @@ def torch_pruning(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return cut_within(model, inputs, limit, cut)
+        return cut_within(model, cut, lambda m: count_macs(m, inputs) <= limit)
 
 
 def _criterion(name: str) -> Any:
@@ -125,7 +125,7 @@ def torch_kirigami(model: nn.Module, inputs: Tensor, limit: int, *, seconds: int
 
     Raises
     ------
-    peers.OutOfTime
+    judge.OutOfTime
         If it takes more seconds of processor time than allowed, all tries together.
     """
     from torch_kirigami import DependencyGraph
@@ -140,6 +140,6 @@ def torch_kirigami(model: nn.Module, inputs: Tensor, limit: int, *, seconds: int
         )[0]
         return smaller
 
-    with peers.limited(seconds), warnings.catch_warnings():
+    with judge.limited(seconds), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return cut_within(model, inputs, limit, cut)
+        return cut_within(model, cut, lambda m: count_macs(m, inputs) <= limit)

@@ -1,0 +1,88 @@
+"""A small sample of every benchmark, to see that each still runs: ``make bench-quick``.
+
+    python -m benchmarks.quick             # all, in under ten minutes; writes out/bench-quick
+    python -m benchmarks.quick speed peers.cases
+
+Tables are written to ``out/bench-quick`` and say nothing about speed or accuracy.  A benchmark that
+needs data, weights or a GPU that are not there is skipped, with what it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+from benchmarks.rows import MISSING, ROOT
+
+OUT = ROOT / "out" / "bench-quick"
+LIMIT = 180
+SAMPLES: dict[str, str] = {
+    "house": "",
+    "exactness.exactness": "zoo:resnet20 hf:bert",
+    "exactness.coverage": "torchvision:resnet18 timm:convnext_zepto_rms",
+    "exactness.transformers_heads": "vit llama",
+    "exactness.fuzz": "--count 20 --chunk 20",
+    "exactness.attacks": "--kind files --kind plans --kind lines --count 20",
+    "exactness.gpu": "",
+    "accuracy.oneshot_fmnist": "--engine prunus --importance l2 --seed 0",
+    "accuracy.repairs": "--seeds 1",
+    "accuracy.oneshot_pretrained": "--model minilm",
+    "accuracy.heads": "--importance l2 --sentences 32 --calibration 32",
+    "accuracy.llm_oneshot": "--engine prunus --structure width --importance l2 --blocks 2",
+    "speed.speed": "resnet50 --rounds 1",
+    "speed.verify_cost": "mobilenetv2",
+    "speed.statistics_cost": "--images 32 --side 64",
+    "speed.depth": "2 4",
+    "speed.bert_speed": "--pairs 3 --tries 1",
+    "speed.seeds": "--pairs 1 --tries 1",
+    "speed.latency": "mobilenetv2 --backend eager",
+    "planning.budgets": "mobilenetv2",
+    "planning.optimality": "--count 3",
+    "planning.planner_scale": "2",
+    "planning.sensitivity": "--table",
+    "peers.cases": "flatten pixel_shuffle transformer_encoder",
+}
+"""Benchmark → the arguments of its sample."""
+
+
+def try_out(name: str, arguments: str) -> tuple[str, str]:
+    """How a sample ended, and the last words of one that did not end well."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments.split()]
+    environment = {**os.environ, "PRUNUS_RESULTS": str(OUT), "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT
+        )
+    except subprocess.TimeoutExpired:
+        return "stopped", f"after {LIMIT} s"
+    last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+    if not done.returncode:
+        return "ok", ""
+    return ("skipped" if MISSING in last else "failed"), last
+
+
+def main() -> int:
+    """Run the samples asked for; 1 if one of them failed or had to be stopped."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", help="folders or benchmarks; all without")
+    options = parser.parse_args()
+    begun, bad = time.perf_counter(), 0
+    for name, arguments in SAMPLES.items():
+        if options.names and not any(name.startswith(asked) for asked in options.names):
+            continue
+        started = time.perf_counter()
+        status, words = try_out(name, arguments)
+        bad += status in ("failed", "stopped")
+        seconds = time.perf_counter() - started
+        print(f"{name:32}{status:9}{seconds:5.0f} s  {words}".rstrip(), flush=True)
+    print(f"{time.perf_counter() - begun:.0f} s; tables in {OUT.relative_to(ROOT)}")
+    return min(bad, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -254,7 +254,7 @@ def _cut_and_refresh(
     only_cut()
     if dense is None:
         return ()
-    follow = partial(move_statistics, model, plan, dense.moments, look(model, calls).moments)
+    follow = partial(move_statistics, model, plan, dense.halves, look(model, calls).halves)
     with quiet_run(model):  # which puts the statistics back
         take_statistics(model, plan, dense.statistics)
         before = distance([dense.answer], [answer_to(model, calls[-1])])

@@ -18,7 +18,6 @@ from prunus.graph.axis import Mask
 from prunus.graph.budget import Budget
 from prunus.graph.coupling import CouplingGraph
 from prunus.planner.alignment import RoundTo
-from prunus.planner.descent import Descent
 from prunus.planner.filters import excluded_groups, first_fitting, spread
 from prunus.planner.fixed_ratios import choose_fixed
 from prunus.planner.limits import find_stops
@@ -31,8 +30,8 @@ from prunus.planner.option_values import (
     check_scope,
     check_share,
 )
-from prunus.planner.removal import Floors
-from prunus.planner.solvers import solve
+from prunus.planner.removal import Floors, Removal
+from prunus.planner.solve import solve
 from prunus.planner.steps import Quanta, form_quanta
 
 Scores = NDArray[np.float64]
@@ -165,20 +164,20 @@ def select(
         )
     said = {"min_width": min_width, "max_ratio": max_ratio, "round_to": round_to, "ratios": ratios}
     floors = _floors(graph, min_width, max_ratio, said)
-    descent = Descent(graph, quanta, limits, floors, _ranks(graph, quanta, scope))
+    removal = Removal(graph, quanta, limits, floors, _ranks(graph, quanta, scope))
     if ratios is not None:
-        descent.settle(*choose_fixed(graph, quanta, spread(graph, ratios, "ratios", check_share)))
+        removal.settle(*choose_fixed(graph, quanta, spread(graph, ratios, "ratios", check_share)))
     least_lost = None
     if scope == "global":
-        least_lost = solve(descent, quanta)
+        least_lost = solve(removal, quanta)
     else:
-        descent.descend()
-    kept = quanta.kept(descent.removed)
+        removal.descend()
+    kept = quanta.kept(removal.removed)
     known = np.isfinite(weights)
     total = float(weights[known].sum()) or 1.0
     return Selection(
         kept=kept,
-        stopped=find_stops(graph, quanta, descent.removed, floors.units),
+        stopped=find_stops(graph, quanta, removal.removed, floors.units),
         retained=float(weights[known & kept].sum()) / total,
         bound=None if least_lost is None else 1 - least_lost / total,
     )
@@ -268,7 +267,7 @@ def _comparable(scores: Scores, normalise: Normalise) -> Scores:
     return scores / divisor if divisor > 0 else scores
 
 
-def _ranks(graph: CouplingGraph, quanta: Quanta, scope: Scope) -> list[list[float]] | None:
+def _ranks(graph: CouplingGraph, quanta: Quanta, scope: Scope) -> list[Scores] | None:
     """For every chain the ratio that is reached with each quantum; None where cost decides."""
     if scope == "global":
         return None
@@ -281,7 +280,7 @@ def _ranks(graph: CouplingGraph, quanta: Quanta, scope: Scope) -> list[list[floa
             key = tuple(sorted(_shape_of(graph, g) for g in groups))
         fitting = [by_hand[graph.groups[g].name] for g in groups if graph.groups[g].name in by_hand]
         classes.setdefault(("by hand", min(fitting)) if fitting else key, []).append(n)
-    ranks: list[list[float]] = [[] for _ in quanta.chains]
+    ranks: list[Scores] = [np.zeros(0)] * len(quanta.chains)
     for members in classes.values():
         chains = [quanta.chains[n] for n in members]
         means = [quanta.scores[c] / np.maximum(quanta.sizes[c], 1) for c in chains]
@@ -292,7 +291,7 @@ def _ranks(graph: CouplingGraph, quanta: Quanta, scope: Scope) -> list[list[floa
         reached[order] = np.cumsum(sizes[order]) / sum(quanta.totals[n] for n in members)
         bounds = np.cumsum([len(c) for c in chains])[:-1]
         for n, part in zip(members, np.split(reached, bounds), strict=True):
-            ranks[n] = part.tolist()
+            ranks[n] = part
     return ranks
 
 

@@ -125,6 +125,32 @@ class CostState:
             found[at] = -1 - known.setdefault(key, len(known))
         return np.asarray(found)
 
+    def curve(self, quantum: int, count: int) -> tuple[NDArray[np.float64], Mask]:
+        """By how much the costs change with 0 … ``count`` quanta like this one less.
+
+        Also returns whether every dim keeps a position then.  Positions that several quanta could
+        take are taken to be there.
+
+        Returns
+        -------
+        tuple
+            Of shape ``(costs, count + 1)`` and ``(count + 1,)``.
+        """
+        lone, times = self.positions.lone_of(quantum)
+        shared = self.positions.shared_dim[self.positions.shared_of(quantum)]
+        dims = np.union1d(lone, shared)
+        loss = np.zeros(len(dims) + 1)
+        np.add.at(loss, np.searchsorted(dims, lone), times)
+        np.add.at(loss, np.searchsorted(dims, shared), 1)
+        steps = np.arange(count + 1)[:, None]
+        found = []
+        for constants, table, places in self.reach(dims).terms:
+            now, lost = self.widths[table].astype(np.float64), loss[places]
+            left = np.maximum(now - steps[:, :, None] * lost, 0).prod(axis=2)
+            found.append(((left - now.prod(axis=1)) * constants.astype(np.float64)).sum(axis=1))
+        possible = (self.widths[dims] > steps * loss[:-1]).all(axis=1)
+        return np.array(found), np.asarray(possible, dtype=np.bool_)
+
     def savings(self, quantum: int) -> tuple[int, ...]:
         """What removing the quantum now saves, for every cost."""
         kind = self._kind[quantum]
@@ -161,21 +187,6 @@ class CostState:
         saved = self.savings(quantum)
         loss, reach = self._loss(quantum)
         self._move(quantum, saved, loss, reach, 1)
-
-    def steps_above(self, limit: int, index: int) -> int:
-        """How many quanta may go, whichever they are, with a cost still above its limit.
-
-        Savings only shrink while quanta go, so none of them saves more than the best does now.
-        """
-        if not self._kinds or -1 in self._kind[1:]:
-            return 0
-        best = max(self._difference(*kind)[index] for kind in self._kinds)
-        return max(0, (self.costs[index] - limit - 1) // best) if best else 0
-
-    def remove_unpriced(self, quantum: int) -> None:
-        """Take a quantum out, and leave the costs for :meth:`price`."""
-        loss, reach = self._kinds[self._kind[quantum]]
-        self.widths[reach.widths] -= loss[:-1]
 
     def price(self) -> None:
         """Bring the costs up to date with the widths."""

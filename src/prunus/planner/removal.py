@@ -1,22 +1,35 @@
-"""A choice of quanta that are gone, with its exact costs and what its floors and bounds allow."""
+"""What is removed: prefixes of chains, with their exact costs, and the way to the bounds.
+
+Every chain loses its quanta in order, so that a number per chain says everything.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import heapq
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prunus.errors import BudgetError, PlanError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.planner.cost import CostState
+from prunus.planner.culprits import NOTHING_THERE, tell_pins
 from prunus.planner.steps import Quanta
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 TOLERANCE = 0.01
 """How far under its bound the result may lie, as a part of the dense cost."""
+
+_EXCHANGES = 16
+"""How many chains may offer a quantum in exchange before the result is taken as it is."""
+
+_NAMED = 5
+"""How many groups an error names."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,7 @@ class Floors:
 
 
 class Removal:
-    """Quanta that are gone.
+    """Prefixes of chains that are removed.
 
     Parameters
     ----------
@@ -37,18 +50,25 @@ class Removal:
     limits
         The bounds, by the names of the costs.
     floors
-        What has to stay of every group.
+        What every group keeps.
+    ranks
+        For every chain an ascending rank per quantum, the lowest are removed first; None for score
+        per saving.
 
     Attributes
     ----------
-    removed
-        Which quanta are gone, by id.
+    chains
+        Quanta in the order in which they are removed.
+    counts
+        How many of each chain are removed.
+    fixed
+        Quanta that are removed for good, shape ``(quanta + 1,)``; they are in no chain.
     state
-        Their costs.
+        The costs.
     limits
         The bounds, in the order of the state's costs.
     dense
-        The costs while nothing is gone.
+        The costs while nothing is removed.
     """
 
     def __init__(
@@ -57,143 +77,349 @@ class Removal:
         quanta: Quanta,
         limits: Mapping[str, int],
         floors: Floors,
+        ranks: Sequence[Floats] | None = None,
     ) -> None:
-        self._graph = graph
-        self._quanta = quanta
+        self._graph, self._quanta, self._floors = graph, quanta, floors
         self._names = sorted(limits)
         self.limits = [limits[name] for name in self._names]
-        self._floors = floors
-        self._chains = [chain.tolist() for chain in quanta.chains]
-        self._left = [group.size for group in graph.groups]
         self.state = CostState(graph, self._names, quanta.owner)
         self.dense = tuple(self.state.costs)
-        self._taken: list[int] = []
-        self._chain_of = {q: n for n, chain in enumerate(self._chains) for q in chain}
-        self._gate_of = {
-            quantum: chain[0]
-            for chain in self._chains
-            for quantum in chain[1:]
-            if chain[0] in quanta.gates
-        }
-        self.removed = np.zeros(len(quanta.scores), dtype=np.bool_)
+        self.fixed = np.zeros(len(quanta.scores), dtype=np.bool_)
+        self._open(quanta.chains, ranks)
+        self._left = self._count_left(self.fixed)
+
+    def _open(self, chains: Sequence[Ints], ranks: Sequence[Floats] | None) -> None:
+        orders = self._orders(chains)
+        self.chains = tuple(chain[own] for chain, own in zip(chains, orders, strict=True))
+        if ranks is not None:
+            pairs = zip(ranks, orders, strict=True)
+            ranks = [np.maximum.accumulate(rank[own]) for rank, own in pairs]
+        self.counts = np.zeros(len(self.chains), dtype=np.int64)
+        self._ids = [chain.tolist() for chain in self.chains]
+        self._ranks: list[list[float]] | None
+        self._ranks = None if ranks is None else [rank.tolist() for rank in ranks]
+        members: dict[int, list[int]] = {}
+        for n, ids in enumerate(self._ids):
+            members.setdefault(ids[0], []).append(n)
+        self.joint = [numbers for numbers in members.values() if len(numbers) > 1]
+        """Chains that begin with the same quantum: all of them begin, or none."""
+        self._partners = {n: numbers for numbers in self.joint for n in numbers}
+
+    def _orders(self, chains: Sequence[Ints]) -> list[Ints]:
+        """The order of each chain in which what a dim needs at least is removed last.
+
+        (A dim that is wholly the chain's keeps a position: that of its most important quantum.)
+        """
+        positions = self.state.positions
+        home = np.full(positions.count + 1, -1)
+        place = np.zeros(positions.count + 1, dtype=np.int64)
+        for n, chain in enumerate(chains):
+            home[chain], place[chain] = n, np.arange(len(chain))
+        quantum, dim, times = positions.lone[home[positions.lone[:, 0]] >= 0].T
+        code = home[quantum] * positions.dims + dim
+        pairs, which = np.unique(code, return_inverse=True)
+        taken, last = np.zeros((2, len(pairs)), dtype=np.int64)
+        np.add.at(taken, which, times)
+        np.maximum.at(last, which, place[quantum])
+        whole = taken == positions.full[pairs % positions.dims]
+        late = [np.zeros(len(chain), dtype=np.bool_) for chain in chains]
+        for n, at in zip(pairs[whole] // positions.dims, last[whole], strict=True):
+            late[n][at] = at > 0 or int(chains[n][0]) not in self._quanta.gates
+        return [np.argsort(own, kind="stable") for own in late]
+
+    def settle(self, quanta: Iterable[int], chains: Iterable[int]) -> None:
+        """Remove quanta for good, and let nothing else of their chains be removed.
+
+        Raises
+        ------
+        PlanError
+            If a floor forbids it, or a dim would be left empty.
+        """
+        for quantum in quanta:
+            if self._at_floor(quantum) or not self.state.removable(quantum):
+                raise self._forbidden(quantum)
+            self._move(quantum, 1)
+            self.fixed[quantum] = True
+        closed = set(chains)
+        held = {self._ids[n][0] for n in closed} - set(np.flatnonzero(self.fixed).tolist())
+        still = [
+            n for n, chain in enumerate(self.chains)
+            if n not in closed and chain[0] not in held and not self.fixed[chain].all()
+        ]  # fmt: skip
+        there = [~self.fixed[self.chains[n]] for n in still]
+        ranks = (
+            None
+            if self._ranks is None
+            else [np.array(self._ranks[n])[own] for n, own in zip(still, there, strict=True)]
+        )
+        self._open([self.chains[n][own] for n, own in zip(still, there, strict=True)], ranks)
+
+    @property
+    def removed(self) -> Mask:
+        """Which quanta are removed, by id."""
+        return self.mask(self.counts)
 
     @property
     def retained(self) -> float:
-        """The sum of the scores of the quanta that stay."""
+        """The sum of the scores of the quanta that are kept."""
         return float(self._quanta.scores[~self.removed].sum())
 
-    @property
-    def chains(self) -> tuple[Ints, ...]:
-        """The quanta that may leave and come back, chain by chain."""
-        return tuple(np.array(chain, dtype=np.int64) for chain in self._chains if chain)
-
-    @property
-    def spare(self) -> Ints:
-        """Units of every group above its floor."""
-        return self.left - np.array(self._floors.units, dtype=np.int64)
-
-    @property
-    def left(self) -> Ints:
-        """Units of every group that stay."""
-        return np.array(self._left, dtype=np.int64)
-
-    def units_taken(self, chain: Ints) -> tuple[Ints, Ints]:
-        """Groups, and the units that each prefix takes of them, shape ``(n + 1, groups)``."""
-        share = self._quanta.share
-        order = np.argsort(chain, kind="stable")
-        ids = chain[order]
-        rows = share[
-            np.searchsorted(share[:, 0], ids[0]) : np.searchsorted(share[:, 0], ids[-1] + 1)
-        ]
-        at = np.minimum(np.searchsorted(ids, rows[:, 0]), len(ids) - 1)
-        own = ids[at] == rows[:, 0]
-        rows, length = rows[own], order[at[own]] + 1
-        groups = np.unique(rows[:, 1])
-        taken = np.zeros((len(chain) + 1, len(groups)), dtype=np.int64)
-        np.add.at(taken, (length, np.searchsorted(groups, rows[:, 1])), rows[:, 2])
-        return groups, np.cumsum(taken, axis=0)
-
-    def adopt(self, removed: Mask) -> bool:
-        """Let exactly the quanta of a mask be gone; those worth least count as gone first.
-
-        Where a group lies below its floor then, or a dim is empty, the last ones come back; False
-        if that doesn't help.
-        """
-        self.state.assign(removed)
-        self.removed = removed.copy()
-        rows = self._quanta.share[removed[self._quanta.share[:, 0]]]
-        gone = np.bincount(rows[:, 1], weights=rows[:, 2], minlength=len(self._floors.units))
-        sizes = [group.size for group in self._graph.groups]
-        self._left = [n - int(lost) for n, lost in zip(sizes, gone.tolist(), strict=True)]
-        self._taken = self._by_worth()
-        return self._reinstate()
-
-    def _by_worth(self) -> list[int]:
-        """The quanta that are gone, by score per cost; none before those of its chain."""
-        parts = [chain[self.removed[chain]] for chain in self.chains]
-        ids = np.concatenate([np.zeros(0, dtype=np.int64), *parts])
-        ids = ids[np.sort(np.unique(ids, return_index=True)[1])]  # a gate stands in several
-        cost = self.state.expense(ids, [1 / max(limit, 1) for limit in self.limits])
-        worth = np.zeros(len(self.removed))
-        worth[ids] = self._quanta.scores[ids] / np.maximum(cost, np.finfo(float).tiny)
-        for part in parts:
-            worth[part] = np.maximum.accumulate(worth[part])
-        found: list[int] = ids[np.argsort(worth[ids], kind="stable")].tolist()
+    def mask(self, counts: Ints) -> Mask:
+        """Which quanta are removed with prefixes of these lengths, shape ``(quanta + 1,)``."""
+        parts = [chain[:n] for chain, n in zip(self.chains, counts.tolist(), strict=True)]
+        found = self.fixed.copy()
+        if parts:
+            found[np.concatenate(parts)] = True
         return found
 
-    def _reinstate(self) -> bool:
-        """Put back what groups and dims need, the last removed first; whether that is enough."""
-        floors, left = self._floors.units, self._left
-        short = {n for n, least in enumerate(floors) if left[n] < least}
-        empty = set(self.state.empty)
-        followers = self._followers()
-        for quantum in list(reversed(self._taken)) if short or empty else []:
-            groups = {group for group, _ in self._quanta.shares[quantum]}
-            needed = short & groups or empty.intersection(self.state.positions.dims_of(quantum))
-            if not needed or followers.get(quantum):
+    def adopt(self, counts: Ints) -> bool:
+        """Remove prefixes of these lengths; False where a group or a dim has too little then.
+
+        The quanta worth most come back where that helps.
+        """
+        self._assign(counts)
+        floors = self._floors.units
+        heap = self._by_worth()
+        while heap:
+            short = {n for n, least in enumerate(floors) if self._left[n] < least}
+            empty = set(self.state.empty)
+            if not short and not empty:
+                return True
+            n = -heapq.heappop(heap)[1]
+            last = self._last(n)
+            groups = {group for group, _ in self._quanta.shares[last]}
+            if short & groups or empty.intersection(self.state.positions.dims_of(last)):
+                self._give(n, heap)
+        return not self.state.empty and all(
+            left >= least for left, least in zip(self._left, floors, strict=True)
+        )
+
+    def _assign(self, counts: Ints) -> None:
+        removed = self.mask(counts)
+        self.state.assign(removed)
+        self.counts = counts.copy()
+        self._left = self._count_left(removed)
+
+    def _count_left(self, removed: Mask) -> list[int]:
+        rows = self._quanta.share[removed[self._quanta.share[:, 0]]]
+        gone = np.bincount(rows[:, 1], weights=rows[:, 2], minlength=len(self._graph.groups))
+        sizes = (group.size for group in self._graph.groups)
+        return [size - int(lost) for size, lost in zip(sizes, gone.tolist(), strict=True)]
+
+    def descend(self) -> None:
+        """Remove by priority, fill up, and exchange coarse steps for fine."""
+        self.reduce()
+        self.fill()
+        self.exchange()
+
+    def reduce(self) -> None:
+        """Remove until every bound holds, the one that is furthest away first.
+
+        Raises
+        ------
+        BudgetError
+            If the floors don't allow the bounds; it says which, and how far one gets.
+        """
+        if self._ranks is not None:
+            self._jump()
+        while (bound := self._worst()) is not None:
+            if not self._approach(bound):
+                raise self._stopped()
+
+    def _jump(self) -> None:
+        """Go to the highest rank with which a bound is broken still and nothing is in the way."""
+        assert self._ranks is not None
+        every = np.unique(np.concatenate([np.zeros(0), *self._ranks]))
+        low, high = -1, len(every)
+        best = self.counts
+        while high - low > 1:
+            middle = (low + high) // 2
+            counts = np.array(
+                [np.searchsorted(rank, every[middle], "right") for rank in self._ranks]
+            )
+            for numbers in self.joint:
+                counts[numbers] = np.maximum(counts[numbers], counts[numbers].max() > 0)
+            self._assign(np.maximum(counts, best))
+            free = not self.state.empty and all(
+                left >= least for left, least in zip(self._left, self._floors.units, strict=True)
+            )
+            if free and self._worst() is not None:
+                low, best = middle, self.counts
+            else:
+                high = middle
+        self._assign(best)
+
+    def disturb(self, moves: Mapping[int, int]) -> bool:
+        """Remove some quanta more of some chains, or less, and let the others make up for it."""
+        for n, more in moves.items():
+            for _ in range(abs(more)):
+                if not (self._may_take(n) if more > 0 else self._may_give(n)):
+                    return False
+                (self._take if more > 0 else self._give)(n)
+        while (bound := self._worst()) is not None:
+            if not self._approach(bound, held=moves):
+                return False
+        self.fill(held=moves)
+        return True
+
+    def fill(self, held: Collection[int] = ()) -> None:
+        """Put back what fits, but of some chains, the last removed or the most important first."""
+        heap = self._by_worth()
+        while heap:
+            n = -heapq.heappop(heap)[1]
+            if n not in held and self._may_give(n) and self._fits(self._last(n)):
+                self._give(n, heap)
+
+    def exchange(self) -> None:
+        """While too much is removed, put a quantum back and remove a better one, or finer ones."""
+        for _ in range(_EXCHANGES if self.limits else 0):
+            if self.slack() <= TOLERANCE or not self._exchange_one():
+                return
+
+    def _exchange_one(self) -> bool:
+        """Leave less room than before by one exchange; False where none does."""
+        slack = self.slack()
+        for _, last in sorted(self._by_worth())[:_EXCHANGES]:
+            n = -last
+            if not self._may_give(n):
                 continue
-            self._give(quantum)
-            if quantum in self._gate_of:
-                followers[self._gate_of[quantum]] -= 1
-            short -= {n for n in groups if left[n] >= floors[n]}
-            empty &= set(self.state.empty)
-        self._taken = [quantum for quantum in self._taken if self.removed[quantum]]
-        return not short and not empty
+            before = self.counts.copy()
+            self._give(n)
+            finely = (max(TOLERANCE, slack / 2), slack)
+            if self._trade(n, slack) or (
+                any(map(self._reach_finely, finely)) and self.slack() < slack
+            ):
+                self.fill()
+                return True
+            self._assign(before)
+        return False
 
-    def _followers(self) -> dict[int, int]:
-        """How many quanta are gone behind every gate, which must stay gone as long as they are."""
-        followers = dict.fromkeys(self._quanta.gates, 0)
-        for quantum in self._taken:
-            if quantum in self._gate_of:
-                followers[self._gate_of[quantum]] += 1
-        return followers
+    def _trade(self, back: int, slack: float) -> bool:
+        """Remove one quantum of another chain that leaves least room, less than ``slack``."""
+        best: tuple[float, int] | None = None
+        for n in range(len(self.chains)):
+            if n == back or not self._may_take(n):
+                continue
+            savings = self.state.savings(self._ids[n][self.counts[n]])
+            costs = zip(self.state.costs, savings, strict=True)
+            room = self.slack([cost - saved for cost, saved in costs])
+            if 0 <= room < slack and (best is None or room < best[0]):
+                best = room, n
+        if best is not None:
+            self._take(best[1])
+        return best is not None
 
-    def _may_take(self, quantum: int) -> bool:
+    def _reach_finely(self, largest: float) -> bool:
+        """Remove small quanta only until every bound holds; False where that can't be done.
+
+        ``largest`` is the part of a dense cost that such a quantum saves at most.
+        """
+        while (bound := self._worst()) is not None:
+            if not self._approach(bound, largest):
+                return False
+        return True
+
+    def _approach(self, bound: int, largest: float = np.inf, held: Collection[int] = ()) -> bool:
+        """Remove until one bound holds, but of some chains; False when nothing more can be removed.
+
+        Savings only shrink while quanta are removed, so the key of a chain only grows, and an
+        entry of the heap that is found to be current is the least of all.
+        """
+        free = (n for n in range(len(self.chains)) if n not in held)
+        keys = ((self._key(n, bound, largest), n) for n in free)
+        heap = [(key, n) for key, n in keys if key is not None]
+        heapq.heapify(heap)
+        while self.state.costs[bound] > self.limits[bound]:
+            if not heap:
+                return False
+            known, n = heap[0]
+            key = self._key(n, bound, largest)
+            if key is not None and key <= known:
+                key = None
+                if self._may_take(n):
+                    self._take(n)
+                    key = self._key(n, bound, largest)
+            if key is None:
+                heapq.heappop(heap)
+            else:
+                heapq.heapreplace(heap, (key, n))
+        return True
+
+    def _key(self, n: int, bound: int, largest: float) -> float | None:
+        """Rank of the next quantum of a chain, or score per saving; None where there is none.
+
+        A quantum that saves nothing, or more than ``largest``, ends the chain.
+        """
+        at = int(self.counts[n])
+        if at == len(self._ids[n]):
+            return None
+        if self._ranks is not None and largest == np.inf:
+            return self._ranks[n][at]
+        savings = self.state.savings(self._ids[n][at])
+        fine = all(s <= largest * dense for s, dense in zip(savings, self.dense, strict=True))
+        if not savings[bound] or not fine:
+            return None
+        score = float(self._quanta.scores[self._ids[n][at]])
+        return score / savings[bound] if self._ranks is None else self._ranks[n][at]
+
+    def _by_worth(self) -> list[tuple[float, int]]:
+        """A heap of the chains that lost something, the most valuable last quantum first."""
+        found = [(-self._worth(n), -n) for n in np.flatnonzero(self.counts).tolist()]
+        heapq.heapify(found)
+        return found
+
+    def _worth(self, n: int) -> float:
+        """Of the last removed quantum of a chain: its rank, or its score per cost."""
+        if self._ranks is not None:
+            return self._ranks[n][int(self.counts[n]) - 1]
+        last = self._last(n)
+        expenses = self.state.expenses(last)
+        cost = sum(e / max(limit, 1) for e, limit in zip(expenses, self.limits, strict=True))
+        return float(self._quanta.scores[last]) / cost if cost else np.inf
+
+    def _last(self, n: int) -> int:
+        last: int = self._ids[n][self.counts[n] - 1]
+        return last
+
+    def _may_take(self, n: int) -> bool:
+        if self.counts[n] == len(self._ids[n]):
+            return False
+        quantum = self._ids[n][self.counts[n]]
         return not self._at_floor(quantum) and self.state.removable(quantum)
 
     def _at_floor(self, quantum: int) -> bool:
         floors = self._floors.units
         return any(self._left[g] - n < floors[g] for g, n in self._quanta.shares[quantum])
 
-    def _take(self, quantum: int, *, priced: bool = True) -> None:
-        if priced:
-            self.state.remove(quantum)
-        else:
-            self.state.remove_unpriced(quantum)
-        self.removed[quantum] = True
-        self._taken.append(quantum)
-        for group, count in self._quanta.shares[quantum]:
-            self._left[group] -= count
+    def _may_give(self, n: int) -> bool:
+        """Whether the last quantum of a chain is that of no other chain that goes on."""
+        partners = self._partners.get(n, ())
+        return self.counts[n] > 0 and (
+            self.counts[n] > 1 or all(self.counts[m] == 1 for m in partners)
+        )
 
-    def _give(self, quantum: int) -> None:
-        self.state.restore(quantum)
-        self.removed[quantum] = False
+    def _take(self, n: int) -> None:
+        self._move(self._ids[n][self.counts[n]], 1)
+        self._count(n, 1)
+
+    def _give(self, n: int, heap: list[tuple[float, int]] | None = None) -> None:
+        self._move(self._last(n), -1)
+        self._count(n, -1)
+        if heap is not None and self.counts[n]:
+            heapq.heappush(heap, (-self._worth(n), -n))
+
+    def _count(self, n: int, more: int) -> None:
+        first = self.counts[n] == (0 if more > 0 else 1)
+        for m in self._partners.get(n, (n,)) if first else (n,):
+            self.counts[m] += more
+
+    def _move(self, quantum: int, sign: int) -> None:
+        (self.state.remove if sign > 0 else self.state.restore)(quantum)
         for group, count in self._quanta.shares[quantum]:
-            self._left[group] += count
+            self._left[group] -= sign * count
 
     def _fits(self, quantum: int) -> bool:
-        expenses = self.state.expenses(quantum)
-        costs = zip(self.state.costs, expenses, self.limits, strict=True)
+        costs = zip(self.state.costs, self.state.expenses(quantum), self.limits, strict=True)
         return all(cost + more <= limit for cost, more, limit in costs)
 
     def _worst(self) -> int | None:
@@ -212,3 +438,56 @@ class Removal:
             (limit - cost) / max(dense, 1)
             for cost, limit, dense in zip(now, self.limits, self.dense, strict=True)
         )
+
+    def _forbidden(self, quantum: int) -> PlanError:
+        """Why a ratio that was given can't be had."""
+        floors, shares = self._floors.units, self._quanta.shares[quantum]
+        below = [group for group, units in shares if self._left[group] - units < floors[group]]
+        number = below[-1] if below else shares[0][0]
+        group, left = self._graph.groups[number], self._left[number]
+        least = floors[number] if below else left
+        why = f"a dim would be left empty with less than {left} of its {group.size} units"
+        if below:
+            why = f"the floors ({self._floors.options}) keep {least} of its {group.size} units"
+        return PlanError(
+            "the group can't lose as many units as its ratio says",
+            where=f"group {group.name}",
+            why=why,
+            fix=f"give a ratio of at most {(group.size - least) / group.size:.3g}",
+        )
+
+    def _stopped(self) -> BudgetError:
+        """What was asked, how far one gets, and which groups stand in the way."""
+        asked, reached = [], []
+        for name, cost, limit, dense in zip(
+            self._names, self.state.costs, self.limits, self.dense, strict=True
+        ):
+            asked.append(f"{name} ≤ {limit} ({limit / dense:.1%} of {dense})")
+            reached.append(f"{name} {cost} ({cost / dense:.1%})")
+        stop = f"the floors ({self._floors.options}) stop at {', '.join(reached)}"
+        left = [*self._remainders(self._worst() or 0), *tell_pins(self._graph)]
+        return BudgetError(
+            f"no plan reaches {' and '.join(asked)}",
+            why="\n".join([f"{stop}; what is left there:", *(left or [NOTHING_THERE])]),
+            fix="ask for less, lower the floors, or let more groups be pruned",
+        )
+
+    def _remainders(self, bound: int) -> list[str]:
+        """The groups that hold most of a cost, and why no more of them is removed."""
+        name, dense = self._names[bound], self.dense[bound]
+        kept = self._quanta.kept(self.removed)
+        cost = self._graph.cost(name, kept)
+        shares = []
+        for number, group in enumerate(self._graph.groups):
+            without = kept.copy()
+            without[group.units] = False
+            shares.append((self._graph.cost(name, without) - cost, number))
+        told = []
+        for share, number in sorted(shares)[:_NAMED]:
+            group = self._graph.groups[number]
+            keeps = f"keeps {self._left[number]} of {group.size} units"
+            reason = self._quanta.untouched.get(group.name, keeps)
+            told.append(f"{group.name}: {reason}, {-share / dense:.1%} of the dense {name}")
+        if len(shares) > _NAMED:
+            told.append(f"and {len(shares) - _NAMED} groups more")
+        return told

@@ -42,6 +42,8 @@ class Quanta:
         Names of groups that lose nothing whatever the budget, with the reason.
     conflicts
         What contradictory locksteps say, if there are such.
+    rounded
+        Whether a width has to be a multiple of something.
     """
 
     owner: Ints
@@ -54,6 +56,7 @@ class Quanta:
     shares: tuple[tuple[tuple[int, int], ...], ...]
     untouched: Mapping[str, str]
     conflicts: tuple[str, ...]
+    rounded: bool
 
     def kept(self, removed: Mask) -> Mask:
         """Units that stay when the quanta of a mask are removed."""
@@ -98,6 +101,7 @@ def form_quanta(
         shares=_pairs(share, count),
         untouched=untouched,
         conflicts=tuple(conflicts),
+        rounded=any(multiple > 1 for _, multiple in labels),
     )
 
 

@@ -38,7 +38,7 @@ SAMPLES: dict[str, str] = {
     "speed.depth": "2 4",
     "speed.bert_speed": "--pairs 3 --tries 1",
     "speed.seeds": "--pairs 1 --tries 1",
-    "speed.latency": "mobilenetv2 --backend eager",
+    "speed.latency": "resnet50 --backend eager",
     "planning.budgets": "mobilenetv2",
     "planning.optimality": "--count 3",
     "planning.planner_scale": "2",

@@ -25,7 +25,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("graph",),
     ("tracer",),
     ("surgeon", "calibration", "structures"),
-    ("importance", "recovery", "verifier", "checkpoint", "latency"),
+    ("importance", "recovery", "verifier", "checkpoint"),
     ("planner",),
     ("planner.search", "integrations"),
     ("report", "api", "__init__"),
@@ -37,7 +37,7 @@ LOOSE = {"__init__", "__main__", "api", "errors", "files"}
 """The files at the top of the package."""
 
 PUBLIC_PACKAGES = {
-    "api", "errors", "graph", "importance", "integrations", "latency", "planner", "recovery",
+    "api", "errors", "graph", "importance", "integrations", "planner", "recovery",
     "report", "structures", "verifier",
 }  # fmt: skip
 """What a user may import beside the names of the package itself."""
@@ -58,7 +58,6 @@ CODE_LINES = {
     "graph": 1650,
     "importance": 900,
     "integrations": 350,
-    "latency": 1150,
     "planner": 4270,
     "recovery": 1900,
     "report": 650,

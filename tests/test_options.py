@@ -129,7 +129,6 @@ NONSENSE = {
     "data": 3,
     "statistics": {},
     "loss": "cross_entropy",
-    "latency": {"a": 1},
     "ratios": 0.5,
     "budget": 0.5,
     "ratio": "half",

@@ -62,10 +62,12 @@ def broken(row: Row, hidden: tuple[str, ...] = ()) -> list[str]:
     return [what for what, holds in promised.items() if not holds]
 
 
-TIMED = ("resnet50", "mobilenetv2", "yolov8n", "vit_small")
+TIMED = ("resnet50", "mobilenetv2")
 """Models of latency.csv."""
 
-BUDGETED = (*TIMED, "llama_1b", "efficientnet_b0", "bert_base", "hrnet_w18")
+BUDGETED = (
+    *TIMED, "yolov8n", "vit_small", "llama_1b", "efficientnet_b0", "bert_base", "hrnet_w18",
+)  # fmt: skip
 """Models of budgets.csv."""
 
 BACKENDS = ("eager", "onnxruntime")
@@ -107,12 +109,8 @@ def missed(row: Row) -> list[str]:
 
 def late(row: Row) -> list[str]:
     """What a row of latency.csv lacks of what is promised of a latency budget."""
-    ratio = number(row["measured_ratio"])
-    kept, beside = number(row["kept_importance"]), number(row["kept_importance_macs_plan"])
     promised = {
-        "lands": abs(ratio / number(row["requested"]) - 1) <= 0.07,
-        "same time": abs(number(row["macs_plan_ratio"]) / ratio - 1) <= 0.03,
-        "keeps": kept > beside if row["model"] == "mobilenetv2" else kept >= 0.99 * beside,
+        "lands": abs(number(row["measured_ratio"]) / number(row["requested"]) - 1) <= 0.07,
         "quiet": abs(number(row["dense_vs_dense"]) - 1) <= 0.03,
         "commit": not row["commit"].endswith("+"),
     }
@@ -316,17 +314,11 @@ def test_a_row_that_breaks_the_line_is_seen(change: Row, lacks: list[str]) -> No
 
 
 def test_a_time_that_is_missed_is_seen() -> None:
-    row = {"model": "mobilenetv2", "requested": "0.5", "measured_ratio": "0.51",
-           "kept_importance": "0.95", "kept_importance_macs_plan": "0.94",
-           "macs_plan_ratio": "0.52", "dense_vs_dense": "1.01", "commit": "0123abc"}  # fmt: skip
+    row = {"requested": "0.5", "measured_ratio": "0.51", "dense_vs_dense": "1.01",
+           "commit": "0123abc"}  # fmt: skip
     assert late(row) == []
     assert late({**row, "requested": "0.75"}) == ["lands"]
-    assert late({**row, "measured_ratio": "0.54", "macs_plan_ratio": "0.54"}) == ["lands"]
-    assert late({**row, "macs_plan_ratio": "0.53"}) == ["same time"]
-    assert late({**row, "kept_importance_macs_plan": "0.955"}) == ["keeps"]
-    other = {**row, "model": "resnet50"}
-    assert late({**other, "kept_importance_macs_plan": "0.955"}) == []
-    assert late({**other, "kept_importance_macs_plan": "0.97"}) == ["keeps"]
+    assert late({**row, "measured_ratio": "0.54"}) == ["lands"]
     assert late({**row, "dense_vs_dense": "0.96"}) == ["quiet"]
     assert late({**row, "commit": "0123abc+"}) == ["commit"]
 

@@ -64,7 +64,7 @@ _HOMES = {
 }
 
 _PACKAGES = {
-    "api", "calibration", "checkpoint", "errors", "graph", "importance", "integrations", "latency",
+    "api", "calibration", "checkpoint", "errors", "graph", "importance", "integrations",
     "planner", "recovery", "report", "structures", "verifier",
 }  # fmt: skip
 """What is rarely needed is taken from its package, ``prunus.importance.collect`` say."""

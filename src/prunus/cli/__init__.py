@@ -17,7 +17,7 @@ from prunus.errors import ApplyError, BudgetError, FileError, PrunusError, Verif
 from prunus.files import STDOUT, printing
 
 VERBS = (
-    "inspect", "measure", "sensitivity", "plan", "diff", "shrink", "apply", "verify", "load",
+    "inspect", "sensitivity", "plan", "diff", "shrink", "apply", "verify", "load",
 )  # fmt: skip
 
 EXIT_CODES = """\
@@ -95,7 +95,8 @@ def _run_logged(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     """Call the verb, and turn whatever it raises into a message and an exit code."""
     try:
-        code: int = options.run(options)
+        with _threads(getattr(options, "threads", None)):
+            code: int = options.run(options)
         return code
     except PrunusError as error:
         code = _tell(error)
@@ -111,6 +112,22 @@ def _run(options: argparse.Namespace) -> int:
         show_traceback(error)
         options.journal.write_error(error)
         return BAD_INPUT
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """As many threads of PyTorch as were asked for, as long as the verb runs."""
+    if count is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _tell(error: PrunusError) -> int:

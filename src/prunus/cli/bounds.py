@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from prunus.cli.values import count
+
 if TYPE_CHECKING:
     from prunus.graph.budget import Budget
 
@@ -20,6 +22,8 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 
 def add_budget_options(group: Any) -> None:
     """Bounds of every cost, of the whole model and of parts, and fixed ratios."""
+    from prunus.graph.budget import TIMERS
+
     text = "upper bound: a fraction of the dense cost, as 0.5, or a number, as"
     for name in COUNTS:
         group.add_argument(f"--{name}", metavar="N", type=count_bound, help=f"{text} 2000000")
@@ -30,7 +34,17 @@ def add_budget_options(group: Any) -> None:
         metavar="N|TIME",
         type=time_bound,
         help="a fraction of the time that the dense model takes on this machine, as 0.5, or a "
-        "time, as 12ms; operators that the latency table lacks are measured first",
+        "time, as 12ms: smaller models are timed in turn with the dense one",
+    )
+    group.add_argument(
+        "--backend",
+        default="eager",
+        choices=TIMERS,
+        help="what runs the models that are timed (default: eager; onnxruntime needs the extra "
+        "'export')",
+    )
+    group.add_argument(
+        "--threads", metavar="N", type=count, help="of PyTorch, and of the models that are timed"
     )
     group.add_argument(
         "--within",
@@ -78,6 +92,8 @@ def budget_of(options: argparse.Namespace) -> Budget | None:
         except argparse.ArgumentTypeError as error:
             raise PlanError(str(error), where=f"--within {glob} {text}") from None
         scopes.setdefault(glob, {})[name] = bound
+    if options.latency is not None:
+        bounds["timer"] = options.backend
     if bounds or scopes:
         return Budget(**bounds, within={g: Budget(**inner) for g, inner in scopes.items()})
     if options.ratios is None and options.sensitivity is None and not options.drop:

@@ -117,7 +117,6 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     """What to remove."""
     group = parser.add_argument_group("what to remove")
     add_budget_options(group)
-    add_backend(group)
     group.add_argument(
         "--drop",
         metavar="N|NAME",
@@ -155,9 +154,9 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--round-to",
         metavar="N",
-        type=values.widths,
+        type=by_glob(values.count),
         help="widths are multiples of it; a number, or numbers by kind of layer and by globs: "
-        "linear=32,conv=8,head.*=1,*=4; or 'latency': of what the latency table says (default: "
+        "linear=32,conv=8,head.*=1,*=4 (default: "
         "8 for channels and FFNs of 32 and more, less where a step of 8 would miss a bound by "
         "more than 2 %%; 1 rounds nothing)",
     )
@@ -195,16 +194,6 @@ def add_group_globs(group: argparse._ActionsContainer) -> None:
     group.add_argument("--include", metavar="GLOB", action="append", help=f"only these {text}")
     group.add_argument(
         "--exclude", metavar="GLOB", action="append", default=[], help=f"not these {text}"
-    )
-
-
-def add_backend(parser: Any) -> None:
-    """What runs the model where its latency matters."""
-    parser.add_argument(
-        "--backend",
-        default="eager",
-        choices=("eager", "compile", "onnxruntime"),
-        help="what runs the model (default: eager; onnxruntime needs the extra 'export')",
     )
 
 

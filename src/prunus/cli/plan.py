@@ -147,35 +147,20 @@ def choose(
 
     step("tracing")
     graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
-    timed = measure_for(loaded, graph, options, step)
     step("planning")
     # With blocks to drop, what the importance reads is collected on what is left of the model.
-    read: dict[str, Any] = {"data": data} if options.drop else {}
+    read: dict[str, Any] = {"data": data} if reads_data(options) else {}
     if not options.drop:
         read["statistics"] = collect(loaded, graph, data, options, step)
     chosen = choice_of(options)
     if options.sensitivity is not None:
         chosen["ratios"] = ratios_by_table(options, graph, loaded.model, read["statistics"])
-    return graph, prunus.plan(graph, loaded.model, **read, **timed, **chosen)
+    return graph, prunus.plan(graph, loaded.model, **read, **chosen)
 
 
-def needs_table(options: argparse.Namespace) -> bool:
-    """Whether the choice depends on what this machine takes."""
-    return options.latency is not None or options.round_to == "latency"
-
-
-def measure_for(
-    loaded: Loaded,
-    graph: CouplingGraph,
-    options: argparse.Namespace,
-    step: Callable[..., None],
-) -> dict[str, Any]:
-    """The latency table as an option of :func:`prunus.plan`, if the choice needs one."""
-    if not needs_table(options):
-        return {}
-    from prunus.cli.measure import measure
-
-    return {"latency": measure(loaded, graph, options, step)}
+def reads_data(options: argparse.Namespace) -> bool:
+    """Whether planning reads the data itself, and not only the statistics of an importance."""
+    return bool(options.drop) or options.latency is not None
 
 
 def told_of(plan: Plan) -> list[str]:
@@ -185,7 +170,7 @@ def told_of(plan: Plan) -> list[str]:
 
 def told_of_rounding(plan: Plan) -> list[str]:
     """Of what widths are multiples where nobody said so, in a sentence."""
-    if "round_to" not in plan.origin.get("automatic", ()):
+    if "round_to" not in plan.origin.get("automatic", ()) or "latency" in plan.origin:
         return []
     multiple = plan.origin["round_to"]
     finer = ""
@@ -201,13 +186,19 @@ def told_of_rounding(plan: Plan) -> list[str]:
 
 
 def told_of_time(plan: Plan) -> list[str]:
-    """What the clock says of a latency budget, or the table of another, in a sentence."""
+    """What the clock says of a latency budget, in a sentence."""
     timed = plan.origin.get("latency")
     if timed is None:
         return []
-    before, after = (f"{time / 1e6:.4g} ms" for time in plan.costs["latency_ns"])
-    how = "by the latency table" if timed["ratio"] is None else "by the clock"
-    return [f"{after} of {before} on {timed['backend']}, {how}."]
+    multiple, error = timed["multiple"], timed["error"]
+    widths = "" if multiple is None else f", widths multiples of {multiple}"
+    repaired = "" if error is None else f", output error {error:.1%} after repair"
+    dense = timed["dense_ms"]
+    return [
+        f"Measured time {timed['ratio'] * dense:.4g} of {dense:.4g} ms ({timed['ratio']:.1%} ± "
+        f"{timed['spread']:.1%}) by the clock {timed['clock']}, of {len(timed['trials'])} plans: "
+        f"at most {timed['macs']:.1%} of the MACs{widths}{repaired}."
+    ]
 
 
 def _told_of_bounds(costs: dict[str, dict[str, Any]]) -> list[str]:

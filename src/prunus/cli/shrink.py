@@ -9,7 +9,7 @@ from prunus.cli import cutting
 from prunus.cli import options as shared
 from prunus.cli.bounds import budget_of
 from prunus.cli.by_table import check_alone, ratios_by_table
-from prunus.cli.plan import choice_of, collect, measure_for, needs_table
+from prunus.cli.plan import choice_of, collect
 
 
 def add_parser(verbs: Any) -> None:
@@ -50,10 +50,9 @@ def run(options: argparse.Namespace) -> int:
         read: dict[str, Any] = {}
         needs = needs_of(options.importance)
         by_table = options.sensitivity is not None
-        if not options.drop and (needs or by_table or needs_table(options)):
+        if not options.drop and (needs or by_table):
             graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
             read["statistics"] = collect(loaded, graph, data, options, step)
-            read.update(measure_for(loaded, graph, options, step))
             if by_table:
                 chosen["ratios"] = ratios_by_table(options, graph, loaded.model, read["statistics"])
         step("planning and cutting" if options.no_verify else "planning, proving and cutting")

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from prunus.cli.bounds import by_glob
 from prunus.errors import FileError
 from prunus.files import check_target
 
@@ -44,11 +43,6 @@ def block(text: str) -> int | str:
     if text.lstrip("+-").isdecimal():
         return count(text)
     return text
-
-
-def widths(text: str) -> int | str | dict[str, int]:
-    """Read multiples, or the word that leaves them to the latency table."""
-    return text if text == "latency" else by_glob(count)(text)
 
 
 def scope(text: str) -> str | list[str]:

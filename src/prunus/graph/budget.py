@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from numbers import Integral, Rational, Real
@@ -15,6 +15,11 @@ from prunus.graph.scope import IN
 
 if TYPE_CHECKING:
     from prunus.graph.coupling import CouplingGraph
+
+Timer = str | Callable[..., Any]
+"""The name of a clock, or a function of a model that returns seconds."""
+
+TIMERS = ("eager", "onnxruntime")
 
 _FIX = "give a float in (0, 1] for a fraction of the dense cost, or an int ≥ 2 for a number"
 _WHOLE = {
@@ -45,8 +50,12 @@ class Budget:
         ``nn.MultiheadAttention`` is taken for the equivalent that it becomes when it is cut.
     latency
         A float in (0, 1] is a fraction of what the dense model takes, a string an absolute time
-        with its unit: ``"12ms"``, ``"0.8 s"``, ``"900us"``.  Planning needs a table of
-        :func:`prunus.latency.measure` for it.
+        with its unit: ``"12ms"``, ``"0.8 s"``, ``"900us"``.  It is met by the clock, within 2 %.
+    timer
+        What measures latency: ``"eager"`` (PyTorch as it is, the default), ``"onnxruntime"`` (on
+        the CPU; the extra ``export``), both on the traced inputs, on as many threads as PyTorch
+        has; or a function that is called with a model, dense or pruned (a copy, in eval mode),
+        and returns the seconds of a forward, on the device that matters, say.
     within
         Budgets of parts of the model, by a glob over the paths of modules and the names of
         tensors; fractions are of what that part costs.
@@ -66,6 +75,7 @@ class Budget:
     bytes: float | int | None = None
     activation: float | int | None = None
     latency: float | str | None = None
+    timer: Timer = "eager"
     within: Mapping[str, Budget] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -82,25 +92,36 @@ class Budget:
                 why=f"none of {', '.join(COSTS)} was given",
                 fix="write Budget(macs=0.5), say",
             )
+        self._check_timer()
         for name in COSTS:
             value = getattr(self, name)
             if name == "latency" and isinstance(value, str):
-                picoseconds(value)
+                seconds(value)
             elif value is not None:
                 _check(name, value)
 
     def __repr__(self) -> str:
         given = {name: getattr(self, name) for name in COSTS}
         said = [f"{name}={value!r}" for name, value in given.items() if value is not None]
+        if self.timer != "eager":
+            said.append(f"timer={name_of_timer(self.timer)}")
         if self.within:
             said.append(f"within={dict(self.within)!r}")
         return f"Budget({', '.join(said)})"
+
+    def _check_timer(self) -> None:
+        if not callable(self.timer) and self.timer not in TIMERS:
+            fix = f"give one of {', '.join(TIMERS)}, or a function that returns seconds"
+            raise BudgetError(f"timer={self.timer!r} is no clock", fix=fix)
+        if self.timer != "eager" and self.latency is None:
+            fix = "write Budget(latency=0.5, timer=…)"
+            raise BudgetError("a timer was given, and no bound on latency", fix=fix)
 
     @property
     def counted(self) -> Budget | None:
         """The bounds that need no clock; None if there are none."""
         only = self.requested.keys() == {"latency"}
-        return None if only else replace(self, latency=None)
+        return None if only else replace(self, latency=None, timer="eager")
 
     @property
     def requested(self) -> dict[str, Any]:
@@ -125,9 +146,9 @@ class Budget:
         for name, value in self.requested.items():
             if name == "latency":
                 raise BudgetError(
-                    "the graph knows nothing of latency",
-                    why="only a table that was measured on this machine does",
-                    fix="give it to the plan: latency=prunus.latency.measure(model, args)",
+                    "latency is no cost that can be counted",
+                    why="it is met by the clock, plan by plan",
+                    fix="prunus.plan(graph, model, budget=…) does that; bound the MACs here",
                 )
             dense = graph.cost(name)
             number: Any = value
@@ -138,14 +159,19 @@ class Budget:
         return found
 
 
-COSTS = tuple(one.name for one in fields(Budget) if one.name != "within")
+COSTS = tuple(one.name for one in fields(Budget) if one.name not in ("timer", "within"))
 """What can be bounded."""
-_UNITS = {"s": 10**12, "ms": 10**9, "us": 10**6, "µs": 10**6, "ns": 10**3}
-"""Picoseconds."""
+_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 
 
-def picoseconds(text: str) -> int:
-    """A time with its unit, in picoseconds.
+def name_of_timer(timer: Timer) -> str:
+    """What a timer is called in messages and in what a plan records."""
+    named = timer if isinstance(timer, str) else getattr(timer, "__qualname__", None)
+    return str(named or type(timer).__qualname__)
+
+
+def seconds(text: str) -> float:
+    """A time with its unit, in seconds.
 
     Raises
     ------
@@ -154,8 +180,8 @@ def picoseconds(text: str) -> int:
 
     Examples
     --------
-    >>> picoseconds("12ms"), picoseconds("0.5 us")
-    (12000000000, 500000)
+    >>> seconds("12ms"), seconds(".5 us")
+    (0.012, 5e-07)
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(s|ms|us|µs|ns)\s*", text)
     if found is None or not float(found[1]):
@@ -164,7 +190,7 @@ def picoseconds(text: str) -> int:
             why="it is zero" if found else "it is no positive number with a unit",
             fix='write "12ms", say; units are s, ms, us and ns',
         )
-    return int(Fraction(found[1].removesuffix(".")) * _UNITS[found[2]])
+    return float(found[1]) * _UNITS[found[2]]
 
 
 def _check_scope(scope: str, inner: Any) -> None:

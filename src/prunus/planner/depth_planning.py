@@ -54,8 +54,8 @@ def plan_left(
     if names and budget is not None and budget.latency is not None:
         raise PlanError(
             "a latency budget can't be combined with dropping blocks",
-            why="the table is that of the model with all its blocks",
-            fix="drop the blocks first (prunus.drop_layers), then measure and plan what is left",
+            why="the clock compares with the model that has all its blocks",
+            fix="drop the blocks first (prunus.drop_layers), then plan what is left",
         )
     if not names:
         return plan_widths(left, model, asked, hold=hold)

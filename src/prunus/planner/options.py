@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from inspect import cleandoc
 from textwrap import indent
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from prunus.errors import PlanError, checks_options
 from prunus.graph.budget import Budget
@@ -42,7 +42,6 @@ from prunus.planner.option_values import (
 if TYPE_CHECKING:
     from prunus.calibration.targets import Loss
     from prunus.importance import Importance, Statistics
-    from prunus.latency import LatencyTable
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -185,8 +184,11 @@ class PlanOptions(ScoreOptions):
         ``latency``, as fractions of the dense cost or absolute, of the whole model and (except
         memory and latency) of parts of it; several hold at once.
 
-        A bound on latency is met within 2 % by the clock: plans are cut on a copy, measured in
-        turn with the dense model, and made again.
+        A bound on latency is met within 2 % by the clock: copies are cut by plans for a bound on
+        MACs and for multiples of widths, and timed in turn with the dense model.  Of the plans
+        that meet the time the one is taken whose outputs on the data are nearest to the dense
+        model's after repair; without data, the one that keeps the most importance.
+        ``plan.origin["latency"]`` says what was measured.
         """,
         lambda value: isinstance(value, Budget),
         "a Budget",
@@ -259,13 +261,13 @@ class PlanOptions(ScoreOptions):
         recorded=True,
         beside_ratio=1.0,
     )
-    round_to: int | Mapping[str, int] | Literal["latency"] | None = option(
+    round_to: int | Mapping[str, int] | None = option(
         None,
         """
         Widths are multiples of it; a number, or numbers by kind of layer and by globs, as linear:
         32, conv: 8, ``head.*``: 1, ``*``: 4 (default: 8 for channels and FFNs of 32 and more, less
-        where a step of 8 would miss a bound by more than 2 %; 1 rounds nothing); or ``latency``:
-        the number at which the time of most contractions steps, by the latency table.
+        where a step of 8 would miss a bound by more than 2 %; for a bound on latency what is best
+        of 1, 8, 16 and 32; 1 rounds nothing).
 
         ``plan.origin["round_to"]`` says what the default was.  Heads, experts, blocks and what
         ``ratios`` says are never rounded by default.  A group narrower than twice the number is
@@ -302,17 +304,6 @@ class PlanOptions(ScoreOptions):
         is_bool,
         "True or False",
     )
-    latency: LatencyTable | None = option(
-        None,
-        """
-        What :func:`prunus.latency.measure` returned.
-
-        With a budget of latency ``plan.costs["latency_ns"]`` and ``plan.origin["latency"]`` say
-        what was measured, without one what the table predicts.
-        """,
-        lambda value: hasattr(value, "predict"),
-        "what prunus.latency.measure returns",
-    )
 
     def check(self) -> None:
         """Refuse values that an option can't have, and options that contradict one another.
@@ -330,7 +321,7 @@ class PlanOptions(ScoreOptions):
         check_each("min_width", self.min_width, check_count)
         if self.max_ratio is not None:
             check_each("max_ratio", self.max_ratio, check_ratio)
-        if self.round_to not in (None, "latency"):
+        if self.round_to is not None:
             check_each("round_to", self.round_to, check_count)
         check_each("ratios", self.ratios or {}, check_share)
         self._check_amount()
@@ -411,11 +402,10 @@ class PlanKeywords(ScoreKeywords, total=False):
     normalise: Normalise | None
     min_width: int | Mapping[str, int]
     max_ratio: float | Mapping[str, float] | None
-    round_to: int | Mapping[str, int] | Literal["latency"] | None
+    round_to: int | Mapping[str, int] | None
     hold: Collection[str]
     drop: Drop
     protect_ends: bool
-    latency: LatencyTable | None
 
 
 def takes_options(record: type[ScoreOptions]) -> Callable[[Call], Call]:

@@ -48,7 +48,8 @@ def plan(
     ------
     BudgetError
         If the floors stop it; the message says which, and what is reachable.  If a scope of the
-        budget matches nothing.  If the clock does not agree with any plan.
+        budget matches nothing.  If no plan is as fast as asked; it says how fast one
+        can get.
     DataError
         If the importance needs calibration data and there is none.
     PlanError

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from prunus.calibration.batches import Batches
 from prunus.errors import BudgetError
 from prunus.graph.axis import Mask
 from prunus.graph.budget import Budget
@@ -20,27 +21,18 @@ from prunus.graph.program import state_of
 from prunus.importance import collect, needs_of, score
 from prunus.importance.registry import is_comparable
 from prunus.importance.torch_pruning import adapt
-from prunus.latency import LatencyTable
 from prunus.planner.activation_memory import hold_peak
 from prunus.planner.alignment import RoundTo, wide_groups
 from prunus.planner.allocate import Selection, select
 from prunus.planner.culprits import nothing_removed
 from prunus.planner.default_rounding import choose_rounded
 from prunus.planner.filters import spread
-from prunus.planner.latency_planning import (
-    Timed,
-    Timekeeper,
-    check_table,
-    hasten,
-    predict_time,
-    resolve_rounding,
-)
+from prunus.planner.latency import MULTIPLES, meet_time
 from prunus.planner.option_values import check_share
 from prunus.planner.options import PlanOptions
 from prunus.planner.thin import thin
 from prunus.structures import find_structures
 from prunus.surgeon.attributes import find_edits
-from prunus.tracer.forward_fn import entered_by
 from prunus.tracer.trace import uncollected
 from prunus.verifier.other_ways import follow_other_ways
 
@@ -76,10 +68,12 @@ def plan_widths(
     """
     hold = dict.fromkeys(asked.hold, "it is held") if hold is None else hold
     asked = replace(asked, importance=adapt(asked.importance, model), hold=tuple(hold))
-    importance, ratio, seed, latency = asked.importance, asked.ratio, asked.seed, asked.latency
+    importance, ratio, seed = asked.importance, asked.ratio, asked.seed
     budget: Budget | Mapping[str, int] | None = asked.budget if limits is None else limits
     data, statistics = asked.data, asked.statistics
-    check_table(budget, latency)
+    by_clock = isinstance(budget, Budget) and budget.latency is not None and ratio is None
+    if by_clock and data is not None:
+        data = Batches(data, asked.samples)
     needs = needs_of(importance)
     if statistics is None and data is not None and needs:
         statistics = collect(
@@ -90,7 +84,6 @@ def plan_widths(
     if settled.normalise is None and ratio is None:
         curves = settled.scope == "global" and is_comparable(importance)
         settled = replace(settled, normalise="none" if curves else "mean")
-    multiples = resolve_rounding(settled.round_to, graph, latency)
     with uncollected():
         tensors, _ = state_of(model)
         scores = score(graph, tensors, importance, seed=seed, statistics=statistics)
@@ -98,35 +91,43 @@ def plan_widths(
             scores[graph.group(name).units] = np.inf
 
     def choose(
-        one: CouplingGraph,
-        bounds: Budget | Mapping[str, int] | None,
-        **changed: Any,
+        bounds: Budget | Mapping[str, int] | None, round_to: RoundTo | None = None
     ) -> Selection:
-        given = replace(settled, **changed)
-        if "round_to" not in automatic:
-            return _choose(one, scores, bounds, given, hold, multiples)
-        most = bounds.limits(one) if isinstance(bounds, Budget) else bounds or {}
+        if round_to is not None or "round_to" not in automatic:
+            multiples = round_to or settled.round_to or 1
+            return _choose(graph, scores, bounds, settled, hold, multiples)
+        most = bounds.limits(graph) if isinstance(bounds, Budget) else bounds or {}
         return choose_rounded(
-            *(one, most, automatic["round_to"]),
-            lambda each: _choose(one, scores, bounds, given, hold, each),
+            *(graph, most, automatic["round_to"]),
+            lambda each: _choose(graph, scores, bounds, settled, hold, each),
         )
 
-    by_clock = isinstance(budget, Budget) and budget.latency is not None and ratio is None
-    timed: Timed | None = None
+    searched: dict[str, Any] = {}
     with _naming_floor(automatic):
-        if latency is not None and by_clock:
+        if by_clock:
             assert isinstance(budget, Budget)
-            timed = _keep_time(graph, model, budget, latency, choose, seed)
-            found = timed.selection
+            rounded = _rounded_by(graph, asked, hold)
+            found, searched["latency"] = meet_time(
+                *(graph, model, budget),
+                lambda bounds, multiple: choose(bounds, rounded(multiple)),
+                lambda kept: plan_of_mask(graph, model, kept, {"traced": graph.traced}),
+                multiples=MULTIPLES if "round_to" in automatic else (None,),
+                data=data,
+                statistics=statistics,
+                seed=seed,
+            )
+            multiple = searched["latency"]["multiple"]
+            names = automatic.get("round_to", ())
+            # The bound on what is retained was that of the MACs, and says nothing of the time.
+            found = found._replace(bound=None, rounded=dict.fromkeys(names, multiple))
         else:
-            found = choose(graph, budget)
+            found = choose(budget)
     if found.kept.all() and not may_remove_nothing:
         _refuse_nothing(graph, scores, ratio, asked.ratios, {**found.stopped, **hold})
-    if latency is not None and timed is None:
-        timed = predict_time(graph, found, latency)
     origin = {
         **recorded,
         **_told_automatic(automatic, found),
+        **searched,
         "stopped": {**found.stopped, **dict.fromkeys(sorted(hold), "it is held")},
         **{name: getattr(found, name) for name in ("retained", "bound")},
         "traced": graph.traced,
@@ -137,8 +138,7 @@ def plan_widths(
     others = [name for name in bounded_costs if name not in chosen.costs]
     parts = {name: (graph.cost(name), graph.cost(name, found.kept)) for name in others}
     chosen = replace(chosen, costs={**chosen.costs, **parts})
-    chosen = follow_other_ways(chosen, graph, model, found.kept)
-    return chosen if latency is None or timed is None else timed.told_in(chosen, latency)
+    return follow_other_ways(chosen, graph, model, found.kept)
 
 
 def _set_automatic(
@@ -223,22 +223,15 @@ def _refuse_nothing(
     raise nothing_removed(graph, " and ".join(asked), {**found, **reasons})
 
 
-def _keep_time(
-    graph: CouplingGraph,
-    model: nn.Module,
-    budget: Budget,
-    table: LatencyTable,
-    choose: Callable[..., Selection],
-    seed: int,
-) -> Timed:
-    """The choice whose measured time is the requested one."""
-
-    def compare(kept: Mask) -> tuple[float, float]:
-        return keeper.compare(plan_of_mask(graph, model, kept, {"traced": graph.traced}))
-
-    with entered_by(model, graph.forward_fn):
-        keeper = Timekeeper(graph, model, table, seed)
-        return hasten(graph, budget, table, choose, compare)
+def _rounded_by(
+    graph: CouplingGraph, asked: PlanOptions, hold: Collection[str]
+) -> Callable[[int | None], RoundTo | None]:
+    """From a multiple that the clock's search tries to ``round_to``, of what is rounded at all."""
+    given = spread(graph, asked.ratios or {}, "ratios", check_share)
+    kinds = {one.group: one.kind for one in find_structures(graph).structures}
+    free = {n for n, kind in kinds.items() if kind in _ROUNDED and n not in {*given, *hold}}
+    fixed = dict.fromkeys((group.name for group in graph.groups if group.name not in free), 1)
+    return lambda multiple: None if multiple is None else {"*": multiple, **fixed}
 
 
 def plan_of_mask(

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from prunus.graph.coupling import Coupling, CouplingGraph
     from prunus.graph.plan_diff import PlanDiff
     from prunus.graph.plans import Plan
-    from prunus.latency import LatencyTable
 
 
 def describe_graph(graph: CouplingGraph) -> dict[str, Any]:
@@ -61,29 +60,6 @@ def describe_graph(graph: CouplingGraph) -> dict[str, Any]:
         "unknown": dict(sorted(graph.unknown.items())),
         "outputs": list(graph.kept_outputs),
         "inputs": graph.traced.get("inputs"),
-    }
-
-
-def describe_latency(table: LatencyTable, graph: CouplingGraph) -> dict[str, Any]:
-    """What the dense model takes, in all and operator by operator."""
-    prediction = table.predict(graph)
-    return {
-        "backend": table.backend.name,
-        "dense_ms": table.dense_ns / 1e6,
-        "fixed_ms": prediction.fixed_ns / 1e6,
-        "step": prediction.step,
-        "operators": [
-            {
-                "name": row.name,
-                "modules": list(row.modules),
-                "widths": list(row.widths),
-                "steps": list(row.steps),
-                "ms": row.nanoseconds / 1e6,
-                "share": row.nanoseconds / table.dense_ns,
-            }
-            for row in prediction.shares()
-        ],
-        "unmeasured": sorted(table.unmeasured.values()),
     }
 
 

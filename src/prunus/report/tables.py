@@ -150,19 +150,6 @@ def costs_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def latency_table(found: Mapping[str, Any]) -> Table:
-    """The operators of :func:`prunus.report.documents.describe_latency`, the slowest first."""
-    numbers = ("times", "ms", "share")
-    table = _table("operator", "in", "widths", "steps", *numbers, numbers=numbers)
-    for row in found["operators"]:
-        modules = [module or "the model" for module in row["modules"]]
-        cells = (" ".join(map(str, row[name])) for name in ("widths", "steps"))
-        more = f" +{len(modules) - 1}" if len(modules) > 1 else ""
-        time = (f"{row['ms']:.3f}", f"{row['share']:.1%}")
-        _row(table, row["name"], modules[0] + more, *cells, len(modules), *time)
-    return table
-
-
 def diff_tables(diff: PlanDiff) -> list[Table]:
     """What two plans cost, and in which groups they differ."""
     costs = _table("cost", "dense", "a", "b", numbers=("dense", "a", "b"))

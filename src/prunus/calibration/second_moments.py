@@ -16,6 +16,15 @@ from torch import Tensor
 from prunus.errors import DataError
 
 
+def nothing_seen() -> DataError:
+    """The error for sums without rows."""
+    return DataError(
+        "no rows of these features were seen",
+        why="the forward did not run what it ran when it was traced",
+        fix="trace the model with inputs like those of the calibration data",
+    )
+
+
 @dataclass(eq=False)
 class Moments:
     """Sums over rows of features, for every group of a convolution apart.
@@ -105,11 +114,7 @@ class Moments:
     @property
     def _shift(self) -> Tensor:
         if self.shift is None:
-            raise DataError(
-                "no rows of these features were seen",
-                why="the forward did not run what it ran when it was traced",
-                fix="trace the model with inputs like those of the calibration data",
-            )
+            raise nothing_seen()
         return self.shift
 
     def _begin(self, shift: Tensor) -> None:

@@ -158,37 +158,48 @@ class Sites(NamedTuple):
 
 def find_sites(graph: CouplingGraph, also: Collection[str] = ()) -> Sites:
     """Where weights read units; and of the weights in ``also``, whatever they read."""
-    program = graph.program
-    merged: dict[tuple[str, bytes], Site] = {}
-    read: dict[int, list[Product]] = {}
+    merged: dict[tuple[str, bytes], tuple[Site, list[Product]]] = {}
     by_name: dict[str, list[Site | None]] = {}
     by_module: dict[str, list[Site | None]] = {}
-    flow = Dataflow(program)
+    flow = Dataflow(graph.program)
     for node, name, product in flow.products():
-        label = None if product is None else program.value_label(product.data, product.dim)
-        if label is None and product is not None and name in also:
-            size = program.shapes[product.data.value][product.dim]
-            label = np.zeros((size, 1), dtype=np.int64)  # nothing there can go
-        site = None
-        if label is not None and product is not None:
-            key = (name or f"/{node.module}/{len(merged)}", label.tobytes())
-            fresh = Site(name, node.module, label, place=flow.place[node])
-            site = merged.setdefault(key, fresh)
-            read.setdefault(id(site), []).append(product)
-        (by_name.setdefault(name, []) if name else by_module.setdefault(node.module, [])).append(
-            site
-        )
-    identity = _Identity(program)
+        expected = by_name.setdefault(name, []) if name else by_module.setdefault(node.module, [])
+        label = None if product is None else _label_of(flow.program, product, also)
+        if product is None or label is None:
+            expected.append(None)
+            continue
+        key = (name or f"/{node.module}/{len(merged)}", label.tobytes())
+        fresh = Site(name, node.module, label, place=flow.place[node])
+        site, read = merged.setdefault(key, (fresh, []))
+        read.append(product)
+        expected.append(site)
+    identity = _Identity(flow.program)
     sources: dict[Any, int] = {}
-    for site in merged.values():
-        products = read[id(site)]
-        windows = {window_of(p.node.args, program.shapes[p.weight.value]) for p in products}
-        dims = {_summed_dim(flow, p, graph.shapes.get(site.tensor, ())) for p in products}
-        site.window, site.readings = next(iter(windows)), len(products)
-        site.dim = dims.pop() if len(dims) == len(windows) == 1 else None
-        key = (site.window, *(identity.of(p.node, p.data.value) for p in products))
-        site.source = sources.setdefault(key, site.place)
-    return Sites(tuple(merged.values()), by_name, by_module)
+    for site, read in merged.values():
+        _describe(site, read, flow, graph.shapes.get(site.tensor, ()))
+        same = (site.window, *(identity.of(p.node, p.data.value) for p in read))
+        site.source = sources.setdefault(same, site.place)
+    return Sites(tuple(site for site, _ in merged.values()), by_name, by_module)
+
+
+def _label_of(program: Program, product: Product, also: Collection[str]) -> Label | None:
+    """The units on what a product reads; None where nobody asks."""
+    label = program.value_label(product.data, product.dim)
+    if label is None and product.name in also:
+        size = program.shapes[product.data.value][product.dim]
+        return np.zeros((size, 1), dtype=np.int64)  # nothing there can go
+    return label
+
+
+def _describe(
+    site: Site, products: Sequence[Product], flow: Dataflow, shape: tuple[int, ...]
+) -> None:
+    """Say how a weight of that shape is read."""
+    shapes = flow.program.shapes
+    windows = {window_of(p.node.args, shapes[p.weight.value]) for p in products}
+    dims = {_summed_dim(flow, product, shape) for product in products}
+    site.window, site.readings = next(iter(windows)), len(products)
+    site.dim = dims.pop() if len(dims) == len(windows) == 1 else None
 
 
 def _summed_dim(flow: Dataflow, product: Product, shape: tuple[int, ...]) -> int | None:
@@ -336,13 +347,7 @@ class Watch(TorchDispatchMode):
         operands = [bound[name] for name in places]
         names = [self._storages.get(storage_of(operand), "") for operand in operands]
         name = names[1] or names[0]
-        expected = self._sites.by_name if name else self._sites.by_module
-        place = name or self._stack[-1]
-        candidates = expected.get(place, [])
-        index = self._seen[bool(name), place]
-        self._seen[bool(name), place] += 1
-        alike = len({id(site) for site in candidates}) == 1
-        site = candidates[0 if alike else index] if alike or index < len(candidates) else None
+        site = self._site(name)
         if site is None:
             return
         which = 1 if names[0] and not names[1] else 0
@@ -350,6 +355,17 @@ class Watch(TorchDispatchMode):
         start = weight.data_ptr() - self._state[name].data_ptr() if name else 0
         part = (start, weight.numel() if name else 0)  # computed weights lie elsewhere every time
         self._hear(site, Read(data, weight, bound, which == 0), part)
+
+    def _site(self, name: str) -> Site | None:
+        """The site of the product that runs, by the name of its weight or the module."""
+        expected = self._sites.by_name if name else self._sites.by_module
+        place = name or self._stack[-1]
+        index = self._seen[bool(name), place]
+        self._seen[bool(name), place] += 1
+        candidates = expected.get(place, [])
+        if len({id(site) for site in candidates}) == 1:
+            return candidates[0]
+        return candidates[index] if index < len(candidates) else None
 
 
 def storage_of(tensor: Any) -> int:

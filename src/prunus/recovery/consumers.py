@@ -132,26 +132,27 @@ def _find_place(
 ) -> tuple[Place, str]:
     """What can take up a constant behind a weight."""
     prefix, _, own = name.rpartition(".")
-    module = modules[prefix]
+    module, bias = modules[prefix], own.replace("weight", "bias")
     tied = [modules[alias.rpartition(".")[0]] for alias, first in graph.aliases.items()
             if first == name]  # fmt: skip
     if any(other is not module for other in tied):
         return "", ""  # two layers share the weight, and may have a bias each
-    bias = own.replace("weight", "bias")
     full = f"{prefix}.{bias}" if prefix else bias
     stored: Tensor | None = module._parameters.get(bias) if bias != own else None
-    first = graph.aliases.get(full, full)
     if stored is not None:
-        alone = len(flow.uses(first)) == len(flow.uses(name)) and stored.dim() == 1
-        return ("bias", first) if alone and first == full else ("", "")
+        alone = len(flow.uses(full)) == len(flow.uses(name)) and stored.dim() == 1
+        return ("bias", full) if alone and full not in graph.aliases else ("", "")
     norm = _norm_behind(flow, name)
     if norm:
         return "running mean", norm
+    takes = _takes_bias(module) and bias == "bias" and not tied
+    return ("new bias", full) if new_biases and takes else ("", "")
+
+
+def _takes_bias(module: nn.Module) -> bool:
+    """Whether a module that has no bias runs with one."""
     standard = any(type(module).forward is kind.forward for kind in _STANDARD)
-    plain = standard and bias == "bias" and getattr(module, "groups", 1) == 1
-    if new_biases and plain and not tied:
-        return "new bias", full
-    return "", ""
+    return standard and getattr(module, "groups", 1) == 1
 
 
 def _norm_behind(flow: Dataflow, weight: str) -> str:

@@ -131,58 +131,48 @@ def cut_and_recover(
     if data is None or method == "none":
         only_cut()
         return plan, ()
-    data = Batches(data)
-    fit = _Fit(method, new_biases)
-    if graph is None and fit.wanted:
+    if method == "recalibrate":
+        graph = None
+    elif graph is None:
         with without_blocks(model, plan.drops):
             graph = trace_again(model, plan)
-    seen = _see(model, plan, graph, data, statistics, fit, progress)
+    seen = _see(model, plan, graph, Batches(data), statistics, method, progress)
+    bench = _Bench(model, Batches(data), seen, progress, only_cut)
     dense = Snapshot(model, optimizer)
-    bench = _Bench(model, data, seen, progress, only_cut)
     only_cut()
     steps = [Step("cut", bench.distance())]
-    if seen.why:
-        steps.append(Step(fit.name, math.nan, False, seen.why))
-    elif fit.wanted and graph is not None:
+    auto = method == "auto"
+    if graph is not None:
         dense.restore()
-        compensate = partial(
+        fit = partial(
             cut_and_compensate,
-            *(model, plan, graph, data, seen.statistics, fit.options),
+            *(model, plan, graph, Batches(data), seen.statistics, _options(method, new_biases)),
             optimizer=optimizer,
             check=check,
-            progress=_counting(progress, fit.name),
+            progress=_counting(progress, _FITS[method]),
         )
-        limit = steps[0].error if method == "auto" else None
-        plan, step = bench.compensate(plan, compensate, fit.name, limit, dense)
+        limit = steps[0].error if auto else None
+        plan, step = bench.compensate(plan, fit, _FITS[method], limit, dense)
         steps.append(step)
     if seen.norms:
         steps.append(bench.correct(_left(steps)))
     if method in ("auto", "recalibrate") and batch_norms(model):
-        steps.append(bench.settle(_left(steps) if method == "auto" else None))
+        steps.append(bench.settle(_left(steps) if auto else None))
     return plan, tuple(steps)
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """What a recovery fits weights by."""
+_FITS: Mapping[Recover, str] = {
+    "auto": "least squares",
+    "least_squares": "least squares",
+    "bias": "bias",
+    "sequential": "least squares in sequence",
+}
+"""Recoveries that fit weights, with the names of that step."""
 
-    method: Recover
-    new_biases: bool
 
-    @property
-    def wanted(self) -> bool:
-        return self.method not in ("none", "recalibrate")
-
-    @property
-    def options(self) -> Options:
-        kind: Method = "bias" if self.method == "bias" else "least_squares"
-        return Options(kind, sequential=self.method == "sequential", new_biases=self.new_biases)
-
-    @property
-    def name(self) -> str:
-        if self.method == "sequential":
-            return "least squares in sequence"
-        return "bias" if self.method == "bias" else "least squares"
+def _options(method: Recover, new_biases: bool) -> Options:
+    kind: Method = "bias" if method == "bias" else "least_squares"
+    return Options(kind, sequential=method == "sequential", new_biases=new_biases)
 
 
 class _Seen(NamedTuple):
@@ -212,33 +202,30 @@ def _see(
     graph: CouplingGraph | None,
     data: Batches,
     statistics: Statistics | None,
-    fit: _Fit,
+    method: Recover,
     progress: Progress | None,
 ) -> _Seen:
     """Run the dense model over the data once, or not even that, for all that is read of it."""
-    looked_at, why = len(data.first(LOOKED_AT)), ""
-    answers: Answers = ()
-    if plan.drops:
-        answers = answers_of(model, data, looked_at)
-    elif statistics is not None:
-        answers = statistics.outputs
-    if statistics is not None and (graph is None or not covers(statistics, graph, plan.widths)):
-        statistics = None
-    auto = fit.method == "auto"
-    with without_blocks(model, plan.drops), watching(model, plan if auto else None) as watches:
-        if statistics is None and graph is not None and fit.wanted and not fit.options.sequential:
-            wanted = Wanted(frozenset({"second_moment"}), plan=plan.widths, outputs=looked_at)
+    count, why = len(data.first(LOOKED_AT)), ""
+    answers: Answers = answers_of(model, data, count) if plan.drops else ()
+    if statistics is not None and graph is not None:
+        answers = answers or statistics.outputs
+        statistics = statistics if covers(statistics, graph, plan.widths) else None
+    watched = plan if method == "auto" else None
+    with without_blocks(model, plan.drops), watching(model, watched) as watches:
+        if statistics is None and graph is not None and method != "sequential":
+            wanted = Wanted(frozenset({"second_moment"}), plan=plan.widths, outputs=count)
             try:
-                statistics = gather(model, graph, data, wanted, _counting(progress, fit.name))
+                statistics = gather(model, graph, data, wanted, _counting(progress, _FITS[method]))
                 answers = answers or statistics.outputs
             except ModelError as error:
-                if not auto:
+                if method != "auto":
                     raise
                 why = error.what
         if watches and not any(watch.seen for watch in watches):
-            found = answers_of(model, data, looked_at, _counting(progress, "norms"), whole=True)
+            found = answers_of(model, data, count, _counting(progress, "norms"), whole=True)
             answers = answers or found
-    answers = answers or answers_of(model, data, looked_at)
+    answers = answers or answers_of(model, data, count)
     return _Seen(answers, statistics, corrections_of(watches), why)
 
 
@@ -303,7 +290,10 @@ class _Bench:
         limit: float | None,
         dense: Snapshot,
     ) -> tuple[Plan, Step]:
-        """Compensate the dense model; with a limit, only cut it where that is worse."""
+        """Compensate the dense model; with a limit, only cut it where that can't be or is worse."""
+        if self.seen.why:
+            self.only_cut()
+            return plan, Step(name, math.nan, False, self.seen.why)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             done = compensate()

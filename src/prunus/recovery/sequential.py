@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from prunus.calibration.batches import count_samples, no_data, run_batch
 from prunus.calibration.cross import CrossMoments, OwnMoments, fit_pairs
 from prunus.calibration.lanes import END, Lane
+from prunus.calibration.second_moments import nothing_seen
 from prunus.calibration.sites import Read, Site, Sites, Watch, find_sites, storage_of
 from prunus.calibration.statistics import WIDEST, as_traced, check_traced, kept_units
 from prunus.errors import DataError
@@ -98,64 +99,66 @@ def repair_in_order(
     """
     kept = kept_units(graph, plan)
     weights, norms = find_changed(graph, kept)
+    sites = find_sites(graph, weights)
+    moments = {site.tensor: site.moments for site in dense if site.moments is not None}
+    touched = [site for site in sites.all if site.tensor in weights or loses(site, kept)]
+    tied = [s for s in touched if s.readings > 1 and s.tensor not in moments]
     with _holding(model, turned):
         whole, _ = state_of(model)
         check_traced(graph, whole)
         mixtures = _mixtures(whole, mixed)
-        sites = find_sites(graph, weights)
-        touched = [site for site in sites.all if site.tensor in weights or loses(site, kept)]
-        moments = {s.tensor: s.moments for s in dense if s.moments is not None}
-        tied = {s.tensor for s in touched if s.readings > 1 and s.tensor not in moments}
         consumers, left = find_consumers(
-            *(graph, model, [site for site in touched if site.tensor not in tied]),
-            new_biases=options.new_biases,
+            graph, model, [s for s in touched if s not in tied], new_biases=options.new_biases
         )
-        left |= dict.fromkeys(tied, "it is read several times, and loses nothing itself")
         smaller = _Smaller(model, plan.with_biases(new_biases_of(consumers)), mixtures)
-        found: dict[str, Repaired] = {}
-
-        def fit(consumer: Consumer, sums: OwnMoments | CrossMoments) -> None:
-            weight = mixtures.get(consumer.tensor, whole[consumer.tensor])
-            rows = outputs_that_stay(consumer, tuple(weight.shape), smaller.keep(consumer))
-            found[consumer.tensor] = refit(consumer, weight, rows, sums, share=options.ridge)
-            smaller.write(consumer, found[consumer.tensor])
-
+        fits = _Fits({**whole, **mixtures}, smaller, options.ridge)
         for consumer in consumers:
             if consumer.site.readings > 1:
-                stay = stay_of(consumer.site, kept)
-                own = OwnMoments(moments[consumer.tensor], stay, consumer.site.window.taps)
-                fit(consumer, own)
-        stops = _stops([one for one in consumers if one.site.readings == 1])
-        due = smaller.norms_at(norms)
+                stay, taps = stay_of(consumer.site, kept), consumer.site.window.taps
+                fits.fit([consumer], OwnMoments(moments[consumer.tensor], stay, taps))
+        stops, due = _stops(consumers), smaller.norms_at(norms)
         with _Race(graph, model, smaller.model, sites, [*stops], due) as race:
-            for batch in data:
-                race.join(batch)
-            for place, pairs in race.run():
+            for place, pairs in race.run(data):
                 if place in due:
                     smaller.measure(due[place], [pair.smaller.value for pair in pairs])
-                    continue
-                site = stops[place][0].site
-                sums = _sum_up(site, kept, pairs, options, progress)
-                for consumer in stops[place]:
-                    fit(consumer, sums)
+                else:
+                    sums = _sum_up(stops[place][0].site, kept, pairs, options, progress)
+                    fits.fit(stops[place], sums)
             measured = smaller.norms_of(whole)
-    missing = [one.tensor for one in consumers if one.tensor not in found]
-    if missing:
-        raise DataError(
-            "no rows of these features were seen",
-            where=missing[0],
-            why="the forward did not run what it ran when it was traced",
-            fix="trace the model with inputs like those of the calibration data",
-        )
-    repaired = tuple((consumer, found[consumer.tensor]) for consumer in consumers)
-    return InOrder(repaired, left, {**turned, **mixtures}, measured)
+    left |= {s.tensor: "it is read several times, and loses nothing itself" for s in tied}
+    return InOrder(fits.of(consumers), left, {**turned, **mixtures}, measured)
+
+
+@dataclass(frozen=True, eq=False)
+class _Fits:
+    """New weights, as they are found; ``whole`` has the dense ones, ``ridge`` is a share."""
+
+    whole: Mapping[str, Tensor]
+    smaller: _Smaller
+    ridge: float
+    found: dict[str, Repaired] = field(default_factory=dict)
+
+    def fit(self, consumers: Iterable[Consumer], sums: OwnMoments | CrossMoments) -> None:
+        """Fit weights that read the same, and write them into the smaller model."""
+        for one in consumers:
+            weight = self.whole[one.tensor]
+            rows = outputs_that_stay(one, tuple(weight.shape), self.smaller.keep(one))
+            self.found[one.tensor] = refit(one, weight, rows, sums, share=self.ridge)
+            self.smaller.write(one, self.found[one.tensor])
+
+    def of(self, consumers: Sequence[Consumer]) -> tuple[tuple[Consumer, Repaired], ...]:
+        """All of them, in order."""
+        if any(one.tensor not in self.found for one in consumers):
+            raise nothing_seen()
+        return tuple((one, self.found[one.tensor]) for one in consumers)
 
 
 def _stops(consumers: Iterable[Consumer]) -> dict[int, list[Consumer]]:
-    """Weights by the place where they, or others that read the same values, run first."""
+    """Weights that are read once, by where they, or others that read the same values, run first."""
     first: dict[int, int] = {}
     found: dict[int, list[Consumer]] = {}
-    for consumer in sorted(consumers, key=lambda one: one.site.place):
+    once = [one for one in consumers if one.site.readings == 1]
+    for consumer in sorted(once, key=lambda one: one.site.place):
         place = first.setdefault(consumer.site.source, consumer.site.place)
         found.setdefault(place, []).append(consumer)
     return found
@@ -191,8 +194,7 @@ class _Race:
     ) -> None:
         self._graph, self._models, self._sites = graph, (dense, smaller), sites
         self._stops, self._norms = frozenset(stops), norms
-        self._stack, self._samples = ExitStack(), 0
-        self._pairs: list[_Pair] = []
+        self._stack = ExitStack()
 
     def __enter__(self) -> _Race:
         with ExitStack() as stack:
@@ -204,15 +206,6 @@ class _Race:
     def __exit__(self, *_: Any) -> None:
         self._stack.close()
 
-    def join(self, batch: Any) -> None:
-        """Let a batch take part."""
-        samples = count_samples(batch)
-        if samples:
-            dense, smaller = self._models
-            lanes = self._lane(dense, batch, {}), self._lane(smaller, batch, self._norms)
-            self._pairs.append(_Pair(self._samples, *lanes))
-            self._samples += samples
-
     def _lane(self, model: nn.Module, batch: Any, norms: Mapping[int, _Norm]) -> Lane:
         """One forward, on a copy of the modules: what they note down is of this batch alone."""
         twin, stack = stand_in(model).model, [""]
@@ -222,22 +215,33 @@ class _Race:
         self._stack.callback(lane.close)
         return lane
 
-    def run(self) -> Iterator[tuple[int, list[_Pair]]]:
+    def run(self, data: Iterable[Any]) -> Iterator[tuple[int, list[_Pair]]]:
         """Every stop in the order of the program, with the batches that wait there."""
-        if not self._pairs:
+        pairs = list(self._pairs(data))
+        if not pairs:
             raise no_data("there is no batch, or batches hold no sample")
-        for pair in self._pairs:
-            pair.dense.advance()
-            pair.smaller.advance()
-        while (at := min(min(p.dense.at, p.smaller.at) for p in self._pairs)) < END:
-            here = [pair for pair in self._pairs if at in (pair.dense.at, pair.smaller.at)]
-            if at not in self._norms and any(p.dense.at != p.smaller.at for p in here):
+        lanes = [lane for pair in pairs for lane in (pair.dense, pair.smaller)]
+        at = -1  # where all of them are before they start
+        while at < END:
+            for lane in lanes:
+                if lane.at == at:
+                    lane.advance()
+            at = min(lane.at for lane in lanes)
+            here = [pair for pair in pairs if at in (pair.dense.at, pair.smaller.at)]
+            apart = any(pair.dense.at != pair.smaller.at for pair in here)
+            if apart and at not in self._norms:
                 raise reads_otherwise()
-            yield at, here
-            for pair in here:
-                for lane in (pair.dense, pair.smaller):
-                    if lane.at == at:
-                        lane.advance()
+            if at < END:
+                yield at, here
+
+    def _pairs(self, data: Iterable[Any]) -> Iterator[_Pair]:
+        """The forwards of every batch that has samples."""
+        first, (dense, smaller) = 0, self._models
+        for batch in data:
+            if count := count_samples(batch):
+                lanes = self._lane(dense, batch, {}), self._lane(smaller, batch, self._norms)
+                yield _Pair(first, *lanes)
+                first += count
 
 
 def _run(

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from prunus.errors import PrunusError
-from prunus.graph.axis import Mask
+from prunus.graph.axis import Label, Mask
+from prunus.graph.constraints import Aligned, Lockstep, Nonempty
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
-from prunus.planner.thin import thin as take_lowest
 from prunus.surgeon import apply
 from prunus.surgeon.attributes import find_edits
 from prunus.tracer.trace import trace
@@ -29,6 +29,49 @@ def thin(graph: CouplingGraph, ratio: float = 0.3, seed: int = 0) -> Mask:
     """Remove about ``ratio`` of every group at random, at least one unit where two exist."""
     scores = np.random.default_rng(seed).random(graph.unit_count + 1)
     return take_lowest(graph, scores, ratio)
+
+
+def take_lowest(graph: CouplingGraph, scores: np.ndarray, ratio: float) -> Mask:
+    """The mask that takes the units of lowest score from every group.
+
+    A group loses the rounded share, at least one unit where it has two, never its last; sets in
+    lockstep lose the same number.  Units are given back where a dim would be left empty,
+    or no multiple of what a kernel takes.
+    """
+    kept = graph.all_kept
+    locked = [c.sets for c in graph.constraints if isinstance(c, Lockstep)]
+    in_lockstep = {int(unit) for sets in locked for units in sets for unit in units}
+    plain = [g.units for g in graph.groups if not in_lockstep.intersection(g.units.tolist())]
+    for units in (*plain, *(units for sets in locked for units in sets)):
+        count = min(max(1, round(ratio * len(units))), len(units) - 1)
+        order = np.argsort(scores[units], kind="stable")[:count]
+        kept[units[order[np.isfinite(scores[units[order]])]]] = False
+    dims = [c.label for c in graph.constraints if isinstance(c, Nonempty)]
+    for label in (*graph.labels.values(), *dims):
+        _fill(label, kept, scores)
+    aligned = [c for c in graph.constraints if isinstance(c, Aligned)]
+    while any(_round_up(c.label, c.multiple, kept, scores) for c in aligned):
+        pass  # what one dim is given back may be one too many for another
+    return kept
+
+
+def _round_up(label: Label, multiple: int, kept: Mask, scores: np.ndarray) -> bool:
+    """Give back the best units of a dim until it is a multiple; whether any was given back."""
+    changed = False
+    while kept[label].all(axis=1).sum() % multiple:
+        gone = np.unique(label[~kept[label]])
+        if not len(gone):  # whole, it is no multiple either
+            break
+        kept[gone[np.argmax(scores[gone])]] = changed = True
+    return changed
+
+
+def _fill(label: Label, kept: Mask, scores: np.ndarray) -> None:
+    """Give back the best position of a dim that would be left empty."""
+    if not kept[label].all(axis=1).any():
+        gone = np.where(kept[label], 0.0, scores[label]).sum(axis=1)
+        best = int(np.argmax(gone))
+        kept[label[best]] = True
 
 
 def without_mixing(graph: CouplingGraph, kept: Mask) -> Mask:

@@ -22,7 +22,7 @@ from prunus.errors import ModelError, PlanError, checks_options
 from prunus.graph.constraints import Lockstep
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
-from prunus.planner.thin import thin
+from prunus.planner.allocate import select
 from prunus.structures import Structure, find_structures
 from prunus.surgeon import apply
 from prunus.surgeon.applied import applied_plan
@@ -82,7 +82,7 @@ def _try(
     scores = np.full(graph.unit_count + 1, np.inf)
     for units in sets:
         scores[units] = 1.0
-    kept = thin(graph, scores, 0.5)
+    kept = select(graph, scores, {}, ratio=0.5).kept
     if kept.all():
         return "none can be removed in every layer"
     try:

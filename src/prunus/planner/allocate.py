@@ -76,6 +76,7 @@ def select(
     scope: Scope = "global",
     normalise: Normalise = "mean",
     ratios: Mapping[str, float] | None = None,
+    ratio: float | None = None,
     min_width: int | Mapping[str, int] = 1,
     max_ratio: float | Mapping[str, float] = 1.0,
     round_to: RoundTo = 1,
@@ -108,6 +109,9 @@ def select(
         By globs over groups and their tensors: the share of its units that a group loses, exactly
         (the nearest number that locksteps and rounding allow).  The budget takes nothing else of
         these groups.
+    ratio
+        In place of ratios and limits: the share of its units that every group loses, at least one
+        of two, and as nearly as locksteps and dims that must keep a position allow.
     min_width, max_ratio
         Floors: a group keeps so many units at least, and loses no larger part; one number, or
         numbers by globs.
@@ -153,6 +157,8 @@ def select(
     check_scope(scope, normalise)
     limits = budget.limits(graph) if isinstance(budget, Budget) else dict(budget)
     graph = replace(graph, costs={name: graph.polynomial(name) for name in limits})
+    if ratio is not None:  # order is all that counts, so scores may be negative
+        scores = scores - min(0.0, scores[np.isfinite(scores)].min(initial=0.0))
     weights = normalised(graph, _checked(graph, scores), normalise)
     excluded = {**excluded_groups(graph, include, exclude), **held}
     quanta = form_quanta(graph, weights, excluded, round_to)
@@ -165,7 +171,10 @@ def select(
     said = {"min_width": min_width, "max_ratio": max_ratio, "round_to": round_to, "ratios": ratios}
     floors = _floors(graph, min_width, max_ratio, said)
     removal = Removal(graph, quanta, limits, floors, _ranks(graph, quanta, scope))
-    if ratios is not None:
+    if ratio is not None:
+        every = dict.fromkeys((group.name for group in graph.groups), ratio)
+        removal.settle(*choose_fixed(graph, quanta, every, exactly=False), exactly=False)
+    elif ratios is not None:
         removal.settle(*choose_fixed(graph, quanta, spread(graph, ratios, "ratios", check_share)))
     least_lost = None
     if scope == "global":

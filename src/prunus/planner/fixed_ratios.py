@@ -12,7 +12,7 @@ from prunus.planner.steps import Quanta
 
 
 def choose_fixed(
-    graph: CouplingGraph, quanta: Quanta, ratios: Mapping[str, float]
+    graph: CouplingGraph, quanta: Quanta, ratios: Mapping[str, float], *, exactly: bool = True
 ) -> tuple[list[int], set[int]]:
     """The quanta that bring groups to their ratios, and the chains that are settled by that.
 
@@ -23,6 +23,9 @@ def choose_fixed(
     ----------
     ratios
         By names of groups, each in [0, 1).
+    exactly
+        Whether a group that can't lose as many is an error; else it loses what it can, but one unit
+        at least, and not the last.
 
     Raises
     ------
@@ -39,12 +42,15 @@ def choose_fixed(
     taken: dict[int, None] = {}
     for name, ratio in ratios.items():
         group = number[name]
-        target = math.floor(ratio * graph.groups[group].size + 0.5)
+        size = graph.groups[group].size
+        target = math.floor(ratio * size + 0.5)
+        if not exactly:
+            target = min(max(1, round(ratio * size)), size - 1)
         for quantum in _approach(quanta, group, target - gone[group], chains.get(group, []), taken):
             taken[quantum] = None
             for other, count in quanta.shares[quantum]:
                 gone[other] += count
-    for name, ratio in ratios.items():
+    for name, ratio in ratios.items() if exactly else ():
         _check(graph, quanta, number[name], ratio, gone[number[name]], chains)
     settled = {chain for name in ratios for chain in chains.get(number[name], [])}
     return list(taken), settled

@@ -127,8 +127,13 @@ class Removal:
             late[n][at] = at > 0 or int(chains[n][0]) not in self._quanta.gates
         return [np.argsort(own, kind="stable") for own in late]
 
-    def settle(self, quanta: Iterable[int], chains: Iterable[int]) -> None:
+    def settle(self, quanta: Iterable[int], chains: Iterable[int], *, exactly: bool = True) -> None:
         """Remove quanta for good, and let nothing else of their chains be removed.
+
+        Parameters
+        ----------
+        exactly
+            Whether a quantum that can't be removed is an error; else it is kept.
 
         Raises
         ------
@@ -137,7 +142,9 @@ class Removal:
         """
         for quantum in quanta:
             if self._at_floor(quantum) or not self.state.removable(quantum):
-                raise self._forbidden(quantum)
+                if exactly:
+                    raise self._forbidden(quantum)
+                continue
             self._move(quantum, 1)
             self.fixed[quantum] = True
         closed = set(chains)

@@ -30,7 +30,6 @@ from prunus.planner.filters import spread
 from prunus.planner.latency import MULTIPLES, meet_time
 from prunus.planner.option_values import check_share
 from prunus.planner.options import PlanOptions
-from prunus.planner.thin import thin
 from prunus.structures import find_structures
 from prunus.surgeon.attributes import find_edits
 from prunus.tracer.trace import uncollected
@@ -251,7 +250,7 @@ def _choose(
     round_to: RoundTo,
 ) -> Selection:
     if asked.ratio is not None:
-        return Selection(thin(graph, scores, asked.ratio))
+        return Selection(select(graph, scores, {}, ratio=asked.ratio, held=hold).kept)
     ratios = asked.ratios
     if ratios is not None:
         given = spread(graph, ratios, "ratios", check_share)

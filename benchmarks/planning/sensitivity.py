@@ -109,7 +109,7 @@ class Study:
         }
 
 
-def tell(text: str) -> None:
+def tell(text: str, done: int = 0, total: int | None = None) -> None:
     """One line of progress."""
     print(text, flush=True)
 

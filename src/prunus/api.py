@@ -15,6 +15,7 @@ from prunus.graph.axis import Mask
 from prunus.graph.constraints import find_violation
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
+from prunus.graph.progress import Progress, following, shows
 from prunus.importance import needs_of
 from prunus.integrations.hf import example_inputs
 from prunus.integrations.hf_config import uniform
@@ -24,7 +25,7 @@ from prunus.planner.option_values import Globs
 from prunus.planner.options import PlanKeywords, PlanOptions, takes_options
 from prunus.planner.verified import Restrict, plan_verified, rejected
 from prunus.planner.width_planning import plan_of_mask
-from prunus.recovery import Progress, Recover, Step, check_recovery, cut_and_recover
+from prunus.recovery import Recover, Step, check_recovery, cut_and_recover
 from prunus.structures.by_hand import Where, with_units, without_heads
 from prunus.surgeon.apply import cut
 from prunus.surgeon.depth import refuse_quantized
@@ -115,7 +116,8 @@ def shrink(
     optimizer
         Its state is cut along, as by :func:`prunus.apply`.
     progress
-        Called with the name of a step of the recovery, and the number of batches done.
+        Called with each stage, how much of it is done, and of how much (or None).  Without it a
+        call of more than two seconds shows a bar on stderr, if that is a terminal.
     **options
 
     Raises
@@ -137,11 +139,11 @@ def shrink(
         refuse_quantized(model)
         refuse_statistics(asked.statistics)
     reads = needs_of(asked.importance) if asked.statistics is None else frozenset()
-    data = None
-    if asked.data is not None and (reads or isinstance(asked.drop, int) or recover != "none"):
-        data = Batches(asked.data, asked.samples)
-    asked = replace(asked, data=data)
-    with entered_by(model, forward_fn):
+    with following(progress), entered_by(model, forward_fn):
+        data = None
+        if asked.data is not None and (reads or isinstance(asked.drop, int) or recover != "none"):
+            data = Batches(asked.data, asked.samples)
+        asked = replace(asked, data=data)
         graph = trace(model, args, kwargs, outputs=outputs)
         planned = plan_verified(
             *(graph, model, args, dict(kwargs or {}), asked),
@@ -157,7 +159,6 @@ def shrink(
             method=recover,
             new_biases=mode == "free",  # a plain config can't say them
             optimizer=optimizer,
-            progress=progress,
             check=certificate is None or certificate.verdict != "exact",
             seed=asked.seed,
         )
@@ -166,6 +167,7 @@ def shrink(
 
 
 @checks_options
+@shows("dropping layers")
 @all_or_nothing
 def drop_layers(
     model: nn.Module,
@@ -228,6 +230,7 @@ def drop_layers(
 
 
 @checks_options
+@shows("removing heads")
 @all_or_nothing
 def prune_heads(
     model: nn.Module,
@@ -282,6 +285,7 @@ def prune_heads(
 
 
 @checks_options
+@shows("removing units")
 @all_or_nothing
 def keep(
     model: nn.Module,

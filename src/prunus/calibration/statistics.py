@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,6 +31,7 @@ from prunus.graph.axis import Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
+from prunus.graph.progress import Progress, counted, following
 from prunus.tracer.adapters import adapted
 from prunus.tracer.attention import score_weights
 from prunus.tracer.forward_fn import ForwardFn, entered_by
@@ -111,7 +112,7 @@ def collect(
     positions: int = 64,
     memory_limit: int = 8 << 30,
     samples: int = SAMPLES,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Statistics:
     """Run the model over calibration data once and keep sums of what criteria need.
 
@@ -150,7 +151,7 @@ def collect(
     samples
         How many samples are read: the first ones, in whole batches; ``found.samples`` says it.
     progress
-        Called with the number of batches done, after each batch that runs.
+        Called with the stage, the number of batches done, and how many there are (or None).
 
     Notes
     -----
@@ -167,7 +168,8 @@ def collect(
         If the graph is another model's, or a need is unknown.
     """
     wanted = Wanted(_known(needs), loss, split, seed, plan, positions, memory_limit)
-    return gather(model, graph, Batches(data, samples), wanted, progress)
+    with following(progress):
+        return gather(model, graph, Batches(data, samples), wanted)
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,6 @@ def gather(
     graph: CouplingGraph,
     data: Iterable[Any],
     wanted: Wanted,
-    progress: Callable[[int], None] | None = None,
 ) -> Statistics:
     """What :func:`collect` does."""
     tensors, _ = state_of(model)
@@ -209,15 +210,14 @@ def gather(
     passed = _Pass(model, graph, tensors, sites, wanted)
     with as_traced(model, graph.forward_fn) as stack, _tracked(passed.weights):
         passed.watch(stack)
-        done = 0
-        for done, batch in enumerate(data, start=1):
+        ran = False
+        for batch in counted(data, "collecting statistics"):
+            ran = True
             for part in samples_of(batch) if wanted.singly else [batch]:
                 passed.take(part, count_samples(part) if wanted.split else 1)
-            if progress is not None:
-                progress(done)
     found = _sum_over_processes(passed.found())
     if not found.samples:
-        raise no_data(*["its batches hold no sample"] if done else [])
+        raise no_data(*["its batches hold no sample"] if ran else [])
     return found
 
 

@@ -78,8 +78,8 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _run_logged(options: argparse.Namespace) -> int:
-    from prunus.cli.journal import Journal
-    from prunus.cli.options import check_files
+    from prunus.cli.answer import Journal
+    from prunus.cli.paths import check_files
 
     try:
         check_files(options)

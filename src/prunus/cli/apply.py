@@ -1,4 +1,4 @@
-"""``prunus apply``: cut a model by a plan that was made before, and prove the cut."""
+"""``prunus apply``: cut a model by a plan that was made before, and verify the cut."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from prunus.cli import cutting, values
-from prunus.cli import options as shared
+from prunus.cli import cutting, flags
+from prunus.cli.answer import follow
+from prunus.cli.values import old_file
 
 if TYPE_CHECKING:
     from prunus import Plan
@@ -17,31 +18,22 @@ if TYPE_CHECKING:
 
 def add_parser(verbs: Any) -> None:
     """Declare the verb."""
-    parser = verbs.add_parser(
-        "apply",
-        help="cut a model by a plan that was made before, and prove the cut",
-        description=__doc__.partition(": ")[2],
-        epilog=f"{shared.MODEL_HELP}\n{shared.DATA_HELP}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "plan_file", metavar="PLAN", type=values.old_file, help="what 'prunus plan' wrote"
-    )
-    shared.add_model_options(parser)
-    shared.add_files(parser, [file for file in cutting.FILES if file[0] != "plan"])
-    shared.add_data_options(parser)
-    cutting.add_recovery(parser)
-    parser.add_argument("--no-verify", action="store_true", help="don't prove the cut")
+    text = "cut a model by a plan that was made before, and verify the cut"
+    epilog = f"{flags.MODEL_HELP}\n{flags.DATA_HELP}"
+    parser = flags.add_parser(verbs, "apply", text, epilog)
+    parser.add_argument("plan_file", metavar="PLAN", type=old_file, help="what 'prunus plan' wrote")
+    flags.add_model(parser)
+    flags.add_cut(parser, "plan")
     parser.set_defaults(run=run, plan=None)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Read the plan, prove, cut, recover; write what was asked for; print the outcome."""
+    """Read the plan, verify, cut, recover; write what was asked for; print the outcome."""
     from prunus.cli.data import load_data
     from prunus.cli.models import load_model
 
     cutting.check(options)
-    with shared.follow(options, 6) as step:
+    with follow(options) as step:
         step("building the model")
         loaded = load_model(options)
         data = load_data(options, loaded)
@@ -59,7 +51,7 @@ def _cut(
     options: argparse.Namespace,
     step: Callable[..., None],
 ) -> cutting.Outcome:
-    """Prove on a copy; if that does not fail, cut the model in place and recover."""
+    """Verify on a copy; if that does not fail, cut the model in place and recover."""
     import prunus
     from prunus.recovery import Step, cut_and_recover
 
@@ -69,7 +61,7 @@ def _cut(
     certificate: Certificate | None = None
     recovery: tuple[Step, ...] = ()
     if not options.no_verify:
-        step("proving")
+        step("verifying")
         certificate = prunus.verify(
             plan, model, loaded.args, loaded.kwargs, outputs=options.outputs, seed=options.seed
         )
@@ -81,7 +73,6 @@ def _cut(
         plan, recovery = cut_and_recover(
             *(model, plan, graph, data),
             method=options.recover,
-            progress=cutting.telling(step),
             seed=options.seed,
         )
         stages.append(cutting.measure(loaded, "pruned"))

@@ -1,16 +1,16 @@
-"""What ``shrink`` and ``apply`` have in common: prove, cut, recover, write, tell."""
+"""What ``shrink`` and ``apply`` have in common: what is written, and what is printed."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunus.cli import NOT_PROVEN
-from prunus.cli import options as shared
+from prunus.cli.answer import answer, head
 from prunus.cli.plan import told_of, told_of_rounding, told_of_time
 from prunus.errors import require
 
@@ -22,16 +22,6 @@ if TYPE_CHECKING:
     from prunus.recovery import Step
     from prunus.verifier import Certificate
 
-RECOVERIES = ("auto", "none", "recalibrate", "bias", "least_squares", "sequential")
-
-FILES = [
-    ("out", "the smaller model, as safetensors: prunus.load(FILE, build=…) reads it"),
-    ("plan", "which units stay, as JSON"),
-    ("certificate", "what was compared, and the verdict, as JSON"),
-    ("report", "all of it in one JSON document, the same that --json prints"),
-    ("picture", "the units that stay and go, as .png, .svg or .pdf (the extra 'plot')"),
-]
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -41,20 +31,6 @@ class Outcome:
     plan: Plan
     certificate: Certificate | None
     document: dict[str, Any]
-
-
-def add_recovery(parser: argparse.ArgumentParser) -> None:
-    """What is repaired after the proof."""
-    parser.add_argument(
-        "--recover",
-        choices=RECOVERIES,
-        default="auto",
-        help="what the calibration data repair: weights by least squares, then layer norms, then "
-        "batch norms, of these what brings the outputs nearer to the dense model's (auto, the "
-        "default; without --data it moves batch norms by what random inputs say); or weights or "
-        "batch norms alone; or layer after layer, each on what the repaired ones before it give "
-        "(sequential: better, and slower); or nothing",
-    )
 
 
 def check(options: argparse.Namespace) -> None:
@@ -81,11 +57,6 @@ def measure(loaded: Loaded, name: str) -> dict[str, Any]:
     return {"name": name, **prunus.report.measure_costs(loaded.model, loaded.args, loaded.kwargs)}
 
 
-def telling(step: Callable[..., None]) -> Callable[[str, int], None]:
-    """What tells how far the recovery is."""
-    return lambda name, batches: step(f"recovering: {name}, {batches} batches", same=True)
-
-
 def describe(
     options: argparse.Namespace,
     plan: Plan,
@@ -97,7 +68,7 @@ def describe(
     from prunus.report.documents import describe_choices
 
     return {
-        **shared.head(options),
+        **head(options),
         "recovery": [
             {**asdict(step), "error": None if math.isnan(step.error) else step.error}
             for step in recovery
@@ -138,7 +109,7 @@ def write(outcome: Outcome, options: argparse.Namespace) -> None:
 
 def finish(outcome: Outcome, options: argparse.Namespace) -> int:
     """Tell the outcome; the exit code."""
-    shared.answer(options, outcome.document, lambda: _show(outcome, options))
+    answer(options, outcome.document, lambda: _show(outcome, options))
     return exit_code(outcome.plan, outcome.certificate)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prunus.calibration.batches import Batches
 from prunus.cli.models import Loaded
-from prunus.cli.options import IMAGES, TOKENIZERS
+from prunus.cli.paths import IMAGES, TOKENIZERS
 from prunus.cli.python_file import find_function
 from prunus.errors import DataError, require
 from prunus.graph.program import tensors_of

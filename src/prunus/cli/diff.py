@@ -5,22 +5,20 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from prunus.cli import options as shared
-from prunus.cli import values
+from prunus.cli import flags
+from prunus.cli.answer import answer, head
+from prunus.cli.values import old_file
 
 
 def add_parser(verbs: Any) -> None:
     """Declare the verb."""
-    parser = verbs.add_parser(
-        "diff",
-        help="compare two plans for one model: costs, widths, units",
-        description=__doc__.partition(": ")[2],
-    )
+    text = "compare two plans for one model: costs, widths, units"
+    parser = flags.add_parser(verbs, "diff", text)
     for name in ("a", "b"):
         parser.add_argument(
-            name, metavar=name.upper(), type=values.old_file, help="what 'prunus plan' wrote"
+            name, metavar=name.upper(), type=old_file, help="what 'prunus plan' wrote"
         )
-    shared.add_answer_options(parser)
+    flags.add_answer(parser)
     parser.set_defaults(run=run)
 
 
@@ -33,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
 
     diff = Plan.load(options.a).diff(Plan.load(options.b))
     document = {
-        **shared.head(options),
+        **head(options),
         "files": {"a": str(options.a), "b": str(options.b)},
         **describe_diff(diff),
     }
@@ -47,5 +45,5 @@ def run(options: argparse.Namespace) -> int:
             if names:
                 show(f"Only {side} drops {', '.join(names)}.")
 
-    shared.answer(options, document, tell)
+    answer(options, document, tell)
     return 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from prunus.cli import options as shared
-from prunus.cli import values
+from prunus.cli import flags
+from prunus.cli.answer import answer, follow, head
+from prunus.cli.values import axis, new_file
 
 if TYPE_CHECKING:
     from prunus.graph.coupling import CouplingGraph
@@ -14,26 +15,21 @@ if TYPE_CHECKING:
 
 def add_parser(verbs: Any) -> None:
     """Declare the verb."""
-    parser = verbs.add_parser(
-        "inspect",
-        help="groups, units, what is pinned and why, costs",
-        description=__doc__.partition(": ")[2],
-        epilog=shared.MODEL_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    shared.add_model_options(parser)
+    text = "what hangs together in a model, what is pinned and why, what it costs"
+    parser = flags.add_parser(verbs, "inspect", text, flags.MODEL_HELP)
+    flags.add_model(parser)
     parser.add_argument(
         "--explain",
         nargs=2,
         metavar="AXIS",
-        type=values.axis,
+        type=axis,
         help="the shortest chain of operators that ties two axes, as conv1.weight[0]",
     )
     parser.add_argument(
-        "--why-pinned", metavar="AXIS", type=values.axis, help="every pin that reaches an axis"
+        "--why-pinned", metavar="AXIS", type=axis, help="every pin that reaches an axis"
     )
     parser.add_argument(
-        "--dot", metavar="FILE", type=values.new_file, help="write the graph in the DOT language"
+        "--dot", metavar="FILE", type=new_file, help="write the graph in the DOT language"
     )
     parser.set_defaults(run=run)
 
@@ -46,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     from prunus.report.console import show
     from prunus.report.documents import describe_graph
 
-    with shared.follow(options, 3) as step:
+    with follow(options) as step:
         step("building the model")
         loaded = load_model(options)
         step("tracing")
@@ -60,8 +56,8 @@ def run(options: argparse.Namespace) -> int:
         if options.dot:
             show(f"wrote {options.dot}")
 
-    document = {**shared.head(options), **describe_graph(graph), **answers["json"]}
-    shared.answer(options, document, tell)
+    document = {**head(options), **describe_graph(graph), **answers["json"]}
+    answer(options, document, tell)
     return 0
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from prunus.cli import options as shared
-from prunus.cli import values
+from prunus.cli import flags
+from prunus.cli.answer import answer, follow, head
+from prunus.cli.values import old_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,15 +18,10 @@ if TYPE_CHECKING:
 
 def add_parser(verbs: Any) -> None:
     """Declare the verb."""
-    parser = verbs.add_parser(
-        "load",
-        help="check that a file of prunus.save is whole, and that its model runs",
-        description=__doc__.partition(": ")[2],
-        epilog=shared.MODEL_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("file", metavar="FILE", type=values.old_file, help="what to check")
-    shared.add_model_options(parser, flag=True)
+    text = "check that a file of prunus.save is whole, and that its model runs"
+    parser = flags.add_parser(verbs, "load", text, flags.MODEL_HELP)
+    parser.add_argument("file", metavar="FILE", type=old_file, help="what to check")
+    flags.add_model(parser, flag=True)
     parser.set_defaults(run=run)
 
 
@@ -38,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     from prunus.report.documents import describe_choices
     from prunus.surgeon import applied_plan
 
-    with shared.follow(options, 3) as step:
+    with follow(options) as step:
         step("reading")
         torch.manual_seed(options.seed)
         source = find_source(options)
@@ -50,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         _compare(outputs, plan, options)
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     document = {
-        **shared.head(options),
+        **head(options),
         "file": str(options.file),
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
@@ -58,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
         "groups": [] if plan is None else describe_choices(plan),
         "outputs": outputs,
     }
-    shared.answer(options, document, lambda: _show(document, plan))
+    answer(options, document, lambda: _show(document, plan))
     return 0
 
 

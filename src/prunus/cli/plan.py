@@ -1,35 +1,28 @@
-"""``prunus plan``: choose which units stay, and write that down; the model is not cut."""
+"""``prunus plan``: choose which units are kept, and write that down; the model is not cut."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from prunus.cli import options as shared
-from prunus.cli.bounds import budget_of
-from prunus.cli.by_table import check_alone, ratios_by_table
+from prunus.cli import flags
+from prunus.cli.answer import answer, follow, head
 
 if TYPE_CHECKING:
     from prunus import Budget, CouplingGraph, Plan
     from prunus.cli.models import Loaded
-    from prunus.importance import Statistics
 
 
 def add_parser(verbs: Any) -> None:
     """Declare the verb."""
-    parser = verbs.add_parser(
-        "plan",
-        help="choose which units stay, and write that down; the model is not cut",
-        description=__doc__.partition(": ")[2],
-        epilog=f"{shared.MODEL_HELP}\n{shared.DATA_HELP}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    shared.add_model_options(parser)
-    shared.add_choice_options(parser)
-    shared.add_data_options(parser)
-    files = [("out", "the plan, as JSON, for 'prunus apply' and 'prunus verify'")]
-    shared.add_files(parser, files)
+    text = "choose which units are kept, and write that down; the model is not cut"
+    epilog = f"{flags.MODEL_HELP}\n{flags.DATA_HELP}"
+    parser = flags.add_parser(verbs, "plan", text, epilog)
+    flags.add_model(parser)
+    flags.add_choice(parser)
+    flags.add_data(parser)
+    flags.add_files(parser, {"out": "the plan, as JSON, for 'prunus apply' and 'prunus verify'"})
     parser.add_argument(
         "--dry-run", action="store_true", help="only print widths and costs; write no plan"
     )
@@ -38,32 +31,45 @@ def add_parser(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Trace and choose; write the plan; print widths and costs."""
+    import prunus
     from prunus.cli.data import load_data
     from prunus.cli.models import load_model
     from prunus.errors import PlanError
-    from prunus.report.console import show
-    from prunus.report.documents import describe_choices
-    from prunus.report.tables import costs_table, widths_table
 
-    check_alone(options)
-    budget = budget_of(options)
+    chosen = flags.choice_of(options)
     if bool(options.out) == options.dry_run:
         raise PlanError(
             "give a file for the plan, or --dry-run to see it only",
             why="both were given" if options.out else "neither was given",
             fix="--out plan.json, say",
         )
-    with shared.follow(options, 4) as step:
+    with follow(options) as step:
         step("building the model")
         loaded = load_model(options)
-        data = load_data(options, loaded)
-        graph, plan = choose(loaded, data, options, step)
+        chosen["data"] = load_data(options, loaded)
+        check_data(options)
+        step("tracing")
+        graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
+        if options.sensitivity is not None:
+            chosen = by_table(options, chosen, loaded, graph)
+        step("planning")
+        plan = prunus.plan(graph, loaded.model, **chosen)
         step("writing")
         if options.out:
             plan.save(options.out)
+    return _answer(options, graph, plan, chosen["budget"])
+
+
+def _answer(
+    options: argparse.Namespace, graph: CouplingGraph, plan: Plan, budget: Budget | None
+) -> int:
+    from prunus.report.console import show
+    from prunus.report.documents import describe_choices
+    from prunus.report.tables import costs_table, widths_table
+
     costs = describe_costs(graph, plan, budget)
     document = {
-        **shared.head(options),
+        **head(options),
         "budget": None if budget is None else budget.requested,
         "costs": costs,
         "drops": list(plan.drops),
@@ -78,89 +84,64 @@ def run(options: argparse.Namespace) -> int:
         show(*_told_of_bounds(costs), *_told_of_worth(plan), *told_of_time(plan))
         show(f"wrote out: {options.out}" if options.out else "Nothing was written: --dry-run.")
 
-    shared.answer(options, document, tell)
+    answer(options, document, tell)
     return 0
 
 
-def choice_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What :func:`prunus.plan` and :func:`prunus.shrink` take."""
-    names = "ratios importance scope normalise min_width max_ratio round_to include exclude"
-    return {
-        "budget": budget_of(options),
-        "drop": _drop_of(options),
-        **{name: getattr(options, name) for name in (*names.split(), "seed")},
-    }
-
-
-def _drop_of(options: argparse.Namespace) -> Any:
-    """The number of blocks to drop, or their names."""
-    from prunus.errors import PlanError
-
-    numbers = [entry for entry in options.drop if isinstance(entry, int)]
-    if numbers and len(options.drop) > 1:
-        raise PlanError(
-            "--drop has a number and is given more than once",
-            why="a number is how many blocks go, whichever they are",
-            fix="give one number, or names only",
-        )
-    return numbers[0] if numbers else options.drop
-
-
-def collect(
-    loaded: Loaded,
-    graph: CouplingGraph,
-    data: Iterable[Any] | None,
-    options: argparse.Namespace,
-    step: Callable[..., None],
-) -> Statistics | None:
-    """What the importance reads of the calibration data; None if it looks at the weights alone."""
-    import prunus
+def check_data(options: argparse.Namespace) -> None:
+    """Refuse an importance that reads calibration data where there is none."""
     from prunus.errors import DataError
     from prunus.importance import needs_of
 
     needs = needs_of(options.importance)
-    if not needs:
-        return None
-    if data is None:
+    if needs and options.data is None:
         raise DataError(
             f"--importance {options.importance} needs calibration data",
             why=f"it is computed from {' and '.join(sorted(needs))} statistics",
             fix="give --data, or an importance of the weights alone: l2",
         )
 
-    def count(done: int) -> None:
-        step(f"collecting: {done} batches", same=True)
 
-    return prunus.importance.collect(
-        loaded.model, graph, data, needs, seed=options.seed, progress=count
-    )
+def by_table(
+    options: argparse.Namespace, chosen: Mapping[str, Any], loaded: Loaded, graph: CouplingGraph
+) -> dict[str, Any]:
+    """The options with the ratios of a table: what meets the budget, or what is tolerated.
 
-
-def choose(
-    loaded: Loaded,
-    data: Iterable[Any] | None,
-    options: argparse.Namespace,
-    step: Callable[..., None],
-) -> tuple[CouplingGraph, Plan]:
-    """Trace the model and choose what stays."""
+    Raises
+    ------
+    FormatError
+        If the file is no table.
+    PlanError
+        If it is another model's, or of another importance, or says nothing without a budget.
+    BudgetError
+        If its largest ratios don't meet the budget.
+    """
     import prunus
+    from prunus.errors import PlanError
+    from prunus.importance import needs_of
 
-    step("tracing")
-    graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
-    step("planning")
-    # With blocks to drop, what the importance reads is collected on what is left of the model.
-    read: dict[str, Any] = {"data": data} if reads_data(options) else {}
-    if not options.drop:
-        read["statistics"] = collect(loaded, graph, data, options, step)
-    chosen = choice_of(options)
-    if options.sensitivity is not None:
-        chosen["ratios"] = ratios_by_table(options, graph, loaded.model, read["statistics"])
-    return graph, prunus.plan(graph, loaded.model, **read, **chosen)
-
-
-def reads_data(options: argparse.Namespace) -> bool:
-    """Whether planning reads the data itself, and not only the statistics of an importance."""
-    return bool(options.drop) or options.latency is not None
+    table = prunus.planner.search.Sensitivity.load(options.sensitivity)
+    measured = table.origin.get("importance", options.importance)
+    if measured != options.importance:
+        raise PlanError(
+            f"the table is of the importance {measured}, and this plan of {options.importance}",
+            where=str(options.sensitivity),
+            why="what the loss of units costs depends on which of them are removed first",
+            fix=f"--importance {measured}",
+        )
+    names = ("importance", "include", "exclude", "seed")
+    score: dict[str, Any] = {name: chosen[name] for name in names}
+    needs = needs_of(options.importance)
+    if needs:
+        score["statistics"] = prunus.importance.collect(
+            loaded.model, graph, chosen["data"], needs, seed=options.seed
+        )
+    plan = prunus.planner.search.plan_by_sensitivity(
+        table, graph, loaded.model, chosen["budget"], **score
+    )
+    rows = (choice for choice in plan.groups if choice.name in table.sizes)
+    ratios = {choice.name: len(choice.removed) / choice.size for choice in rows}
+    return {**chosen, **score, "ratios": ratios}
 
 
 def told_of(plan: Plan) -> list[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from prunus.cli import options as shared
-from prunus.cli import values
+from prunus.cli import flags
+from prunus.cli.answer import answer, follow, head
+from prunus.cli.plan import check_data
+from prunus.cli.values import numbers
 
 if TYPE_CHECKING:
     from prunus.planner.search import Sensitivity
@@ -19,31 +21,26 @@ more is better, for the model as it is and for masked ones, the same each time.
 
 def add_parser(verbs: Any) -> None:
     """Declare the verb."""
-    parser = verbs.add_parser(
-        "sensitivity",
-        help="how much a metric falls when one group after the other loses units",
-        description=__doc__.partition(": ")[2],
-        epilog=f"{METRIC_HELP}\n{shared.MODEL_HELP}\n{shared.DATA_HELP}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    shared.add_model_options(parser)
+    text = "how much a metric falls when one group after the other loses units"
+    epilog = f"{METRIC_HELP}\n{flags.MODEL_HELP}\n{flags.DATA_HELP}"
+    parser = flags.add_parser(verbs, "sensitivity", text, epilog)
+    flags.add_model(parser)
     parser.add_argument(
         "--metric", metavar="FILE:FUNCTION", required=True, help="of a model, more is better"
     )
     parser.add_argument(
-        "--at", metavar="R,R,…", type=values.numbers, help="ratios (default: 0.1,0.2,…,0.9)"
+        "--at", metavar="R,R,…", type=numbers, help="ratios (default: 0.1,0.2,…,0.9)"
     )
     parser.add_argument(
         "--tolerance", metavar="R", type=float, help="search what loses at most this of the metric"
     )
-    shared.add_importance(parser)
-    shared.add_group_globs(parser)
-    shared.add_data_options(parser)
-    files = [
-        ("out", "the table, as JSON, after each cell; what is there already is not done again"),
-        ("picture", "the heat map (the extra 'plot')"),
-    ]
-    shared.add_files(parser, files)
+    flags.add_options(parser, "importance", "include", "exclude")
+    flags.add_data(parser)
+    files = {
+        "out": "the table, as JSON, after each cell; what is there already is not done again",
+        "picture": "the heat map (the extra 'plot')",
+    }
+    flags.add_files(parser, files)
     parser.set_defaults(run=run)
 
 
@@ -52,7 +49,6 @@ def run(options: argparse.Namespace) -> int:
     import prunus
     from prunus.cli.data import load_data
     from prunus.cli.models import load_model
-    from prunus.cli.plan import collect
     from prunus.cli.python_file import find_function
     from prunus.errors import DataError, require
 
@@ -60,10 +56,11 @@ def run(options: argparse.Namespace) -> int:
         require("matplotlib", "plot")
     metric: Any = find_function(options.metric, DataError, "write path/to/file.py:FUNCTION")
     given = {} if options.at is None else {"ratios": options.at}
-    with shared.follow(options, 4) as step:
+    with follow(options) as step:
         step("building the model")
         loaded = load_model(options)
         data = load_data(options, loaded)
+        check_data(options)
         step("tracing")
         graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
         step("measuring")
@@ -73,11 +70,10 @@ def run(options: argparse.Namespace) -> int:
             metric,
             tolerance=options.tolerance,
             importance=options.importance,
-            statistics=collect(loaded, graph, data, options, step),
+            data=data,
             include=options.include,
             exclude=options.exclude,
             path=options.out,
-            progress=lambda told: step(f"measuring: {told}", same=True),
             seed=options.seed,
             **given,
         )
@@ -94,7 +90,7 @@ def _answer(options: argparse.Namespace, table: Sensitivity) -> None:
 
     written = {n: str(getattr(options, n)) for n in ("out", "picture") if getattr(options, n)}
     document = {
-        **shared.head(options),
+        **head(options),
         "dense": table.dense,
         "ratios": list(table.ratios),
         "tolerance": table.tolerance,
@@ -110,4 +106,4 @@ def _answer(options: argparse.Namespace, table: Sensitivity) -> None:
         show(sensitivity_table(table), f"The whole model: {table.dense:.6g}")
         show(*(f"wrote {name}: {path}" for name, path in written.items()))
 
-    shared.answer(options, document, tell)
+    answer(options, document, tell)

@@ -10,6 +10,7 @@ from torch import nn
 from prunus.calibration.batches import Batches
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
+from prunus.graph.progress import shows
 from prunus.planner.depth_planning import (
     measure_influence,
     plan_depth,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 
 @takes_options(PlanOptions)
+@shows("planning")
 @unwraps
 def plan(
     graph: CouplingGraph,

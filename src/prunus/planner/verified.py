@@ -16,6 +16,7 @@ from prunus.errors import PlanError, VerifyError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
+from prunus.graph.progress import Progress, following
 from prunus.importance import Statistics, needs_of
 from prunus.planner.culprits import tell_groups
 from prunus.planner.depth_planning import measure_influence, plan_depth, plan_left
@@ -66,7 +67,8 @@ def plan_verified(
         If it fails for every group, or for a block that was named.
     """
     task = _Task(graph, model, args, kwargs, asked, each_group, restrict, repair)
-    return task.solve(verified)
+    with following() as tell:
+        return task.solve(verified, tell)
 
 
 def rejected(certificate: Certificate, groups: Mapping[str, str] | None = None) -> VerifyError:
@@ -129,7 +131,7 @@ class _Task:
     repair: bool = False
     known: dict[tuple[str, ...], _Left] = field(default_factory=dict)
 
-    def solve(self, verified: bool) -> Planned:
+    def solve(self, verified: bool, tell: Progress) -> Planned:
         """See :func:`plan_verified`."""
         held: dict[str, str] = {}
         asked = self.asked
@@ -144,10 +146,12 @@ class _Task:
             hold |= dict.fromkeys(asked.hold, "it is held")
             if left.statistics is not None:
                 asked = replace(self.asked, statistics=left.statistics)
+            tell("planning", 0, None)
             with without_blocks(self.model, names):
                 chosen = plan_left(self.graph, left.graph, self.model, names, asked, hold=hold)
             if not verified:
                 return Planned(chosen, None, held, left.graph, left.statistics)
+            tell("verifying", 0, None)
             certificate = self._verify(chosen, left.traced, each_group=self.each_group)
             if certificate.verdict != "inexact":
                 return Planned(chosen, certificate, held, left.graph, left.statistics)

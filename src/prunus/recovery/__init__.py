@@ -4,7 +4,6 @@ from prunus.recovery.compensate import Compensation, compensate
 from prunus.recovery.norms import recalibrate
 from prunus.recovery.recover import (
     LOOKED_AT,
-    Progress,
     Recover,
     Step,
     answers_of,
@@ -16,7 +15,6 @@ from prunus.recovery.recover import (
 __all__ = [
     "LOOKED_AT",
     "Compensation",
-    "Progress",
     "Recover",
     "Step",
     "answers_of",

@@ -19,6 +19,7 @@ from prunus.errors import DataError, PlanError, checks_options
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
+from prunus.graph.progress import Progress, following
 from prunus.graph.renaming import Renaming
 from prunus.recovery.attention_rows import find_values
 from prunus.recovery.consumers import Consumer, find_consumers, new_biases_of
@@ -89,7 +90,7 @@ def compensate(
     memory_limit: int = 8 << 30,
     optimizer: torch.optim.Optimizer | None = None,
     check: bool = True,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Compensation:
     """Make the model smaller like :func:`prunus.apply`, and fold what goes into what stays.
 
@@ -132,7 +133,7 @@ def compensate(
     optimizer, check
         See :func:`prunus.apply`.
     progress
-        Called with the number of batches done; with ``sequential`` each counts once for each layer.
+        As of :func:`prunus.importance.collect`.
 
     Raises
     ------
@@ -161,12 +162,10 @@ def compensate(
     if graph is None or plan.drops:
         with without_blocks(model, plan.drops):
             graph = trace_again(model, plan)
-    return cut_and_compensate(
-        *(model, plan, graph, data, statistics, options),
-        optimizer=optimizer,
-        check=check,
-        progress=progress,
-    )
+    with following(progress):
+        return cut_and_compensate(
+            *(model, plan, graph, data, statistics, options), optimizer=optimizer, check=check
+        )
 
 
 def cut_and_compensate(
@@ -179,13 +178,12 @@ def cut_and_compensate(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     check: bool = True,
-    progress: Callable[[int], None] | None = None,
 ) -> Compensation:
     """What :func:`compensate` does, with the graph of the model without the blocks to drop."""
     before = Snapshot(model, optimizer)
     with without_blocks(model, plan.drops):
         fit = _change_in_order if options.sequential else _change_at_once
-        change = fit(model, plan.widths, graph, data, statistics, options, progress)
+        change = fit(model, plan.widths, graph, data, statistics, options)
     _warn_of_few([new.report for _, new in change.repaired])
     grown = _write(model, plan, change)
     cut(grown, model, optimizer=optimizer, check=check)
@@ -210,7 +208,6 @@ def _collect(
     graph: CouplingGraph,
     data: Iterable[Any],
     options: Options,
-    progress: Callable[[int], None] | None = None,
 ) -> Statistics:
     """What is read in the dense model, where that loses something, and by queries and keys."""
     return collect(
@@ -218,7 +215,6 @@ def _collect(
         plan=plan,
         positions=options.positions,
         memory_limit=options.memory_limit,
-        progress=progress,
     )
 
 
@@ -229,11 +225,10 @@ def _change_at_once(
     data: Iterable[Any],
     statistics: Statistics | None,
     options: Options,
-    progress: Callable[[int], None] | None,
 ) -> _Change:
     """Everything fitted to what the dense model reads."""
     if statistics is None:
-        statistics = _collect(model, plan, graph, data, options, progress)
+        statistics = _collect(model, plan, graph, data, options)
     check_moments(graph, statistics)
     change = _Change()
     if options.method == "least_squares":
@@ -256,17 +251,8 @@ def _change_in_order(
     data: Iterable[Any],
     statistics: Statistics | None,
     options: Options,
-    progress: Callable[[int], None] | None,
 ) -> _Change:
     """Other bases from dense inputs; then layer after layer on what the repaired ones give."""
-    done = 0
-
-    def count(_: int = 0) -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done)
-
     heads = score_weights(graph.program) or find_values(graph)
     bases = _Change()
     if statistics is None and (heads or any(s.readings > 1 for s in find_sites(graph).all)):
@@ -278,7 +264,6 @@ def _change_in_order(
         dense=bases.turned.sites,
         turned=bases.turned.state,
         mixed=bases.mixed,
-        progress=count,
     )
     told = tuple(replace(one, mixings=()) for one in bases.mixed)  # they are in the state
     turned = Turned(found.state, ())

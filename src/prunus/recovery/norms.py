@@ -10,6 +10,7 @@ from torch import nn
 
 from prunus.calibration.batches import SAMPLES, Batches, no_data, run_batch
 from prunus.errors import DataError, checks_options
+from prunus.graph.progress import Progress, counted, following
 from prunus.surgeon.snapshot import all_or_nothing
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,7 +24,7 @@ def recalibrate(
     *,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     samples: int = SAMPLES,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Model:
     """Replace the running statistics of every batch norm by those of the data, in place.
 
@@ -40,7 +41,7 @@ def recalibrate(
     samples
         How many samples are read: the first ones, in whole batches.
     progress
-        Called with the number of batches done.
+        As of :func:`prunus.importance.collect`.
 
     Raises
     ------
@@ -49,7 +50,8 @@ def recalibrate(
     """
     norms = batch_norms(model)
     if norms:
-        measure(model, norms, Batches(data, samples), forward_fn=forward_fn, progress=progress)
+        with following(progress):
+            measure(model, norms, Batches(data, samples), forward_fn=forward_fn)
     return model
 
 
@@ -59,12 +61,11 @@ def measure(
     data: Iterable[Any],
     *,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Do what :func:`recalibrate` does for some of a model's batch norms."""
     modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
-    done = 0
+    ran = False
     try:
         model.eval()
         for norm in norms:
@@ -72,11 +73,10 @@ def measure(
             norm.momentum = None
             norm.train()
         with torch.no_grad():
-            for done, batch in enumerate(data, start=1):
+            for batch in counted(data, "measuring batch norms"):
+                ran = True
                 (forward_fn or run_batch)(model, batch)
-                if progress is not None:
-                    progress(done)
-        if not done:
+        if not ran:
             raise no_data()
         if not all(_is_finite(norm) for norm in norms):
             raise DataError(

@@ -19,6 +19,7 @@ from prunus.calibration.statistics import Statistics, Wanted, gather
 from prunus.errors import DataError, ModelError, PlanError
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
+from prunus.graph.progress import counted
 from prunus.recovery.compensate import Compensation, covers, cut_and_compensate, trace_again
 from prunus.recovery.layer_norms import Correction, correct_norms, corrections_of, watching
 from prunus.recovery.least_squares import Method
@@ -44,9 +45,6 @@ several batches half.
 """
 
 WORSE = "it made the outputs worse"
-
-Progress = Callable[[str, int], None]
-"""Called with the name of a step, and the number of batches done."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,6 @@ def cut_and_recover(
     method: Recover = "auto",
     new_biases: bool = True,
     optimizer: torch.optim.Optimizer | None = None,
-    progress: Progress | None = None,
     check: bool = True,
     seed: int = 0,
 ) -> tuple[Plan, tuple[Step, ...]]:
@@ -136,8 +133,8 @@ def cut_and_recover(
     elif graph is None:
         with without_blocks(model, plan.drops):
             graph = trace_again(model, plan)
-    seen = _see(model, plan, graph, Batches(data), statistics, method, progress)
-    bench = _Bench(model, Batches(data), seen, progress, only_cut)
+    seen = _see(model, plan, graph, Batches(data), statistics, method)
+    bench = _Bench(model, Batches(data), seen, only_cut)
     dense = Snapshot(model, optimizer)
     only_cut()
     steps = [Step("cut", bench.distance())]
@@ -149,7 +146,6 @@ def cut_and_recover(
             *(model, plan, graph, Batches(data), seen.statistics, _options(method, new_biases)),
             optimizer=optimizer,
             check=check,
-            progress=_counting(progress, _FITS[method]),
         )
         limit = steps[0].error if auto else None
         plan, step = bench.compensate(plan, fit, _FITS[method], limit, dense)
@@ -203,7 +199,6 @@ def _see(
     data: Batches,
     statistics: Statistics | None,
     method: Recover,
-    progress: Progress | None,
 ) -> _Seen:
     """Run the dense model over the data once, or not even that, for all that is read of it."""
     count, why = len(data.first(LOOKED_AT)), ""
@@ -216,14 +211,14 @@ def _see(
         if statistics is None and graph is not None and method != "sequential":
             wanted = Wanted(frozenset({"second_moment"}), plan=plan.widths, outputs=count)
             try:
-                statistics = gather(model, graph, data, wanted, _counting(progress, _FITS[method]))
+                statistics = gather(model, graph, data, wanted)
                 answers = answers or statistics.outputs
             except ModelError as error:
                 if method != "auto":
                     raise
                 why = error.what
         if watches and not any(watch.seen for watch in watches):
-            found = answers_of(model, data, count, _counting(progress, "norms"), whole=True)
+            found = answers_of(model, data, count, whole=True)
             answers = answers or found
     answers = answers or answers_of(model, data, count)
     return _Seen(answers, statistics, corrections_of(watches), why)
@@ -279,7 +274,6 @@ class _Bench:
     model: nn.Module
     data: Batches
     seen: _Seen
-    progress: Progress | None
     only_cut: Callable[[], None]
 
     def compensate(
@@ -331,7 +325,7 @@ class _Bench:
         name = "batch norms"
 
         def measure() -> None:
-            recalibrate(self.model, self.data, progress=_counting(self.progress, name))
+            recalibrate(self.model, self.data)
 
         return self._try(name, measure, limit)
 
@@ -349,11 +343,6 @@ class _Bench:
         """How far the outputs are from the dense ones, relative to these; NaN if none compare."""
         wanted = self.seen.answers
         return distance(wanted, answers_of(self.model, self.data, len(wanted)))
-
-
-def _counting(tell: Progress | None, name: str) -> Callable[[int], None] | None:
-    """What tells the batches of one step."""
-    return None if tell is None else lambda batches: tell(name, batches)
 
 
 def _nearer(found: float, limit: float | None) -> bool:
@@ -374,7 +363,6 @@ def answers_of(
     model: nn.Module,
     data: Iterable[Any],
     count: int | None = None,
-    progress: Callable[[int], None] | None = None,
     *,
     whole: bool = False,
 ) -> list[dict[str, Tensor]]:
@@ -384,12 +372,11 @@ def answers_of(
     """
     found = []
     with quiet_run(model):
-        for done, batch in enumerate(islice(data, None if whole else count), start=1):
+        taken = data if whole else islice(data, count)
+        for done, batch in enumerate(counted(taken, "running the model"), start=1):
             output = run_batch(model, batch)
             if count is None or done <= count:
                 found.append(outputs_of(output))
-            if progress is not None:
-                progress(done)
     return found
 
 

@@ -9,7 +9,7 @@ of each model is enough; meanwhile what is alive of all batches at one layer is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +31,7 @@ from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
+from prunus.graph.progress import counted
 from prunus.recovery.consumers import Consumer, find_changed, find_consumers, new_biases_of
 from prunus.recovery.norms import batch_norms
 from prunus.recovery.queries_keys import Mixed
@@ -77,7 +78,6 @@ def repair_in_order(
     dense: Sequence[Site],
     turned: Mapping[str, Tensor],
     mixed: Sequence[Mixed],
-    progress: Callable[[], None] | None,
 ) -> InOrder:
     """New weights for all that reads what a plan changes, layer by layer.
 
@@ -94,8 +94,6 @@ def repair_in_order(
     turned, mixed
         Other bases: tensors with which the dense model is the same, and what becomes of queries and
         keys in the smaller one.
-    progress
-        Called after every batch, once for each layer.
     """
     kept = kept_units(graph, plan)
     weights, norms = find_changed(graph, kept)
@@ -122,7 +120,7 @@ def repair_in_order(
                 if place in due:
                     smaller.measure(due[place], [pair.smaller.value for pair in pairs])
                 else:
-                    sums = _sum_up(stops[place][0].site, kept, pairs, options, progress)
+                    sums = _sum_up(stops[place][0].site, kept, pairs, options)
                     fits.fit(stops[place], sums)
             measured = smaller.norms_of(whole)
     left |= {s.tensor: "it is read several times, and loses nothing itself" for s in tied}
@@ -288,14 +286,13 @@ def _sum_up(
     kept: Mask,
     pairs: Sequence[_Pair],
     options: Options,
-    progress: Callable[[], None] | None,
 ) -> CrossMoments:
     """What a weight is about to read, in both models and all batches."""
     stay, taps = stay_of(site, kept), site.window.taps
     by_tap = taps > 1 and stay.shape[1] * taps > WIDEST  # too many columns for all products
     sums = CrossMoments(stay, taps, taps if by_tap else 1)
     fit_pairs([sums], options.memory_limit)
-    for pair in pairs:
+    for pair in counted(pairs, f"fitting {site.tensor}"):
         read: list[Tensor] = []
         for lane in (pair.dense, pair.smaller):
             one: Read = lane.value
@@ -308,8 +305,6 @@ def _sum_up(
         sums.add(*read)
         if not bool(torch.isfinite(sums.joint.total).all()):
             raise site.not_finite()
-        if progress is not None:
-            progress()
     return sums
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -76,30 +75,6 @@ def show_error(command: str, error: BaseException) -> None:
 def show_traceback(error: BaseException) -> None:
     """Print somebody else's error as Python does, on stderr."""
     traceback.print_exception(error, file=sys.stderr)
-
-
-@contextmanager
-def follow_steps(count: int) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr, where that is a terminal; call the result with each next step.
-
-    With ``same=True`` it only tells more about the current step.  Whatever a model prints meanwhile
-    goes to stderr as well, so that stdout has results only.
-    """
-    console = _console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with (
-        redirect_stdout(sys.stderr),
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
-    ):
-        task = bar.add_task("starting", total=count)
-        done = -1
-
-        def step(description: str, *, same: bool = False) -> None:
-            nonlocal done
-            done += not same
-            bar.update(task, description=description, completed=done)
-
-        yield step
 
 
 def _console(*, stderr: bool) -> Console:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from prunus.errors import PrunusError, checks_options
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.program import Program, state_of
+from prunus.graph.progress import shows
 from prunus.tracer.adapters import adapted
 from prunus.tracer.blocks import find_blocks, follow_blocks
 from prunus.tracer.build import build_graph
@@ -60,6 +61,7 @@ from prunus.tracer.wrappers import unwraps
 
 
 @checks_options
+@shows("tracing")
 @unwraps
 def trace(
     model: nn.Module,

@@ -17,6 +17,7 @@ from prunus.errors import PrunusError, VerifyError, checks_options
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of, tensors_of
+from prunus.graph.progress import shows
 from prunus.surgeon import drop_blocks
 from prunus.surgeon.apply import check_model
 from prunus.surgeon.biases import add_biases
@@ -108,6 +109,7 @@ class Certificate:
 
 
 @checks_options
+@shows("verifying")
 @unwraps
 def verify(
     plan: Plan,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from prunus.errors import BudgetError, PlanError, checks_options, require
 from prunus.graph.budget import Budget
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
+from prunus.graph.progress import Progress, following
 from prunus.planner.culprits import tell_pins
 from prunus.planner.filters import excluded_groups
 from prunus.planner.options import ScoreKeywords, ScoreOptions, takes_options
@@ -122,7 +124,7 @@ def search_ratios(
     max_ratio: float = 0.9,
     storage: Any = None,
     study: str = "prunus",
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
     **options: Unpack[ScoreKeywords],
 ) -> Found:
     """Search the groups' ratios for the best metric within a budget, with Optuna.
@@ -146,7 +148,7 @@ def search_ratios(
         storage of Optuna a search goes on where it was, and several processes work on it at once.
         Give each process another ``seed``, or they propose the same.
     progress
-        Told, in words, what each trial gave.
+        Called with what a trial gave, in words, the number of trials done, and how many there are.
     **options
 
     Raises
@@ -172,22 +174,25 @@ def search_ratios(
     def chosen(weights: Mapping[str, float]) -> Mapping[str, float]:
         return _meet(experiment, budget, lambda t: _grown(tops, weights, t))
 
-    def objective(trial: Any) -> float:
+    done: list[int] = []
+
+    def objective(tell: Progress, trial: Any) -> float:
         weights = {name: trial.suggest_float(name, 0.02, 1.0) for name in tops}
         kept = experiment.kept(chosen(weights))
         value = experiment.value(metric, kept, f"trial {trial.number}")
-        if progress is not None:
-            progress(f"trial {trial.number}: {value:.6g}")
+        done.append(trial.number)
+        tell(f"trial {trial.number}: {value:.6g}", len(done), trials)
         return value
 
     chosen(dict.fromkeys(tops, 1.0))  # out of reach is told before a study is made
     found = _open_study(optuna, storage, study, key, experiment.asked.seed)
     found.enqueue_trial(dict.fromkeys(tops, 0.5), skip_if_exists=True)
-    found.optimize(objective, n_trials=trials)
+    with following(progress) as tell:
+        found.optimize(partial(objective, tell), n_trials=trials)
     best = experiment.plan(chosen(found.best_params))
     lost = {choice.name: len(choice.removed) / choice.size for choice in best.groups}
-    done = [t for t in found.trials if t.value is not None]
-    return Found(best, {name: lost[name] for name in tops}, found.best_value, len(done))
+    valued = [t for t in found.trials if t.value is not None]
+    return Found(best, {name: lost[name] for name in tops}, found.best_value, len(valued))
 
 
 def _open_study(optuna: Any, storage: Any, name: str, key: str, seed: int) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 from prunus.errors import FormatError, PlanError
 from prunus.files import check_target
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.progress import Progress, following
 from prunus.importance import name_of
 from prunus.planner.options import ScoreKeywords, ScoreOptions, takes_options
 from prunus.planner.search.experiment import Experiment, Metric, check_ratios
@@ -35,7 +36,7 @@ def sensitivity(
     ratios: Sequence[float] = RATIOS,
     tolerance: float | None = None,
     path: str | Path | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
     **options: Unpack[ScoreKeywords],
 ) -> Sensitivity:
     """Measure how a metric falls when one group after the other loses units; nothing is cut.
@@ -61,7 +62,7 @@ def sensitivity(
         A JSON file that is written after each cell.  If it is there already, what it has is not
         measured again.
     progress
-        Told, in words, what each number was.
+        Called with what was measured, in words, the number of cells done, and how many there are.
     **options
 
     Returns
@@ -96,19 +97,25 @@ def sensitivity(
         check_loss(tolerance, "tolerance")
     if path is not None:
         check_target(path)
-    experiment = Experiment.of(graph, model, ScoreOptions(**options))
-    rows = experiment.rows(ratios)
-    dense = experiment.value(metric, graph.all_kept, "the whole model")
-    tell = progress or (lambda _: None)
-    tell(f"the whole model: {dense:.6g}")
-    table = _begin(experiment, dense, ratios, rows, path)
-    cells = _Cells(experiment, metric, table, path, tell)
-    for name in rows:
-        for ratio in ratios:
-            cells.measure(name, units_at(table.sizes[name], ratio))
-    if tolerance is not None:
-        found = {name: cells.search(name, tolerance, max(ratios)) for name in rows}
-        table = replace(table, tolerated=found, tolerance=tolerance)
+    with following(progress) as tell:
+        tell("scoring", 0, None)
+        experiment = Experiment.of(graph, model, ScoreOptions(**options))
+        rows = experiment.rows(ratios)
+        dense = experiment.value(metric, graph.all_kept, "the whole model")
+        table = _begin(experiment, dense, ratios, rows, path)
+
+        def told(text: str) -> None:
+            done = sum(len(curve) - 1 for curve in table.curves.values())
+            tell(text, done, len(rows) * len(ratios) if tolerance is None else None)
+
+        told(f"the whole model: {dense:.6g}")
+        cells = _Cells(experiment, metric, table, path, told)
+        for name in rows:
+            for ratio in ratios:
+                cells.measure(name, units_at(table.sizes[name], ratio))
+        if tolerance is not None:
+            found = {name: cells.search(name, tolerance, max(ratios)) for name in rows}
+            table = replace(table, tolerated=found, tolerance=tolerance)
     if path is not None:
         table.save(path)
     return table

@@ -1,0 +1,299 @@
+"""The flags of every verb; those of a plan are read off its options record."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, get_args
+
+from prunus.cli.values import (
+    block,
+    bound,
+    by_glob,
+    count,
+    new_file,
+    new_picture,
+    numbers,
+    old_file,
+    ratio,
+    scope,
+    shape,
+    shares,
+    size_bound,
+    stream,
+    time_bound,
+)
+from prunus.errors import PlanError
+from prunus.graph.budget import TIMERS, Budget
+from prunus.planner.option_values import Normalise
+from prunus.planner.options import PlanOptions
+
+MODEL_HELP = """\
+MODEL is one of
+  zoo:NAME            a model of the zoo that ships with Prunus
+  timm:NAME           a model of timm (the extra 'timm')
+  hf:FOLDER           a folder with config.json and *.safetensors, as save_pretrained() writes it,
+                      or *.bin with --trust-pickle (the extra 'hf'); its code is never run
+  yolo:FILE           a .yaml of ultralytics (the extra 'yolo'), or a .pt file with --trust-pickle
+  path/to/file.py:F   what the function F() in that file returns; where the file also has
+                      example_inputs(), that gives the forward's arguments (a tensor, a tuple,
+                      or a dict of keyword arguments)
+"""
+
+DATA_HELP = """\
+DATA is one of
+  FOLDER              of images, also in folders below it (the extra 'images'): each is resized and
+                      cropped to the size of the example input, scaled to 0..1, and normalised
+                      with --mean and --std (by default what the model came with, if anything)
+  FILE.npz            with the array 'inputs', prepared as the model wants it
+  FILE.txt            one text a line (the extra 'hf'), with the tokenizer in --tokenizer FOLDER or
+                      beside an hf: model
+  path/to/file.py:F   what the function F() returns: an iterable of batches
+"""
+
+RECOVERIES = ("auto", "none", "recalibrate", "bias", "least_squares", "sequential")
+
+FILES = {
+    "out": "the smaller model, as safetensors: prunus.load(FILE, build=…) reads it",
+    "plan": "which units are kept, as JSON",
+    "certificate": "what was compared, and the verdict, as JSON",
+    "report": "all of it in one JSON document, the same that --json prints",
+    "picture": "the units that are kept and removed, as .png, .svg or .pdf (the extra 'plot')",
+}
+"""Files that a cut can write, with what they hold."""
+
+COUNTS = ("macs", "params")
+SIZES = ("bytes", "activation")
+
+_OF_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "ratios": {"metavar": "GLOB=R,…", "type": shares},
+    "drop": {"metavar": "N|NAME", "type": block, "action": "append"},
+    "importance": {"metavar": "NAME"},
+    "scope": {"metavar": "SCOPE|GLOB,…", "type": scope},
+    "normalise": {"choices": get_args(Normalise)},
+    "round_to": {"metavar": "N|GLOB=N,…", "type": by_glob(count)},
+    "min_width": {"metavar": "N|GLOB=N,…", "type": by_glob(count)},
+    "max_ratio": {"metavar": "R|GLOB=R,…", "type": by_glob(ratio)},
+    "include": {"metavar": "GLOB", "action": "append"},
+    "exclude": {"metavar": "GLOB", "action": "append"},
+}
+"""Options of a plan that have a flag, with how it is read; names, defaults and help are theirs."""
+
+_BY_TABLE = ("ratios", "drop", "scope", "normalise", "round_to", "min_width", "max_ratio")
+"""Options that say how much every group loses, as a table of sensitivities does."""
+
+
+def add_parser(verbs: Any, verb: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
+    """The parser of a verb; ``text`` says what it does."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        verb,
+        help=text,
+        description=text,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def add_options(group: argparse._ActionsContainer, *names: str) -> None:
+    """Flags of a plan's options, of which the record says what they mean."""
+    for one in fields(PlanOptions):
+        if one.name not in names:
+            continue
+        how = dict(_OF_OPTIONS[one.name])
+        text = " ".join(one.metadata["text"].partition("\n\n")[0].split()).replace("``", "")
+        if how.get("action") == "append":
+            text = f"{text.removesuffix('.')}; may be repeated"
+        default = list(one.default) if isinstance(one.default, tuple) else one.default
+        flag = f"--{one.name.replace('_', '-')}"
+        group.add_argument(flag, default=default, help=text.replace("%", "%%"), **how)
+
+
+def add_model(parser: argparse.ArgumentParser, *, flag: bool = False) -> None:
+    """MODEL, and what belongs to it; under the name ``--build`` if it is a flag."""
+    text = "zoo:NAME, timm:NAME, hf:FOLDER, yolo:FILE or file.py:FUNCTION"
+    if flag:
+        parser.add_argument("--build", metavar="MODEL", dest="model", required=True, help=text)
+    else:
+        parser.add_argument("model", metavar="MODEL", help=text)
+    parser.add_argument(
+        "--pretrained", action="store_true", help="with trained weights (zoo and timm)"
+    )
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="read weights from pickles, which can run any code: only from people you trust",
+    )
+    parser.add_argument(
+        "--input-shape",
+        metavar="N,N,…",
+        type=shape,
+        action="append",
+        help="shape of the example input, random numbers; once for each argument of the forward",
+    )
+    parser.add_argument(
+        "--outputs",
+        metavar="GLOB",
+        action="append",
+        help="outputs that keep their shape (default: all but caches, hidden states, attentions)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of everything that is random (default: 0)"
+    )
+    add_answer(parser)
+
+
+def add_answer(parser: argparse.ArgumentParser) -> None:
+    """How a verb answers."""
+    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    parser.add_argument(
+        "--log", metavar="FILE", type=stream, help="write what happens, as JSON lines"
+    )
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Calibration data, and how it is prepared."""
+    group = parser.add_argument_group("calibration data")
+    group.add_argument(
+        "--data", metavar="DATA", help="batches for batch norms and importances; see below"
+    )
+    group.add_argument(
+        "--samples",
+        metavar="N",
+        type=count,
+        default=512,
+        help="samples of it that are used: the first ones, in whole batches (default: 512)",
+    )
+    for name in ("mean", "std"):
+        group.add_argument(
+            f"--{name}", metavar="R,R,…", type=numbers, help="of the images' channels"
+        )
+    group.add_argument("--tokenizer", metavar="FOLDER", help="for a text file")
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """What to remove: bounds, and the options of a plan."""
+    group = parser.add_argument_group("what to remove")
+    text = "upper bound: a fraction of the dense cost, as 0.5, or a number, as"
+    for name in COUNTS:
+        group.add_argument(f"--{name}", metavar="N", type=bound, help=f"{text} 2000000")
+    for name in SIZES:
+        group.add_argument(f"--{name}", metavar="N", type=size_bound, help=f"{text} 8MB or 8MiB")
+    group.add_argument(
+        "--latency",
+        metavar="N|TIME",
+        type=time_bound,
+        help="a fraction of the time that the dense model takes on this machine, as 0.5, or a "
+        "time, as 12ms: smaller models are timed in turn with the dense one",
+    )
+    group.add_argument(
+        "--backend",
+        default="eager",
+        choices=TIMERS,
+        help="what runs the models that are timed (default: eager; onnxruntime needs the extra "
+        "'export')",
+    )
+    group.add_argument(
+        "--threads", metavar="N", type=count, help="of PyTorch, and of the models that are timed"
+    )
+    group.add_argument(
+        "--within",
+        metavar=("GLOB", "COST=N"),
+        nargs=2,
+        action="append",
+        default=[],
+        help="upper bound for the modules and tensors that the glob fits, whatever is inside "
+        "included, as: --within layer4 macs=0.3; may be repeated",
+    )
+    group.add_argument(
+        "--sensitivity",
+        metavar="FILE",
+        type=old_file,
+        help="a table of 'prunus sensitivity': what a group loses costs the metric as little as "
+        "what any other loses, just enough for the bounds; without bounds it is what the table's "
+        "--tolerance found",
+    )
+    add_options(group, *_OF_OPTIONS)
+
+
+def add_cut(parser: argparse.ArgumentParser, *leave_out: str) -> None:
+    """What a cut writes, and how it is verified and repaired."""
+    add_files(parser, {name: text for name, text in FILES.items() if name not in leave_out})
+    add_data(parser)
+    parser.add_argument(
+        "--recover",
+        choices=RECOVERIES,
+        default="auto",
+        help="what the calibration data repair: weights by least squares, then layer norms, then "
+        "batch norms, of these what brings the outputs nearer to the dense model's (auto, the "
+        "default; without --data it moves batch norms by what random inputs say); or weights or "
+        "batch norms alone; or layer after layer, each on what the repaired ones before it give "
+        "(sequential: better, and slower); or nothing",
+    )
+    parser.add_argument("--no-verify", action="store_true", help="don't verify the cut")
+
+
+def add_files(parser: argparse.ArgumentParser, files: Mapping[str, str]) -> None:
+    """Files to write, by the option's name and what it says."""
+    group = parser.add_argument_group("files to write")
+    for name, text in files.items():
+        kind = new_picture if name == "picture" else new_file
+        group.add_argument(f"--{name}", metavar="FILE", type=kind, help=text)
+
+
+def choice_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of a plan; :class:`PlanError` where flags contradict one another."""
+    if options.sensitivity is not None:
+        _check_beside_table(options)
+    chosen = {name: getattr(options, name) for name in (*_OF_OPTIONS, "seed")}
+    blocks = [entry for entry in options.drop if isinstance(entry, int)]
+    if blocks and len(options.drop) > 1:
+        raise PlanError(
+            "--drop has a number and is given more than once",
+            why="a number is how many blocks are dropped, whichever they are",
+            fix="give one number, or names only",
+        )
+    return {**chosen, "budget": budget_of(options), "drop": blocks[0] if blocks else options.drop}
+
+
+def _check_beside_table(options: argparse.Namespace) -> None:
+    defaults = {one.name: one.default for one in fields(PlanOptions)}
+    given = [n for n in _BY_TABLE if getattr(options, n) != defaults[n] and getattr(options, n)]
+    given += ["latency"] if options.latency is not None else []
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise PlanError(
+            f"{flags} can't be combined with --sensitivity",
+            why="what every group loses is read from the table",
+            fix="leave out one or the other; --include and --exclude choose rows of the table",
+        )
+
+
+def budget_of(options: argparse.Namespace) -> Budget | None:
+    """The budget; None where ratios, a table or blocks to drop alone say how much is removed."""
+    bounds: dict[str, Any] = {
+        n: v for n in (*COUNTS, *SIZES, "latency") if (v := getattr(options, n)) is not None
+    }
+    scopes: dict[str, dict[str, Any]] = {}
+    for glob, text in options.within:
+        name, equals, value = text.partition("=")
+        if not equals or name not in (*COUNTS, *SIZES):
+            raise PlanError(
+                f"--within {glob} {text} bounds no cost",
+                why=f"costs are {', '.join((*COUNTS, *SIZES))}",
+                fix=f"write --within {glob} macs=0.3, say",
+            )
+        try:
+            most = size_bound(value) if name in SIZES else bound(value)
+        except argparse.ArgumentTypeError as error:
+            raise PlanError(str(error), where=f"--within {glob} {text}") from None
+        scopes.setdefault(glob, {})[name] = most
+    if options.latency is not None:
+        bounds["timer"] = options.backend
+    if bounds or scopes:
+        return Budget(**bounds, within={g: Budget(**inner) for g, inner in scopes.items()})
+    if options.ratios is None and options.sensitivity is None and not options.drop:
+        names = [f"--{name}" for name in (*COUNTS, *SIZES, "latency")]
+        raise PlanError(f"give a budget: {', '.join(names)}", fix="--macs 0.5, say")
+    return None

@@ -1,0 +1,83 @@
+"""Which files a command reads and writes: refused where one would destroy another."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from prunus.cli.flags import FILES
+from prunus.errors import FileError
+
+IMAGES = ("*.bmp", "*.gif", "*.jpeg", "*.jpg", "*.png", "*.ppm", "*.tif", "*.tiff", "*.webp")
+"""Files of a folder of calibration data."""
+
+TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "sentencepiece*")
+"""Files of which a folder with a tokenizer has at least one."""
+
+_PRETRAINED = (*("*config.json", "*.bin", "model*", "*.index.json"), *TOKENIZERS)
+_OUTPUTS = (*FILES, "log", "dot")
+
+
+def check_files(options: argparse.Namespace) -> None:
+    """Refuse files to write that are one file, or one that is read; nothing has been opened yet."""
+    seen: dict[str, str] = {}
+    for name in _OUTPUTS:
+        path = getattr(options, name, None)
+        if path is not None:
+            other = seen.setdefault(os.path.realpath(path), f"--{name}")
+            if other != f"--{name}":
+                raise _one_file(other, f"--{name}", path)
+    for name, path in _files_read(options):
+        first = seen.get(os.path.realpath(path))
+        if first is not None:
+            raise _one_file(first, name, path)
+
+
+def _one_file(first: str, second: str, path: str | Path) -> FileError:
+    return FileError(
+        f"{first} and {second} are one file",
+        where=str(path),
+        why="one would destroy the other",
+        fix="write to a file of its own",
+    )
+
+
+def _files_read(options: argparse.Namespace) -> Iterator[tuple[str, str | Path]]:
+    """What a command reads, by the name of the argument."""
+    given = vars(options)
+    for name, attribute in (("PLAN", "plan_file"), ("FILE", "file"), ("A", "a"), ("B", "b")):
+        if given.get(attribute) is not None:
+            yield name, given[attribute]
+    if "model" not in given:
+        return
+    model = "--build" if "file" in given else "MODEL"
+    kind, _, rest = options.model.partition(":")
+    if kind == "hf":
+        yield from ((model, path) for path in _inside(Path(rest), _PRETRAINED))
+    elif kind == "yolo":
+        yield model, rest
+    else:
+        yield from ((model, path) for path in _python_file(options.model))
+    for name in ("data", "metric", "sensitivity"):
+        if given.get(name) is not None:
+            reference = str(given[name])
+            yield from ((f"--{name}", path) for path in (reference, *_python_file(reference)))
+    if given.get("data") is not None:
+        yield from (("--data", path) for path in _inside(Path(options.data), IMAGES, deep=True))
+    if given.get("tokenizer") is not None:
+        found = _inside(Path(options.tokenizer), _PRETRAINED)
+        yield from (("--tokenizer", path) for path in found)
+
+
+def _python_file(reference: str) -> list[str]:
+    """The file of ``path/to/file.py:FUNCTION``, also where the function is missing."""
+    return [part for part in (reference, reference.rpartition(":")[0]) if part.endswith(".py")]
+
+
+def _inside(folder: Path, patterns: Sequence[str], *, deep: bool = False) -> Iterator[Path]:
+    for path in folder.rglob("*") if deep else folder.glob("*"):
+        if any(fnmatch(path.name.lower(), pattern) for pattern in patterns):
+            yield path

@@ -544,9 +544,11 @@ def test_a_batch_may_be_one_sample() -> None:
 
 def test_progress_counts_batches() -> None:
     model, x, graph = build("mlp")
-    seen: list[int] = []
-    prunus.importance.collect(model, graph, iter([x, x, x]), "activation", progress=seen.append)
-    assert seen == [1, 2, 3]
+    seen: list[tuple[str, int, int | None]] = []
+    prunus.importance.collect(
+        *(model, graph, iter([x, x, x]), "activation"), progress=lambda *stage: seen.append(stage)
+    )
+    assert seen == [("collecting statistics", n, 3) for n in range(4)]
 
 
 class Whole(nn.Module):

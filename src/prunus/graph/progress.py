@@ -25,10 +25,13 @@ DELAY = 2.0
 """Seconds after which a call shows a bar."""
 
 _current: ContextVar[Progress | None] = ContextVar("prunus_progress", default=None)
+_in_stage: ContextVar[bool] = ContextVar("prunus_stage", default=False)
 
 
 @contextmanager
-def following(progress: Progress | None = None, *, delay: float = DELAY) -> Iterator[Progress]:
+def following(
+    progress: Progress | None = None, *, delay: float | None = None
+) -> Iterator[Progress]:
     """Where a call says how far it is.
 
     Parameters
@@ -37,11 +40,11 @@ def following(progress: Progress | None = None, *, delay: float = DELAY) -> Iter
         The caller's callback; without one it is that of the call around this one, or a bar on
         stderr where that is a terminal.
     delay
-        Seconds until the bar appears.
+        Seconds until the bar appears, by default two.
     """
     outer, bar = _current.get(), None
     if progress is None and outer is None and _on_terminal():
-        progress = bar = _Bar(delay)
+        progress = bar = _Bar(DELAY if delay is None else delay)
     told = progress or outer
     if told is None:
         yield _ignore
@@ -56,14 +59,20 @@ def following(progress: Progress | None = None, *, delay: float = DELAY) -> Iter
 
 
 def shows(stage: str) -> Callable[[Call], Call]:
-    """Let a function run within :func:`following`, as one stage."""
+    """Let a function run within :func:`following`, as one stage; so is all that it calls."""
 
     def decorate(call: Call) -> Call:
         @functools.wraps(call)
         def told(*args: Any, **options: Any) -> Any:
-            with following() as tell:
-                tell(stage, 0, None)
+            if _in_stage.get():
                 return call(*args, **options)
+            token = _in_stage.set(True)
+            try:
+                with following() as tell:
+                    tell(stage, 0, None)
+                    return call(*args, **options)
+            finally:
+                _in_stage.reset(token)
 
         return told  # type: ignore[return-value]
 
@@ -132,7 +141,7 @@ class _Bar:
                 redirect_stdout=False,  # no object of another is touched from this thread
                 redirect_stderr=False,
             )
-            self._task = self._bar.add_task("", total=None)
+            self._task = self._bar.add_task(self._state[0], total=None)
             self._bar.start()
             self._draw()
 

@@ -14,7 +14,7 @@ import prunus
 from prunus.errors import PlanError, checks_options
 from prunus.importance import torch_pruning
 from prunus.integrations import hf, hf_config
-from prunus.planner.options import PlanKeywords, PlanOptions, ScoreKeywords, ScoreOptions
+from prunus.planner.options import PlanKeywords, PlanOptions, ScoreKeywords, ScoreOptions, texts_of
 
 SOURCE = Path(prunus.__file__).parent
 
@@ -160,7 +160,7 @@ def test_signature_and_documentation_are_read_off_the_record(call) -> None:
         assert known[one.name].default == one.default
         assert known[one.name].annotation == one.type
         assert call.__doc__.count(f"    {one.name} : ") == 1
-        assert one.metadata["text"].partition("\n")[0] in call.__doc__
+        assert texts_of(PlanOptions)[one.name].partition("\n")[0] in call.__doc__
     assert "**options" not in call.__doc__
 
 

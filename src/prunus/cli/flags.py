@@ -27,7 +27,7 @@ from prunus.cli.values import (
 from prunus.errors import PlanError
 from prunus.graph.budget import TIMERS, Budget
 from prunus.planner.option_values import Normalise
-from prunus.planner.options import PlanOptions
+from prunus.planner.options import PlanOptions, texts_of
 
 MODEL_HELP = """\
 MODEL is one of
@@ -98,11 +98,12 @@ def add_parser(verbs: Any, verb: str, text: str, epilog: str = "") -> argparse.A
 
 def add_options(group: argparse._ActionsContainer, *names: str) -> None:
     """Flags of a plan's options, of which the record says what they mean."""
+    texts = texts_of(PlanOptions)
     for one in fields(PlanOptions):
         if one.name not in names:
             continue
         how = dict(_OF_OPTIONS[one.name])
-        text = " ".join(one.metadata["text"].partition("\n\n")[0].split()).replace("``", "")
+        text = " ".join(texts.get(one.name, "").partition("\n\n")[0].split()).replace("``", "")
         if how.get("action") == "append":
             text = f"{text.removesuffix('.')}; may be repeated"
         default = list(one.default) if isinstance(one.default, tuple) else one.default

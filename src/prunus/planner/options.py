@@ -1,15 +1,17 @@
 """The options of a plan: one frozen record, of which signatures, flags and checks are read.
 
-An option is a field of :class:`PlanOptions`, with its type, its default, what it means, and what a
-value must be.  :func:`prunus.plan`, :func:`prunus.shrink` and the searches take the same names
-(:class:`PlanKeywords` lists them for type checkers), the command line makes flags of them, and a
-plan records them.  Nothing heavy is imported, so that ``prunus --help`` is quick.
+An option is a field of :class:`PlanOptions`, with its type, its default, and what a value must be;
+the docstring of the record says what it means.  :func:`prunus.plan`, :func:`prunus.shrink` and the
+searches take the same names (:class:`PlanKeywords` lists them for type checkers), the command line
+makes flags of them, and a plan records them.  Nothing heavy is imported, so that ``prunus --help``
+is quick.
 """
 
 # ruff: noqa: RUF009, ``option`` is a field specifier as ``dataclasses.field`` is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -48,19 +50,16 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 
 def option(
     default: Any,
-    text: str,
     fits: Callable[[Any], bool] = is_anything,
     wanted: str = "",
     *,
     recorded: bool = False,
     beside_ratio: Any = ...,
 ) -> Any:
-    """A field of an options record.
+    """A field of an options record, whose docstring says what it means.
 
     Parameters
     ----------
-    text
-        What it means; the first paragraph is the help of its flag on the command line.
     fits, wanted
         Whether a value can be one, unless it is the default; and in words what it must be.
     recorded
@@ -69,7 +68,6 @@ def option(
         The value that says nothing beside ``ratio``, for an option that shapes what a budget takes.
     """
     metadata = {
-        "text": cleandoc(text),
         "fits": fits,
         "wanted": wanted,
         "recorded": recorded,
@@ -83,74 +81,55 @@ _GLOBS = "a glob over names of groups and their tensors, or a list of globs"
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """Which units of a group are removed first, and which groups are meant."""
+    """Which units of a group are removed first, and which groups are meant.
 
-    importance: str | Importance = option(
-        "l2",
-        """
+    Attributes
+    ----------
+    importance
         Score of a unit.  Of the weights: ``l1``, ``l2`` (default), ``lamp``, ``fpgm``,
         ``bn_scale``, ``random``; of calibration data: ``taylor``, ``fisher``, ``head_gradient``,
         ``activation``, ``wanda``, ``flap``, ``obs``.
 
         Or a :class:`prunus.importance.Movement`, an importance of Torch-Pruning, or a function of
         a group and a context.
-        """,
+    data
+        Calibration batches, for importances, the influence of blocks, and repair.
+
+        Without them the influence of blocks is measured on random inputs of the traced shapes.
+    samples
+        Samples of ``data`` that are used: the first ones, in whole batches (default: 512).
+
+        They are taken once and kept in memory; more are read again for every pass.
+    statistics
+        What :func:`prunus.importance.collect` made of ``data`` for this graph; it may serve
+        several plans.
+    loss
+        For gradients; see :func:`prunus.importance.collect`.
+    include
+        Only these groups, by globs over their names and those of their tensors.
+    exclude
+        Not these groups, by globs over their names and those of their tensors.
+    seed
+        Seed of everything that is random (default: 0).
+    """
+
+    importance: str | Importance = option(
+        "l2",
         lambda value: isinstance(value, str) or callable(value),
         "a name, as 'l2', or a function of a group and a context",
         recorded=True,
     )
     data: Iterable[Any] | None = option(
-        None,
-        """
-        Calibration batches, for importances, the influence of blocks, and repair.
-
-        Without them the influence of blocks is measured on random inputs of the traced shapes.
-        """,
-        is_batches,
-        "an iterable of batches, as a DataLoader is",
+        None, is_batches, "an iterable of batches, as a DataLoader is"
     )
-    samples: int = option(
-        512,
-        """
-        Samples of ``data`` that are used: the first ones, in whole batches (default: 512).
-
-        They are taken once and kept in memory; more are read again for every pass.
-        """,
-        lambda value: is_whole(value) and value >= 1,
-        "an int ≥ 1",
-    )
+    samples: int = option(512, lambda value: is_whole(value) and value >= 1, "an int ≥ 1")
     statistics: Statistics | None = option(
-        None,
-        """
-        What :func:`prunus.importance.collect` made of ``data`` for this graph; it may serve
-        several plans.
-        """,
-        lambda value: hasattr(value, "unit_count"),
-        "what prunus.importance.collect returns",
+        None, lambda value: hasattr(value, "unit_count"), "what prunus.importance.collect returns"
     )
-    loss: Loss | None = option(
-        None,
-        "For gradients; see :func:`prunus.importance.collect`.",
-        callable,
-        "a function of the outputs and a batch",
-    )
-    include: Globs | None = option(
-        None,
-        "Only these groups, by globs over their names and those of their tensors.",
-        is_names,
-        _GLOBS,
-        beside_ratio=None,
-    )
-    exclude: Globs = option(
-        (),
-        "Not these groups, by globs over their names and those of their tensors.",
-        is_names,
-        _GLOBS,
-        beside_ratio=(),
-    )
-    seed: int = option(
-        0, "Seed of everything that is random (default: 0).", is_whole, "an int", recorded=True
-    )
+    loss: Loss | None = option(None, callable, "a function of the outputs and a batch")
+    include: Globs | None = option(None, is_names, _GLOBS, beside_ratio=None)
+    exclude: Globs = option((), is_names, _GLOBS, beside_ratio=())
+    seed: int = option(0, is_whole, "an int", recorded=True)
 
     def check(self) -> None:
         """Refuse values that an option can't have.
@@ -175,11 +154,11 @@ class ScoreOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(ScoreOptions):
-    """What a plan can be asked."""
+    """What a plan can be asked.
 
-    budget: Budget | None = option(
-        None,
-        """
+    Attributes
+    ----------
+    budget
         Upper bounds on ``params``, ``macs``, ``bytes``, peak ``activation`` memory and
         ``latency``, as fractions of the dense cost or absolute, of the whole model and (except
         memory and latency) of parts of it; several hold at once.
@@ -189,34 +168,15 @@ class PlanOptions(ScoreOptions):
         that meet the time the one is taken whose outputs on the data are nearest to the dense
         model's after repair; without data, the one that keeps the most importance.
         ``plan.origin["latency"]`` says what was measured.
-        """,
-        lambda value: isinstance(value, Budget),
-        "a Budget",
-        recorded=True,
-    )
-    ratio: float | None = option(
-        None,
-        "In place of a budget: the share of units that every group loses, whatever that costs.",
-        is_real,
-        "a number between 0 and 1",
-        recorded=True,
-    )
-    ratios: Mapping[str, float] | None = option(
-        None,
-        """
+    ratio
+        In place of a budget: the share of units that every group loses, whatever that costs.
+    ratios
         The share of its units that a group loses, exactly, by globs over names of groups and
         their tensors; alone, or with a budget, which takes nothing else of these groups.
 
         ``{"layer3.*": 0.3}``, say.  Exactly: the nearest number of units that lockstep and
         rounding allow.
-        """,
-        lambda value: isinstance(value, Mapping),
-        "a mapping, as {'layer3.*': 0.3}",
-        recorded=True,
-    )
-    scope: Scope = option(
-        "local",
-        """
+    scope
         Which units compete: those of one group (``local``, the default: each loses the same
         ratio), of groups of one shape (``isomorphic``), all (``global``), or those of the groups
         that one of several globs fits: ``backbone.*``, ``head.*``.
@@ -224,13 +184,7 @@ class PlanOptions(ScoreOptions):
         Classes made by globs lose the same ratio each; a group that no glob fits is a class.  In
         the global scope ``plan.origin`` has the part of all scores that the plan ``retained``, and
         the ``bound`` that no choice of units exceeds.
-        """,
-        recorded=True,
-        beside_ratio="local",
-    )
-    normalise: Normalise | None = option(
-        None,
-        """
+    normalise
         How scores of different groups are made comparable: divided by their ``mean`` (default),
         ``max`` or ``sum``; ``standardised``; ``lamp``; or ``none`` (the default for obs in the
         global scope).
@@ -238,32 +192,14 @@ class PlanOptions(ScoreOptions):
         ``standardised`` is less the mean, over the deviation; ``lamp`` the square over the sum of
         the squares that are no less.  Scores of ``obs`` are curves of error versus width, and
         share the budget out as they are.
-        """,
-        recorded=True,
-        beside_ratio=None,
-    )
-    min_width: int | Mapping[str, int] = option(
-        1,
-        """
+    min_width
         Units that every group keeps; one number, or numbers by globs over names of groups and
         their tensors.
-        """,
-        recorded=True,
-        beside_ratio=1,
-    )
-    max_ratio: float | Mapping[str, float] | None = option(
-        None,
-        """
+    max_ratio
         The largest share of its units that a group may lose; one number, or numbers by globs
         over names of groups and their tensors (default: 0.8 for a budget in the global scope, so
         that no layer collapses, else 1).
-        """,
-        recorded=True,
-        beside_ratio=1.0,
-    )
-    round_to: int | Mapping[str, int] | None = option(
-        None,
-        """
+    round_to
         Widths are multiples of it; a number, or numbers by kind of layer and by globs, as linear:
         32, conv: 8, ``head.*``: 1, ``*``: 4 (default: 8 for channels and FFNs of 32 and more, less
         where a step of 8 would miss a bound by more than 2 %; for a bound on latency what is best
@@ -273,37 +209,41 @@ class PlanOptions(ScoreOptions):
         ``ratios`` says are never rounded by default.  A group narrower than twice the number is
         rounded to half of it, and so on, down to 16: 32 is for groups at least 64 wide.  Where
         several globs fit a group, the most specific one decides.
-        """,
-        recorded=True,
-        beside_ratio=1,
-    )
-    hold: Collection[str] = option(
-        (),
-        """
+    hold
         Names of groups that are kept whole (where blocks are dropped: names in the model without
         them).
-        """,
-        lambda value: not isinstance(value, str) and is_names(value),
-        "a list of names of groups",
-        recorded=True,
-    )
-    drop: Drop = option(
-        (),
-        """
+    drop
         Residual blocks to drop: how many, those of least influence, or their module paths; then a
         bound is not needed.
 
         See :func:`prunus.importance.block_influence`.
-        """,
-        is_drop,
-        "an int ≥ 1, or the names of blocks as in graph.blocks",
+    protect_ends
+        Whether the first and last block of every stack are kept when ``drop`` is a number.
+    """
+
+    budget: Budget | None = option(
+        None, lambda value: isinstance(value, Budget), "a Budget", recorded=True
     )
-    protect_ends: bool = option(
-        True,
-        "Whether the first and last block of every stack are kept when ``drop`` is a number.",
-        is_bool,
-        "True or False",
+    ratio: float | None = option(None, is_real, "a number between 0 and 1", recorded=True)
+    ratios: Mapping[str, float] | None = option(
+        None,
+        lambda value: isinstance(value, Mapping),
+        "a mapping, as {'layer3.*': 0.3}",
+        recorded=True,
     )
+    scope: Scope = option("local", recorded=True, beside_ratio="local")
+    normalise: Normalise | None = option(None, recorded=True, beside_ratio=None)
+    min_width: int | Mapping[str, int] = option(1, recorded=True, beside_ratio=1)
+    max_ratio: float | Mapping[str, float] | None = option(None, recorded=True, beside_ratio=1.0)
+    round_to: int | Mapping[str, int] | None = option(None, recorded=True, beside_ratio=1)
+    hold: Collection[str] = option(
+        (),
+        lambda value: not isinstance(value, str) and is_names(value),
+        "a list of names of groups",
+        recorded=True,
+    )
+    drop: Drop = option((), is_drop, "an int ≥ 1, or the names of blocks as in graph.blocks")
+    protect_ends: bool = option(True, is_bool, "True or False")
 
     def check(self) -> None:
         """Refuse values that an option can't have, and options that contradict one another.
@@ -428,8 +368,22 @@ def takes_options(record: type[ScoreOptions]) -> Callable[[Call], Call]:
 
 def describe_options(record: type[ScoreOptions]) -> str:
     """The options as the section of a numpydoc docstring."""
+    texts = texts_of(record)
     parts = []
     for one in fields(record):
-        paragraphs = indent(one.metadata["text"], "    ")
-        parts.append(f"{one.name} : {one.type}, default {one.default!r}\n{paragraphs}")
+        text = indent(texts.get(one.name, ""), "    ")
+        parts.append(f"{one.name} : {one.type}, default {one.default!r}\n{text}")
     return "\n".join(parts)
+
+
+def texts_of(record: type[ScoreOptions]) -> dict[str, str]:
+    """What each option means, by its name, as the docstring of the record says.
+
+    The first paragraph of each is the help of its flag on the command line.
+    """
+    found: dict[str, str] = {}
+    for one in reversed(record.__mro__):
+        section = cleandoc(one.__doc__ or "").partition("Attributes\n----------\n")[2]
+        parts = re.split(r"^(\w+)\n", section, flags=re.MULTILINE)
+        found |= {name: cleandoc(text) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+    return found

@@ -127,6 +127,7 @@ NONSENSE = {
     "protect_ends": "no",
     "seed": 0.5,
     "data": 3,
+    "samples": 0,
     "statistics": {},
     "loss": "cross_entropy",
     "ratios": 0.5,

@@ -105,10 +105,10 @@ def test_public_calls_say_what_they_do() -> None:
 
 
 def test_a_call_from_python_shows_a_bar(monkeypatch) -> None:
-    terminal = a_terminal(monkeypatch)
-    monkeypatch.setattr(progress, "DELAY", 0.01)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     graph = prunus.trace(model, torch.ones(1, 4))
+    terminal = a_terminal(monkeypatch)
+    monkeypatch.setattr(progress, "DELAY", 0.01)
 
     def slow(_: nn.Module) -> float:
         deadline = time.monotonic() + 20

@@ -39,7 +39,7 @@ def test_calls_inside_report_to_the_callback_of_the_one_around() -> None:
             again("second", 1, 2)
         with following(lambda *stage: inner.append(stage)):
             assert list(counted("ab", "third")) == ["a", "b"]
-        list(counted(iter("a"), "fourth"))
+        list(counted((letter for letter in "a"), "fourth"))
     list(counted("ab", "nobody watches"))
     assert outer == [("first", 0, None), ("second", 1, 2), ("fourth", 0, None), ("fourth", 1, None)]
     assert inner == [("third", 0, 2), ("third", 1, 2), ("third", 2, 2)]

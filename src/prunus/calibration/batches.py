@@ -102,6 +102,9 @@ class Batches:
         elif samples <= SAMPLES or not hasattr(data, "__len__"):
             self._data = list(self)
 
+    def __length_hint__(self) -> int:
+        return len(self._data) if isinstance(self._data, list) else NotImplemented
+
     def __iter__(self) -> Iterator[Any]:
         samples = 0
         for batch in self._data:

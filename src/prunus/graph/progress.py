@@ -10,9 +10,10 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from operator import length_hint
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -82,7 +83,8 @@ def shows(stage: str) -> Callable[[Call], Call]:
 def counted(items: Iterable[T], stage: str) -> Iterator[T]:
     """The items; each is told of once the reader comes back for the next one."""
     tell = _current.get() or _ignore
-    total = len(items) if isinstance(items, Sized) else None
+    hint = length_hint(items, -1)  # -1: an iterator, or a loader over an iterable data set
+    total = None if hint < 0 else hint
     tell(stage, 0, total)
     for done, item in enumerate(items, start=1):
         yield item

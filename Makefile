@@ -44,7 +44,7 @@ test-torch: .venv-torch-$(TORCH)/.stamp
 	@touch $@
 
 demo: $(VENV)/.stamp-demo
-	$(BIN)/python benchmarks/demo.py --out out/demo
+	$(BIN)/python -m benchmarks.demo --out out/demo
 
 # A small sample of every benchmark; none writes to the committed tables.
 bench-quick: $(VENV)/.stamp-dev
@@ -73,7 +73,7 @@ $(VENV)/.stamp-venv:
 # The demo needs little; who has everything for the tests has that as well.
 $(VENV)/.stamp-demo: pyproject.toml $(CONSTRAINTS) | $(VENV)/.stamp-venv
 	@echo "Installing Prunus and what the demo needs into $(VENV) ..."
-	$(INSTALL) -e '.[plot]'
+	$(INSTALL) -e '.[plot]' torch-pruning
 	@touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/.stamp-venv

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -284,14 +284,36 @@ def test_inputs_that_nobody_knows() -> None:
 # -- folders ---------------------------------------------------------------------------------------
 
 ALONE = """
-import sys, torch, transformers
-kind = getattr(transformers, sys.argv[1])
-model = kind.from_pretrained(sys.argv[2], local_files_only=True).eval()
-inputs = torch.load(sys.argv[3], weights_only=True)
-with torch.no_grad():
-    torch.save(model(**inputs).logits, sys.argv[4])
-assert not [name for name in sys.modules if name.partition(".")[0] == "prunus"]
+import json, sys, torch, transformers
+for line in sys.stdin:
+    name, folder, inputs, out = json.loads(line)
+    model = getattr(transformers, name).from_pretrained(folder, local_files_only=True).eval()
+    with torch.no_grad():
+        torch.save(model(**torch.load(inputs, weights_only=True)).logits, out)
+    assert not [name for name in sys.modules if name.partition(".")[0] == "prunus"]
+    print("saved", flush=True)
 """
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Callable[..., None]]:
+    """Ask a process that has transformers and not Prunus for a model's answer."""
+    command = [sys.executable, "-W", "ignore", "-c", ALONE]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def ask(*words: Any) -> None:
+            stdin.write(json.dumps([str(word) for word in words]) + "\n")
+            stdin.flush()
+            assert stdout.readline() == "saved\n"
+
+        yield ask
+        stdin.close()
+        assert process.wait() == 0
 
 
 WIDTHS = {"hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"}
@@ -309,7 +331,7 @@ LAYERS = {"num_hidden_layers"}
     ],
 )
 def test_uniform_results_load_without_prunus(
-    build: Any, options: Any, changed: set[str], tmp_path: Path
+    build: Any, options: Any, changed: set[str], tmp_path: Path, alone: Callable[..., None]
 ) -> None:
     model = build()
     before = model.config.to_dict()
@@ -322,14 +344,7 @@ def test_uniform_results_load_without_prunus(
     after = json.loads((tmp_path / "small" / "config.json").read_text(encoding="utf-8"))
     assert {n for n, v in before.items() if type(v) is int and after.get(n, v) != v} == changed
     torch.save(inputs, tmp_path / "inputs.pt")
-    words = (
-        type(model).__name__, tmp_path / "small", tmp_path / "inputs.pt", tmp_path / "out.pt",
-    )  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", ALONE, *map(str, words)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    alone(type(model).__name__, tmp_path / "small", tmp_path / "inputs.pt", tmp_path / "out.pt")
     with torch.no_grad():
         expected = model(**inputs).logits
     torch.testing.assert_close(torch.load(tmp_path / "out.pt", weights_only=True), expected)

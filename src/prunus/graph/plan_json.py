@@ -125,6 +125,8 @@ def read(text: str, limit: int = LIMIT) -> dict[str, Any]:
     for place, edit in enumerate(document.edits):
         check_kind(f"edits[{place}]", edit.attribute, edit.before, edit.after)
     check_origin(document.origin)
+    if len({*document.drops}) < len(document.drops):
+        raise malformed("drops", "a block is dropped twice")
     return {
         "keep": dict(_read_keep(keep, shapes)),
         "shapes": shapes,

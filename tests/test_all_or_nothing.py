@@ -39,7 +39,7 @@ from tests.interrupts import (
     switches,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm", "ignore:.*columns that stay")
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm", "ignore:.*kept input channels")
 
 
 @dataclasses.dataclass

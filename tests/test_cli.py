@@ -200,9 +200,9 @@ def test_shrink_tells_a_person(net, capsys) -> None:
     assert main(["shrink", net, "--params", "0.6", "--no-verify"]) == 0
     out = capsys.readouterr().out
     assert "dense" in out
-    assert "Not proven: --no-verify was given." in out
+    assert "not verified (--no-verify)" in out
     assert main(["shrink", net, "--params", "0.6"]) == 0
-    assert "Proof: exact." in capsys.readouterr().out
+    assert "verified (exact):" in capsys.readouterr().out
 
 
 def test_same_seed_same_files(net, tmp_path, capsys) -> None:
@@ -227,7 +227,7 @@ def test_a_plan_can_be_applied_again(net, tmp_path, capsys) -> None:
     assert loaded["outputs"] == {"output": [2, 4]}
     assert main(["verify", plan, net]) == main(["load", out, "--build", net]) == 0
     printed = capsys.readouterr().out
-    assert "Proof: exact." in printed
+    assert "verified (exact):" in printed
     assert "the digest is right" in printed
 
 

@@ -62,7 +62,8 @@ class Shrunk:
     samples: int = 0
 
     def __repr__(self) -> str:
-        return f"{self.plan}\n{_spelled(self.certificate)}"
+        verdict = self.certificate or "not verified (verified=False)"
+        return f"{self.plan}\n{verdict}"
 
 
 @takes_options(PlanOptions)
@@ -345,22 +346,6 @@ def _cut(
             raise rejected(certificate)
     cut(plan, model, optimizer=optimizer)
     return Shrunk(model, graph, plan, certificate)
-
-
-def _spelled(certificate: Certificate | None) -> str:
-    """The verdict in a line."""
-    if certificate is None:
-        return "not verified (verified=False)"
-    if certificate.verdict == "inexact":
-        return (
-            f"inexact: {certificate.reason or f'the outputs differ by {certificate.rel_err:.1e}'}"
-        )
-    if certificate.verdict == "not verified":
-        return f"not verified: {certificate.reason or 'no measurable effect on the outputs'}"
-    return (
-        f"verified (exact): max relative error {certificate.rel_err:.1e} against the masked model; "
-        f"pruning changed the outputs by {certificate.moved:.1e}"
-    )
 
 
 def _check_mode(mode: str) -> None:

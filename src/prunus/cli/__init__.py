@@ -23,16 +23,16 @@ VERBS = (
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    not proven: the smaller model does not compute what the masked original computes,
-       or the comparison proves nothing
+  1    not verified: the smaller model does not compute what the masked original computes,
+       or the comparison shows no effect of the cut
   2    bad input: options, model, data or files; an error of the model itself shows its traceback
   3    refused: the budget is out of reach, or the plan could not be applied
   130  interrupted
-  141  who read stdout, 'head' say, left before the end
+  141  broken pipe: stdout was closed before the end, by 'head' for example
   143  terminated
 """
 
-NOT_PROVEN, BAD_INPUT, REFUSED, INTERRUPTED, UNREAD, TERMINATED = 1, 2, 3, 130, 141, 143
+NOT_VERIFIED, BAD_INPUT, REFUSED, INTERRUPTED, UNREAD, TERMINATED = 1, 2, 3, 130, 141, 143
 
 
 class Terminated(KeyboardInterrupt):
@@ -140,7 +140,7 @@ def _tell(error: PrunusError) -> int:
 
     show_error("prunus", error)
     if isinstance(error, VerifyError):
-        return NOT_PROVEN
+        return NOT_VERIFIED
     return REFUSED if isinstance(error, (ApplyError, BudgetError)) else BAD_INPUT
 
 

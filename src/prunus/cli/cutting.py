@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunus.cli import NOT_PROVEN
+from prunus.cli import NOT_VERIFIED
 from prunus.cli.answer import answer, head
 from prunus.cli.plan import told_of, told_of_rounding, told_of_time
 from prunus.errors import require
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The model, cut unless the proof failed; and what is told of it."""
+    """The model, cut unless the verification failed; and what is printed of it."""
 
     model: nn.Module
     plan: Plan
@@ -114,10 +114,10 @@ def finish(outcome: Outcome, options: argparse.Namespace) -> int:
 
 
 def exit_code(plan: Plan, certificate: Certificate | None) -> int:
-    """Who asked for no proof, or removed nothing, needs none."""
+    """Without verification, or where nothing was removed, there is nothing to fail."""
     verdict = "exact" if certificate is None else certificate.verdict
-    proven = verdict == "exact" or (verdict == "not verified" and not plan.keep)
-    return 0 if proven else NOT_PROVEN
+    verified = verdict == "exact" or (verdict == "not verified" and not plan.keep)
+    return 0 if verified else NOT_VERIFIED
 
 
 def show_certificate(certificate: Certificate, fix: str) -> None:
@@ -133,10 +133,7 @@ def show_certificate(certificate: Certificate, fix: str) -> None:
             f"  fix:   {fix}"
         )
         return
-    show(
-        f"Proof: {certificate.verdict}. Pruned and masked outputs differ by "
-        f"{certificate.rel_err:.1e}; the removal moved them by {certificate.moved:.1e}."
-    )
+    show(str(certificate))
     for line in certificate.inputs:
         show(f"  {'' if line.startswith('not compared') else 'compared on '}{line}")
     if certificate.unread:
@@ -164,13 +161,13 @@ def _show(outcome: Outcome, options: argparse.Namespace) -> None:
     show(choices_table(outcome.plan), *told_of(outcome.plan))
     show(*told_of_rounding(outcome.plan), *told_of_time(outcome.plan))
     if outcome.certificate is None:
-        show("Not proven: --no-verify was given.")
+        show("not verified (--no-verify)")
     else:
         leave = "leave groups out with --exclude"
         fix = leave if hasattr(options, "exclude") else f"plan anew, and {leave}"
         show_certificate(outcome.certificate, f"no model was written; {fix}")
     for name, reason in outcome.document.get("held", {}).items():
-        show(f"{name} stays whole, since the proof rejects its cut: {reason}")
+        show(f"{name} is kept whole, since its cut failed verification: {reason}")
     if outcome.document["recovery"]:
         show(tell_recovery(outcome.document["recovery"]))
     for name, path in outcome.document["files"].items():
@@ -181,11 +178,11 @@ def tell_recovery(steps: Sequence[dict[str, Any]]) -> str:
     """What the recovery brought, step by step.
 
     >>> steps = [("cut", 0.5, True, ""), ("least squares", 0.125, True, ""),
-    ...          ("batch norms", 0.25, False, "it made the outputs worse")]
+    ...          ("batch norms", 0.25, False, "worse than without")]
     >>> names = ("name", "error", "kept", "why")
     >>> print(tell_recovery([dict(zip(names, step)) for step in steps]))
     On the calibration data the outputs are off by 50.0% after the cut, 12.5% after least squares.
-    Not kept: batch norms (25.0%), since it made the outputs worse.
+    skipped batch norms: output error 25.0%, worse than without
     """
 
     def error(step: dict[str, Any]) -> str:
@@ -196,7 +193,7 @@ def tell_recovery(steps: Sequence[dict[str, Any]]) -> str:
     blind = any("no data" in s["name"] for s in steps)
     inputs = "random inputs" if blind else "the calibration data"
     lines = [f"On {inputs} the outputs are off by {', '.join(kept)}."]
-    lines += [f"Mind: {s['why']}." for s in steps if s["kept"] and s["why"]]
-    lines += [f"Not kept: {s['name']} ({error(s)}), since {s['why']}."
+    lines += [f"warning: {s['why']}" for s in steps if s["kept"] and s["why"]]
+    lines += [f"skipped {s['name']}: output error {error(s)}, {s['why']}"
               for s in steps if not s["kept"]]  # fmt: skip
     return "\n".join(lines)

@@ -193,12 +193,12 @@ def _told_of_bounds(costs: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _told_of_worth(plan: Plan) -> list[str]:
-    """What part of the scores stays, and what no other choice exceeds, in a sentence."""
+    """What part of the importance is retained, and what no other choice exceeds."""
     retained, bound = plan.origin.get("retained"), plan.origin.get("bound")
     if retained is None:
         return []
-    most = "" if bound is None else f"; no choice under this budget keeps more than {bound:.1%}"
-    return [f"The units that stay hold {retained:.1%} of all scores{most}."]
+    most = "" if bound is None else f" (upper bound {bound:.1%})"
+    return [f"retained importance {retained:.1%}{most}"]
 
 
 def describe_costs(

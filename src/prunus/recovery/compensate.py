@@ -287,11 +287,10 @@ def _warn_of_few(repairs: Iterable[Repair]) -> None:
     if not few:
         return
     worst = min(few, key=lambda one: one.samples / one.kept)
-    others = f", and {len(few) - 1} more weights have too few" if len(few) > 1 else ""
+    others = f", and {len(few) - 1} more weights on too few" if len(few) > 1 else ""
     warnings.warn(
-        f"{worst.tensor} has {worst.kept} columns that stay, and is fitted to {worst.samples} "
-        f"samples{others}. The ridge was raised to what so few allow; more calibration data "
-        "repair more",
+        f"{worst.tensor}: {worst.kept} kept input channels were fitted on only {worst.samples} "
+        f"samples{others}; ridge increased (give more calibration data)",
         stacklevel=5,  # the caller's line: compensate() is wrapped twice
     )
 

@@ -44,7 +44,7 @@ LOOKED_AT = 4
 several batches half.
 """
 
-WORSE = "it made the outputs worse"
+WORSE = "worse than without"
 
 
 @dataclass(frozen=True)

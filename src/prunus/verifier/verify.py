@@ -99,6 +99,16 @@ class Certificate:
     released: tuple[str, ...] = ()
     stale: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        if self.verdict == "inexact":
+            return f"inexact: {self.reason or f'the outputs differ by {self.rel_err:.1e}'}"
+        if self.verdict == "not verified":
+            return f"not verified: {self.reason or 'no measurable effect on the outputs'}"
+        return (
+            f"verified (exact): max relative error {self.rel_err:.1e} against the masked model; "
+            f"pruning changed the outputs by {self.moved:.1e}"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; what was added after the first format only where there is something."""
         found = asdict(self)

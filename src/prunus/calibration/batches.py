@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from prunus.errors import DataError
+from prunus.graph.progress import counted
 from prunus.tracer.outputs import answer_of
 
 
@@ -33,6 +34,31 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
             fix="give forward_fn=lambda model, batch: model(...)",
         )
     return model(_copied(batch, device))
+
+
+def run_all(
+    model: nn.Module,
+    data: Iterable[Any],
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    *,
+    keep: int = 0,
+    stage: str = "running the model",
+) -> list[dict[str, Tensor]]:
+    """Call the model on all batches; what it answered to the first ones, as many as are kept.
+
+    Raises
+    ------
+    DataError
+        If there is no batch.
+    """
+    found, done = [], 0
+    for done, batch in enumerate(counted(data, stage), start=1):
+        output = (forward_fn or run_batch)(model, batch)
+        if done <= keep:
+            found.append(outputs_of(output))
+    if not done:
+        raise no_data()
+    return found
 
 
 def _copied(value: Any, device: torch.device) -> Any:

@@ -44,22 +44,28 @@ def loss_of(
     own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if labels is not None and isinstance(own, Tensor):
         return _checked(own)
-    found = [(n, t) for n, t in tensors_of(output) if t.is_floating_point() and n != "loss"]
-    found = [(n, t) for n, t in found if n in kept] or found
+    outputs = _outputs_in(output, kept)
+    scores = outputs.get("logits")
+    if scores is None and len(outputs) == 1:
+        (scores,) = (one if one.dim() in (2, 3) else None for one in outputs.values())
+    if labels is not None:
+        first = next(iter(outputs.values()))
+        return _checked(_towards(first if scores is None else scores, labels))
+    if scores is not None:
+        return _checked(_towards_largest(scores, batch))
+    return _checked(_towards_noise([*outputs.values()], seed))
+
+
+def _outputs_in(output: Any, kept: Collection[str]) -> dict[str, Tensor]:
+    """Outputs of fractions by name: those that are kept, if there are any."""
+    found = {n: t for n, t in tensors_of(output) if t.is_floating_point() and n != "loss"}
     if not found:
         raise DataError(
             "the model's output has no floating-point tensor",
             why="the criteria that read gradients need something to differentiate",
             fix=_FIX,
         )
-    scores = next((t for n, t in found if n == "logits"), None)
-    if scores is None and len(found) == 1 and found[0][1].dim() in (2, 3):
-        scores = found[0][1]
-    if labels is not None:
-        return _checked(_towards(found[0][1] if scores is None else scores, labels))
-    if scores is not None:
-        return _checked(_towards_largest(scores, batch))
-    return _checked(_towards_noise([t for _, t in found], seed))
+    return {name: t for name, t in found.items() if name in kept} or found
 
 
 def _checked(value: Any) -> Tensor:

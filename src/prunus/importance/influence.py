@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.calibration.batches import Batches, no_data, run_batch
+from prunus.calibration.batches import Batches, run_all
 from prunus.errors import DataError, PlanError, checks_options
 from prunus.graph.blocks import Block
 from prunus.graph.coupling import CouplingGraph
@@ -69,14 +69,9 @@ def block_influence(
         )
     sums = {block.name: 0.0 for block in graph.blocks}
     counts = dict.fromkeys(sums, 0)
-    done = 0
     measured = _measure(model, graph.blocks, sums, counts)
     with entered_by(model, graph.forward_fn), quiet_run(model), measured:
-        for batch in Batches(data):
-            (forward_fn or run_batch)(model, batch)
-            done += 1
-    if not done:
-        raise no_data()
+        run_all(model, Batches(data), forward_fn)
     found = {name: 1.0 - total / max(counts[name], 1) for name, total in sums.items()}
     wrong = [name for name, value in found.items() if not abs(value) < float("inf")]
     if wrong:

@@ -140,13 +140,12 @@ def _find_place(
     full = f"{prefix}.{bias}" if prefix else bias
     stored: Tensor | None = module._parameters.get(bias) if bias != own else None
     if stored is not None:
-        alone = len(flow.uses(full)) == len(flow.uses(name)) and stored.dim() == 1
-        return ("bias", full) if alone and full not in graph.aliases else ("", "")
-    norm = _norm_behind(flow, name)
-    if norm:
+        alone = len(flow.uses(full)) == len(flow.uses(name)) and full not in graph.aliases
+        return ("bias", full) if alone and stored.dim() == 1 else ("", "")
+    if norm := _norm_behind(flow, name):
         return "running mean", norm
-    takes = _takes_bias(module) and bias == "bias" and not tied
-    return ("new bias", full) if new_biases and takes else ("", "")
+    takes = new_biases and not tied and bias == "bias" and _takes_bias(module)
+    return ("new bias", full) if takes else ("", "")
 
 
 def _takes_bias(module: nn.Module) -> bool:

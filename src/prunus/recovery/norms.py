@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from prunus.calibration.batches import SAMPLES, Batches, no_data, run_batch
+from prunus.calibration.batches import SAMPLES, Batches, run_all
 from prunus.errors import DataError, checks_options
-from prunus.graph.progress import Progress, counted, following
+from prunus.graph.progress import Progress, following
 from prunus.surgeon.snapshot import all_or_nothing
+from prunus.tracer.quiet import same_modes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,53 +50,38 @@ def recalibrate(
         If the data holds no batch; the model is as it was.
     """
     norms = batch_norms(model)
-    if norms:
-        with following(progress):
-            measure(model, norms, Batches(data, samples), forward_fn=forward_fn)
-    return model
-
-
-def measure(
-    model: nn.Module,
-    norms: Sequence[nn.modules.batchnorm._BatchNorm],
-    data: Iterable[Any],
-    *,
-    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
-) -> None:
-    """Do what :func:`recalibrate` does for some of a model's batch norms."""
-    modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
-    ran = False
-    try:
+    if not norms:
+        return model
+    with same_modes(model.modules()), torch.no_grad():
         model.eval()
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None
             norm.train()
-        with torch.no_grad():
-            for batch in counted(data, "measuring batch norms"):
-                ran = True
-                (forward_fn or run_batch)(model, batch)
-        if not ran:
-            raise no_data()
-        if not all(_is_finite(norm) for norm in norms):
-            raise DataError(
-                "the calibration data led to statistics that are not finite",
-                why="it holds NaN or infinite values, or the model makes them",
-                fix="clean the data; the model was put back",
-            )
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
+        try:
+            with following(progress):
+                run_all(*(model, Batches(data, samples), forward_fn), stage="measuring batch norms")
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+    for norm in norms:
+        check_finite(norm)
+    return model
+
+
+def check_finite(norm: nn.Module) -> None:
+    """Refuse statistics that are not finite."""
+    values = [buffer for buffer in norm.buffers() if buffer.is_floating_point()]
+    if not all(bool(torch.isfinite(one).all()) for one in values):
+        raise DataError(
+            "the calibration data led to statistics that are not finite",
+            why="it holds NaN or infinite values, or the model makes them",
+            fix="clean the data; the model was put back",
+        )
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """The batch norms that keep running statistics."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     return [norm for norm in norms if norm.track_running_stats]
-
-
-def _is_finite(norm: nn.Module) -> bool:
-    return all(bool(torch.isfinite(b).all()) for b in norm.buffers() if b.is_floating_point())

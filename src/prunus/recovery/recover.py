@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from prunus.calibration.batches import Batches, outputs_of, run_batch
+from prunus.calibration.batches import Batches, run_all
 from prunus.calibration.statistics import Statistics, Wanted, gather
 from prunus.errors import DataError, ModelError, PlanError
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
-from prunus.graph.progress import counted
 from prunus.recovery.compensate import Compensation, covers, cut_and_compensate, trace_again
 from prunus.recovery.layer_norms import Correction, correct_norms, corrections_of, watching
 from prunus.recovery.least_squares import Method
@@ -128,32 +126,31 @@ def cut_and_recover(
     if data is None or method == "none":
         only_cut()
         return plan, ()
+    data = Batches(data)
     if method == "recalibrate":
         graph = None
     elif graph is None:
         with without_blocks(model, plan.drops):
             graph = trace_again(model, plan)
-    seen = _see(model, plan, graph, Batches(data), statistics, method)
-    bench = _Bench(model, Batches(data), seen, only_cut)
+    seen = _see(model, plan, graph, data, statistics, method)
+    bench = _Bench(model, data, seen, only_cut)
     dense = Snapshot(model, optimizer)
     only_cut()
     steps = [Step("cut", bench.distance())]
-    auto = method == "auto"
     if graph is not None:
         dense.restore()
+        kind: Method = "bias" if method == "bias" else "least_squares"
         fit = partial(
             cut_and_compensate,
-            *(model, plan, graph, Batches(data), seen.statistics, _options(method, new_biases)),
+            *(model, plan, graph, data, seen.statistics),
+            Options(kind, sequential=method == "sequential", new_biases=new_biases),
             optimizer=optimizer,
             check=check,
         )
-        limit = steps[0].error if auto else None
+        limit = steps[0].error if method == "auto" else None
         plan, step = bench.compensate(plan, fit, _FITS[method], limit, dense)
         steps.append(step)
-    if seen.norms:
-        steps.append(bench.correct(_left(steps)))
-    if method in ("auto", "recalibrate") and batch_norms(model):
-        steps.append(bench.settle(_left(steps) if auto else None))
+    steps += bench.settle_norms(method, _left(steps))
     return plan, tuple(steps)
 
 
@@ -164,11 +161,6 @@ _FITS: Mapping[Recover, str] = {
     "sequential": "least squares in sequence",
 }
 """Recoveries that fit weights, with the names of that step."""
-
-
-def _options(method: Recover, new_biases: bool) -> Options:
-    kind: Method = "bias" if method == "bias" else "least_squares"
-    return Options(kind, sequential=method == "sequential", new_biases=new_biases)
 
 
 class _Seen(NamedTuple):
@@ -201,27 +193,40 @@ def _see(
     method: Recover,
 ) -> _Seen:
     """Run the dense model over the data once, or not even that, for all that is read of it."""
-    count, why = len(data.first(LOOKED_AT)), ""
-    answers: Answers = answers_of(model, data, count) if plan.drops else ()
-    if statistics is not None and graph is not None:
-        answers = answers or statistics.outputs
-        statistics = statistics if covers(statistics, graph, plan.widths) else None
+    looked_at, why = data.first(LOOKED_AT), ""
+    answers: list[Answers] = [answers_of(model, looked_at)] if plan.drops else []
+    if statistics is not None:
+        answers.append(statistics.outputs)
     watched = plan if method == "auto" else None
     with without_blocks(model, plan.drops), watching(model, watched) as watches:
-        if statistics is None and graph is not None and method != "sequential":
-            wanted = Wanted(frozenset({"second_moment"}), plan=plan.widths, outputs=count)
-            try:
-                statistics = gather(model, graph, data, wanted)
-                answers = answers or statistics.outputs
-            except ModelError as error:
-                if method != "auto":
-                    raise
-                why = error.what
+        if graph is None or statistics is None or not covers(statistics, graph, plan.widths):
+            statistics, why = _collect(model, plan, graph, data, method, len(looked_at))
+            answers.append(() if statistics is None else statistics.outputs)
         if watches and not any(watch.seen for watch in watches):
-            found = answers_of(model, data, count, whole=True)
-            answers = answers or found
-    answers = answers or answers_of(model, data, count)
-    return _Seen(answers, statistics, corrections_of(watches), why)
+            with quiet_run(model):
+                answers.append(run_all(model, data, keep=len(looked_at)))
+    found = next(filter(None, answers), None) or answers_of(model, looked_at)
+    return _Seen(found, statistics, corrections_of(watches), why)
+
+
+def _collect(
+    model: nn.Module,
+    plan: Plan,
+    graph: CouplingGraph | None,
+    data: Batches,
+    method: Recover,
+    outputs: int,
+) -> tuple[Statistics | None, str]:
+    """What weights are fitted to, if any are at once; or why ``"auto"`` has to do without."""
+    if graph is None or method == "sequential":
+        return None, ""
+    wanted = Wanted(frozenset({"second_moment"}), plan=plan.widths, outputs=outputs)
+    try:
+        return gather(model, graph, data, wanted), ""
+    except ModelError as error:
+        if method != "auto":
+            raise
+        return None, error.what
 
 
 def _cut_and_refresh(
@@ -299,6 +304,15 @@ class _Bench:
         self.only_cut()
         return plan, Step(name, found, False, WORSE)
 
+    def settle_norms(self, method: Recover, error: float) -> Iterator[Step]:
+        """Correct norms over shortened axes, and measure batch norms again."""
+        if self.seen.norms:
+            step = self.correct(error)
+            error = step.error if step.kept else error
+            yield step
+        if method in ("auto", "recalibrate") and batch_norms(self.model):
+            yield self.settle(error if method == "auto" else None)
+
     def correct(self, limit: float) -> Step:
         """Correct norms over shortened axes; as they were where that is worse than the limit."""
         return self._try("norms", self._correct, limit)
@@ -342,7 +356,7 @@ class _Bench:
     def distance(self) -> float:
         """How far the outputs are from the dense ones, relative to these; NaN if none compare."""
         wanted = self.seen.answers
-        return distance(wanted, answers_of(self.model, self.data, len(wanted)))
+        return distance(wanted, answers_of(self.model, self.data.first(LOOKED_AT)))
 
 
 def _nearer(found: float, limit: float | None) -> bool:
@@ -359,25 +373,10 @@ Answers = Sequence[Mapping[str, Tensor]]
 """Outputs by name, batch by batch."""
 
 
-def answers_of(
-    model: nn.Module,
-    data: Iterable[Any],
-    count: int | None = None,
-    *,
-    whole: bool = False,
-) -> list[dict[str, Tensor]]:
-    """What a model answers to the first batches, in eval mode; outputs of fractions alone.
-
-    If the data is to be read as a ``whole``, the model runs on all of it.
-    """
-    found = []
+def answers_of(model: nn.Module, batches: Sequence[Any]) -> list[dict[str, Tensor]]:
+    """What a model answers to batches, in eval mode; outputs of fractions alone."""
     with quiet_run(model):
-        taken = data if whole else islice(data, count)
-        for done, batch in enumerate(counted(taken, "running the model"), start=1):
-            output = run_batch(model, batch)
-            if count is None or done <= count:
-                found.append(outputs_of(output))
-    return found
+        return run_all(model, batches, keep=len(batches))
 
 
 def distance(wanted: Answers, found: Answers) -> float:

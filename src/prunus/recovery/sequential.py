@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from prunus.calibration.batches import count_samples, no_data, run_batch
 from prunus.calibration.cross import CrossMoments, OwnMoments, fit_pairs
 from prunus.calibration.lanes import END, Lane
-from prunus.calibration.second_moments import nothing_seen
+from prunus.calibration.second_moments import Moments, nothing_seen
 from prunus.calibration.sites import Read, Site, Sites, Watch, find_sites, storage_of
 from prunus.calibration.statistics import WIDEST, as_traced, check_traced, kept_units
 from prunus.errors import DataError
@@ -33,7 +33,7 @@ from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
 from prunus.graph.progress import counted
 from prunus.recovery.consumers import Consumer, find_changed, find_consumers, new_biases_of
-from prunus.recovery.norms import batch_norms
+from prunus.recovery.norms import batch_norms, check_finite
 from prunus.recovery.queries_keys import Mixed
 from prunus.recovery.refit import (
     Options,
@@ -100,20 +100,16 @@ def repair_in_order(
     sites = find_sites(graph, weights)
     moments = {site.tensor: site.moments for site in dense if site.moments is not None}
     touched = [site for site in sites.all if site.tensor in weights or loses(site, kept)]
-    tied = [s for s in touched if s.readings > 1 and s.tensor not in moments]
+    tied = {s.tensor for s in touched if s.readings > 1 and s.tensor not in moments}
+    touched = [site for site in touched if site.tensor not in tied]
     with _holding(model, turned):
         whole, _ = state_of(model)
         check_traced(graph, whole)
         mixtures = _mixtures(whole, mixed)
-        consumers, left = find_consumers(
-            graph, model, [s for s in touched if s not in tied], new_biases=options.new_biases
-        )
+        consumers, left = find_consumers(graph, model, touched, new_biases=options.new_biases)
         smaller = _Smaller(model, plan.with_biases(new_biases_of(consumers)), mixtures)
-        fits = _Fits({**whole, **mixtures}, smaller, options.ridge)
-        for consumer in consumers:
-            if consumer.site.readings > 1:
-                stay, taps = stay_of(consumer.site, kept), consumer.site.window.taps
-                fits.fit([consumer], OwnMoments(moments[consumer.tensor], stay, taps))
+        fits = _Fits({**whole, **mixtures}, smaller, kept, options)
+        fits.fit_tied(consumers, moments)
         stops, due = _stops(consumers), smaller.norms_at(norms)
         with _Race(graph, model, smaller.model, sites, [*stops], due) as race:
             for place, pairs in race.run(data):
@@ -123,25 +119,33 @@ def repair_in_order(
                     sums = _sum_up(stops[place][0].site, kept, pairs, options)
                     fits.fit(stops[place], sums)
             measured = smaller.norms_of(whole)
-    left |= {s.tensor: "it is read several times, and loses nothing itself" for s in tied}
+    left |= dict.fromkeys(tied, "it is read several times, and loses nothing itself")
     return InOrder(fits.of(consumers), left, {**turned, **mixtures}, measured)
 
 
 @dataclass(frozen=True, eq=False)
 class _Fits:
-    """New weights, as they are found; ``whole`` has the dense ones, ``ridge`` is a share."""
+    """New weights, as they are found; ``whole`` has the dense ones."""
 
     whole: Mapping[str, Tensor]
     smaller: _Smaller
-    ridge: float
+    kept: Mask
+    options: Options
     found: dict[str, Repaired] = field(default_factory=dict)
+
+    def fit_tied(self, consumers: Iterable[Consumer], moments: Mapping[str, Moments]) -> None:
+        """Fit weights that are read several times, to what they read in the dense model."""
+        for one in consumers:
+            if one.site.readings > 1:
+                stay, taps = stay_of(one.site, self.kept), one.site.window.taps
+                self.fit([one], OwnMoments(moments[one.tensor], stay, taps))
 
     def fit(self, consumers: Iterable[Consumer], sums: OwnMoments | CrossMoments) -> None:
         """Fit weights that read the same, and write them into the smaller model."""
         for one in consumers:
             weight = self.whole[one.tensor]
             rows = outputs_that_stay(one, tuple(weight.shape), self.smaller.keep(one))
-            self.found[one.tensor] = refit(one, weight, rows, sums, share=self.ridge)
+            self.found[one.tensor] = refit(one, weight, rows, sums, share=self.options.ridge)
             self.smaller.write(one, self.found[one.tensor])
 
     def of(self, consumers: Sequence[Consumer]) -> tuple[tuple[Consumer, Repaired], ...]:
@@ -373,6 +377,7 @@ class _Smaller:
             F.batch_norm(x, mean, variance, training=True, momentum=1 / number)
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.fill_(len(batches))
+        check_finite(norm)
         self._measured.update(id(buffer) for buffer in norm.buffers())
 
     def norms_of(self, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:

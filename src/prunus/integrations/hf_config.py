@@ -82,7 +82,7 @@ def _try(
     scores = np.full(graph.unit_count + 1, np.inf)
     for units in sets:
         scores[units] = 1.0
-    kept = select(graph, scores, {}, ratio=0.5).kept
+    kept = select(graph, scores, {}, ratios=0.5).kept
     if kept.all():
         return "none can be removed in every layer"
     try:

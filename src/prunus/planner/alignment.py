@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from prunus.graph.axis import Label, Role
+from prunus.graph.axis import Axis, Label, Role
 from prunus.graph.constraints import Aligned
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.groups import Group
 from prunus.graph.program import Ref
 from prunus.planner.filters import spread
 from prunus.planner.option_values import check_count
@@ -71,22 +72,32 @@ def aligned_labels(
     kinds = _kinds(graph) if by_kind.keys() & set(KINDS) else {}
     widths = _widths(graph)
     strict: dict[tuple[tuple[int, ...], bytes], tuple[Label, int]] = {}
-    for group in graph.groups:
-        if group.name in untouched:
-            continue
-        axes = [axis for axis, role in group.axes if role is not Role.CARRIER]
-        for axis in axes or [axis for axis, _ in group.axes]:
+    for group in (group for group in graph.groups if group.name not in untouched):
+        for axis in _rounded_axes(group):
             kind = kinds.get(axis.tensor, "linear")
             asked = by_glob.get(group.name, by_kind.get(kind, by_kind.get("*", 1)))
             label = graph.labels[axis]
-            least = int(widths[label[label > 0]].min())
-            while asked % 2 == 0 and asked // 2 >= FINEST and least < 2 * asked:
-                asked //= 2
-            if asked > 1:
-                key = (label.shape, label.tobytes())
-                known = strict.get(key, (label, 1))[1]
-                strict[key] = label, lcm(known, asked)
-    return [*found, *strict.values()]
+            asked = _halved(asked, int(widths[label[label > 0]].min()))
+            key = (label.shape, label.tobytes())
+            strict[key] = label, lcm(strict.get(key, (label, 1))[1], asked)
+    return [*found, *(pair for pair in strict.values() if pair[1] > 1)]
+
+
+def _rounded_axes(group: Group) -> list[Axis]:
+    """Those of contractions; all where there is none."""
+    axes = [axis for axis, role in group.axes if role is not Role.CARRIER]
+    return axes or [axis for axis, _ in group.axes]
+
+
+def _halved(multiple: int, width: int) -> int:
+    """A multiple that is not too coarse for a width.
+
+    >>> _halved(32, 64), _halved(32, 63), _halved(32, 8)
+    (32, 16, 16)
+    """
+    while multiple % 2 == 0 and multiple // 2 >= FINEST and width < 2 * multiple:
+        multiple //= 2
+    return multiple
 
 
 def _default_labels(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from numbers import Real
 from types import MappingProxyType
@@ -75,8 +75,7 @@ def select(
     *,
     scope: Scope = "global",
     normalise: Normalise = "mean",
-    ratios: Mapping[str, float] | None = None,
-    ratio: float | None = None,
+    ratios: float | Mapping[str, float] | None = None,
     min_width: int | Mapping[str, int] = 1,
     max_ratio: float | Mapping[str, float] = 1.0,
     round_to: RoundTo = 1,
@@ -108,10 +107,8 @@ def select(
     ratios
         By globs over groups and their tensors: the share of its units that a group loses, exactly
         (the nearest number that locksteps and rounding allow).  The budget takes nothing else of
-        these groups.
-    ratio
-        In place of ratios and limits: the share of its units that every group loses, at least one
-        of two, and as nearly as locksteps and dims that must keep a position allow.
+        these groups.  One number, without limits: what every group loses, at least one of two
+        units, and as nearly as locksteps and dims that must keep a position allow.
     min_width, max_ratio
         Floors: a group keeps so many units at least, and loses no larger part; one number, or
         numbers by globs.
@@ -157,7 +154,8 @@ def select(
     check_scope(scope, normalise)
     limits = budget.limits(graph) if isinstance(budget, Budget) else dict(budget)
     graph = replace(graph, costs={name: graph.polynomial(name) for name in limits})
-    if ratio is not None:  # order is all that counts, so scores may be negative
+    exactly = ratios is None or isinstance(ratios, Mapping)
+    if not exactly:  # order is all that counts, so scores may be negative
         scores = scores - min(0.0, scores[np.isfinite(scores)].min(initial=0.0))
     weights = normalised(graph, _checked(graph, scores), normalise)
     excluded = {**excluded_groups(graph, include, exclude), **held}
@@ -171,11 +169,10 @@ def select(
     said = {"min_width": min_width, "max_ratio": max_ratio, "round_to": round_to, "ratios": ratios}
     floors = _floors(graph, min_width, max_ratio, said)
     removal = Removal(graph, quanta, limits, floors, _ranks(graph, quanta, scope))
-    if ratio is not None:
-        every = dict.fromkeys((group.name for group in graph.groups), ratio)
-        removal.settle(*choose_fixed(graph, quanta, every, exactly=False), exactly=False)
-    elif ratios is not None:
-        removal.settle(*choose_fixed(graph, quanta, spread(graph, ratios, "ratios", check_share)))
+    if ratios is not None:
+        given = spread(graph, ratios, "ratios", check_share)
+        fixed = choose_fixed(graph, quanta, given, exactly=exactly)
+        removal.settle(*fixed, exactly=exactly)
     least_lost = None
     if scope == "global":
         least_lost = solve(removal, quanta)
@@ -280,17 +277,8 @@ def _ranks(graph: CouplingGraph, quanta: Quanta, scope: Scope) -> list[Scores] |
     """For every chain the ratio that is reached with each quantum; None where cost decides."""
     if scope == "global":
         return None
-    by_hand = {} if isinstance(scope, str) else first_fitting(graph, scope, "scope")
-    classes: dict[object, list[int]] = {}
-    for n, chain in enumerate(quanta.chains):
-        key: object = n
-        groups = sorted({g for quantum in chain.tolist() for g, _ in quanta.shares[quantum]})
-        if scope == "isomorphic":
-            key = tuple(sorted(_shape_of(graph, g) for g in groups))
-        fitting = [by_hand[graph.groups[g].name] for g in groups if graph.groups[g].name in by_hand]
-        classes.setdefault(("by hand", min(fitting)) if fitting else key, []).append(n)
     ranks: list[Scores] = [np.zeros(0)] * len(quanta.chains)
-    for members in classes.values():
+    for members in _classes(graph, quanta, scope):
         chains = [quanta.chains[n] for n in members]
         means = [quanta.scores[c] / np.maximum(quanta.sizes[c], 1) for c in chains]
         worst = np.concatenate([np.maximum.accumulate(mean) for mean in means])
@@ -302,6 +290,23 @@ def _ranks(graph: CouplingGraph, quanta: Quanta, scope: Scope) -> list[Scores] |
         for n, part in zip(members, np.split(reached, bounds), strict=True):
             ranks[n] = part
     return ranks
+
+
+def _classes(graph: CouplingGraph, quanta: Quanta, scope: Scope) -> Iterable[list[int]]:
+    """Numbers of the chains that compete with one another."""
+    by_hand = {} if isinstance(scope, str) else first_fitting(graph, scope, "scope")
+    classes: dict[object, list[int]] = {}
+    for n, chain in enumerate(quanta.chains):
+        groups = quanta.groups_of(chain)
+        names = [graph.groups[g].name for g in groups]
+        fitting = [by_hand[name] for name in names if name in by_hand]
+        key: object = n
+        if fitting:
+            key = "by hand", min(fitting)
+        elif scope == "isomorphic":
+            key = tuple(sorted(_shape_of(graph, g) for g in groups))
+        classes.setdefault(key, []).append(n)
+    return classes.values()
 
 
 def _shape_of(graph: CouplingGraph, number: int) -> tuple[tuple[str, tuple[int, ...], int], ...]:

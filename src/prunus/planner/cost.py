@@ -96,10 +96,6 @@ class CostState:
         found: list[int] = np.flatnonzero(self.widths <= 0).tolist()
         return found
 
-    def kind(self, quantum: int) -> int:
-        """Id that quanta share which always save the same; −1 for one of no kind."""
-        return self._kind[quantum]
-
     @property
     def constants(self) -> list[Exact]:
         """Of all monomials, cost by cost."""
@@ -165,17 +161,6 @@ class CostState:
         """What putting the removed quantum back now costs, for every cost."""
         loss, reach = self._loss(quantum, gone=1)
         return tuple(-saved for saved in self._difference(-loss, reach))
-
-    def expense(self, quanta: Ints, weights: Sequence[float]) -> NDArray[np.float64]:
-        """What putting each of these quanta back costs, the costs weighted and summed."""
-        kinds = self._kind_of[quanta]
-        found = np.zeros(len(quanta))
-        for kind in np.unique(kinds[kinds >= 0]).tolist():
-            loss, reach = self._kinds[kind]
-            found[kinds == kind] = -np.dot(weights, self._difference(-loss, reach))
-        for at in np.flatnonzero(kinds < 0).tolist():
-            found[at] = np.dot(weights, self.expenses(int(quanta[at])))
-        return found
 
     def removable(self, quantum: int) -> bool:
         """Whether every dim would keep a position."""

@@ -8,12 +8,15 @@ from math import prod
 import numpy as np
 
 from prunus.errors import BudgetError
-from prunus.graph.axis import Axis
+from prunus.graph.axis import Axis, Mask
 from prunus.graph.constraints import Aligned, Pin
 from prunus.graph.coupling import CouplingGraph
 
 _REASONS = 8
 """How many reasons an error spells out; the rest is counted."""
+
+_BLAMED = 5
+"""How many groups an error names that hold most of a cost."""
 
 _NAMED = 3
 """How many groups or axes of one reason are named; the rest is counted."""
@@ -92,6 +95,55 @@ def tell_pins(graph: CouplingGraph, axes: Iterable[Axis] | None = None) -> list[
     if left:
         lines.append(f"{left} pins more, of {len(order) - _REASONS} other reasons")
     return lines
+
+
+def out_of_reach(
+    graph: CouplingGraph,
+    rows: Sequence[tuple[str, int, int, int]],
+    *,
+    worst: int,
+    floors: str,
+    kept: Mask,
+    reasons: Mapping[str, str],
+) -> BudgetError:
+    """The error for bounds that floors don't allow.
+
+    Parameters
+    ----------
+    rows
+        The name of each cost, what is reached, its bound, and the dense cost.
+    worst
+        The row that is furthest away.
+    floors
+        The options that stop it.
+    kept
+        What is kept there.
+    reasons
+        Why groups lose nothing whatever the bounds.
+    """
+    asked = [f"{name} ≤ {limit} ({limit / dense:.1%} of {dense})" for name, _, limit, dense in rows]
+    reached = [f"{name} {cost} ({cost / dense:.1%})" for name, cost, _, dense in rows]
+    name, cost, _, dense = rows[worst]
+    shares = []
+    for number, group in enumerate(graph.groups):
+        without = kept.copy()
+        without[group.units] = False
+        shares.append((graph.cost(name, without) - cost, number))
+    lines = []
+    for share, number in sorted(shares)[:_BLAMED]:
+        group = graph.groups[number]
+        keeps = f"keeps {int(kept[group.units].sum())} of {group.size} units"
+        reason = reasons.get(group.name, keeps)
+        lines.append(f"{group.name}: {reason}, {-share / dense:.1%} of the dense {name}")
+    if len(shares) > _BLAMED:
+        lines.append(f"and {len(shares) - _BLAMED} groups more")
+    stop = f"the floors ({floors}) stop at {', '.join(reached)}"
+    left = [*lines, *tell_pins(graph)] or [NOTHING_THERE]
+    return BudgetError(
+        f"no plan reaches {' and '.join(asked)}",
+        why="\n".join([f"{stop}; what is left there:", *left]),
+        fix="ask for less, lower the floors, or let more groups be pruned",
+    )
 
 
 def _why_whole(graph: CouplingGraph, name: str) -> str:

@@ -35,18 +35,14 @@ def choose_fixed(
     number = {group.name: n for n, group in enumerate(graph.groups)}
     chains: dict[int, list[int]] = {}
     for index, chain in enumerate(quanta.chains):
-        groups = {g for quantum in chain.tolist() for g, _ in quanta.shares[quantum]}
-        for group in groups:
+        for group in quanta.groups_of(chain):
             chains.setdefault(group, []).append(index)
     gone = dict.fromkeys(range(len(graph.groups)), 0)
     taken: dict[int, None] = {}
     for name, ratio in ratios.items():
         group = number[name]
-        size = graph.groups[group].size
-        target = math.floor(ratio * size + 0.5)
-        if not exactly:
-            target = min(max(1, round(ratio * size)), size - 1)
-        for quantum in _approach(quanta, group, target - gone[group], chains.get(group, []), taken):
+        missing = _target(graph.groups[group].size, ratio, exactly) - gone[group]
+        for quantum in _approach(quanta, group, missing, chains.get(group, []), taken):
             taken[quantum] = None
             for other, count in quanta.shares[quantum]:
                 gone[other] += count
@@ -54,6 +50,17 @@ def choose_fixed(
         _check(graph, quanta, number[name], ratio, gone[number[name]], chains)
     settled = {chain for name in ratios for chain in chains.get(number[name], [])}
     return list(taken), settled
+
+
+def _target(size: int, ratio: float, exactly: bool) -> int:
+    """How many units are to be lost.
+
+    >>> _target(4, 0.1, True), _target(4, 0.1, False), _target(1, 0.9, False)
+    (0, 1, 0)
+    """
+    if exactly:
+        return math.floor(ratio * size + 0.5)
+    return min(max(1, round(ratio * size)), size - 1)
 
 
 def _approach(

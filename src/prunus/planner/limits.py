@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -28,21 +28,24 @@ def find_stops(
     left = [int(kept[group.units].sum()) for group in graph.groups]
     steps = _next_steps(quanta, removed)
     for number, group in enumerate(graph.groups):
-        if group.name in found:
-            continue
-        ahead = steps.get(number)
-        if ahead is None:
-            found[group.name] = "the rest of it has to stay"
-            continue
-        step = min(shares[number] for shares in ahead)
-        at_floor = all(left[number] - shares[number] < floors[number] for shares in ahead)
-        stuck = all(any(left[g] - n < floors[g] for g, n in shares.items()) for shares in ahead)
-        if at_floor:
-            in_steps = f", and goes in steps of {step}" if step > 1 else ""
-            found[group.name] = f"it keeps {floors[number]} at least{in_steps}"
-        elif stuck:
-            found[group.name] = "it is tied to a group that can lose no more"
+        if group.name not in found:
+            reason = _reason(number, steps.get(number, []), left, floors)
+            found |= {group.name: reason} if reason else {}
     return {group.name: found[group.name] for group in graph.groups if group.name in found}
+
+
+def _reason(
+    number: int, ahead: Sequence[Mapping[int, int]], left: Sequence[int], floors: Sequence[int]
+) -> str:
+    """Why a group can lose no more; empty where it can."""
+    if not ahead:
+        return "the rest of it has to stay"
+    if all(left[number] - shares[number] < floors[number] for shares in ahead):
+        step = min(shares[number] for shares in ahead)
+        in_steps = f", and goes in steps of {step}" if step > 1 else ""
+        return f"it keeps {floors[number]} at least{in_steps}"
+    stuck = all(any(left[g] - n < floors[g] for g, n in shares.items()) for shares in ahead)
+    return "it is tied to a group that can lose no more" if stuck else ""
 
 
 def _next_steps(quanta: Quanta, removed: Mask) -> dict[int, list[dict[int, int]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,16 +120,21 @@ def _finest(sets: Sequence[Ints], members: Sequence[Sequence[int]]) -> dict[int,
             return None
     rates = {s: 1 for s in ids if parts[s] == [s]}
     for _ in range(len(ids)):
-        loss = {s: sum(rates[part] for part in parts[s]) for s in ids}
-        raised = False
-        for found in members:
-            most = max(loss[s] for s in found)
-            for s in found:
-                if most % loss[s]:
-                    return None
-                for part in parts[s] if loss[s] < most else ():
-                    rates[part] = max(rates[part], rates[part] * most // loss[s])
-                    raised = True
-        if not raised:
+        before = dict(rates)
+        if not all(_raise(rates, found, parts) for found in members):
+            return None
+        if rates == before:
             return rates
     return None
+
+
+def _raise(rates: dict[int, int], sets: Sequence[int], parts: Mapping[int, list[int]]) -> bool:
+    """Raise the rates of parts until these sets lose equally many; False where they can't."""
+    loss = {s: sum(rates[part] for part in parts[s]) for s in sets}
+    most = max(loss.values())
+    if any(most % lost for lost in loss.values()):
+        return False
+    for s, lost in loss.items():
+        for part in parts[s]:
+            rates[part] = max(rates[part], rates[part] * most // lost)
+    return True

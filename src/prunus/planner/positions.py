@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -81,6 +81,27 @@ class Positions:
         np.add.at(alone, rows[:, 1], rows[:, 2])
         dead = self.shared_dim[self.gone(removed) > 0]
         return np.asarray(self.full - alone - np.bincount(dead, minlength=self.dims))
+
+    def orders(self, chains: Sequence[Ints], gates: Collection[int]) -> list[Ints]:
+        """The order of each chain in which what a dim needs at least is removed last.
+
+        (A dim that is wholly the chain's keeps a position: that of its most important quantum.)
+        ``gates`` stay where they are.
+        """
+        home = np.full(self.count + 1, -1)
+        place = np.zeros(self.count + 1, dtype=np.int64)
+        for n, chain in enumerate(chains):
+            home[chain], place[chain] = n, np.arange(len(chain))
+        quantum, dim, times = self.lone[home[self.lone[:, 0]] >= 0].T
+        pairs, which = np.unique(home[quantum] * self.dims + dim, return_inverse=True)
+        taken, last = np.zeros((2, len(pairs)), dtype=np.int64)
+        np.add.at(taken, which, times)
+        np.maximum.at(last, which, place[quantum])
+        whole = taken == self.full[pairs % self.dims]
+        late = [np.zeros(len(chain), dtype=np.bool_) for chain in chains]
+        for n, at in zip(pairs[whole] // self.dims, last[whole], strict=True):
+            late[n][at] = at > 0 or int(chains[n][0]) not in gates
+        return [np.argsort(own, kind="stable") for own in late]
 
 
 def read_positions(labels: Sequence[Label], owner: Ints) -> Positions:

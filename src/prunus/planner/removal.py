@@ -16,7 +16,7 @@ from prunus.errors import BudgetError, PlanError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.planner.cost import CostState
-from prunus.planner.culprits import NOTHING_THERE, tell_pins
+from prunus.planner.culprits import out_of_reach
 from prunus.planner.steps import Quanta
 
 Ints = NDArray[np.int64]
@@ -27,9 +27,6 @@ TOLERANCE = 0.01
 
 _EXCHANGES = 16
 """How many chains may offer a quantum in exchange before the result is taken as it is."""
-
-_NAMED = 5
-"""How many groups an error names."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ class Removal:
         self._left = self._count_left(self.fixed)
 
     def _open(self, chains: Sequence[Ints], ranks: Sequence[Floats] | None) -> None:
-        orders = self._orders(chains)
+        orders = self.state.positions.orders(chains, self._quanta.gates)
         self.chains = tuple(chain[own] for chain, own in zip(chains, orders, strict=True))
         if ranks is not None:
             pairs = zip(ranks, orders, strict=True)
@@ -104,28 +101,6 @@ class Removal:
         self.joint = [numbers for numbers in members.values() if len(numbers) > 1]
         """Chains that begin with the same quantum: all of them begin, or none."""
         self._partners = {n: numbers for numbers in self.joint for n in numbers}
-
-    def _orders(self, chains: Sequence[Ints]) -> list[Ints]:
-        """The order of each chain in which what a dim needs at least is removed last.
-
-        (A dim that is wholly the chain's keeps a position: that of its most important quantum.)
-        """
-        positions = self.state.positions
-        home = np.full(positions.count + 1, -1)
-        place = np.zeros(positions.count + 1, dtype=np.int64)
-        for n, chain in enumerate(chains):
-            home[chain], place[chain] = n, np.arange(len(chain))
-        quantum, dim, times = positions.lone[home[positions.lone[:, 0]] >= 0].T
-        code = home[quantum] * positions.dims + dim
-        pairs, which = np.unique(code, return_inverse=True)
-        taken, last = np.zeros((2, len(pairs)), dtype=np.int64)
-        np.add.at(taken, which, times)
-        np.maximum.at(last, which, place[quantum])
-        whole = taken == positions.full[pairs % positions.dims]
-        late = [np.zeros(len(chain), dtype=np.bool_) for chain in chains]
-        for n, at in zip(pairs[whole] // positions.dims, last[whole], strict=True):
-            late[n][at] = at > 0 or int(chains[n][0]) not in self._quanta.gates
-        return [np.argsort(own, kind="stable") for own in late]
 
     def settle(self, quanta: Iterable[int], chains: Iterable[int], *, exactly: bool = True) -> None:
         """Remove quanta for good, and let nothing else of their chains be removed.
@@ -148,18 +123,16 @@ class Removal:
             self._move(quantum, 1)
             self.fixed[quantum] = True
         closed = set(chains)
-        held = {self._ids[n][0] for n in closed} - set(np.flatnonzero(self.fixed).tolist())
-        still = [
-            n for n, chain in enumerate(self.chains)
+        held = {self._ids[n][0] for n in closed if not self.fixed[self._ids[n][0]]}
+        there = {
+            n: ~self.fixed[chain]
+            for n, chain in enumerate(self.chains)
             if n not in closed and chain[0] not in held and not self.fixed[chain].all()
-        ]  # fmt: skip
-        there = [~self.fixed[self.chains[n]] for n in still]
-        ranks = (
-            None
-            if self._ranks is None
-            else [np.array(self._ranks[n])[own] for n, own in zip(still, there, strict=True)]
-        )
-        self._open([self.chains[n][own] for n, own in zip(still, there, strict=True)], ranks)
+        }
+        ranks: list[Floats] | None = None
+        if self._ranks is not None:
+            ranks = [np.array(self._ranks[n])[own] for n, own in there.items()]
+        self._open([self.chains[n][own] for n, own in there.items()], ranks)
 
     @property
     def removed(self) -> Mask:
@@ -185,18 +158,19 @@ class Removal:
         The quanta worth most come back where that helps.
         """
         self._assign(counts)
-        floors = self._floors.units
         heap = self._by_worth()
-        while heap:
-            short = {n for n, least in enumerate(floors) if self._left[n] < least}
-            empty = set(self.state.empty)
-            if not short and not empty:
-                return True
+        while heap and not self._feasible():
             n = -heapq.heappop(heap)[1]
             last = self._last(n)
-            groups = {group for group, _ in self._quanta.shares[last]}
-            if short & groups or empty.intersection(self.state.positions.dims_of(last)):
+            empty = set(self.state.empty)
+            short = any(self._left[g] < self._floors.units[g] for g, _ in self._quanta.shares[last])
+            if short or empty.intersection(self.state.positions.dims_of(last)):
                 self._give(n, heap)
+        return self._feasible()
+
+    def _feasible(self) -> bool:
+        """Whether every group is above its floor, and every dim keeps a position."""
+        floors = self._floors.units
         return not self.state.empty and all(
             left >= least for left, least in zip(self._left, floors, strict=True)
         )
@@ -247,10 +221,7 @@ class Removal:
             for numbers in self.joint:
                 counts[numbers] = np.maximum(counts[numbers], counts[numbers].max() > 0)
             self._assign(np.maximum(counts, best))
-            free = not self.state.empty and all(
-                left >= least for left, least in zip(self._left, self._floors.units, strict=True)
-            )
-            if free and self._worst() is not None:
+            if self._feasible() and self._worst() is not None:
                 low, best = middle, self.counts
             else:
                 high = middle
@@ -465,36 +436,12 @@ class Removal:
 
     def _stopped(self) -> BudgetError:
         """What was asked, how far one gets, and which groups stand in the way."""
-        asked, reached = [], []
-        for name, cost, limit, dense in zip(
-            self._names, self.state.costs, self.limits, self.dense, strict=True
-        ):
-            asked.append(f"{name} ≤ {limit} ({limit / dense:.1%} of {dense})")
-            reached.append(f"{name} {cost} ({cost / dense:.1%})")
-        stop = f"the floors ({self._floors.options}) stop at {', '.join(reached)}"
-        left = [*self._remainders(self._worst() or 0), *tell_pins(self._graph)]
-        return BudgetError(
-            f"no plan reaches {' and '.join(asked)}",
-            why="\n".join([f"{stop}; what is left there:", *(left or [NOTHING_THERE])]),
-            fix="ask for less, lower the floors, or let more groups be pruned",
+        rows = zip(self._names, self.state.costs, self.limits, self.dense, strict=True)
+        return out_of_reach(
+            self._graph,
+            [*rows],
+            worst=self._worst() or 0,
+            floors=self._floors.options,
+            kept=self._quanta.kept(self.removed),
+            reasons=self._quanta.untouched,
         )
-
-    def _remainders(self, bound: int) -> list[str]:
-        """The groups that hold most of a cost, and why no more of them is removed."""
-        name, dense = self._names[bound], self.dense[bound]
-        kept = self._quanta.kept(self.removed)
-        cost = self._graph.cost(name, kept)
-        shares = []
-        for number, group in enumerate(self._graph.groups):
-            without = kept.copy()
-            without[group.units] = False
-            shares.append((self._graph.cost(name, without) - cost, number))
-        told = []
-        for share, number in sorted(shares)[:_NAMED]:
-            group = self._graph.groups[number]
-            keeps = f"keeps {self._left[number]} of {group.size} units"
-            reason = self._quanta.untouched.get(group.name, keeps)
-            told.append(f"{group.name}: {reason}, {-share / dense:.1%} of the dense {name}")
-        if len(shares) > _NAMED:
-            told.append(f"and {len(shares) - _NAMED} groups more")
-        return told

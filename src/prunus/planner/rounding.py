@@ -87,21 +87,21 @@ def align(
         allowed, stuck = _residues(dims, sizes, modulus, frozen)
         cuts = {}
         for n, chain in enumerate(chains):
-            if n in frozen:
-                cuts[n] = Cut(chain, 0, 0)
-                continue
-            residues = np.flatnonzero(allowed[n])
-            if len(residues):
-                first, step = (
-                    int(((sizes[n] - residues) % modulus).min()),
-                    modulus // len(residues),
-                )
-                cuts[n] = Cut(chain, first, step)
-            if not len(residues) or sizes[n] - (first or step) < 1:
+            cuts[n] = Cut(chain, 0, 0) if n in frozen else _cut(chain, allowed[n])
+            if n not in frozen and not cuts[n].step:
                 stuck.add(n)
         if not stuck:
             return _join(cuts, dims, frozen)
         frozen |= stuck
+
+
+def _cut(chain: Chain, allowed: NDArray[np.bool_]) -> Cut:
+    """The cut of a chain whose length may be these residues; step 0 where none is possible."""
+    size, modulus, residues = len(chain.rows), len(allowed), np.flatnonzero(allowed)
+    if not len(residues):
+        return Cut(chain, 0, 0)
+    first, step = int(((size - residues) % modulus).min()), modulus // len(residues)
+    return Cut(chain, first, step) if size - (first or step) >= 1 else Cut(chain, 0, 0)
 
 
 class _Layout:
@@ -224,18 +224,26 @@ def _residues(
         for n, (times, _) in dim.lone.items():
             allowed[n] &= times * lengths % modulus == 0
     for chains, times in (product for dim in live for product in dim.products):
-        sure = {n: gcd(modulus, *np.flatnonzero(allowed[n]).tolist()) for n in chains}
-        if times * prod(sure.values()) % modulus == 0:
-            continue
-        for n in sorted(chains, key=lambda n: (-sizes[n], n)):
-            others = prod(sure[m] for m in chains if m != n)
-            need = modulus // gcd(modulus, times * others)
-            if sizes[n] > need:
-                allowed[n] &= lengths % need == 0
-                break
-        else:
+        if not _align_product(chains, times, allowed, sizes):
             stuck |= set(chains)
     return allowed, stuck
+
+
+def _align_product(
+    chains: tuple[int, ...], times: int, allowed: NDArray[np.bool_], sizes: Sequence[int]
+) -> bool:
+    """Let the longest chain that can align a product of lengths; False where none can."""
+    modulus = allowed.shape[1]
+    sure = {n: gcd(modulus, *np.flatnonzero(allowed[n]).tolist()) for n in chains}
+    if times * prod(sure.values()) % modulus == 0:
+        return True
+    for n in sorted(chains, key=lambda n: (-sizes[n], n)):
+        others = prod(sure[m] for m in chains if m != n)
+        need = modulus // gcd(modulus, times * others)
+        if sizes[n] > need:
+            allowed[n] &= np.arange(modulus) % need == 0
+            return True
+    return False
 
 
 def _chains_on(dim: _Dim) -> set[int]:

@@ -13,7 +13,7 @@ from prunus.graph.axis import Mask
 from prunus.graph.constraints import Lockstep
 from prunus.graph.coupling import CouplingGraph
 from prunus.planner.alignment import RoundTo, aligned_labels
-from prunus.planner.lockstep import merge_locksteps
+from prunus.planner.lockstep import Tie, merge_locksteps
 from prunus.planner.rounding import Chain, Cut, align
 
 Ints = NDArray[np.int64]
@@ -57,6 +57,10 @@ class Quanta:
     untouched: Mapping[str, str]
     conflicts: tuple[str, ...]
     rounded: bool
+
+    def groups_of(self, chain: Ints) -> list[int]:
+        """Numbers of the groups that a chain takes units of, ascending."""
+        return sorted({group for quantum in chain.tolist() for group, _ in self.shares[quantum]})
 
     def kept(self, removed: Mask) -> Mask:
         """Units that stay when the quanta of a mask are removed."""
@@ -109,8 +113,7 @@ def _form_chains(
     graph: CouplingGraph, scores: NDArray[np.float64], untouched: dict[str, str]
 ) -> tuple[list[str], list[Chain]]:
     """A chain per tie of locksteps, and one per group for the rest of its units."""
-    locksteps = [c for c in graph.constraints if isinstance(c, Lockstep)]
-    ties = merge_locksteps(locksteps)
+    ties = merge_locksteps([c for c in graph.constraints if isinstance(c, Lockstep)])
     conflicts = []
     for tie in ties:
         if tie.conflict:
@@ -118,25 +121,27 @@ def _form_chains(
             names = [g.name for g in graph.groups if np.isin(g.units, units).any()]
             untouched.update(dict.fromkeys(names, f"locksteps contradict: {tie.conflict}"))
             conflicts.append(f"{', '.join(names)} ({tie.conflict})")
-    free = np.zeros(graph.unit_count + 1, dtype=np.bool_)
+    free, tied = np.zeros((2, graph.unit_count + 1), dtype=np.bool_)
     for group in graph.groups:
         free[group.units] = group.name not in untouched and np.isfinite(scores[group.units])
-    tied = np.zeros(graph.unit_count + 1, dtype=np.bool_)
     chains = []
     for tie in ties:
         tied[np.concatenate(tie.sets)] = True
-        rows = [_ascending(units[free[units]], scores) for units in tie.sets]
-        length = min(len(row) // rate for row, rate in zip(rows, tie.rates, strict=True))
-        parts = [
-            row[: length * rate].reshape(length, rate)
-            for row, rate in zip(rows, tie.rates, strict=True)
-        ]
-        total = sum(len(units) for units in tie.sets)
-        chains.append(Chain(np.concatenate(parts, axis=1), total))
+        chains.append(_chain_of_tie(tie, free, scores))
     for group in graph.groups:
         own = group.units[~tied[group.units]]
         chains.append(Chain(_ascending(own[free[own]], scores)[:, None], len(own)))
     return conflicts, [chain for chain in chains if chain.rows.size]
+
+
+def _chain_of_tie(tie: Tie, free: Mask, scores: NDArray[np.float64]) -> Chain:
+    rows = [_ascending(units[free[units]], scores) for units in tie.sets]
+    length = min(len(row) // rate for row, rate in zip(rows, tie.rates, strict=True))
+    parts = [
+        row[: length * rate].reshape(length, rate)
+        for row, rate in zip(rows, tie.rates, strict=True)
+    ]
+    return Chain(np.concatenate(parts, axis=1), sum(len(units) for units in tie.sets))
 
 
 def _ascending(units: Ints, scores: NDArray[np.float64]) -> Ints:

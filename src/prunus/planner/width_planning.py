@@ -18,7 +18,7 @@ from prunus.graph.budget import Budget
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
-from prunus.importance import collect, needs_of, score
+from prunus.importance import Statistics, collect, needs_of, score
 from prunus.importance.registry import is_comparable
 from prunus.importance.torch_pruning import adapt
 from prunus.planner.activation_memory import hold_peak
@@ -67,27 +67,16 @@ def plan_widths(
     """
     hold = dict.fromkeys(asked.hold, "it is held") if hold is None else hold
     asked = replace(asked, importance=adapt(asked.importance, model), hold=tuple(hold))
-    importance, ratio, seed = asked.importance, asked.ratio, asked.seed
+    ratio = asked.ratio
     budget: Budget | Mapping[str, int] | None = asked.budget if limits is None else limits
-    data, statistics = asked.data, asked.statistics
     by_clock = isinstance(budget, Budget) and budget.latency is not None and ratio is None
-    if by_clock and data is not None:
-        data = Batches(data, asked.samples)
-    needs = needs_of(importance)
-    if statistics is None and data is not None and needs:
-        statistics = collect(
-            *(model, graph, data, needs), loss=asked.loss, seed=seed, samples=asked.samples
-        )
+    if by_clock and asked.data is not None:
+        asked = replace(asked, data=Batches(asked.data, asked.samples))
+    asked = replace(asked, statistics=_collected(graph, model, asked))
     settled, automatic = _set_automatic(graph, asked, budget, hold)
     recorded = settled.record()
-    if settled.normalise is None and ratio is None:
-        curves = settled.scope == "global" and is_comparable(importance)
-        settled = replace(settled, normalise="none" if curves else "mean")
-    with uncollected():
-        tensors, _ = state_of(model)
-        scores = score(graph, tensors, importance, seed=seed, statistics=statistics)
-        for name in hold:
-            scores[graph.group(name).units] = np.inf
+    settled = _with_normalise(settled)
+    scores = _scored(graph, model, asked)
 
     def choose(
         bounds: Budget | Mapping[str, int] | None, round_to: RoundTo | None = None
@@ -111,9 +100,9 @@ def plan_widths(
                 lambda bounds, multiple: choose(bounds, rounded(multiple)),
                 lambda kept: plan_of_mask(graph, model, kept, {"traced": graph.traced}),
                 multiples=MULTIPLES if "round_to" in automatic else (None,),
-                data=data,
-                statistics=statistics,
-                seed=seed,
+                data=asked.data,
+                statistics=asked.statistics,
+                seed=asked.seed,
             )
             multiple = searched["latency"]["multiple"]
             names = automatic.get("round_to", ())
@@ -132,12 +121,48 @@ def plan_widths(
         "traced": graph.traced,
     }
     chosen = plan_of_mask(graph, model, found.kept, origin)
-    counted = budget.counted if isinstance(budget, Budget) else budget
-    bounded_costs = counted.limits(graph) if isinstance(counted, Budget) else counted or {}
-    others = [name for name in bounded_costs if name not in chosen.costs]
-    parts = {name: (graph.cost(name), graph.cost(name, found.kept)) for name in others}
-    chosen = replace(chosen, costs={**chosen.costs, **parts})
+    chosen = replace(chosen, costs=_bounded_costs(graph, chosen, budget, found.kept))
     return follow_other_ways(chosen, graph, model, found.kept)
+
+
+def _collected(graph: CouplingGraph, model: nn.Module, asked: PlanOptions) -> Statistics | None:
+    """What the importance reads of calibration data, collected where it is not given."""
+    needs = needs_of(asked.importance)
+    if asked.statistics is not None or asked.data is None or not needs:
+        return asked.statistics
+    return collect(
+        *(model, graph, asked.data, needs), loss=asked.loss, seed=asked.seed, samples=asked.samples
+    )
+
+
+def _with_normalise(asked: PlanOptions) -> PlanOptions:
+    """Scores that are comparable as they are share a global budget out without normalising."""
+    if asked.normalise is not None or asked.ratio is not None:
+        return asked
+    curves = asked.scope == "global" and is_comparable(asked.importance)
+    return replace(asked, normalise="none" if curves else "mean")
+
+
+def _scored(graph: CouplingGraph, model: nn.Module, asked: PlanOptions) -> NDArray[np.float64]:
+    """A score per unit, infinite for those of the groups that are held."""
+    with uncollected():
+        tensors, _ = state_of(model)
+        scores = score(
+            graph, tensors, asked.importance, seed=asked.seed, statistics=asked.statistics
+        )
+        for name in asked.hold:
+            scores[graph.group(name).units] = np.inf
+    return scores
+
+
+def _bounded_costs(
+    graph: CouplingGraph, chosen: Plan, budget: Budget | Mapping[str, int] | None, kept: Mask
+) -> dict[str, tuple[int, int]]:
+    """The costs of a plan, and those of parts of the model that the budget bounds."""
+    counted = budget.counted if isinstance(budget, Budget) else budget
+    bounded = counted.limits(graph) if isinstance(counted, Budget) else counted or {}
+    others = [name for name in bounded if name not in chosen.costs]
+    return {**chosen.costs, **{name: (graph.cost(name), graph.cost(name, kept)) for name in others}}
 
 
 def _set_automatic(
@@ -167,11 +192,15 @@ def _set_automatic(
     if asked.round_to is None:
         asked = replace(asked, round_to=1)
         if shared:
-            kinds = {one.group: one.kind for one in find_structures(graph).structures}
-            names = [n for n, kind in kinds.items() if kind in _ROUNDED]
-            free = [name for name in names if name not in given and name not in hold]
-            automatic["round_to"] = wide_groups(graph, free)
+            automatic["round_to"] = _to_round(graph, {*given, *hold})
     return asked, automatic
+
+
+def _to_round(graph: CouplingGraph, others: Collection[str]) -> list[str]:
+    """Groups whose widths are rounded unless somebody says otherwise."""
+    kinds = {one.group: one.kind for one in find_structures(graph).structures}
+    free = [name for name, kind in kinds.items() if kind in _ROUNDED and name not in others]
+    return wide_groups(graph, free)
 
 
 @contextmanager
@@ -250,7 +279,7 @@ def _choose(
     round_to: RoundTo,
 ) -> Selection:
     if asked.ratio is not None:
-        return Selection(select(graph, scores, {}, ratio=asked.ratio, held=hold).kept)
+        return Selection(select(graph, scores, {}, ratios=asked.ratio, held=hold).kept)
     ratios = asked.ratios
     if ratios is not None:
         given = spread(graph, ratios, "ratios", check_share)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from prunus.calibration.statistics import kept_units
 from prunus.errors import DataError, ModelError, PlanError
 from prunus.graph.axis import Axis
 from prunus.recovery.consumers import find_changed
+from prunus.tracer.copies import duplicate
 from tests.snapshots import same, snapshot
 from tests.test_compensation import READERS
 from tests.test_compensation import build as build_reader
@@ -533,6 +535,43 @@ def test_shrink_does_it_and_tells(name: str) -> None:
     plan = prunus.plan(graph, twin, budget=budget)
     prunus.recovery.compensate(twin, plan, graph, [x], sequential=True)
     torch.testing.assert_close(model(x), twin(x))
+
+
+class Locked(Chain):
+    """Runs under locks of its own, catches everything, and notes down what it is at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock, self.again, self.notes = threading.Lock(), threading.RLock(), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.lock, self.again:
+            self.shift = x.mean()
+            self.notes["x"] = x
+            try:
+                h = self.read(self.notes["x"])["c"]
+            except:  # noqa: E722, as bad models do
+                h = self.read(x)["c"]
+            h = torch.relu(self.c(h)) + self.shift
+            y: Tensor = self.d(h + self.notes["x"].mean())
+        return y
+
+
+def test_forwards_that_wait_do_not_mix_what_they_note_down() -> None:
+    torch.manual_seed(0)
+    model, x = Locked().double().eval(), noisy((60, 5))
+    parts = [x[:20] + 3, x[20:40] - 3, x[40:]]
+    graph, plan = half(model, x)
+    small = duplicate(model)
+    done = prunus.recovery.compensate(small, plan, graph, parts, sequential=True)
+    last = done.repairs[-1]
+    with torch.no_grad():
+        error = torch.cat([small(part) - model(part) for part in parts]).square().mean(0).sum()
+    assert last.tensor == "d.weight"
+    assert last.left == pytest.approx(float(error), rel=1e-6)
+    bad = [parts[0], parts[1] * torch.nan]
+    with pytest.raises(DataError, match="NaN"):
+        prunus.recovery.compensate(duplicate(model), plan, graph, bad, sequential=True)
 
 
 class Residual(nn.Sequential):

@@ -59,6 +59,8 @@ class Lane:
 
     def stop(self, at: int, value: Any) -> None:
         """Wait here, if that lies ahead of where the lane waited before; called by the work."""
+        if self._closed:  # an ``except:`` of the model has caught what ended it
+            raise _ClosedError
         if at <= self.at:
             return
         self.at, self.value = at, value

@@ -9,6 +9,7 @@ of each model is enough; meanwhile what is alive of all batches at one layer is 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ from prunus.tracer.copies import duplicate, stand_in
 from prunus.tracer.quiet import follow_modules
 from prunus.tracer.registry import bind
 
+_LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _Norm = nn.modules.batchnorm._BatchNorm
 
 
@@ -211,6 +213,9 @@ class _Race:
     def _lane(self, model: nn.Module, batch: Any, norms: Mapping[int, _Norm]) -> Lane:
         """One forward, on a copy of the modules: what they note down is of this batch alone."""
         twin, stack = stand_in(model).model, [""]
+        for module in twin.modules():  # a forward that waits must not keep others out
+            locks = [name for name, value in vars(module).items() if isinstance(value, _LOCKS)]
+            vars(module).update(dict.fromkeys(locks, threading.RLock()))
         self._stack.enter_context(follow_modules(twin, stack))
         work = partial(_run, twin, batch, self._sites, stack, self._stops, norms)
         lane = Lane(work)

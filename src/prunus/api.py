@@ -139,11 +139,8 @@ def shrink(
     if asked.drops:
         refuse_quantized(model)
         refuse_statistics(asked.statistics)
-    reads = needs_of(asked.importance) if asked.statistics is None else frozenset()
     with following(progress), entered_by(model, forward_fn):
-        data = None
-        if asked.data is not None and (reads or isinstance(asked.drop, int) or recover != "none"):
-            data = Batches(asked.data, asked.samples)
+        data = _batches_to_read(asked, recover)
         asked = replace(asked, data=data)
         graph = trace(model, args, kwargs, outputs=outputs)
         planned = plan_verified(
@@ -346,6 +343,14 @@ def _cut(
             raise rejected(certificate)
     cut(plan, model, optimizer=optimizer)
     return Shrunk(model, graph, plan, certificate)
+
+
+def _batches_to_read(asked: PlanOptions, recover: Recover) -> Batches | None:
+    """The calibration batches, taken once; None where nothing reads them."""
+    reads = asked.statistics is None and bool(needs_of(asked.importance))
+    if asked.data is None or not (reads or isinstance(asked.drop, int) or recover != "none"):
+        return None
+    return Batches(asked.data, asked.samples)
 
 
 def _check_mode(mode: str) -> None:

@@ -100,23 +100,29 @@ def _image_batches(folder: Path, options: argparse.Namespace, loaded: Loaded) ->
             f"there are no images in {folder}",
             why=f"files that end in {', '.join(endings)} are taken for images",
         )
-    inputs = [tensor for _, tensor in tensors_of([loaded.args, dict(loaded.kwargs)])]
-    shape = tuple(inputs[0].shape[1:]) if len(inputs) == 1 and inputs[0].dim() == 4 else ()
-    if len(shape) != 3 or shape[0] not in (1, 3):
-        told = ", ".join(str(list(tensor.shape)) for tensor in inputs)
-        raise DataError(
-            "images don't fit this model",
-            why=f"it takes {told or 'nothing'}, images are [N, 1 or 3, height, width]",
-            fix="give --input-shape, or write a function that returns batches: file.py:FUNCTION",
-        )
+    shape = _image_shape(loaded)
     mean = _per_channel(options.mean or loaded.source.mean or (0.0,), shape[0], "--mean")
     std = _per_channel(options.std or loaded.source.std or (1.0,), shape[0], "--std")
     if not bool((std > 0).all()):
         raise DataError("--std has a number that is not above zero", fix="give one above zero")
-    found = _Images(files[: options.samples], (shape[0], shape[1], shape[2]), mean, std)
+    found = _Images(files[: options.samples], shape, mean, std)
     for file in found.files:  # what can't be read is told before the work, not after it
         found._read(file)
     return found
+
+
+def _image_shape(loaded: Loaded) -> tuple[int, int, int]:
+    """Channels, height and width of the model's only input."""
+    inputs = [tensor for _, tensor in tensors_of([loaded.args, dict(loaded.kwargs)])]
+    shape = tuple(inputs[0].shape[1:]) if len(inputs) == 1 and inputs[0].dim() == 4 else ()
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        given = ", ".join(str(list(tensor.shape)) for tensor in inputs)
+        raise DataError(
+            "images don't fit this model",
+            why=f"it takes {given or 'nothing'}, images are [N, 1 or 3, height, width]",
+            fix="give --input-shape, or write a function that returns batches: file.py:FUNCTION",
+        )
+    return shape[0], shape[1], shape[2]
 
 
 def _per_channel(values: Sequence[float], channels: int, option: str) -> Tensor:
@@ -175,19 +181,7 @@ def _text_batches(
     lines = [line for line in text.splitlines() if line.strip()][: options.samples]
     if not lines:
         raise DataError(f"there is no text in {path}", why="it has no line that is not blank")
-    transformers = require("transformers", "hf")
-    fix = "give --tokenizer FOLDER, written by save_pretrained()"
-    if not any(next(Path(place).glob(pattern), None) for pattern in TOKENIZERS):
-        raise DataError(f"there is no tokenizer in {place}", why="its files are missing", fix=fix)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            place, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # transformers and tokenizers have many ways to say it
-        why = f"{type(error).__name__}: {error}"
-        raise DataError(f"the tokenizer in {place} can't be read", why=why, fix=fix) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = _tokenizer_in(Path(place))
     step = _LINES if tokenizer.pad_token is not None else 1
     return [
         dict(
@@ -201,3 +195,21 @@ def _text_batches(
         )
         for start in range(0, len(lines), step)
     ]
+
+
+def _tokenizer_in(place: Path) -> Any:
+    """The tokenizer of a folder, which pads with its end of text if with nothing else."""
+    transformers = require("transformers", "hf")
+    fix = "give --tokenizer FOLDER, written by save_pretrained()"
+    if not any(next(place.glob(pattern), None) for pattern in TOKENIZERS):
+        raise DataError(f"there is no tokenizer in {place}", why="its files are missing", fix=fix)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            place, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers and tokenizers have many ways to say it
+        why = f"{type(error).__name__}: {error}"
+        raise DataError(f"the tokenizer in {place} can't be read", why=why, fix=fix) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

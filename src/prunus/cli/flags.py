@@ -273,28 +273,31 @@ def _check_beside_table(options: argparse.Namespace) -> None:
 
 def budget_of(options: argparse.Namespace) -> Budget | None:
     """The budget; None where ratios, a table or blocks to drop alone say how much is removed."""
-    bounds: dict[str, Any] = {
-        n: v for n in (*COUNTS, *SIZES, "latency") if (v := getattr(options, n)) is not None
-    }
+    costs = (*COUNTS, *SIZES, "latency")
+    bounds = {n: getattr(options, n) for n in costs if getattr(options, n) is not None}
     scopes: dict[str, dict[str, Any]] = {}
     for glob, text in options.within:
-        name, equals, value = text.partition("=")
-        if not equals or name not in (*COUNTS, *SIZES):
-            raise PlanError(
-                f"--within {glob} {text} bounds no cost",
-                why=f"costs are {', '.join((*COUNTS, *SIZES))}",
-                fix=f"write --within {glob} macs=0.3, say",
-            )
-        try:
-            most = size_bound(value) if name in SIZES else bound(value)
-        except argparse.ArgumentTypeError as error:
-            raise PlanError(str(error), where=f"--within {glob} {text}") from None
-        scopes.setdefault(glob, {})[name] = most
+        scopes.setdefault(glob, {}).update(_bound_within(glob, text))
     if options.latency is not None:
         bounds["timer"] = options.backend
     if bounds or scopes:
         return Budget(**bounds, within={g: Budget(**inner) for g, inner in scopes.items()})
     if options.ratios is None and options.sensitivity is None and not options.drop:
-        names = [f"--{name}" for name in (*COUNTS, *SIZES, "latency")]
+        names = [f"--{name}" for name in costs]
         raise PlanError(f"give a budget: {', '.join(names)}", fix="--macs 0.5, say")
     return None
+
+
+def _bound_within(glob: str, text: str) -> dict[str, float | int]:
+    """The bound of ``--within GLOB COST=N``."""
+    name, equals, value = text.partition("=")
+    if not equals or name not in (*COUNTS, *SIZES):
+        raise PlanError(
+            f"--within {glob} {text} bounds no cost",
+            why=f"costs are {', '.join((*COUNTS, *SIZES))}",
+            fix=f"write --within {glob} macs=0.3, say",
+        )
+    try:
+        return {name: size_bound(value) if name in SIZES else bound(value)}
+    except argparse.ArgumentTypeError as error:
+        raise PlanError(str(error), where=f"--within {glob} {text}") from None

@@ -38,19 +38,22 @@ def find_source(options: argparse.Namespace) -> Source:
             where=reference,
             fix="let the function load its weights",
         )
-    if colon and kind == "zoo":
-        return _from_zoo(rest, options)
-    if colon and kind == "timm":
-        return _from_timm(rest, options)
-    if colon and kind == "hf":
-        from prunus.cli.hugging_face import find_folder
-
-        return find_folder(rest, options)
-    if colon and kind == "yolo":
-        from prunus.cli.yolo import find_yolo
-
-        return find_yolo(rest, options)
+    found = {"zoo": _from_zoo, "timm": _from_timm, "hf": _from_folder, "yolo": _from_yolo}
+    if colon and kind in found:
+        return found[kind](rest, options)
     return _from_file(reference, options)
+
+
+def _from_folder(folder: str, options: argparse.Namespace) -> Source:
+    from prunus.cli.hugging_face import find_folder
+
+    return find_folder(folder, options)
+
+
+def _from_yolo(file: str, options: argparse.Namespace) -> Source:
+    from prunus.cli.yolo import find_yolo
+
+    return find_yolo(file, options)
 
 
 def load_model(options: argparse.Namespace) -> Loaded:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -47,29 +47,29 @@ def _one_file(first: str, second: str, path: str | Path) -> FileError:
 
 def _files_read(options: argparse.Namespace) -> Iterator[tuple[str, str | Path]]:
     """What a command reads, by the name of the argument."""
-    given = vars(options)
+    given = {name: value for name, value in vars(options).items() if value is not None}
     for name, attribute in (("PLAN", "plan_file"), ("FILE", "file"), ("A", "a"), ("B", "b")):
-        if given.get(attribute) is not None:
+        if attribute in given:
             yield name, given[attribute]
-    if "model" not in given:
-        return
-    model = "--build" if "file" in given else "MODEL"
-    kind, _, rest = options.model.partition(":")
-    if kind == "hf":
-        yield from ((model, path) for path in _inside(Path(rest), _PRETRAINED))
-    elif kind == "yolo":
-        yield model, rest
-    else:
-        yield from ((model, path) for path in _python_file(options.model))
-    for name in ("data", "metric", "sensitivity"):
-        if given.get(name) is not None:
-            reference = str(given[name])
-            yield from ((f"--{name}", path) for path in (reference, *_python_file(reference)))
-    if given.get("data") is not None:
+    if "model" in given:
+        model = "--build" if "file" in given else "MODEL"
+        yield from ((model, path) for path in _files_of_model(given["model"]))
+    for name in [name for name in ("data", "metric", "sensitivity") if name in given]:
+        reference = str(given[name])
+        yield from ((f"--{name}", path) for path in (reference, *_python_file(reference)))
+    if "data" in given:
         yield from (("--data", path) for path in _inside(Path(options.data), IMAGES, deep=True))
-    if given.get("tokenizer") is not None:
+    if "tokenizer" in given:
         found = _inside(Path(options.tokenizer), _PRETRAINED)
         yield from (("--tokenizer", path) for path in found)
+
+
+def _files_of_model(reference: str) -> Iterable[str | Path]:
+    """The files that a model is built from."""
+    kind, _, rest = reference.partition(":")
+    if kind == "hf":
+        return _inside(Path(rest), _PRETRAINED)
+    return [rest] if kind == "yolo" else _python_file(reference)
 
 
 def _python_file(reference: str) -> list[str]:

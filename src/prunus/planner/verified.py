@@ -155,21 +155,27 @@ class _Task:
             certificate = self._verify(chosen, left.traced, each_group=self.each_group)
             if certificate.verdict != "inexact":
                 return Planned(chosen, certificate, held, left.graph, left.statistics)
-            found = self._reject_blocks(names)
-            if found and not isinstance(asked.drop, int):
-                name, why = next(iter(found.items()))
-                raise VerifyError(
-                    "without this block the model does not compute what it does when it is skipped",
-                    where=name,
-                    why=why,
-                    fix="drop another block; the model was not touched",
-                )
+            held |= self._reject(names, chosen, left, certificate)
+
+    def _reject(
+        self, names: Sequence[str], chosen: Plan, left: _Left, certificate: Certificate
+    ) -> dict[str, str]:
+        """The blocks, or else the groups, that make the verification of a plan fail, and why."""
+        found = self._reject_blocks(names)
+        if found and not isinstance(self.asked.drop, int):
+            name, why = next(iter(found.items()))
+            raise VerifyError(
+                "without this block the model does not compute what it does when it is skipped",
+                where=name,
+                why=why,
+                fix="drop another block; the model was not touched",
+            )
+        if not found:
+            found = self._reject_groups(chosen, left)
             touched = sum(bool(choice.removed) for choice in chosen.groups)
-            if not found:
-                found = self._reject_groups(chosen, left)
-                if not found or len(found) == touched:
-                    raise rejected(certificate, found)
-            held |= found
+            if not found or len(found) == touched:
+                raise rejected(certificate, found)
+        return found
 
     def _without(self, names: Sequence[str]) -> _Left:
         """What planning needs to know of the model without these blocks."""

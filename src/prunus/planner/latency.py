@@ -256,8 +256,8 @@ class _Search:
             "dense_ms": 1e3 * chosen.race.dense,
             "rounds": chosen.race.rounds,
             "spread": chosen.race.spread,
-            **_told(chosen, found.get(id(chosen))),
-            "trials": [_told(trial, found.get(id(trial))) for trial in self._trials],
+            **_describe(chosen, found.get(id(chosen))),
+            "trials": [_describe(trial, found.get(id(trial))) for trial in self._trials],
         }
 
     def _unreachable(self) -> BudgetError:
@@ -273,7 +273,8 @@ class _Search:
         )
 
 
-def _told(trial: Trial, error: float | None) -> dict[str, Any]:
+def _describe(trial: Trial, error: float | None) -> dict[str, Any]:
+    """What was measured of a trial, as plain data."""
     return {
         "multiple": trial.multiple,
         "macs": trial.macs,

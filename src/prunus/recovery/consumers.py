@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunus.calibration.sites import Site
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.program import refs_in
+from prunus.graph.program import Ref, refs_in
 from prunus.tracer.dataflow import Dataflow, contracts, name_of, read_by
 
 Place = Literal["bias", "running mean", "new bias", ""]
@@ -133,36 +133,34 @@ def _find_place(
     """What can take up a constant behind a weight."""
     prefix, _, own = name.rpartition(".")
     module, bias = modules[prefix], own.replace("weight", "bias")
-    tied = [modules[alias.rpartition(".")[0]] for alias, first in graph.aliases.items()
-            if first == name]  # fmt: skip
-    if any(other is not module for other in tied):
+    tied = [alias for alias, first in graph.aliases.items() if first == name]
+    if len({modules[alias.rpartition(".")[0]] for alias in (name, *tied)}) > 1:
         return "", ""  # two layers share the weight, and may have a bias each
     full = f"{prefix}.{bias}" if prefix else bias
-    stored: Tensor | None = module._parameters.get(bias) if bias != own else None
-    if stored is not None:
+    if bias != own and isinstance(stored := module._parameters.get(bias), Tensor):
         alone = len(flow.uses(full)) == len(flow.uses(name)) and full not in graph.aliases
         return ("bias", full) if alone and stored.dim() == 1 else ("", "")
     if norm := _norm_behind(flow, name):
         return "running mean", norm
-    takes = new_biases and not tied and bias == "bias" and _takes_bias(module)
+    takes = new_biases and not tied and _takes_bias(module, bias)
     return ("new bias", full) if takes else ("", "")
 
 
-def _takes_bias(module: nn.Module) -> bool:
-    """Whether a module that has no bias runs with one."""
+def _takes_bias(module: nn.Module, name: str) -> bool:
+    """Whether a module that has no bias runs with one of that name."""
     standard = any(type(module).forward is kind.forward for kind in _STANDARD)
-    return standard and getattr(module, "groups", 1) == 1
+    return standard and name == "bias" and getattr(module, "groups", 1) == 1
 
 
 def _norm_behind(flow: Dataflow, weight: str) -> str:
     """The running mean of the batch norm that alone reads what a weight gives; or nothing."""
     made = [number for node in flow.uses(weight) for number in node.outputs]
-    if len(made) != 1 or len(flow.uses(weight)) != 1 or made[0] in flow.program.outputs.values():
+    behind = [node for number in made for node in flow.readers.get(number, ())]
+    if len(made) != 1 or len(behind) != 1 or made[0] in flow.program.outputs.values():
         return ""
-    behind = flow.readers.get(made[0], [])
-    if len(behind) != 1 or "batch_norm" not in name_of(behind[0]):
+    (norm,), (number,) = behind, made
+    means = [ref.value for ref in refs_in(norm.args.get("running_mean"))]
+    if norm.args.get("input") != Ref(number) or len(means) != 1:
         return ""
-    refs = refs_in(behind[0].args.get("running_mean"))
-    name = flow.program.state.get(refs[0].value, "") if refs else ""
-    alone = behind[0].args["input"].value == made[0] and flow.uses(name) == behind
-    return name if alone else ""
+    name = flow.program.state.get(means[0], "")
+    return name if flow.uses(name) == behind else ""

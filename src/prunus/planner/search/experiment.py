@@ -55,7 +55,12 @@ class Experiment:
         importance = adapt(asked.importance, model)
         statistics, needs = asked.statistics, needs_of(importance)
         if statistics is None and asked.data is not None and needs:
-            statistics = collect(model, graph, asked.data, needs, loss=asked.loss, seed=asked.seed)
+            statistics = collect(
+                *(model, graph, asked.data, needs),
+                loss=asked.loss,
+                seed=asked.seed,
+                samples=asked.samples,
+            )
         tensors, _ = state_of(model)
         scores = score(graph, tensors, importance, seed=asked.seed, statistics=statistics)
 

@@ -203,10 +203,10 @@ COMMANDS = [
     ("apply @plan.json @net.py:words --input-shape 2,5", 2, "this is a plan for another model"),
     ("verify @plan.json @net.py:words --input-shape 2,5", 2, "this is a plan for another model"),
     ("apply @stale.json @net.py:net --no-verify", 3, "the plan expects 9"),
-    ("load @short.safetensors --build @net.py:net", 2, "it was cut short"),
+    ("load @short.safetensors --build @net.py:net", 2, "the file is damaged"),
     ("load @flipped.safetensors --build @net.py:net", 2, "not what its digest was made of"),
     ("load @weights.pt --build @net.py:net", 2, "this is a pickle"),
-    ("load @small.safetensors --build @net.py:words", 2, "this is a plan for another model"),
+    ("load @small.safetensors --build @net.py:words", 2, "build= makes another model"),
     # data
     (f"{SHRINK} --data @gone.npz", 2, "there is no file"),
     (f"{SHRINK} --data @damaged.npz", 2, "can't be read"),

@@ -27,7 +27,7 @@ from prunus.tracer import adapters, capture, compress, registry
 from prunus.tracer.labels import Algebra
 from prunus.tracer.registry import Call, find_overload, find_rule
 from prunus.tracer.rules.pointwise import pointwise
-from prunus.verifier import comparison, replay
+from prunus.verifier import judgement, replay
 from prunus.verifier import verify as oracle
 
 # ``prunus.surgeon.apply`` and ``prunus.tracer.trace.trace`` hide the modules of the same name.
@@ -986,7 +986,7 @@ def mask_keeps_everything(inject: Injector) -> None:
 
 @fault(residual)
 def comparison_always_content(inject: Injector) -> None:
-    for home in (oracle, comparison):
+    for home in (oracle, judgement):
         inject.function(home, "relative_error", lambda right, a, b: 0.0)
 
 

@@ -20,8 +20,9 @@ from prunus.surgeon import apply
 from prunus.surgeon.attributes import find_edits
 from prunus.tracer.trace import trace
 from prunus.tracer.wrappers import unwrapped
+from prunus.verifier.judgement import Certificate
 from prunus.verifier.randomize import randomize
-from prunus.verifier.verify import NOT_INTERCHANGEABLE, Certificate, verify
+from prunus.verifier.verify import NOT_INTERCHANGEABLE, verify
 from tests.witness import Testimony, testify
 
 

@@ -23,10 +23,10 @@ from prunus.graph.plans import Edit, Plan
 from prunus.graph.program import state_of, tensors_of
 from prunus.surgeon import apply, mask
 from prunus.tracer.trace import trace
+from prunus.verifier.judgement import DOUBTFUL
 from prunus.verifier.permutation import relative_error
 from prunus.verifier.randomize import randomise, randomize
 from prunus.verifier.replay import Replay
-from prunus.verifier.rounding import DOUBTFUL
 from prunus.verifier.verify import verify
 from tests import faults
 from tests.faults import Net, conv, head

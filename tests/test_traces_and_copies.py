@@ -12,8 +12,9 @@ import prunus
 from prunus.tracer import copies
 from prunus.tracer.capture import Recorder
 
-TRACES, COPIES = 2, 5
-"""Caps: what ``shrink`` with data takes today on an encoder. Lower them when it takes less."""
+TRACES, COPIES = 2, 2
+"""Caps for an encoder and data: one trace of the example inputs, one of the inputs of another shape
+on which the plan is compared; the model as it is or randomized, and its pruned copy."""
 
 
 @dataclass(frozen=True)

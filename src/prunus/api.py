@@ -33,8 +33,9 @@ from prunus.surgeon.snapshot import all_or_nothing
 from prunus.tracer.forward_fn import ForwardFn, entered_by
 from prunus.tracer.inputs import positional
 from prunus.tracer.trace import trace
+from prunus.verifier.judgement import Certificate
 from prunus.verifier.other_ways import follow_other_ways
-from prunus.verifier.verify import Certificate, verify_traced
+from prunus.verifier.verify import verify_traced
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -28,7 +28,8 @@ from prunus.surgeon.depth import without_blocks
 from prunus.tracer.randomness import DRAWS
 from prunus.tracer.trace import trace
 from prunus.verifier.bisect import find_culprits
-from prunus.verifier.verify import Certificate, verify_traced
+from prunus.verifier.judgement import Certificate
+from prunus.verifier.verify import verify_traced
 
 Restrict = Callable[[CouplingGraph], tuple[CouplingGraph, dict[str, str]]]
 """What narrows a graph to what can be said elsewhere: the graph, and what it holds and why."""

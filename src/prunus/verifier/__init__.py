@@ -1,6 +1,6 @@
 """Checks of a pruned model against the masked original."""
 
+from prunus.verifier.judgement import Certificate
 from prunus.verifier.randomize import randomize
-from prunus.verifier.verify import Certificate
 
 __all__ = ["Certificate", "randomize"]

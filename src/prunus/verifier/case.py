@@ -109,10 +109,13 @@ class Case:
     @cached_property
     def replay(self) -> Replay:
         """The traced program on these inputs."""
-        inputs = [
-            t.detach() for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)
-        ]
-        return Replay(self.graph, state_of(self.original)[0], inputs)
+        return self.replay_of(self.graph)
+
+    def replay_of(self, graph: CouplingGraph) -> Replay:
+        """The program of a graph on these inputs."""
+        leaves = tree_leaves((self.args, self.kwargs))
+        inputs = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        return Replay(graph, state_of(self.original)[0], inputs)
 
     @cached_property
     def dense(self) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,10 @@ from prunus.tracer.blocks import main_input, main_tensor
 from prunus.tracer.outputs import answer_of, find_outputs, select_outputs
 from prunus.tracer.sources import find_line
 from prunus.tracer.trace import quiet_run, same_draws
+from prunus.verifier.case import tolerance
 from prunus.verifier.permutation import relative_error
+
+NOT_SKIPPED = "without the blocks the model does not compute what it does when they are skipped"
 
 
 @contextmanager
@@ -64,27 +67,27 @@ def _replaced(structure: Any, tensor: Tensor) -> Any:
     if isinstance(structure, Tensor):
         return tensor
     if isinstance(structure, (list, tuple)):
-        place = next(i for i, item in enumerate(structure) if main_tensor(item) is not None)
         items = [*structure]
+        place = _main_key(enumerate(items))
         items[place] = _replaced(items[place], tensor)
         named = hasattr(structure, "_fields")
         return type(structure)(*items) if named else type(structure)(items)
     changed = copy.copy(structure)
     if isinstance(structure, Mapping):
-        key = next(key for key, item in structure.items() if main_tensor(item) is not None)
+        key = _main_key(structure.items())
         changed[key] = _replaced(structure[key], tensor)
     else:
-        key = next(
-            name
-            for name in structure.__dataclass_fields__
-            if main_tensor(getattr(structure, name)) is not None
-        )
+        key = _main_key((name, getattr(structure, name)) for name in structure.__dataclass_fields__)
         setattr(changed, key, _replaced(getattr(structure, key), tensor))
     return changed
 
 
+def _main_key(items: Iterable[tuple[Any, Any]]) -> Any:
+    return next(key for key, item in items if main_tensor(item) is not None)
+
+
 @dataclass(frozen=True)
-class DepthProof:
+class DepthComparison:
     """A model without blocks beside the original that skips them.
 
     Attributes
@@ -106,8 +109,13 @@ class DepthProof:
     outputs: tuple[str, ...]
     reason: str = ""
 
+    @property
+    def wrong(self) -> str:
+        """Why the two do not agree; empty if they do."""
+        return self.reason if self.rel_err <= tolerance(self.dtype) else self.reason or NOT_SKIPPED
 
-def prove_depth(
+
+def compare_depth(
     original: nn.Module,
     without: nn.Module,
     names: Sequence[str],
@@ -116,7 +124,7 @@ def prove_depth(
     *,
     outputs: str | Sequence[str] | None = None,
     each: bool = True,
-) -> DepthProof:
+) -> DepthComparison:
     """Compare a model that has lost the blocks ``names`` with the original that skips them.
 
     A model with a memory (a KV cache) answers twice, the second time to the same inputs as what
@@ -154,7 +162,7 @@ def prove_depth(
         )
     dtype = next(iter(wanted.values())).dtype
     moved = relative_error(dense, wanted)
-    return DepthProof(error, moved, alone, dtype, tuple(dense), reason)
+    return DepthComparison(error, moved, alone, dtype, tuple(dense), reason)
 
 
 def _first_round(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,9 +61,7 @@ class Draws(TorchDispatchMode):
         if not is_tied(func, bound):
             return func(*args, **kwargs)
         order = len(self.drawn)
-        node = self._nodes[order] if order < len(self._nodes) else None
-        if node is None or node.target is not func or "dropout_p" in bound:
-            raise self._untied(f"{func} came in place of {node.target if node else 'nothing'}")
+        node = self._node_of(order, func, bound)
         inputs = [] if is_free(func) else copy_of(bound)
         out = draw(func, bound, order)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -71,6 +69,13 @@ class Draws(TorchDispatchMode):
             self._take(node, self._given[order], inputs, outputs)
         self.drawn.append(Drawn(inputs, [tensor.clone() for tensor in outputs]))
         return out
+
+    def _node_of(self, order: int, func: OpOverload, bound: Mapping[str, Any]) -> Node:
+        """The random operator of the trace that this one is."""
+        node = self._nodes[order] if order < len(self._nodes) else None
+        if node is None or node.target is not func or "dropout_p" in bound:
+            raise self._untied(f"{func} came in place of {node.target if node else 'nothing'}")
+        return node
 
     def _take(self, node: Node, given: Drawn, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Overwrite the run's own draws by the given ones, where what went in is the same."""

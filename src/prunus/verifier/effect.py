@@ -7,12 +7,17 @@ the groups of which that says too little are removed, one at a time.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from prunus.errors import PrunusError
+from prunus.graph.axis import Mask
 from prunus.graph.groups import Group
-from prunus.verifier.case import Case
+from prunus.tracer.renormalised import find_renormalised, names_of
+from prunus.verifier.case import Case, tolerance
 from prunus.verifier.permutation import relative_error
 
 MOVED = 1e-3
@@ -30,10 +35,7 @@ def each_alone(case: Case) -> dict[str, float]:
     open_gates(case)
     moved = {group.name: _first_order(case, group) for group in case.touched}
     doubtful = [group for group in case.touched if not moved[group.name]]
-    choices = []
-    for group in doubtful:
-        choices.append(case.graph.all_kept)
-        choices[-1][group.units] = case.kept[group.units]
+    choices = [_removing(case, [group]) for group in doubtful]
     for index, outputs in case.replay.run_each(choices):
         moved[doubtful[index].name] = relative_error(case.dense, outputs)
     return moved
@@ -82,3 +84,36 @@ def _gradients(gates: Tensor, outputs: dict[str, Tensor]) -> Tensor:
         directions.append((random / (scale * size)).where(finite, 0))
     (gradient,) = torch.autograd.grad(reached, gates, directions)
     return gradient.nan_to_num()
+
+
+MEASURED_ALONE = 6
+"""Of more groups the distance is measured once, with all of them removed."""
+
+
+def renormalised_groups(case: Case) -> dict[str, float]:
+    """By touched group whose removal changes kept weights: the relative distance of the outputs.
+
+    That is between the masked original, in which weights computed from weights are those of the
+    kept entries, and plain silencing, in which they stay as they are.
+    """
+    found = find_renormalised(case.graph.program)
+    if found is None:
+        return {}
+    named = names_of(found, case.graph.groups)
+    touched = [group for group in case.touched if group.name in named]
+    plain = case.replay_of(replace(case.graph, program=found.plain))
+    sets = [touched] if len(touched) > MEASURED_ALONE else [[group] for group in touched]
+    distances: dict[str, float] = {}
+    for groups in sets:
+        kept = _removing(case, groups)
+        distance = relative_error(plain.run(kept), case.replay.run(kept))
+        distances |= dict.fromkeys([group.name for group in groups], distance)
+    return {name: by for name, by in distances.items() if by > tolerance(case.dtype)}
+
+
+def _removing(case: Case, groups: Iterable[Group]) -> Mask:
+    """What the plan keeps of these groups, and all of the others."""
+    kept = case.graph.all_kept
+    for group in groups:
+        kept[group.units] = case.kept[group.units]
+    return kept

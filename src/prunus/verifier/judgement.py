@@ -1,25 +1,118 @@
-"""The checks of one case, in order, and what they come to."""
+"""The checks of one case, in order, and what they come to.
+
+The pruned model's own forward is compared with the masked original, with PyTorch's settings as
+they are; a difference in float32 that may be rounding is looked at again in float64.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
-from prunus.verifier.attributes import other_attributes
+from prunus.errors import PrunusError, checks_options
+from prunus.graph.program import state_of
+from prunus.tracer.copies import duplicate
+from prunus.tracer.sources import find_line
 from prunus.verifier.case import Case, tolerance
-from prunus.verifier.comparison import Comparison, compare
-from prunus.verifier.paths import other_path
-from prunus.verifier.rounding import error_in_float64
-from prunus.verifier.settings import compare_on_fast_path, fast_path_matters
-from prunus.verifier.structure import other_count, other_positions, stale_attribute
-from prunus.verifier.tensors import other_tensors
+from prunus.verifier.differences import (
+    other_attributes,
+    other_count,
+    other_path,
+    other_positions,
+    other_tensors,
+    other_ties,
+    stale_attribute,
+)
+from prunus.verifier.effect import MOVED
+from prunus.verifier.permutation import relative_error, to_double
+
+Verdict = Literal["exact", "inexact", "not verified"]
+
+
+@checks_options
+@dataclass(frozen=True)
+class Certificate:
+    """What was compared, and the verdict.
+
+    Attributes
+    ----------
+    rel_err
+        Largest ‖pruned − masked‖∞ / ‖masked‖∞ over the outputs, in ``dtype``.
+    exchanged
+        The same measure between the original and itself with the units of every touched group in
+        another order (:mod:`prunus.verifier.permutation`).
+    moved
+        The same measure between the masked and the untouched original.
+    moved_alone
+        The same with each touched group removed alone, and each dropped block skipped alone.
+    unverified
+        Groups and blocks whose removal alone moves no output by more than 1e-3.
+    rel_err32
+        The error in float32, where it was above 1e-4 and float64 showed that it is rounding.
+    inputs
+        A line for each input on which the pruned model and the masked original were compared.
+    unread
+        Parameters that no compared forward read: nothing is verified of them.
+    renormalised
+        Groups whose removal changes kept weights (weights computed from weights, as in spectral
+        norm), with the relative distance of the outputs to plain silencing.
+    released
+        Outputs that may shrink: caches and the side outputs of transformers' output classes.
+    stale
+        Integers of modules that equal a removed width and that no run forward reads, and other
+        forwards of a module that no longer compute what the traced one does.
+    """
+
+    verdict: Verdict
+    rel_err: float
+    exchanged: float
+    moved: float
+    moved_alone: Mapping[str, float]
+    unverified: tuple[str, ...]
+    dtype: str
+    params: tuple[int, int]
+    outputs: tuple[str, ...]
+    reason: str = ""
+    rel_err32: float | None = None
+    inputs: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    renormalised: Mapping[str, float] = field(default_factory=dict)
+    released: tuple[str, ...] = ()
+    stale: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.verdict == "inexact":
+            return f"inexact: {self.reason or f'the outputs differ by {self.rel_err:.1e}'}"
+        if self.verdict == "not verified":
+            return f"not verified: {self.reason or 'no measurable effect on the outputs'}"
+        return (
+            f"verified (exact): max relative error {self.rel_err:.1e} against the masked model; "
+            f"pruning changed the outputs by {self.moved:.1e}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; what was added after the first format only where there is something."""
+        found = asdict(self)
+        for name in ("rel_err32", "inputs", "unread", "renormalised", "released", "stale"):
+            if not found[name] and found[name] != 0:
+                del found[name]
+        return found
+
+
+def verdict_of(reason: str, moved: float) -> Verdict:
+    """What a reason, if there is one, and how far removal moved the outputs come to."""
+    return "inexact" if reason else "exact" if moved > MOVED else "not verified"
+
 
 STRUCTURE: tuple[Callable[[Case], str], ...] = (
     stale_attribute,
     other_count,
     other_path,
+    other_ties,
     other_tensors,
     other_attributes,
 )
@@ -68,10 +161,155 @@ def judge_as_users_run(case: Case, fast_path: bool) -> Judgement:
 
 
 def _settle(case: Case, compared: Comparison) -> Judgement:
-    """Whether a difference in float32 is rounding is told in float64."""
+    """Whether a difference in float32 is rounding shows in float64."""
     error, dtype = compared.rel_err, case.dtype
     if not compared.reason and dtype == torch.float32 and error > tolerance(dtype):
         double = error_in_float64(case, error)
         if double is not None:
             return Judgement(double, torch.float64, "", error)
     return Judgement(error, dtype, compared.reason)
+
+
+def largest_errors(judged: Sequence[Judgement]) -> tuple[torch.dtype, float, float | None]:
+    """The type in which was judged, the largest error in it, and that in float32 if it is wider."""
+    wide = [one for one in judged if one.rel_err32 is not None]
+    dtype = (wide or judged)[-1].dtype
+    error = max(one.rel_err for one in judged if one.dtype == dtype or not one.exact)
+    if not wide:
+        return dtype, error, None
+    return dtype, error, max(one.rel_err32 or one.rel_err for one in judged)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The largest relative error of the outputs; ``reason`` where there was nothing to compare."""
+
+    rel_err: float
+    reason: str = ""
+
+
+def compare(case: Case, *, fast_path: bool = False) -> Comparison:
+    """The pruned model's own forward on the case's inputs, against the replay with units silenced.
+
+    Raises
+    ------
+    PrunusError
+        If the masked original can't be computed, the plan can't be applied, or the model itself
+        does not run on these inputs either.
+    """
+    return compare_with(case.masked, case, fast_path=fast_path)
+
+
+def compare_with(
+    masked: Mapping[str, Tensor], case: Case, *, fast_path: bool = False
+) -> Comparison:
+    """The same against outputs of a masked original that was computed in another way."""
+    try:
+        answer = case.run(case.pruned, fast_path=True) if fast_path else case.answer
+    except PrunusError:
+        raise
+    except Exception as failure:  # the pruned model's own forward may raise anything
+        with case.blaming_the_model():
+            case.run(case.original, fast_path=fast_path)
+        return Comparison(
+            float("inf"),
+            f"the pruned model's forward raised {type(failure).__name__} "
+            f"at {find_line(failure)}: {failure}",
+        )
+    return Comparison(relative_error(masked, answer))
+
+
+DOUBTFUL = 1e-2
+"""A float32 difference below this may be rounding that depth amplified; float64 decides."""
+
+AMPLIFIED = 10.0
+"""So may a greater one, up to this many times what float64 changes in the masked original."""
+
+
+def error_in_float64(case: Case, error: float) -> float | None:
+    """The error in float64 where that shows the error in float32 to be rounding; else None.
+
+    That needs a model that runs the same operators in float64.
+    """
+    wide = _in_double(case)
+    if wide is None:
+        return None
+    try:
+        if error >= DOUBTFUL and error >= AMPLIFIED * relative_error(wide.masked, case.masked):
+            return None
+        found = Judgement(compare(wide).rel_err, wide.dtype, other_positions(wide))
+        same = not any(check(wide) for check in (stale_attribute, other_count))
+    except Exception:  # an operator, or the cut model's forward, may insist on its type
+        return None
+    return found.rel_err if same and found.exact and wide.dtype == torch.float64 else None
+
+
+def _in_double(case: Case) -> Case | None:
+    """The same case with weights and inputs in float64; None where it runs other operators."""
+    try:
+        original = duplicate(case.original).double()
+        source = original if case.source is case.original else duplicate(case.source).double()
+        args, kwargs = to_double((case.args, case.kwargs))
+        outputs = case.graph.kept_outputs
+        wide = Case(case.plan, original, source, args, kwargs, outputs=outputs)
+        same = [n.target for n in wide.graph.program.nodes] == [
+            n.target for n in case.graph.program.nodes
+        ]
+    except Exception:  # a forward that insists on its own type may raise anything
+        return None
+    return wide if same else None
+
+
+_FAST = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
+
+_FIX = "torch.backends.mha.set_fastpath_enabled(False) makes both answer alike"
+
+
+def fast_path_matters(case: Case, enabled: bool) -> bool:
+    """Whether the model at full size answers otherwise with the fast path, where that is on."""
+    if not enabled or not any(isinstance(module, _FAST) for module in case.original.modules()):
+        return False
+    with case.blaming_the_model():
+        fast = case.run(case.original, fast_path=True)
+    outputs = {name: case.dense[name] for name in case.graph.kept_outputs}
+    return not relative_error(outputs, fast) <= tolerance(case.dtype)
+
+
+def compare_on_fast_path(case: Case) -> Comparison:
+    """The pruned model on the fast path, against the original there with its units zeroed.
+
+    Zeroing every row and column of a removed unit is the masked original where nothing mixes the
+    units; a norm or softmax over them would see the zeros.
+    """
+    mixed = [group.name for group in case.touched if group.mixing]
+    if mixed:
+        return Comparison(
+            float("inf"),
+            "the model answers otherwise on PyTorch's attention fast path (padded positions are "
+            f"zero there), which can't be verified where a norm reads the units of {mixed[0]}; "
+            + _FIX,
+        )
+    zeroed = case.run(_zeroed(case), fast_path=True)
+    outputs = {name: zeroed[name] for name in case.graph.kept_outputs}
+    found = compare_with(outputs, case, fast_path=True)
+    if found.reason or found.rel_err <= tolerance(case.dtype):
+        return found
+    return Comparison(
+        found.rel_err,
+        "on PyTorch's attention fast path the model answers otherwise (padded positions are zero "
+        f"there), and the pruned one does not follow: the outputs differ by {found.rel_err:.1e}; "
+        + _FIX,
+    )
+
+
+def _zeroed(case: Case) -> nn.Module:
+    """A copy with zeros at every position that the plan removes."""
+    model = duplicate(case.original)
+    state: dict[str, Tensor] = state_of(model)[0]
+    with torch.no_grad():
+        for axis, stay in case.plan.keep.items():
+            tensor = state[axis.tensor]
+            gone = torch.ones(tensor.shape[axis.dim], dtype=torch.bool)
+            gone[list(stay)] = False
+            tensor.index_fill_(axis.dim, gone.nonzero().flatten().to(tensor.device), 0)
+    return model

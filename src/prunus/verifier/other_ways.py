@@ -28,6 +28,8 @@ from prunus.tracer.copies import duplicate
 from prunus.tracer.forward_fn import entered_by
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.outputs import answer_of
+from prunus.tracer.quiet import quiet
+from prunus.tracer.sources import find_line
 from prunus.tracer.trace import quiet_run
 from prunus.verifier.case import Case
 from prunus.verifier.permutation import relative_error
@@ -107,19 +109,23 @@ def ways_of(module: nn.Module) -> list[str]:
     Other forwards of the same signature, and methods without arguments that fold the module; what
     folds is called from outside, and has a public name (``_make_fuse_layers`` builds a module).
     """
-    kind, found = type(module), []
+    kind = type(module)
     taken = _signature(kind.forward)
-    for name in dir(kind):
-        function = inspect.getattr_static(kind, name)
-        if not isinstance(function, FunctionType) or name.startswith("__") or name == "forward":
-            continue
-        if getattr(nn.Module, name, None) is function:
-            continue
-        signature = _signature(function)
-        folds = name[0] != "_" and any(part in name.lower() for part in _FOLDS)
-        if signature == taken if "forward" in name else folds and not any(signature or ()):
-            found.append(name)
-    return found
+    own = {name: inspect.getattr_static(kind, name) for name in dir(kind) if name[:2] != "__"}
+    return [
+        name
+        for name, function in own.items()
+        if isinstance(function, FunctionType)
+        and getattr(nn.Module, name, None) is not function
+        and _is_way(name, _signature(function), taken)
+    ]
+
+
+def _is_way(name: str, signature: list[bool] | None, taken: list[bool] | None) -> bool:
+    if "forward" in name:
+        return name != "forward" and signature == taken
+    folds = name[0] != "_" and any(part in name.lower() for part in _FOLDS)
+    return folds and not any(signature or ())
 
 
 def _signature(function: Any) -> list[bool] | None:
@@ -168,8 +174,9 @@ def _try_edits(
     for path, (module, call), ways in _pairs(original, pruned, asked, args, kwargs):
         for way in ways:
             for one, value in _values(module, call, way, asked[path]):
-                write_attribute(module, one.attribute, value)
-                edits.append(Edit(one.module, one.attribute, one.before, value))
+                if value != one.before:
+                    write_attribute(module, one.attribute, value)
+                    edits.append(Edit(one.module, one.attribute, one.before, value))
     return edits
 
 
@@ -184,21 +191,23 @@ def _pairs(
 
     Those disagree with the forward in the cut model, and agree with it at full size.
     """
-    calls = _listen(pruned, asked, args, kwargs)
+    calls = _record_calls(pruned, asked, args, kwargs)
     before: dict[str, _Call] | None = None
-    for path in asked:
-        if path not in calls:
-            continue  # it did not run
+    for path in filter(calls.__contains__, asked):  # others did not run
         cut, whole = pruned.get_submodule(path), original.get_submodule(path)
-        wrong = [way for way in ways_of(whole) if not _agrees(cut, calls[path], way)]
+        wrong = _failing(cut, calls[path], ways_of(whole))
         if wrong and before is None:
-            before = _listen(original, asked, args, kwargs)
-        call = (before or {}).get(path)
-        ways = [way for way in wrong if call is not None and _agrees(whole, call, way)]
-        yield path, (cut, calls[path]), ways
+            before = _record_calls(original, asked, args, kwargs)
+        if wrong and before and path in before:
+            failing = _failing(whole, before[path], wrong)
+            yield path, (cut, calls[path]), [way for way in wrong if way not in failing]
 
 
-def _listen(
+def _failing(module: nn.Module, call: _Call, ways: Iterable[str]) -> list[str]:
+    return [way for way in ways if not _agrees(module, call, way)]
+
+
+def _record_calls(
     model: nn.Module, paths: Iterable[str], args: Any, kwargs: Mapping[str, Any]
 ) -> dict[str, _Call]:
     """The first call of each module in one forward of the model; empty where that fails."""
@@ -240,7 +249,8 @@ def _agrees(
 ) -> bool:
     """Whether a copy of the module, with other integers in it, answers the same that way."""
     try:
-        trial = duplicate(module)
+        # A forward writes to no parameter; what folds may.
+        trial = duplicate(module, share="forward" in way)
         for attribute, value in (values or {}).items():
             write_attribute(trial, attribute, value)
         with quiet_run(trial):
@@ -257,7 +267,7 @@ def _agrees(
 def _values(
     module: nn.Module, call: _Call, way: str, asked: Sequence[Unread]
 ) -> list[tuple[Unread, int]]:
-    """The values of the integers that a way reads with which it agrees; none if there are none.
+    """Of the integers that a way reads, values with which it agrees; none if there are none.
 
     An integer with which the way agrees as it is keeps its value.
     """
@@ -266,11 +276,47 @@ def _values(
     choices = [(*one.after, one.before) for one in read]
     for chosen in islice(product(*choices), MOST_TRIALS):
         values = {one.attribute: value for one, value in zip(read, chosen, strict=True)}
-        if not (_agrees(module, call, way, values) and _agrees(module, call, "forward", values)):
-            continue
-        for one in read:
-            trial = {**values, one.attribute: read_attribute(module, one.attribute)}
-            if _agrees(module, call, way, trial):
-                values = trial
-        return [(one, values[one.attribute]) for one in read if values[one.attribute] != one.before]
+        if _agrees(module, call, way, values) and _agrees(module, call, "forward", values):
+            values = _nearest_to_present(module, call, way, values)
+            return [(one, values[one.attribute]) for one in read]
     return []
+
+
+def _nearest_to_present(
+    module: nn.Module, call: _Call, way: str, values: dict[str, int]
+) -> dict[str, int]:
+    """The values, with what the module has now wherever the way agrees with that as well."""
+    for attribute, value in values.items():
+        present = read_attribute(module, attribute)
+        trial = {**values, attribute: present}
+        if present != value and _agrees(module, call, way, trial):
+            values = trial
+    return values
+
+
+def breaks_in_training(case: Case) -> str:
+    """What the cut model raises in training mode where the original raises nothing.
+
+    Asked only of models with parameters that the traced forward did not read; empty otherwise.
+    """
+    unread = case.graph.traced.get("unread", ())
+    if not unread or _error_in_training(case, case.original) is not None:
+        return ""
+    error = _error_in_training(case, case.pruned)
+    if error is None:
+        return ""
+    return (
+        f"in training mode the pruned model raises {type(error).__name__} at {find_line(error)}: "
+        f"{error}; its eval mode never reads {unread[0]}"
+    )
+
+
+def _error_in_training(case: Case, model: nn.Module) -> Exception | None:
+    copied = duplicate(model)
+    copied.train()
+    try:
+        with quiet():
+            copied(*case.args, **case.kwargs)
+    except Exception as error:  # a forward may raise anything
+        return error
+    return None

@@ -7,7 +7,7 @@ end in zeros, batch norms without statistics, attention that looks everywhere al
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -64,22 +64,26 @@ def randomise(
     generator = torch.Generator().manual_seed(seed)
     forget_caches(model, args, kwargs)  # of what was computed from the weights as they were
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.numel() > 1 and _is_constant(parameter):
-                parameter.copy_(_fill(name, parameter, generator))
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                _speak_up(module.weight)
-        answer, heard = _settle_batch_norms(model, args, kwargs, generator), dict[str, Tensor]()
+        _fill_weights(model, generator)
+        answer, outputs = _set_batch_norms(model, args, kwargs, generator), dict[str, Tensor]()
         for _ in range(ROUNDS if any(map(_has_statistics, _hookable(model))) else 1):
-            sharpened, heard = _sharpen(model, args, kwargs, graph)
+            sharpened, outputs = _sharpen(model, args, kwargs, graph)
             if not sharpened:
                 break
             # Sharper attention is louder.
-            answer = _settle_batch_norms(model, args, kwargs, generator)
-        if answer is None and heard and not _is_asleep(heard):
+            answer = _set_batch_norms(model, args, kwargs, generator)
+        if answer is None and outputs and not _are_constant(outputs):
             return None
-        return _wake(model, args, kwargs, answer)
+        return _make_outputs_vary(model, args, kwargs, answer)
+
+
+def _fill_weights(model: nn.Module, generator: torch.Generator) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.numel() > 1 and _is_constant(parameter):
+            parameter.copy_(_fill(name, parameter, generator))
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            _amplify(module.weight)
 
 
 def _is_constant(parameter: Tensor) -> bool:
@@ -102,7 +106,7 @@ def _fill(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
     return filled.to(parameter)
 
 
-def _speak_up(weight: Tensor) -> None:
+def _amplify(weight: Tensor) -> None:
     """Multiply weights that are too small for their fan-in, or what they compute is drowned."""
     values = weight.detach()
     spread = values if values.dtype in (torch.float32, torch.float64) else values.float()
@@ -111,14 +115,14 @@ def _speak_up(weight: Tensor) -> None:
         weight.mul_(FAINT / gain)
 
 
-def _wake(
+def _make_outputs_vary(
     model: nn.Module, args: Any, kwargs: Any, answer: dict[str, Tensor] | None
 ) -> dict[str, Tensor] | None:
     """Turn the sign of the last layer where every output is one constant, as behind a dead ReLU.
 
     Returns what the model answers, unless the sign was turned.
     """
-    if answer is not None and not _is_asleep(answer):
+    if answer is not None and not _are_constant(answer):
         return answer
     last: list[nn.Module] = []
 
@@ -127,20 +131,15 @@ def _wake(
             last.append(module)
 
     handles = [module.register_forward_hook(ran) for module in _hookable(model)]
-    try:
-        with quiet_run(model):
-            answer = answer_of(model(*args, **kwargs))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not (last and _is_asleep(answer)):
+    answer = _answer(model, args, kwargs, handles)
+    if not (last and _are_constant(answer)):
         return answer
     for parameter in last[-1].parameters(recurse=False):
         parameter.neg_()
     return None
 
 
-def _is_asleep(answer: Mapping[str, Tensor]) -> bool:
+def _are_constant(answer: Mapping[str, Tensor]) -> bool:
     outputs = [tensor for tensor in answer.values() if tensor.is_floating_point()]
     return bool(outputs) and all(
         not t.numel() or bool((t == t.flatten()[0]).all()) for t in outputs
@@ -151,12 +150,24 @@ def _hookable(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
 
 
+def _answer(
+    model: nn.Module, args: Any, kwargs: Mapping[str, Any], handles: Iterable[Any]
+) -> dict[str, Tensor]:
+    """What a model answers with hooks on it, which are removed."""
+    try:
+        with quiet_run(model):
+            return answer_of(model(*args, **kwargs))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _has_statistics(module: nn.Module) -> bool:
     names = ("running_mean", "running_var")
     return all(isinstance(stored(module, name), Tensor) for name in names)
 
 
-def _settle_batch_norms(
+def _set_batch_norms(
     model: nn.Module, args: Any, kwargs: Mapping[str, Any], generator: torch.Generator
 ) -> dict[str, Tensor] | None:
     """Perturbed statistics of the example inputs, layer by layer in the order in which they run.
@@ -167,15 +178,11 @@ def _settle_batch_norms(
     """
     settled: Counter[nn.Module] = Counter()
     statistics: dict[Any, tuple[Tensor, Tensor]] = {}
-    answer: dict[str, Tensor] | None = None
 
     def settle(module: Any, inputs: tuple[Any, ...]) -> None:
         values = inputs[0] if inputs else None
         if isinstance(values, Tensor) and values.dim() > 1 and values.is_floating_point():
-            rest = [0, *range(2, values.dim())]
-            mean = values.mean(rest, keepdim=True)
-            variance = (values - mean).square_().mean(rest)  # var takes ten times as long
-            mean = mean.flatten()
+            mean, variance = _by_channel(values)
             if mean.shape == module.running_mean.shape:
                 module.running_mean.copy_(mean)
                 module.running_var.copy_(variance + 0.1 * variance.mean() + 1e-6)
@@ -185,13 +192,7 @@ def _settle_batch_norms(
 
     normalising = [module for module in _hookable(model) if _has_statistics(module)]
     handles = [module.register_forward_pre_hook(settle) for module in normalising]
-    try:
-        if handles:
-            with quiet_run(model):
-                answer = answer_of(model(*args, **kwargs))
-    finally:
-        for handle in handles:
-            handle.remove()
+    answer = _answer(model, args, kwargs, handles) if handles else None
     for module, (mean, variance) in statistics.items():  # a quiet run puts back what it wrote
         module.running_mean.copy_(mean)
         module.running_var.copy_(variance)
@@ -199,6 +200,14 @@ def _settle_batch_norms(
         if module not in settled:
             _perturb(module, generator)
     return answer if all(settled[module] == 1 for module in normalising) else None
+
+
+def _by_channel(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over everything but dim 1."""
+    rest = [0, *range(2, values.dim())]
+    mean = values.mean(rest, keepdim=True)
+    variance = (values - mean).square_().mean(rest)  # var takes ten times as long
+    return mean.flatten(), variance
 
 
 def _perturb(module: Any, generator: torch.Generator) -> None:
@@ -240,8 +249,8 @@ def _sharpen(
 
     with quiet():
         replay = Replay(graph, state, [t.detach() for _, t in tensors_of([args, kwargs])])
-        heard = replay.run(graph.all_kept, alter=alter)
-    return sharpened, heard
+        outputs = replay.run(graph.all_kept, alter=alter)
+    return sharpened, outputs
 
 
 def _factor(bound: Mapping[str, Any]) -> float:

@@ -165,20 +165,11 @@ class Replay:
         silence: Silence,
         watch: Watch | None,
     ) -> None:
-        order, before, result = self._order.get(id(node)), list[Tensor](), None
-        if order is not None and watch is not None:
+        if watch is None or id(node) not in self._order:
+            result = self._result(node, bound, silence)
+        else:
             before = copy_of(bound)
-        if isinstance(silence, np.ndarray):
-            result = run_on_kept(node, bound, self._program, silence)
-        if result is None and order is not None:
-            result = draw(node.target, bound, order)
-        elif result is None:
-            if isinstance(silence, Tensor):
-                bound = self._gated(node, bound, silence)
-            elif silence is not None:
-                bound = self._silenced(node, bound, silence)
-            result = _call_anyhow(node.target, bound)
-        if order is not None and watch is not None:
+            result = self._result(node, bound, silence)
             watch(node, before, result)
         tensors = [t for t in _leaves(result) if isinstance(t, Tensor)]
         if len(tensors) != len(node.outputs):
@@ -196,6 +187,20 @@ class Replay:
                 for number, tensor in zip(node.outputs, tensors, strict=True)
             ]
         values.update(zip(node.outputs, tensors, strict=True))
+
+    def _result(self, node: Node, bound: dict[str, Any], silence: Silence) -> Any:
+        """What an operator returns, with what it reads of removed units silenced."""
+        if isinstance(silence, np.ndarray):
+            result = run_on_kept(node, bound, self._program, silence)
+            if result is not None:
+                return result
+        if id(node) in self._order:
+            return draw(node.target, bound, self._order[id(node)])
+        if isinstance(silence, Tensor):
+            bound = self._gated(node, bound, silence)
+        elif silence is not None:
+            bound = self._silenced(node, bound, silence)
+        return _call_anyhow(node.target, bound)
 
     def _silenced(self, node: Node, bound: dict[str, Any], kept: Mask) -> dict[str, Any]:
         """What contractions read, zeroed where a unit is gone, in the memory layout it had."""

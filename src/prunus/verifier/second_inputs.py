@@ -131,39 +131,40 @@ def _with_samples(tensor: Tensor, before: int, after: int) -> Tensor:
 def _other_sizes(
     tensors: Sequence[Tensor], lengths: Sequence[int], listed: bool
 ) -> Iterator[_Change]:
-    image = next((t for t in tensors if t.dim() > 3 and t.is_floating_point()), None)
-    if image is None and listed:
-        image = tensors[0]
-    if image is not None:
-        sides = (int(image.shape[-2]), int(image.shape[-1]))
-        for factor in (0.5, 1.5) if min(sides) > SMALL else (1.5, 0.5):
-            after = (_scaled(sides[0], factor), _scaled(sides[1], factor))
-            if after != sides and min(after) > 0:
-                yield _Change(f"resolution {after[0]}×{after[1]}", _resized(sides, after))
+    images = [t for t in tensors if t.dim() > 3 and t.is_floating_point()]
+    for image in (images or (tensors if listed else []))[:1]:
+        yield from _resolutions((int(image.shape[-2]), int(image.shape[-1])))
     for sequence, dim in () if listed else _sequences(tensors):
-        length = int(sequence.shape[dim])
-        longer = 2 * length + 1 if length <= SHORT else length + length // 4 + 1
-        beyond = [max(n, longer) for n in sorted(lengths) if n > length]
-        tried = dict.fromkeys([*beyond, longer, (length + 1) // 2])
-        for other in tried:
-            if other != length and other > 1:
-                yield _Change(f"length {other}", _relengthed(sequence, dim, other))
+        yield from _lengths(sequence, dim, lengths)
 
 
-def _sequences(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
+def _resolutions(sides: tuple[int, int]) -> Iterator[_Change]:
+    for factor in (0.5, 1.5) if min(sides) > SMALL else (1.5, 0.5):
+        after = (_scaled(sides[0], factor), _scaled(sides[1], factor))
+        if after != sides and min(after) > 0:
+            yield _Change(f"resolution {after[0]}×{after[1]}", _resized(sides, after))
+
+
+def _lengths(sequence: Tensor, dim: int, lengths: Sequence[int]) -> Iterator[_Change]:
+    length = int(sequence.shape[dim])
+    longer = 2 * length + 1 if length <= SHORT else length + length // 4 + 1
+    beyond = [max(n, longer) for n in sorted(lengths) if n > length]
+    for other in dict.fromkeys([*beyond, longer, (length + 1) // 2]):
+        if other != length and other > 1:
+            yield _Change(f"length {other}", _relengthed(sequence, dim, other))
+
+
+def _sequences(tensors: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
     """What may be sequences, with the dim that is their length."""
-    whole = next((t for t in tensors if t.dim() == 2 and not t.is_floating_point()), None)
-    if whole is not None:
-        yield whole, 1
-        return
-    deep = next((t for t in tensors if t.dim() == 3 and t.is_floating_point()), None)
-    if deep is not None and not any(t.dim() > 3 for t in tensors):
-        yield deep, 1
-        yield deep, 2
-    elif all(t.dim() < 3 for t in tensors):
-        flat = next((t for t in tensors if t.dim() == 2 and t.is_floating_point()), None)
-        if flat is not None:
-            yield flat, 1
+    kinds: dict[tuple[int, bool], Tensor] = {}  # the first of each
+    for tensor in tensors:
+        kinds.setdefault((tensor.dim(), tensor.is_floating_point()), tensor)
+    deepest = max(dim for dim, _ in kinds)
+    if (2, False) in kinds:
+        return [(kinds[2, False], 1)]
+    if (3, True) in kinds and deepest == 3:
+        return [(kinds[3, True], dim) for dim in (1, 2)]
+    return [(kinds[2, True], 1)] if (2, True) in kinds and deepest == 2 else []
 
 
 def _scaled(side: int, factor: float) -> int:

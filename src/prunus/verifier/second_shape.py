@@ -23,12 +23,10 @@ from prunus.tracer.randomness import tied_nodes
 from prunus.tracer.sources import find_line
 from prunus.tracer.trace import quiet_run
 from prunus.verifier.case import Case, tolerance
-from prunus.verifier.comparison import Comparison, compare
-from prunus.verifier.depth import prove_depth
-from prunus.verifier.paths import other_path
-from prunus.verifier.rounding import error_in_float64
+from prunus.verifier.depth import compare_depth
+from prunus.verifier.differences import other_path, other_positions
+from prunus.verifier.judgement import Comparison, compare, error_in_float64
 from prunus.verifier.second_inputs import Inputs, other_inputs, shape_of
-from prunus.verifier.structure import other_positions
 
 MOST_TRIES = 6
 """Shapes that are tried; a model refuses most of them at once."""
@@ -66,6 +64,10 @@ class Elsewhere:
         return tuple(n for n in names if self.unread is None or n in self.unread)
 
 
+NOWHERE = Elsewhere(0.0, "", ())
+"""Where no other shape was compared."""
+
+
 def compare_elsewhere(case: Case) -> Elsewhere:
     """Compare on one more batch size and, where the model takes it, resolution or length.
 
@@ -75,45 +77,56 @@ def compare_elsewhere(case: Case) -> Elsewhere:
     near, far = find_thresholds(case.graph)
     traced = as_traced(case.args, case.kwargs)
     found: list[tuple[Case, Comparison | Exception]] = []
-
-    def refusal(inputs: Inputs) -> str:
-        other = _at(case, inputs)
-        answer, said = _asked(case.pruned, case, inputs)
-        said = said and _refusal(case.original, case, inputs)
-        if said:
-            return said
-        try:
-            if answer and not tied_nodes(other.graph.program):
-                other.answer = answer
-            found.append((other, compare(other)))
-            said = _no_answer(case, inputs, other.masked)
-        except Exception as failure:  # what a model does at another shape may be beyond the tracer
-            found.append((other, failure))
-            said = "not compared"
-        return said and _refusal(case.original, case, inputs)
-
-    second, why = _first_taken(case, [n + 1 for n in near], refusal)
+    second, why = _first_taken(
+        case, [n + 1 for n in near], lambda inputs: _compared_at(case, inputs, found)
+    )
     if second is None:
         return Elsewhere(0.0, "", (traced, why))
     other, compared = found[-1]
-    if isinstance(compared, Exception):
-        return Elsewhere(0.0, "", (traced, f"not compared at {second}: {compared}"))
     try:
+        if isinstance(compared, Exception):
+            raise compared
         reason = _other_couplings(other) or other_path(other)
     except Exception as failure:
         return Elsewhere(0.0, "", (traced, f"not compared at {second}: {failure}"))
-    error = compared.rel_err
-    if not reason and not compared.reason and error > tolerance(other.dtype):
-        double = error_in_float64(other, error)
-        error = error if double is None else min(double, tolerance(other.dtype))
-    reason = reason or compared.reason
-    if not reason and not error <= tolerance(other.dtype):
-        reason = f"the outputs differ by {error:.1e}"
+    error, reason = _settled(other, compared, reason)
     if not reason:
         second, reason = _far(case, far) or (second, "")
-    lines = (traced, str(second), *_also(why)) if not reason else (traced, *_also(why))
+    lines = (traced, *_also("" if reason else str(second)), *_also(why))
     said = f"at {second}: {reason}" if reason else ""
     return Elsewhere(error, said, lines, tuple(other.graph.traced["unread"]))
+
+
+def _compared_at(
+    case: Case, inputs: Inputs, found: list[tuple[Case, Comparison | Exception]]
+) -> str:
+    """Compare on other inputs where the model takes them; why they are refused, if they are."""
+    other = _at(case, inputs)
+    answer, said = _asked(case.pruned, case, inputs)
+    said = said and _refusal(case.original, case, inputs)
+    if said:
+        return said
+    try:
+        if answer and not tied_nodes(other.graph.program):
+            other.answer = answer
+        found.append((other, compare(other)))
+        said = _no_answer(case, inputs, other.masked)
+    except Exception as failure:  # what a model does at another shape may be beyond the tracer
+        found.append((other, failure))
+        said = "not compared"
+    return said and _refusal(case.original, case, inputs)
+
+
+def _settled(case: Case, compared: Comparison, reason: str) -> tuple[float, str]:
+    """The error, in float64 where that shows it to be rounding, and what is wrong."""
+    error, limit = compared.rel_err, tolerance(case.dtype)
+    reason = reason or compared.reason
+    if not reason and error > limit:
+        double = error_in_float64(case, error)
+        error = error if double is None else min(double, limit)
+    if not reason and not error <= limit:
+        reason = f"the outputs differ by {error:.1e}"
+    return error, reason
 
 
 def depth_elsewhere(original: nn.Module, without: nn.Module, case: Case) -> Elsewhere:
@@ -123,15 +136,12 @@ def depth_elsewhere(original: nn.Module, without: nn.Module, case: Case) -> Else
     if second is None:
         return Elsewhere(0.0, "", (traced, why))
     names = case.plan.drops
-    depth = prove_depth(
+    depth = compare_depth(
         original, without, names, second.args, second.kwargs, outputs=case.outputs, each=False
     )
-    reason = depth.reason
-    if not reason and not depth.rel_err <= tolerance(depth.dtype):
-        reason = "without the blocks the model does not compute what it does when they are skipped"
     return Elsewhere(
         depth.rel_err,
-        f"at {second}: {reason}" if reason else "",
+        f"at {second}: {depth.wrong}" if depth.wrong else "",
         (traced, str(second), *_also(why)),
     )
 

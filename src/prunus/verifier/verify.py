@@ -1,4 +1,4 @@
-"""The oracle: does the pruned model compute what the masked original computes?
+"""Does the pruned model compute what the masked original computes?
 
 The masked original is a replay of the traced program at full size.  It knows the model's tensors
 and the labels, and shares no code with the surgeon, which knows index maps only.
@@ -7,8 +7,8 @@ and the labels, and shares no code with the surgeon, which knows index maps only
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,93 +29,27 @@ from prunus.tracer.precision import full_precision
 from prunus.tracer.randomness import say_draws, tied_nodes
 from prunus.tracer.trace import forget_caches, uncollected
 from prunus.tracer.wrappers import unwraps
-from prunus.verifier.case import Case, tolerance
-from prunus.verifier.depth import prove_depth
-from prunus.verifier.effect import MOVED, each_alone, open_gates
-from prunus.verifier.judgement import Judgement, judge, judge_as_users_run
-from prunus.verifier.other_ways import stale_integers
+from prunus.verifier.case import Case
+from prunus.verifier.depth import compare_depth
+from prunus.verifier.differences import parameter_count
+from prunus.verifier.effect import MOVED, each_alone, open_gates, renormalised_groups
+from prunus.verifier.judgement import (
+    Certificate,
+    Judgement,
+    Verdict,
+    judge,
+    judge_as_users_run,
+    largest_errors,
+    verdict_of,
+)
+from prunus.verifier.other_ways import breaks_in_training, stale_integers
 from prunus.verifier.permutation import INTERCHANGEABLE, relative_error
 from prunus.verifier.randomize import randomise as randomise_weights
-from prunus.verifier.renormalised import renormalised_groups
-from prunus.verifier.second_shape import Elsewhere, compare_elsewhere, depth_elsewhere
-from prunus.verifier.training import breaks_in_training
-
-Verdict = Literal["exact", "inexact", "not verified"]
+from prunus.verifier.second_shape import NOWHERE, Elsewhere, compare_elsewhere, depth_elsewhere
 
 NOT_INTERCHANGEABLE = "units of one group are not interchangeable: a coupling is missing"
 
 NOT_THE_MODEL = "the traced program does not compute what the model itself does"
-
-
-@checks_options
-@dataclass(frozen=True)
-class Certificate:
-    """What was compared, and the verdict.
-
-    Attributes
-    ----------
-    rel_err
-        Largest ‖pruned − masked‖∞ / ‖masked‖∞ over the outputs, in ``dtype``.
-    exchanged
-        The same measure between the original and itself with the units of every touched group in
-        another order (:mod:`prunus.verifier.permutation`).
-    moved
-        The same measure between the masked and the untouched original.
-    moved_alone
-        The same with each touched group removed alone, and each dropped block skipped alone.
-    unverified
-        Groups and blocks whose removal alone moves no output by more than 1e-3: nothing is proven
-        of them.
-    rel_err32
-        The error in float32, where it was above 1e-4 and float64 showed that it is rounding.
-    inputs
-        A line for each input on which the pruned model and the masked original were compared.
-    unread
-        Parameters that no compared forward read: nothing is verified of them.
-    renormalised
-        Groups whose removal changes kept weights (weights computed from weights, as in spectral
-        norm), with the relative distance of the outputs to plain silencing.
-    released
-        Outputs that may shrink: caches and the side outputs of transformers' output classes.
-    stale
-        Integers of modules that equal a removed width and that no run forward reads, and other
-        forwards of a module that no longer compute what the traced one does.
-    """
-
-    verdict: Verdict
-    rel_err: float
-    exchanged: float
-    moved: float
-    moved_alone: Mapping[str, float]
-    unverified: tuple[str, ...]
-    dtype: str
-    params: tuple[int, int]
-    outputs: tuple[str, ...]
-    reason: str = ""
-    rel_err32: float | None = None
-    inputs: tuple[str, ...] = ()
-    unread: tuple[str, ...] = ()
-    renormalised: Mapping[str, float] = field(default_factory=dict)
-    released: tuple[str, ...] = ()
-    stale: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        if self.verdict == "inexact":
-            return f"inexact: {self.reason or f'the outputs differ by {self.rel_err:.1e}'}"
-        if self.verdict == "not verified":
-            return f"not verified: {self.reason or 'no measurable effect on the outputs'}"
-        return (
-            f"verified (exact): max relative error {self.rel_err:.1e} against the masked model; "
-            f"pruning changed the outputs by {self.moved:.1e}"
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data; what was added after the first format only where there is something."""
-        found = asdict(self)
-        for name in ("rel_err32", "inputs", "unread", "renormalised", "released", "stale"):
-            if not found[name] and found[name] != 0:
-                del found[name]
-        return found
 
 
 @checks_options
@@ -136,7 +70,7 @@ def verify(
     """Cut a copy of the model, run its own forward, and compare with the masked original.
 
     Where the plan drops blocks, the copy without them is first compared with the original that
-    skips them (:func:`prunus.verifier.depth.prove_depth`); the rest is then proven of that copy.
+    skips them (:func:`prunus.verifier.depth.compare_depth`); the rest is verified on that copy.
 
     Parameters
     ----------
@@ -145,7 +79,7 @@ def verify(
     args, kwargs
         Example inputs; without them, random ones of the shapes that the plan was made with.
     randomise
-        Let the copies listen first: random statistics for batch norms, values for
+        Randomize a copy first: random statistics for batch norms, values for
         zero-initialised layers, attention logits that matter.  A network at initialisation
         ignores much of what could be wrong.
     each_group
@@ -190,16 +124,8 @@ def verify_traced(
     """What :func:`verify` does; ``graph`` is a trace of the model, without the dropped blocks."""
     args, kwargs, given = _inputs(plan, model, args, kwargs, seed)
     check_model(plan, model, state_of(model)[0])
-    task = _Task(
-        plan,
-        args,
-        kwargs,
-        given,
-        outputs or _kept_outputs(plan),
-        each_group,
-        seed,
-        torch.backends.mha.get_fastpath_enabled(),
-    )
+    fast_path, wanted = torch.backends.mha.get_fastpath_enabled(), outputs or _kept_outputs(plan)
+    task = _Task(plan, args, kwargs, given, wanted, each_group, seed, fast_path)
     with entered_as_traced(model, plan.traced, forward_fn), full_precision(), uncollected():
         return _verify(task, model, graph, randomised=randomised)
 
@@ -207,12 +133,16 @@ def verify_traced(
 def _verify(
     task: _Task, model: nn.Module, graph: CouplingGraph | None, *, randomised: bool
 ) -> Certificate:
-    own = duplicate(model, share=True)  # entered as the model is
-    forget_caches(own, task.args, task.kwargs)
+    original = duplicate(model, share=True)  # entered as the model is
+    forget_caches(original, task.args, task.kwargs)
     if task.plan.drops:
-        return _verify_depth(task, own, graph, randomised=randomised)
-    case = task.case(own, own, graph, "own weights")
-    return _verify_widths(task, case, _randomised(task, case) if randomised else None)
+        return _verify_depth(task, original, graph, randomised=randomised)
+    case = task.case(original, original, graph, "own weights")
+    own = _check_own(task, case)
+    if randomised:
+        del case.pruned, original  # at most two copies of the model are alive at a time
+        case = _randomised(task, case)
+    return _certify(task, own, case)
 
 
 @dataclass(frozen=True)
@@ -270,11 +200,11 @@ def _inputs(
 
 def _randomised(task: _Task, own: Case) -> Case:
     """The same with weights of which every one matters."""
-    model, answer = _listening(task, own.original, own.graph)
-    return _with_weights(task, own, model, model, answer)
+    model, answer = _randomised_copy(task, own.original, own.graph)
+    return _with_weights(task, own.graph, model, model, answer)
 
 
-def _listening(
+def _randomised_copy(
     task: _Task, own: nn.Module, graph: CouplingGraph | None
 ) -> tuple[nn.Module, dict[str, Tensor] | None]:
     """A copy with random weights in place of constant ones, and what it answers if known."""
@@ -286,13 +216,13 @@ def _listening(
 
 def _with_weights(
     task: _Task,
-    own: Case,
+    own: CouplingGraph,
     original: nn.Module,
     source: nn.Module,
     answer: dict[str, Tensor] | None,
 ) -> Case:
     """The case of the same plan on other weights; traced again only where the program differs."""
-    for graph in (own.graph, None):
+    for graph in (own, None):
         case = task.case(original, source, graph, "randomised weights")
         if answer is not None and not tied_nodes(case.graph.program):
             case.whole = answer
@@ -313,18 +243,20 @@ def _verify_depth(
     """First the model without the blocks, then the rest of the plan on that model."""
     models = [own]
     if randomised:
-        models.append(_listening(task, own, None)[0])
+        models.append(_randomised_copy(task, own, None)[0])
     pairs = []
     for model in models:
         without = duplicate(model)  # so that a cut that writes in place is seen
         drop_blocks(without, task.plan.drops)
         pairs.append((model, without))
-    certificate = _compare_depth(task, pairs)
+    certificate = _certify_depth(task, pairs)
     if certificate.verdict == "inexact" or not (task.plan.keep or task.plan.edits):
         return certificate
     case = task.case(pairs[0][1], pairs[0][0], graph, "own weights")
-    main = _with_weights(task, case, pairs[-1][1], pairs[-1][0], None) if randomised else None
-    widths = _verify_widths(task, case, main)
+    own_weights = _check_own(task, case)
+    if randomised:
+        case = _with_weights(task, case.graph, pairs[-1][1], pairs[-1][0], None)
+    widths = _certify(task, own_weights, case)
     order: list[Verdict] = ["inexact", "not verified", "exact"]
     return replace(
         widths,
@@ -337,111 +269,125 @@ def _verify_depth(
     )
 
 
-def _compare_depth(task: _Task, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> Certificate:
-    """Models beside themselves without the blocks; of the last pair it is also told what moved."""
-    proofs = []
+def _certify_depth(task: _Task, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> Certificate:
+    """Models beside themselves without the blocks; the last pair also shows what moved."""
     with task.case(pairs[0][0], pairs[0][0], None, "own weights").blaming_the_model():
-        for model, without in pairs:
-            proofs.append(
-                prove_depth(
-                    model,
-                    without,
-                    task.plan.drops,
-                    task.args,
-                    task.kwargs,
-                    outputs=task.outputs,
-                    each=task.each_group and model is pairs[-1][0],
-                )
+        compared = [
+            compare_depth(
+                model,
+                without,
+                task.plan.drops,
+                task.args,
+                task.kwargs,
+                outputs=task.outputs,
+                each=task.each_group and model is pairs[-1][0],
             )
-    depth = proofs[-1]
-    reason = next((proof.reason for proof in proofs if proof.reason), "")
-    error = max(proof.rel_err for proof in proofs)
-    if not reason and not error <= tolerance(depth.dtype):
-        reason = "without the blocks the model does not compute what it does when they are skipped"
-    elsewhere = Elsewhere(0.0, "", ())
+            for model, without in pairs
+        ]
+    depth = compared[-1]
+    reason = next((one.wrong for one in compared if one.wrong), "")
+    elsewhere = NOWHERE
     if not reason:
         case = task.case(pairs[-1][0], pairs[-1][0], None, "")
         elsewhere = depth_elsewhere(*pairs[-1], case)
         reason = elsewhere.reason
-    verdict: Verdict = "inexact" if reason else "exact" if depth.moved > MOVED else "not verified"
-    counts = [sum(p.numel() for p in model.parameters()) for model in pairs[0]]
-    weights = ("own weights", "randomised weights")
-    lines = (f"{task.given}, {kind}" for kind, _ in zip(weights, pairs, strict=False))
+    weights = ("own weights", "randomised weights")[: len(pairs)]
     return Certificate(
-        verdict=verdict,
-        rel_err=max(error, elsewhere.rel_err),
+        verdict=verdict_of(reason, depth.moved),
+        rel_err=max(elsewhere.rel_err, *(one.rel_err for one in compared)),
         exchanged=0.0,
         moved=depth.moved,
         moved_alone=depth.moved_alone,
-        unverified=tuple(n for n, by in depth.moved_alone.items() if not by > MOVED),
+        unverified=_unmoved(depth.moved_alone),
         dtype=str(depth.dtype).removeprefix("torch."),
-        params=(counts[0], counts[1]),
+        params=(parameter_count(pairs[0][0]), parameter_count(pairs[0][1])),
         outputs=tuple(depth.outputs),
         reason=reason,
-        inputs=(*lines, *elsewhere.inputs[1:]),
+        inputs=(*(f"{task.given}, {kind}" for kind in weights), *elsewhere.inputs[1:]),
         unread=task.plan.traced.unread if task.plan.traced else (),
     )
 
 
-def _verify_widths(task: _Task, own: Case, other: Case | None) -> Certificate:
-    """Of the user's own weights, and of others on which every unit matters."""
-    main = own if other is None else other
-    judged = [judge_as_users_run(own, task.fast_path)]
-    if other is not None:
-        judged.append(judge(other))
-    reason = next((one.reason for one in judged if one.reason), "")
+@dataclass(frozen=True)
+class _Own:
+    """What the user's own weights show, before other weights take their place."""
+
+    case_on: str
+    graph: CouplingGraph
+    judgement: Judgement
+    training: str
+    stale: tuple[str, ...]
+    params: tuple[int, int]
+
+
+def _check_own(task: _Task, case: Case) -> _Own:
+    judgement = judge_as_users_run(case, task.fast_path)
+    return _Own(
+        case.on,
+        case.graph,
+        judgement,
+        "" if judgement.reason else breaks_in_training(case),
+        stale_integers(case),
+        (case.graph.cost("params"), parameter_count(case.pruned)),
+    )
+
+
+def _certify(task: _Task, own: _Own, main: Case) -> Certificate:
+    """Of the user's own weights, and of those on which every unit matters."""
+    judged = [own.judgement]
+    if main.on != own.case_on:
+        judged.append(judge(main))
     alone = each_alone(main) if task.each_group else {}
-    if not main.exchanged <= INTERCHANGEABLE:
-        reason = reason or NOT_INTERCHANGEABLE
-    if not main.follows:
-        reason = reason or NOT_THE_MODEL
-    reason = reason or breaks_in_training(own)
+    reason, elsewhere = _what_is_wrong(own, main, judged)
     moved = relative_error(main.dense, main.masked)
-    verdict: Verdict = "exact" if moved > MOVED else "not verified"
-    elsewhere = Elsewhere(0.0, "", ())
-    if not reason and all(one.exact for one in judged):
-        elsewhere = compare_elsewhere(main)
-        reason = elsewhere.reason
-    if reason or not all(one.exact for one in judged):
-        verdict, reason = "inexact", say_draws(main.graph.program) or reason
-    dtype, error, single = _errors(judged)
+    exact = all(one.exact for one in judged)
+    verdict = verdict_of(reason, moved) if exact else "inexact"
+    if verdict == "inexact":
+        reason = say_draws(main.graph.program) or reason
+    dtype, error, single = largest_errors(judged)
     return Certificate(
         verdict=verdict,
         rel_err=max(error, elsewhere.rel_err) if single is None else error,
         exchanged=main.exchanged,
         moved=moved,
         moved_alone=alone,
-        unverified=tuple(name for name, by in alone.items() if not by > MOVED),
+        unverified=_unmoved(alone),
         dtype=str(dtype).removeprefix("torch."),
-        params=(own.graph.cost("params"), sum(p.numel() for p in own.pruned.parameters())),
+        params=own.params,
         outputs=own.graph.kept_outputs,
-        released=_released(task.plan, own),
+        released=_released(task.plan, own.graph),
         renormalised=renormalised_groups(main),
-        stale=stale_integers(own),
+        stale=own.stale,
         reason=reason,
         rel_err32=None if single is None else max(single, elsewhere.rel_err),
-        inputs=(
-            *(case.on for case in (own, other) if case is not None),
-            *elsewhere.inputs[1:],
-        ),
+        inputs=(*dict.fromkeys((own.case_on, main.on)), *elsewhere.inputs[1:]),
         unread=elsewhere.still(own.graph.traced["unread"]),
     )
 
 
-def _errors(judged: Sequence[Judgement]) -> tuple[torch.dtype, float, float | None]:
-    """The type in which was judged, the largest error in it, and that in float32 if it is wider."""
-    wide = [one for one in judged if one.rel_err32 is not None]
-    dtype = (wide or judged)[-1].dtype
-    error = max(one.rel_err for one in judged if one.dtype == dtype or not one.exact)
-    if not wide:
-        return dtype, error, None
-    return dtype, error, max(one.rel_err32 or one.rel_err for one in judged)
+def _what_is_wrong(own: _Own, main: Case, judged: Sequence[Judgement]) -> tuple[str, Elsewhere]:
+    """The first reason that is found, and what another shape shows where nothing else is wrong."""
+    reasons = [
+        *(one.reason for one in judged),
+        "" if main.exchanged <= INTERCHANGEABLE else NOT_INTERCHANGEABLE,
+        "" if main.follows else NOT_THE_MODEL,
+        own.training,
+    ]
+    reason = next(filter(None, reasons), "")
+    if reason or not all(one.exact for one in judged):
+        return reason, NOWHERE
+    elsewhere = compare_elsewhere(main)
+    return elsewhere.reason, elsewhere
+
+
+def _unmoved(alone: Mapping[str, float]) -> tuple[str, ...]:
+    return tuple(name for name, by in alone.items() if not by > MOVED)
 
 
 def _kept_outputs(plan: Plan) -> list[str] | None:
     return None if plan.traced is None else list(plan.traced.outputs) or None
 
 
-def _released(plan: Plan, case: Case) -> tuple[str, ...]:
+def _released(plan: Plan, graph: CouplingGraph) -> tuple[str, ...]:
     """Outputs that may shrink, as the plan says, or the trace where it does not."""
-    return tuple(case.graph.traced["released"] if plan.traced is None else plan.traced.released)
+    return tuple(graph.traced["released"] if plan.traced is None else plan.traced.released)

@@ -200,6 +200,17 @@ def test_an_origin_of_another_form_is_refused(origin: Any) -> None:
         Plan.from_json(json.dumps({**DOCUMENT, "origin": origin}))
 
 
+def test_a_bias_that_a_plan_adds_is_nothing_that_a_forward_leaves() -> None:
+    changed = copy.deepcopy(DOCUMENT)
+    changed["biases"] = {"b.bias": 0}
+    changed["origin"]["traced"]["written"] = ["b.bias", "b.weight"]
+    plan = Plan.from_json(json.dumps(changed))
+    assert plan.written == {"b.weight"}
+    model = build()
+    prunus.apply(plan, model)
+    assert model.a.weight.shape == (6, 4)
+
+
 ATTACKS: list[tuple[str, str, Any, Any]] = [
     ("", "_norm_layer._version", 2, 1),
     ("", "norm_layer._version", 2, 1),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FunctionType, ModuleType
 from typing import Any, TypeVar
 
@@ -106,6 +106,17 @@ def _unexpected(called: str, option: str, known: set[str]) -> TypeError:
 
 
 @checks_options
+def first_names(names: Iterable[str], shown: int = 3) -> str:
+    """The first few names, and how many more.
+
+    >>> first_names(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    ordered = list(names)
+    rest = len(ordered) - shown
+    return ", ".join(ordered[:shown]) + (f" and {rest} more" if rest > 0 else "")
+
+
 class PrunusError(Exception):
     """Base of every error that Prunus raises on purpose.
 

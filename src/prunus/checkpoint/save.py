@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prunus.checkpoint.container import write_container
 from prunus.checkpoint.document import Document
-from prunus.errors import FormatError, PlanError, checks_options
+from prunus.errors import FormatError, PlanError, checks_options, first_names
 from prunus.files import replace_file
 from prunus.graph.plan_json import check_kind
 from prunus.graph.plans import Plan
@@ -83,10 +83,9 @@ def _check_plan(plan: Plan, model: nn.Module, tensors: Tensors) -> None:
         if type(value) is not type(edit.after) or value != edit.after:
             wrong.append(where)
     if wrong:
-        rest = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise PlanError(
             "the model is not what the plan leaves",
-            where=", ".join(wrong[:3]) + rest,
+            where=first_names(wrong),
             why="the plan was not applied, or the model was changed since",
             fix="give the plan that leads from the original to this model: plan=first.then(second)",
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from prunus.cli import NOT_VERIFIED
 from prunus.cli.answer import answer, head
 from prunus.cli.plan import told_of, told_of_rounding, told_of_time
-from prunus.errors import require
+from prunus.errors import first_names, require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -123,7 +123,6 @@ def exit_code(plan: Plan, certificate: Certificate | None) -> int:
 def show_certificate(certificate: Certificate, fix: str) -> None:
     """The verdict in a sentence or two; ``fix`` is what can be done where it is inexact."""
     from prunus.report.console import show, warn
-    from prunus.report.tables import spell_places
 
     if certificate.verdict == "inexact":
         why = certificate.reason or f"the outputs differ by {certificate.rel_err:.1e}"
@@ -137,11 +136,11 @@ def show_certificate(certificate: Certificate, fix: str) -> None:
     for line in certificate.inputs:
         show(f"  {'' if line.startswith('not compared') else 'compared on '}{line}")
     if certificate.unread:
-        show(f"Not verified, since no forward read them: {spell_places(certificate.unread)}")
+        show(f"Not verified, since no forward read them: {first_names(certificate.unread)}")
     if certificate.renormalised:
         names, worst = list(certificate.renormalised), max(certificate.renormalised.values())
         show(
-            f"Kept weights change with what is removed: {spell_places(names)}; "
+            f"Kept weights change with what is removed: {first_names(names)}; "
             f"outputs are up to {worst:.1e} from plain silencing"
         )
     if certificate.released:
@@ -149,7 +148,7 @@ def show_certificate(certificate: Certificate, fix: str) -> None:
     if certificate.stale:
         show("Not changed, and read by no forward that ran: " + "; ".join(certificate.stale))
     if certificate.unverified:
-        still = spell_places(certificate.unverified)
+        still = first_names(certificate.unverified)
         show(f"Not verified, since removing them moves no output: {still}")
 
 

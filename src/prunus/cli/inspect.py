@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from prunus.cli import flags
 from prunus.cli.answer import answer, follow, head
 from prunus.cli.values import axis, new_file
+from prunus.errors import first_names
 
 if TYPE_CHECKING:
     from prunus.graph.coupling import CouplingGraph
@@ -100,7 +101,7 @@ def _overview(graph: CouplingGraph, name: str) -> list[Any]:
     shown: list[Any] = [
         f"{name}: {costs} for the example inputs",
         f"{graph.unit_count:,} units in {len(graph.groups)} groups; "
-        f"kept outputs: {tables.spell_places(graph.kept_outputs)}",
+        f"kept outputs: {first_names(graph.kept_outputs)}",
         "",
         *_as_a_person(tables.layers_table(find_structures(graph))),
         tables.groups_table(graph),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 
-from prunus.errors import PlanError, checks_options
+from prunus.errors import PlanError, checks_options, first_names
 from prunus.files import replace_file
 from prunus.graph.axis import Axis, Mask
 from prunus.graph.plan_diff import Cost, PlanDiff, compare
@@ -22,9 +22,6 @@ from prunus.graph.traced import Traced, convert, read_traced
 
 if TYPE_CHECKING:
     from prunus.graph.coupling import CouplingGraph
-
-_NAMED = 3
-"""How many culprits an error names before it only counts them."""
 
 _TRACED = "apply it to the model that was traced"
 
@@ -191,7 +188,8 @@ class Plan:
     def written(self) -> frozenset[str]:
         """Tensor attributes that the traced forward assigned, which a model may lack."""
         found = (step.get("traced") for step in _steps(self.origin))
-        return frozenset(name for one in found if one for name in read_traced(one).written)
+        names = {name for one in found if one for name in read_traced(one).written}
+        return frozenset(names - self.biases.keys())
 
     @property
     def stopped(self) -> Mapping[str, str]:
@@ -252,10 +250,10 @@ class Plan:
         """
         missing = [name for name in self.shapes if name not in shapes]
         if missing:
-            raise _another_model(f"no {_some(missing)}", _TRACED)
+            raise _another_model(f"no {first_names(missing)}", _TRACED)
         surplus = [name for name in parameters if name not in self.shapes]
         if surplus:
-            raise _another_model(f"more than the plan has: {_some(surplus)}", _TRACED)
+            raise _another_model(f"more than the plan has: {first_names(surplus)}", _TRACED)
         given = {name: tuple(shapes[name]) for name in self.shapes}
         if given != {name: tuple(shape) for name, shape in self.shapes.items()}:
             raise self._other_shapes(given)
@@ -266,7 +264,7 @@ class Plan:
         fix = "the plan has been applied to it already" if pruned else before
         pairs = ((name, given[name], tuple(shape)) for name, shape in self.shapes.items())
         sizes = [f"{n} {one} where the plan has {own}" for n, one, own in pairs if one != own]
-        return _another_model(_some(sizes), fix)
+        return _another_model(first_names(sizes), fix)
 
     def diff(self, other: Plan) -> PlanDiff:
         """What the two plans remove differently and cost; groups by their names in the original.
@@ -375,7 +373,7 @@ def _check_follows(
         told = [f"{n}: {first.get(n, 'nothing')} and {second.get(n, 'nothing')}" for n in names]
         raise PlanError(
             "the later plan is not for the model that this one leaves",
-            why=f"the shapes differ: {_some(told)}",
+            why=f"the shapes differ: {first_names(told)}",
             fix="apply this plan, trace the result, and plan on that",
         )
 
@@ -397,7 +395,7 @@ def _kept(graph: CouplingGraph, kept: Mask) -> dict[Axis, tuple[int, ...]]:
     keep = {axis: tuple(stay.tolist()) for axis, stay in graph.positions(kept)}
     empty = [str(axis) for axis, stay in keep.items() if not stay]
     if empty:
-        raise PlanError(f"nothing would stay of {_some(empty)}", fix="keep a unit of each")
+        raise PlanError(f"nothing would stay of {first_names(empty)}", fix="keep a unit of each")
     return keep
 
 
@@ -458,8 +456,3 @@ def _merge_groups(
 def _steps(origin: Mapping[str, Any]) -> tuple[Any, ...]:
     steps = origin.get("steps")
     return steps if isinstance(steps, tuple) and steps and len(origin) == 1 else (origin,)
-
-
-def _some(items: Sequence[str]) -> str:
-    rest = len(items) - _NAMED
-    return ", ".join(items[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

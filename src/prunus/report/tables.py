@@ -19,9 +19,6 @@ from prunus.graph.plans import Plan
 from prunus.planner.search.sensitivity_table import Sensitivity
 from prunus.structures import Anatomy, Kind, Layer
 
-_SHOWN = 3
-"""How many places a cell names before it only counts them."""
-
 
 def groups_table(graph: CouplingGraph) -> Table:
     """Every group with its units, and how many axes play which role in it."""
@@ -185,16 +182,6 @@ def stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
         cells += [f"{times[batch]:.2f}" if batch in times else "" for batch in batches]
         _row(table, *cells)
     return table
-
-
-def spell_places(names: Sequence[str]) -> str:
-    """The first few names, and how many more.
-
-    >>> spell_places(["a", "b", "c", "d", "e"])
-    'a, b, c and 2 more'
-    """
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _with_share(value: int, whole: int) -> str:

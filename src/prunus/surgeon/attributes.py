@@ -181,13 +181,16 @@ def _of_transformers(model: nn.Module, edits: Mapping[tuple[str, str], Edit]) ->
     slim = [path for path, attribute in edits if attribute == CLASS]
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
-            if any(path.startswith(prefix) for path in slim):
-                yield Edit(name, "use_nested_tensor", True, False)
-        elif isinstance(module, nn.Transformer):
+        if isinstance(module, nn.Transformer):
             width = edits.get((f"{prefix}encoder.layers.0.self_attn", "embed_dim"))
             if width is not None and (name, "d_model") not in edits:
                 yield Edit(name, "d_model", module.d_model, width.after)
+        elif _nests(module) and any(path.startswith(prefix) for path in slim):
+            yield Edit(name, "use_nested_tensor", True, False)
+
+
+def _nests(module: nn.Module) -> bool:
+    return isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
 
 
 def _edits(
@@ -198,20 +201,21 @@ def _edits(
         touched.setdefault(axis.tensor, {})[axis.dim] = stay
     for prefix, module in model.named_modules():
         rewrite = find_rewrite(module)
-        if rewrite is None:
-            continue
-        kept: dict[tuple[str, int], NDArray[np.int64]] = {}
-        for name, own in _own_tensors(module):
-            full = f"{prefix}.{own}" if prefix else own
-            for dim, stay in touched.get(aliases.get(full, full), {}).items():
-                kept[name, dim] = stay
-        if not kept:
-            continue
-        for attribute, after in rewrite(module, kept).items():
+        kept = {
+            (name, dim): stay
+            for name, own in _own_tensors(module)
+            for dim, stay in touched.get(_first(prefix, own, aliases), {}).items()
+        }
+        for attribute, after in rewrite(module, kept).items() if rewrite and kept else ():
             before = value_of(module, attribute)
             edit = Edit(prefix, attribute, before, after)
             if before is not None and edit.before != edit.after:
                 yield edit
+
+
+def _first(prefix: str, own: str, aliases: Mapping[str, str]) -> str:
+    full = f"{prefix}.{own}" if prefix else own
+    return aliases.get(full, full)
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, str]]:

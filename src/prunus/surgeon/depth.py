@@ -38,8 +38,9 @@ def drop_blocks(model: nn.Module, names: Sequence[str]) -> None:
     for path, gone in stacks.items():
         counts = [*find_counts(model, path, gone)]
         lists = {change.key for change in counts if type(change.value) is not int}
-        changes = [*find_numbers(model, _child(model, path), gone, lists), *counts]
-        _close_up(_child(model, path), gone, path)
+        container = model.get_submodule(path)
+        changes = [*find_numbers(model, container, gone, lists), *counts]
+        _close_up(container, gone, path)
         owned = own_dicts(model, [change.holder for change in changes])
         for change in changes:
             owned.get(id(change.holder), change.holder)[change.key] = change.value
@@ -84,23 +85,23 @@ def find_places(model: nn.Module, names: Sequence[str]) -> dict[str, list[int]]:
             raise PlanError(f"the block {name!r} is to be dropped twice", fix="name it once")
         places.append(place)
     for path, places in found.items():
-        outer = next((name for name in names if f"{path}.".startswith(f"{name}.")), None)
-        if outer is not None:
-            raise PlanError(
-                f"blocks of {path!r} are to be dropped, and all of {outer!r} as well",
-                fix="name the outer block alone",
-            )
-        if len(places) == len(modules[path]._modules):
-            raise PlanError(
-                f"nothing would stay of {path!r}",
-                why=f"all of its {len(places)} blocks are to be dropped",
-                fix="keep one of them",
-            )
+        _check_places(path, places, names, len(modules[path]._modules))
     return {path: sorted(places) for path, places in found.items()}
 
 
-def _child(model: nn.Module, path: str) -> nn.Module:
-    return model.get_submodule(path)
+def _check_places(path: str, places: Sequence[int], names: Sequence[str], size: int) -> None:
+    outer = next((name for name in names if f"{path}.".startswith(f"{name}.")), None)
+    if outer is not None:
+        raise PlanError(
+            f"blocks of {path!r} are to be dropped, and all of {outer!r} as well",
+            fix="name the outer block alone",
+        )
+    if len(places) == size:
+        raise PlanError(
+            f"nothing would stay of {path!r}",
+            why=f"all of its {len(places)} blocks are to be dropped",
+            fix="keep one of them",
+        )
 
 
 def _close_up(container: nn.Module, gone: Sequence[int], path: str) -> None:
@@ -129,24 +130,23 @@ def refuse_quantized(model: nn.Module) -> None:
     GPTQ and AWQ keep integers in the place of weights.
     """
     for path, module in model.named_modules():
-        tensors = [
-            t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
-        ]
-        packed = {"_packed_params", "qweight"} & {
-            *vars(module),
-            *module._modules,
-            *module._parameters,
-            *module._buffers,
-        }
-        integers = any(isinstance(t, nn.Parameter) and not is_continuous(t) for t in tensors)
-        if packed or integers or any(tensor.is_quantized for tensor in tensors):
+        if _is_quantized(module):
             raise ModelError(
                 "the model is quantized",
                 where=path or type(module).__name__,
                 why=f"{type(module).__name__} stores its weights packed or as integers, of which "
-                "nothing can be scored or proven",
+                "nothing can be scored or verified",
                 fix="load the model in floating point, prune it, and quantize what is left",
             )
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    stores = (vars(module), module._modules, module._parameters, module._buffers)
+    if any(name in store for store in stores for name in ("_packed_params", "qweight")):
+        return True
+    held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    integers = any(isinstance(one, nn.Parameter) and not is_continuous(one) for one in held)
+    return integers or any(tensor.is_quantized for tensor in held)
 
 
 def is_continuous(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ import ast
 import inspect
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -77,33 +77,35 @@ def find_numbers(
     PlanError
         If a number both is computed with and indexes something (a cache).
     """
-    children = list(container._modules.values())
-    if len(children) < 2:
-        return
-    found = [_integers(child) for child in children]
-    wrong = {
-        name
-        for place, own in enumerate(found)
-        for name, held in own.items()
-        if any(holder[name] != place for holder in held)
-    }
-    everywhere = set.intersection(*map(set, found)) - wrong
-    if len(found) == 2:
-        everywhere = {name for name in everywhere if _ORDINAL.search(name)}
+    found = [_integers(child) for child in container._modules.values()]
     kept = [place for place in range(len(found)) if place not in gone]
-    for name in sorted(everywhere):
-        uses = [*_uses(model, name, cut)]
-        changed = [(place, later) for later, place in enumerate(kept) if place != later]
-        for use in uses:
-            differing = next((pair for pair in changed if use.differs(*pair)), None)
-            if differing is None:
-                continue
-            if any(not other.computes for other in uses):
-                raise _both(name, use, *differing)
-            break
-        else:
+    moved = [(place, later) for later, place in enumerate(kept) if place != later]
+    for name in _stated_everywhere(found):
+        if not _keeps_its_value(name, [*_uses(model, name, cut)], moved):
             for later, place in enumerate(kept):
-                yield from (Change(holder, name, later) for holder in found[place][name])
+                for holder in found[place][name]:
+                    yield Change(holder, name, later)
+
+
+def _stated_everywhere(found: Sequence[Mapping[str, Sequence[Mapping[str, Any]]]]) -> list[str]:
+    """Attributes that are in every child, and always equal to the child's place."""
+    names = [
+        name
+        for name in (sorted(set.intersection(*map(set, found))) if len(found) > 1 else ())
+        if all(holder[name] == place for place, own in enumerate(found) for holder in own[name])
+    ]
+    return names if len(found) > 2 else [name for name in names if _ORDINAL.search(name)]
+
+
+def _keeps_its_value(name: str, uses: Sequence[_Use], moved: Sequence[tuple[int, int]]) -> bool:
+    """Whether the code computes with a number what would be another for a layer that moves up."""
+    for use in uses:
+        for before, after in moved:
+            if use.differs(before, after):
+                if not all(other.computes for other in uses):
+                    raise _both(name, use, before, after)
+                return True
+    return False
 
 
 def _both(name: str, use: _Use, before: int, after: int) -> PlanError:
@@ -164,19 +166,22 @@ def _parsed(module_name: str) -> _File | None:
 def _functions(tree: ast.Module, classes: set[str]) -> Iterator[ast.AST]:
     """Methods of the model's classes in a file, and the functions that they mention."""
     functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
-    methods = [
-        method
-        for kind in ast.walk(tree)
-        if isinstance(kind, ast.ClassDef) and kind.name in classes
-        for method in kind.body
-        if isinstance(method, ast.FunctionDef) and method.name != "__init__"
-    ]
-    pending, seen = methods, set[str]()
+    pending: list[ast.FunctionDef] = [*_methods(tree, classes)]
+    seen: set[str] = set()
     while pending:
         yield from pending
-        names = {n.id for one in pending for n in ast.walk(one) if isinstance(n, ast.Name)} - seen
+        nodes = [node for one in pending for node in ast.walk(one)]
+        names = {node.id for node in nodes if isinstance(node, ast.Name)} - seen
         seen |= names
         pending = [functions[name] for name in sorted(names & functions.keys())]
+
+
+def _methods(tree: ast.Module, classes: set[str]) -> Iterator[ast.FunctionDef]:
+    for kind in ast.walk(tree):
+        if isinstance(kind, ast.ClassDef) and kind.name in classes:
+            for method in kind.body:
+                if isinstance(method, ast.FunctionDef) and method.name != "__init__":
+                    yield method
 
 
 def _reads(function: ast.AST, name: str) -> Iterator[tuple[ast.AST, list[ast.AST]]]:

@@ -109,8 +109,9 @@ def forget_dropped(optimizer: Any, before: Sequence[nn.Parameter], model: nn.Mod
     for one in _optimizers(optimizer) if gone else ():
         for group in one.param_groups:  # in place: an optimizer may keep the list elsewhere as well
             group["params"][:] = [p for p in group["params"] if id(p) not in gone]
-        for parameter in [p for p in one.state if id(p) in gone]:
-            del one.state[parameter]
+        for parameter in list(one.state):
+            if id(parameter) in gone:
+                del one.state[parameter]
 
 
 def _optimizers(optimizer: Any) -> Iterator[Any]:
@@ -152,64 +153,46 @@ class _Slicer:
             return []
         if isinstance(self._optimizer, torch.optim.LBFGS):
             return _without_history(self._optimizer)
-        state = self._optimizer.state
         found: list[Change] = []
-        for parameter, entries in list(state.items()):
+        for parameter, entries in list(self._optimizer.state.items()):
             if isinstance(parameter, Tensor):
-                found += self._of_parameter(state, parameter, entries)
+                found += self._of_parameter(self._optimizer.state, parameter, parameter, "")
             else:
                 self._refuse_tensors(entries, repr(parameter))
         for group in self._optimizer.param_groups:
-            for key, value in group.items():
-                if key != "params":
-                    self._refuse_tensors(value, key)
-        return [*found, *self._own_attributes()]
+            for key in sorted(group.keys() - {"params"}):
+                self._refuse_tensors(group[key], key)
+        own = vars(self._optimizer)
+        for name in sorted(own.keys() - _OF_EVERY_OPTIMIZER):
+            for holder, key, parameter in self._kept_beside(name, own[name]):
+                found += self._of_parameter(holder, key, parameter, name)
+        return found
 
-    def _of_parameter(self, holder: Any, parameter: Tensor, entries: Any) -> list[Change]:
+    def _of_parameter(self, holder: Any, key: Any, parameter: Tensor, name: str) -> list[Change]:
         """What is kept for a parameter; entry by entry, where it is a dict that others may hold."""
-        if id(parameter) not in self._kept:
+        value = holder[key]
+        if id(parameter) not in self._kept or value is parameter:
             return []
-        name, axes = self._kept[id(parameter)]
-        shape = tuple(parameter.shape)
-        if not isinstance(entries, dict):
-            place = _Place(self._kind, name, "")
-            return [Change(holder, parameter, _cut(entries, shape, axes, place))]
-        found = []
-        for key, value in entries.items():
-            later = _cut(value, shape, axes, _Place(self._kind, name, str(key)))
-            if later is not value:
-                found.append(Change(entries, key, later))
+        path, axes = self._kept[id(parameter)]
+        entries = [(holder, key, name)]
+        if isinstance(value, dict):
+            entries = [(value, inner, str(inner)) for inner in value]
+        shape, found = tuple(parameter.shape), list[Change]()
+        for one, inner, called in entries:
+            later = _cut(one[inner], shape, axes, _Place(self._kind, path, called))
+            if later is not one[inner]:
+                found.append(Change(one, inner, later))
         return found
 
-    def _own_attributes(self) -> list[Change]:
+    def _kept_beside(self, name: str, value: Any) -> list[tuple[Any, Any, Tensor]]:
         """Tensors that a class keeps beside its state: by parameter, or in the order of groups."""
-        found: list[Change] = []
-        for name, value in vars(self._optimizer).items():
-            if name in _OF_EVERY_OPTIMIZER or _is_inner(name, value):
-                continue
-            if not self._has_tensors(value):
-                continue
-            if isinstance(value, dict) and all(isinstance(key, Tensor) for key in value):
-                for parameter, entries in value.items():
-                    found += self._of_parameter(value, parameter, entries)
-            elif _is_parallel(value, self._parameters) and not self._gone:
-                found += self._of_list(value, self._parameters, name)
-            elif _are_parallel(value, self._groups) and not self._gone:
-                for entries, group in zip(value, self._groups, strict=True):
-                    found += self._of_list(entries, group, name)
-            else:
-                self._refuse_tensors(value, name)
-        return found
-
-    def _of_list(self, entries: list[Any], parameters: Sequence[Tensor], name: str) -> list[Change]:
-        found = []
-        for number, (entry, parameter) in enumerate(zip(entries, parameters, strict=True)):
-            if id(parameter) in self._kept and entry is not parameter:
-                path, axes = self._kept[id(parameter)]
-                place = _Place(self._kind, path, name)
-                found.append(
-                    Change(entries, number, _cut(entry, tuple(parameter.shape), axes, place))
-                )
+        if _is_inner(name, value) or not self._has_tensors(value):
+            return []
+        if isinstance(value, dict) and {isinstance(key, Tensor) for key in value} == {True}:
+            return [(value, key, key) for key in value]
+        found = [] if self._gone else _in_order(value, self._groups)
+        if not found:
+            self._refuse_tensors(value, name)
         return found
 
     def _has_tensors(self, value: Any) -> bool:
@@ -240,12 +223,17 @@ def _is_parallel(values: Any, parameters: Sequence[Tensor]) -> bool:
     )
 
 
-def _are_parallel(values: Any, groups: Sequence[Sequence[Tensor]]) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == len(groups)
-        and all(map(_is_parallel, values, groups))
-    )
+def _in_order(
+    value: Any, groups: Sequence[Sequence[Tensor]]
+) -> list[tuple[list[Any], int, Tensor]]:
+    """The entries of a list with one for each parameter, or of lists for each group."""
+    flat = [parameter for group in groups for parameter in group]
+    for values, lists in (([value], [flat]), (value, groups)):
+        alike = isinstance(values, list) and len(values) == len(lists)
+        if alike and all(map(_is_parallel, values, lists)):
+            pairs = zip(values, lists, strict=True)
+            return [(own, n, one) for own, group in pairs for n, one in enumerate(group)]
+    return []
 
 
 def _without_history(optimizer: torch.optim.LBFGS) -> list[Change]:
@@ -263,36 +251,46 @@ def _cut(value: Any, shape: tuple[int, ...], axes: Axes, place: _Place) -> Any:
     """A state without the positions that go; containers are made anew where anything changes."""
     if isinstance(value, Tensor):
         return _cut_tensor(value, shape, axes, place)
-    if isinstance(value, dict):
-        later = {k: _cut(v, shape, axes, _inside(place, k)) for k, v in value.items()}
-        return later if any(later[key] is not value[key] for key in value) else value
-    if isinstance(value, (list, tuple)):
-        items = [_cut(v, shape, axes, _inside(place, n)) for n, v in enumerate(value)]
-        if all(a is b for a, b in zip(items, value, strict=True)):
+    if isinstance(value, (dict, list, tuple)):
+        pairs = list(value.items() if isinstance(value, dict) else enumerate(value))
+        later = [(key, _cut(item, shape, axes, _inside(place, key))) for key, item in pairs]
+        if all(a is b for (_, a), (_, b) in zip(pairs, later, strict=True)):
             return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return dict(later) if isinstance(value, dict) else _like(value, [v for _, v in later])
     if _has_tensors(value):
         raise _refusal(place, f"a {type(value).__name__} that holds tensors", shape)
     return value
 
 
+def _like(value: Any, items: list[Any]) -> Any:
+    """A list or tuple of the same type."""
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
 def _cut_tensor(value: Tensor, shape: tuple[int, ...], axes: Axes, place: _Place) -> Tensor:
-    if value.dim() == 0 or value.numel() <= 1:
+    if value.numel() <= 1:
         return value
-    size = tuple(value.shape)
-    if type(value) not in (Tensor, nn.Parameter):
-        raise _refusal(place, f"a {type(value).__name__} of shape {size}", shape)
-    if value.dtype in _CODES:
-        raise _refusal(place, f"a tensor of {value.dtype} and shape {size}: codes in blocks", shape)
-    if _is_product(value):
-        raise _refusal(place, f"a symmetric matrix of shape {size}: of products of one dim", shape)
-    found = list(_meanings(size, shape, axes))
-    if not found:
-        raise _refusal(place, f"a tensor of shape {size}", shape)
-    if any(_kept_of(one, axes) != _kept_of(found[0], axes) for one in found):
-        raise _refusal(place, f"a tensor of shape {size}, whose dims may be several", shape)
+    found = list(_meanings(tuple(value.shape), shape, axes))
+    objection = _objection(value, found, axes)
+    if objection:
+        raise _refusal(place, objection, shape)
     wanted = {dim: axes[own] for dim, own in found[0].items()}
     return slice_tensor(value, wanted) if wanted else value
+
+
+def _objection(value: Tensor, found: Sequence[Mapping[int, int]], axes: Axes) -> str:
+    """Why a state can't be cut, of which ``found`` are the meanings that its dims may have."""
+    size = tuple(value.shape)
+    if type(value) not in (Tensor, nn.Parameter):
+        return f"a {type(value).__name__} of shape {size}"
+    if value.dtype in _CODES:
+        return f"a tensor of {value.dtype} and shape {size}: codes in blocks"
+    if _is_product(value):
+        return f"a symmetric matrix of shape {size}: of products of one dim"
+    if not found:
+        return f"a tensor of shape {size}"
+    several = any(_kept_of(one, axes) != _kept_of(found[0], axes) for one in found)
+    return f"a tensor of shape {size}, whose dims may be several" if several else ""
 
 
 def _meanings(

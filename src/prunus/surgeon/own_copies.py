@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Set
 from typing import Any
 
 from torch import nn
 
 from prunus.errors import ApplyError
 from prunus.graph.plans import Edit
-from prunus.surgeon.reach import holders_of
+from prunus.surgeon.reach import OF_EVERY_MODULE, holders_of
 from prunus.tracer.provenance import is_config
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def own_copies(model: nn.Module, edits: Iterable[Edit]) -> None:
@@ -71,7 +69,12 @@ class _Held:
         self._stores = [vars(module) for module in model.modules()]
         self.known: dict[int, Any] = {}
         self._holders: dict[int, set[int]] = {}
-        waiting = [item for store in self._stores for item in _own(store).values()]
+        waiting = [
+            item
+            for store in self._stores
+            for name, item in store.items()
+            if name not in OF_EVERY_MODULE
+        ]
         for value in waiting:
             if not _holds(value) or id(value) in self.known:
                 continue
@@ -83,43 +86,37 @@ class _Held:
 
     def replace(self, wanted: Iterable[int]) -> dict[int, Any]:
         """Put copies in the place of some, by their ids, and of all that holds them; the copies."""
-        copied: set[int] = set()
         waiting = [key for key in wanted if key in self.known]
+        copied = set(waiting)
         for key in waiting:
-            if key not in copied:
-                copied.add(key)
-                waiting += self._holders.get(key, ())
+            waiting += self._holders.get(key, set()) - copied
+            copied |= self._holders.get(key, set())
         later = {
             key: _copy_of(self.known[key])
             for key in copied
             if not isinstance(self.known[key], tuple)
         }
-        made = list(later.values())
-
-        def replaced(value: Any) -> Any:
-            if id(value) in later:
-                return later[id(value)]
-            if id(value) not in copied:
-                return value
-            items = [replaced(item) for item in value]  # a tuple: no cycle leads through them alone
-            again = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-            return later.setdefault(id(value), again)
-
-        for holder in made:
-            entries = holder if isinstance(holder, (dict, list)) else vars(holder)
-            for name, item in _items(holder):
-                if id(item) in copied:
-                    entries[name] = replaced(item)
+        for made in list(later.values()):
+            self._refer(made if isinstance(made, (dict, list)) else vars(made), copied, later)
         for store in self._stores:
-            for name, item in _own(store).items():
-                if id(item) in copied:
-                    store[name] = replaced(item)
+            self._refer(store, copied, later, OF_EVERY_MODULE)
         return later
 
+    def _refer(
+        self, holder: Any, copied: Set[int], later: dict[int, Any], but: Container[str] = ()
+    ) -> None:
+        """Let the entries of a holder be the copies of what they are."""
+        for name, item in _items(holder):
+            if id(item) in copied and name not in but:
+                holder[name] = self._replaced(item, copied, later)
 
-def _own(store: dict[str, Any]) -> dict[str, Any]:
-    """Attributes of a module that are not those of every module."""
-    return {name: value for name, value in store.items() if name not in _OF_EVERY_MODULE}
+    def _replaced(self, value: Any, copied: Set[int], later: dict[int, Any]) -> Any:
+        if id(value) in copied and id(value) not in later:  # a tuple, of which no cycle consists
+            items = [self._replaced(item, copied, later) for item in value]
+            later[id(value)] = (
+                type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+            )
+        return later.get(id(value), value)
 
 
 def _holds(value: Any) -> bool:

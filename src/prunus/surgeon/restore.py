@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import NoneType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from prunus.errors import FormatError
+from prunus.errors import FormatError, first_names
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
 from prunus.surgeon.applied import Applied, copy_config, set_applied
@@ -65,15 +65,13 @@ def collect(model: nn.Module, written: Container[str] = ()) -> Tensors:
     state, aliases = state_of(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     kinds = {name: _kind(modules, name) for name in (*state, *aliases)}
-    extra = {name for name in state if kinds[name] in ("attribute", "hidden")}
-    state = {
-        name: tensor
-        for name, tensor in state.items()
-        if name not in extra or (_is_dense(tensor) and name not in written)
-    }
+    for name in _of_kind(kinds, "attribute", "hidden") & state.keys():
+        if name in written or not _is_dense(state[name]):
+            del state[name]
     aliases = {name: first for name, first in aliases.items() if first in state}
-    frozen = (n for n in state if kinds[n] == "parameter" and not state[n].requires_grad)
-    return Tensors(state, aliases, kinds, frozenset(frozen))
+    parameters = _of_kind(kinds, "parameter") & state.keys()
+    frozen = frozenset(name for name in parameters if not state[name].requires_grad)
+    return Tensors(state, aliases, kinds, frozen)
 
 
 def restore(model: nn.Module, tensors: Tensors, plan: Plan | None) -> None:
@@ -93,77 +91,136 @@ def restore(model: nn.Module, tensors: Tensors, plan: Plan | None) -> None:
         If an attribute is not what the plan changes.
     """
     config = copy_config(model)
-    if plan is not None and plan.drops:
-        drop_blocks(model, plan.drops)
     if plan is not None:
+        if plan.drops:
+            drop_blocks(model, plan.drops)
         add_biases(model, plan.biases)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    fresh = collect(model)
-    _check_names(tensors, fresh)
-    kinds = {**tensors.kinds, **fresh.kinds}
-    written: Container[str] = () if plan is None else plan.written
-    names = {
-        first: [name for name in known if _has_place(modules, name, kinds[name], written)]
-        for first, known in tensors.names().items()
-    }
-    unfilled = {name for name in fresh.values if _is_unfilled(modules, name)}
-    checked = {n for n in kinds if kinds[n] in ("parameter", "buffer") and n not in unfilled}
-    _tie(modules, fresh, names, kinds)
+    target = _Target(model, tensors, () if plan is None else plan.written)
+    target.tie()
     if plan is not None:
-        essence = _essence(plan.widths, kinds, unfilled)
-        checked |= essence.shapes.keys()
+        essence = _essence(plan.widths, target.kinds, target.unfilled)
+        target.checked |= essence.shapes.keys()
         cut_own(essence, model)
         set_applied(model, Applied((plan,), config))
-    now = _by_any_name(collect(model))
-    for first, known in names.items():
-        tensor = tensors.values[first]
-        old = next((now[name] for name in known if name in now), None)
-        if old is not None and not checked.isdisjoint(known):
-            _check_shape(first, tensor, old, plan)
-        if known:
-            trained = first not in tensors.frozen and is_continuous(tensor)
-            _fill(modules, known, tensor, old, kinds, trained)
+    target.fill(plan)
 
 
-def _tie(
-    modules: Mapping[str, nn.Module],
-    fresh: Tensors,
-    names: Mapping[str, Sequence[str]],
-    kinds: Mapping[str, Kind],
-) -> None:
-    """Let the names share tensors as they do in the file: a build may tie more of them or fewer."""
-    old, shared = _by_any_name(fresh), fresh.names()
-    for first, known in names.items():
-        tensor = old.get(first)
-        if tensor is None or set(shared[fresh.aliases.get(first, first)]) == set(known):
-            continue
-        if isinstance(tensor, nn.Parameter):
-            tensor = nn.Parameter(tensor.detach(), tensor.requires_grad)
-        for name in known:
-            _put(modules, name, tensor, kinds[name])
+class _Target:
+    """A fresh model, and where it keeps the tensors of a file.
+
+    Attributes
+    ----------
+    kinds
+        Of all names of the file and the model.
+    unfilled
+        Buffers that wait for their first data.
+    checked
+        Names of tensors that have to be of the size that the model has there.
+    """
+
+    def __init__(self, model: nn.Module, tensors: Tensors, written: Container[str]) -> None:
+        self._model, self._tensors, self._written = model, tensors, written
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._fresh = collect(model)
+        _check_names(tensors, self._fresh)
+        self.kinds = {**tensors.kinds, **self._fresh.kinds}
+        self.unfilled = {name for name in self._fresh.values if _is_unfilled(self._modules, name)}
+        self.checked = _of_kind(self.kinds, "parameter", "buffer") - self.unfilled
+        self._names = {
+            first: [name for name in known if self._has_place(name)]
+            for first, known in tensors.names().items()
+        }
+
+    def tie(self) -> None:
+        """Let names share tensors as they do in the file: a build may tie more of them or fewer."""
+        old, shared = _by_any_name(self._fresh), self._fresh.names()
+        for first, known in self._names.items():
+            tensor = old.get(first)
+            if tensor is None or set(shared[self._fresh.aliases.get(first, first)]) == set(known):
+                continue
+            made = tensor.detach()
+            if isinstance(tensor, nn.Parameter):
+                made = nn.Parameter(made, tensor.requires_grad)
+            self._put(known, made)
+
+    def fill(self, plan: Plan | None) -> None:
+        """Put every tensor in its places."""
+        now = _by_any_name(collect(self._model))
+        for first, known in self._names.items():
+            tensor = self._tensors.values[first]
+            old = next((now[name] for name in known if name in now), None)
+            if old is not None and not self.checked.isdisjoint(known):
+                _check_shape(first, tensor, old, plan)
+            self._replace(known, old, tensor, trained=first not in self._tensors.frozen)
+
+    def _replace(
+        self, names: Sequence[str], old: Tensor | None, tensor: Tensor, *, trained: bool
+    ) -> None:
+        trained = trained and is_continuous(tensor)
+        if old is not None and is_continuous(old) != is_continuous(tensor):
+            why = f"it is {tensor.dtype} in the file and {old.dtype} in the model"
+            raise FormatError(_ANOTHER, where=names[0], why=why, fix=_FIX)
+        if old is not None and old.device == tensor.device and old.layout == tensor.layout:
+            old.data = tensor
+            if isinstance(old, nn.Parameter):
+                old.requires_grad_(trained)
+            return
+        if any(self.kinds[name] == "parameter" for name in names):
+            tensor = nn.Parameter(tensor, requires_grad=trained)
+        self._put(names, tensor)
+
+    def _put(self, names: Sequence[str], tensor: Tensor) -> None:
+        """Where modules keep it; :meth:`_has_place` has found the places."""
+        for name in names:
+            prefix, _, own = name.rpartition(".")
+            module: Any = self._modules[prefix]
+            if self.kinds[name] != "parameter":
+                store = module._buffers if own in module._buffers else vars(module)
+                store[own] = tensor
+            elif isinstance(tensor, nn.Parameter):
+                setattr(module, own, tensor)  # a recurrent module keeps its weights in a list too
+            else:
+                raise FormatError(_ANOTHER, where=name, why="it has no parameter there", fix=_FIX)
+
+    def _has_place(self, name: str) -> bool:
+        """Whether there is a tensor of that name and kind; False for what a forward makes anew.
+
+        Raises
+        ------
+        FormatError
+            If the model keeps something else there: only tensors and None are ever replaced.
+        """
+        prefix, _, own = name.rpartition(".")
+        kind, module = self.kinds[name], self._modules.get(prefix)
+        if module is None:
+            raise FormatError(_ANOTHER, where=name, why=f"it has no module {prefix!r}", fix=_FIX)
+        if kind == "parameter" and own in module._parameters:
+            return True
+        if own in module._buffers:
+            return kind in ("buffer", "hidden")
+        held = vars(module).get(own, _NOTHING)
+        if kind not in ("attribute", "hidden") or own in OF_EVERY_MODULE:
+            raise _nothing_there(name, kind, held)
+        return _has_attribute(module, name, kind, held, self._written)
 
 
-def _fill(
-    modules: Mapping[str, nn.Module],
-    names: Sequence[str],
-    tensor: Tensor,
-    old: Tensor | None,
-    kinds: Mapping[str, Kind],
-    trained: bool,
-) -> None:
-    """Put a tensor of the file in the places of these names, where ``old`` is."""
-    if old is not None and is_continuous(old) != is_continuous(tensor):
-        why = f"it is {tensor.dtype} in the file and {old.dtype} in the model"
-        raise FormatError(_ANOTHER, where=names[0], why=why, fix=_FIX)
-    if old is not None and old.device == tensor.device and old.layout == tensor.layout:
-        old.data = tensor
-        if isinstance(old, nn.Parameter):
-            old.requires_grad_(trained)
-        return
-    if any(kinds[name] == "parameter" for name in names):
-        tensor = nn.Parameter(tensor, requires_grad=trained)
-    for name in names:
-        _put(modules, name, tensor, kinds[name])
+def _has_attribute(
+    module: nn.Module, name: str, kind: Kind, held: Any, written: Container[str]
+) -> bool:
+    if kind == "attribute" and isinstance(held, (Tensor, NoneType)):
+        return True
+    inherited = inspect.getattr_static(type(module), name.rpartition(".")[2], None)
+    if name not in written and (held is not _NOTHING or inherited is not None):
+        raise _nothing_there(name, kind, held)
+    return False
+
+
+def _nothing_there(name: str, kind: Kind, held: Any) -> FormatError:
+    why = f"it has no {kind} of that name"
+    if held is _NOTHING:
+        return FormatError(_ANOTHER, where=name, why=why, fix=_FIX)
+    fix = f"{_FIX}; before saving, reset what its forward writes"
+    return FormatError(_ANOTHER, where=name, why=f"{why}, but a {type(held).__name__}", fix=fix)
 
 
 def _check_shape(name: str, tensor: Tensor, old: Tensor, plan: Plan | None) -> None:
@@ -229,61 +286,18 @@ def check_cut(tensors: Tensors, plan: Plan) -> list[str]:
 
 
 def _check_names(tensors: Tensors, fresh: Tensors) -> None:
-    missing = _essential(fresh) - set(tensors.kinds)
-    ours, theirs = (
-        {name for name, kind in one.kinds.items() if kind == "parameter"}
-        for one in (fresh, tensors)
-    )
+    ours, theirs = _of_kind(fresh.kinds, "parameter"), _of_kind(tensors.kinds, "parameter")
+    missing = _of_kind(fresh.kinds, "parameter", "buffer") - tensors.kinds.keys()
+    missing |= (ours - theirs) & tensors.kinds.keys()
     surplus = theirs - ours
-    missing |= (ours - theirs) & set(tensors.kinds)
     if missing or surplus:
-        has = f"the file has no {_some(missing)}" if missing else ""
-        lacks = f"the model has no {_some(surplus)}" if surplus else ""
+        has = f"the file has no {first_names(sorted(missing))}" if missing else ""
+        lacks = f"the model has no {first_names(sorted(surplus))}" if surplus else ""
         raise FormatError(_ANOTHER, why="; ".join(filter(None, (has, lacks))), fix=_FIX)
 
 
-def _essential(tensors: Tensors) -> set[str]:
-    return {name for name, kind in tensors.kinds.items() if kind in ("parameter", "buffer")}
-
-
-def _some(names: Iterable[str], shown: int = 3) -> str:
-    ordered = sorted(names)
-    rest = len(ordered) - shown
-    return ", ".join(ordered[:shown]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _has_place(
-    modules: Mapping[str, nn.Module], name: str, kind: Kind, written: Container[str]
-) -> bool:
-    """Whether the model keeps a tensor of that name and kind; False for what a forward makes anew.
-
-    Raises
-    ------
-    FormatError
-        If it keeps something else there: nothing but tensors and None is ever replaced.
-    """
-    prefix, _, own = name.rpartition(".")
-    module = modules.get(prefix)
-    if module is None:
-        raise FormatError(_ANOTHER, where=name, why=f"it has no module {prefix!r}", fix=_FIX)
-    if kind == "parameter" and own in module._parameters:
-        return True
-    if own in module._buffers:
-        return kind in ("buffer", "hidden")
-    held = vars(module).get(own, _NOTHING)
-    if own not in OF_EVERY_MODULE and kind == "attribute" and isinstance(held, (Tensor, NoneType)):
-        return True
-    passing = kind in ("attribute", "hidden") and own not in OF_EVERY_MODULE
-    inherited = inspect.getattr_static(type(module), own, None)
-    if passing and (name in written or (held is _NOTHING and inherited is None)):
-        return False
-    raise FormatError(
-        _ANOTHER,
-        where=name,
-        why=f"it has no {kind} of that name"
-        + ("" if held is _NOTHING else f", but a {type(held).__name__}"),
-        fix=_FIX if held is _NOTHING else f"{_FIX}; before saving, reset what its forward writes",
-    )
+def _of_kind(names: Mapping[str, Kind], *kinds: Kind) -> set[str]:
+    return {name for name, kind in names.items() if kind in kinds}
 
 
 _NOTHING = object()
@@ -300,17 +314,3 @@ def _is_unfilled(modules: Mapping[str, nn.Module], name: str) -> bool:
     buffer = module._buffers.get(own)
     resizes = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
     return buffer is not None and buffer.numel() <= (1 if resizes else 0) and buffer.dim() < 2
-
-
-def _put(modules: Mapping[str, nn.Module], name: str, tensor: Tensor, kind: Kind) -> None:
-    """Where the module keeps it; :func:`_has_place` has found the place."""
-    prefix, _, own = name.rpartition(".")
-    module = modules[prefix]
-    if kind == "parameter":
-        if not isinstance(tensor, nn.Parameter):
-            raise FormatError(_ANOTHER, where=name, why="it has no parameter there", fix=_FIX)
-        setattr(module, own, tensor)  # a recurrent module keeps its weights in a list as well
-    elif own in module._buffers:
-        module._buffers[own] = tensor
-    else:
-        vars(module)[own] = tensor

@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -15,6 +15,21 @@ from typing import Any
 import torch
 import torch.utils._python_dispatch as dispatch
 from torch.nn.modules import module as modules
+
+_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
+
+_SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+    (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
+    (torch._C._only_lift_cpu_tensors, torch._C._set_only_lift_cpu_tensors),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_rng_state, torch.set_rng_state),
+    (lambda: logging.root.manager.disable, logging.disable),
+    (lambda: _LOGGER.disabled, lambda disabled: setattr(_LOGGER, "disabled", disabled)),
+)
+"""How each is read and set."""
 
 
 class Switches:
@@ -24,22 +39,11 @@ class Switches:
     """
 
     def __init__(self) -> None:
-        self._collecting = gc.isenabled()
-        self._fast = torch.backends.mha.get_fastpath_enabled()
-        self._onednn = torch._C._get_mkldnn_enabled()
-        self._cudnn = torch._C._get_cudnn_enabled()
-        self._gradients = torch.is_grad_enabled()
-        self._random = torch.get_rng_state()
+        self._values = [read() for read, _ in _SWITCHES]
         self._modes = list(dispatch._get_current_dispatch_mode_stack())
         self._in_modes = {n: v for n, v in vars(dispatch).items() if isinstance(v, bool)}
-        self._only_lift = torch._C._only_lift_cpu_tensors()
         self._function_modes = torch._C._len_torch_function_stack()
         self._filters = list(warnings.filters)
-        self._loggers = [
-            (logger, logger.disabled)
-            for logger in (logging.getLogger("torch._subclasses.fake_tensor"),)
-        ]
-        self._logging = logging.root.manager.disable
         self._hooks = [(hooks, dict(hooks)) for hooks in _hooks_of_all_modules()]
 
     def restore(self) -> None:
@@ -52,20 +56,11 @@ class Switches:
             while torch._C._len_torch_function_stack() > self._function_modes:
                 torch._C._pop_torch_function_stack()
             vars(dispatch).update(self._in_modes)
-            torch._C._set_only_lift_cpu_tensors(self._only_lift)
-            if self._collecting != gc.isenabled():
-                (gc.enable if self._collecting else gc.disable)()
-            torch.backends.mha.set_fastpath_enabled(self._fast)
-            torch._C._set_mkldnn_enabled(self._onednn)
-            torch._C._set_cudnn_enabled(self._cudnn)
-            torch.set_grad_enabled(self._gradients)
-            torch.set_rng_state(self._random)
+            for (_, write), value in zip(_SWITCHES, self._values, strict=True):
+                write(value)
             if warnings.filters != self._filters:
                 warnings.filters[:] = self._filters  # type: ignore[index]
                 warnings._filters_mutated()  # type: ignore[attr-defined]
-            for logger, disabled in self._loggers:
-                logger.disabled = disabled
-            logging.disable(self._logging)
             for hooks, before in self._hooks:
                 if list(hooks) != list(before):
                     hooks.clear()

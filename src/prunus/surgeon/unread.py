@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -22,7 +23,7 @@ _STANDARD = frozenset(
         *("in_features", "out_features", "in_channels", "out_channels", "groups", "num_features"),
         *("num_channels", "num_groups", "num_embeddings", "embedding_dim", "num_parameters"),
         *("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "padding_idx"),
-        *("input_size", "hidden_size", "proj_size", "num_layers"),
+        *("input_size", "hidden_size", "proj_size", "num_layers", "training"),
     }
 )
 """What PyTorch's layers say of themselves: a table edits it."""
@@ -79,16 +80,13 @@ def find_unread(
     widths, heads = _widths(graph, kept, edits), _heads(graph, kept)
     found = []
     for path, module in model.named_modules():
-        if type(module).__module__.startswith("torch.nn."):
-            continue
         own, counts = widths.get(path, {}), heads.get(path, {})
-        standard = _STANDARD if find_rewrite(module) is not None else frozenset()
         for name, attribute, value in _integers(module):
-            after = own.get(value, set()) | counts.get(value, set())
-            if after and (path, name) not in known and name not in standard:
-                several = tuple(sorted(counts.get(value, set())))
-                made = Unread(path, attribute, value, tuple(sorted(after)), several, value in own)
-                found.append(made)
+            several = counts.get(value, set())
+            after = tuple(sorted(own.get(value, set()) | several))
+            if after and (path, name) not in known:
+                made = (path, attribute, value, after, tuple(sorted(several)), value in own)
+                found.append(Unread(*made))
     return found
 
 
@@ -100,16 +98,24 @@ def head_counts(found: Iterable[Unread]) -> Iterator[Edit]:
 
 
 def _integers(module: nn.Module) -> Iterator[tuple[str, str, int]]:
-    """Name, place and value of the integers above 1 that a module itself keeps."""
+    """Name, place and value of the integers above 1 that a module itself keeps.
+
+    Those that PyTorch's layers keep are its own affair.
+    """
+    if type(module).__module__.startswith("torch.nn."):
+        return
+    standard = _STANDARD if find_rewrite(module) is not None else frozenset(("training",))
     for name, value in vars(module).items():
-        if name.startswith("_") or name == "training":
-            continue
-        if type(value) is int and value > 1:
-            yield name, name, value
-        elif type(value) in (tuple, list):
-            for index, item in enumerate(value):
+        if not name.startswith("_") and name not in standard:
+            for place, item in _items(name, value):
                 if type(item) is int and item > 1:
-                    yield name, f"{name}[{index}]", item
+                    yield name, place, item
+
+
+def _items(name: str, value: Any) -> list[tuple[str, Any]]:
+    if type(value) in (tuple, list):
+        return [(f"{name}[{index}]", item) for index, item in enumerate(value)]
+    return [(name, value)]
 
 
 _Sizes = dict[str, dict[int, set[int]]]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from prunus.errors import ModelError, TraceError
+from prunus.errors import ModelError, TraceError, first_names
 
 _NAMED = 3
 
@@ -68,10 +68,9 @@ def refuse_untraceable(model: nn.Module) -> None:
         if is_lazy(tensor)
     ]
     if lazy:
-        more = f" and {len(lazy) - _NAMED} more" if len(lazy) > _NAMED else ""
         raise TraceError(
             "the model has lazy modules that were never run",
-            where=", ".join(lazy[:_NAMED]) + more,
+            where=first_names(lazy),
             why="their parameters have no shape before the first forward",
             fix="run the model once on real inputs: model(*args)",
         )

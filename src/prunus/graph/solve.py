@@ -35,21 +35,13 @@ def solve(equations: Sequence[Equation], current: Mapping[Attribute, int], kept:
     width = _measure(kept)
     values = dict(current)
     settled: set[Attribute] = set()
-    for equation in equations:
-        if isinstance(equation.expression, Attribute) and equation.expression not in settled:
+    for equation in sorted(equations, key=lambda one: not isinstance(one.expression, Attribute)):
+        if not isinstance(equation.expression, Attribute):
+            if not _holds(equation, values, width):
+                _settle(equation, values, settled, width)
+        elif equation.expression not in settled:
             values[equation.expression] = width(equation.width)
             settled.add(equation.expression)
-    for equation in equations:
-        if isinstance(equation.expression, Attribute) or _holds(equation, values, width):
-            continue
-        free = sorted(set(attributes_in(equation.expression)) - settled)
-        demanded, of = width(equation.width), values.__getitem__
-        found = (
-            invert(equation.expression, demanded, free[0], of, width) if len(free) == 1 else None
-        )
-        if found is not None:
-            values[free[0]] = found
-            settled.add(free[0])
     broken = tuple(e for e in equations if not _holds(e, values, width))
     return Solution(values, broken)
 

@@ -202,20 +202,20 @@ def check_model(plan: Plan, model: nn.Module, state: Mapping[str, Tensor]) -> No
     """Refuse another model than the plan's; ``state`` is the model's, by first names."""
     find_places(model, plan.drops)
     names = Renaming(plan.drops)
-    shapes = {names.after(name): tuple(tensor.shape) for name, tensor in state.items()}
-    left = {name: shape for name, shape in shapes.items() if name is not None}
-    for name in plan.biases:
-        left.setdefault(name, tuple(plan.shapes[name]))
+    left = names.left_of({name: tuple(tensor.shape) for name, tensor in state.items()})
+    left = {name: tuple(plan.shapes[name]) for name in plan.biases} | left
     modules = dict(model.named_modules(remove_duplicate=False))
     sliced, written = {axis.tensor for axis in plan.keep}, plan.written
-    for name, shape in plan.shapes.items():
+    for name in plan.shapes:
         before = names.before(name)
-        known = name in sliced or left.get(name) == shape
-        optional = name in written and not isinstance(state.get(before), nn.Parameter)
-        if optional or (not known and _is_memory(modules, before)):
-            left[name] = shape
-    own = (name for name, _ in model.named_parameters(remove_duplicate=False) if name in state)
-    plan.check_model(left, [later for name in own if (later := names.after(name)) is not None])
+        if name in written:
+            optional = not isinstance(state.get(before), nn.Parameter)
+        else:
+            optional = name not in sliced and _is_memory(modules, before)
+        if optional:
+            left[name] = plan.shapes[name]
+    own = dict(model.named_parameters(remove_duplicate=False))
+    plan.check_model(left, names.left_of({n: tensor for n, tensor in own.items() if n in state}))
 
 
 def _is_memory(modules: Mapping[str, nn.Module], name: str) -> bool:

@@ -5,7 +5,7 @@ Modules are looked up along their MRO, so that subclasses work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -178,19 +178,21 @@ def _of_transformers(model: nn.Module, edits: Mapping[tuple[str, str], Edit]) ->
 
     An encoder may hand nested tensors to its layers, which only PyTorch's own attention takes.
     """
-    slim = [path for path, attribute in edits if attribute == CLASS]
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, nn.Transformer):
             width = edits.get((f"{prefix}encoder.layers.0.self_attn", "embed_dim"))
             if width is not None and (name, "d_model") not in edits:
                 yield Edit(name, "d_model", module.d_model, width.after)
-        elif _nests(module) and any(path.startswith(prefix) for path in slim):
+        elif _nests(module, prefix, edits):
             yield Edit(name, "use_nested_tensor", True, False)
 
 
-def _nests(module: nn.Module) -> bool:
-    return isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
+def _nests(module: nn.Module, prefix: str, edits: Collection[tuple[str, str]]) -> bool:
+    """Whether an encoder may make nested tensors for an attention in it that changes its class."""
+    slim = (path for path, attribute in edits if attribute == CLASS)
+    inside = any(path.startswith(prefix) for path in slim)
+    return inside and isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
 
 
 def _edits(

@@ -136,17 +136,15 @@ class _Walk:
         self._seen: set[int] = set()
 
     def into(self, value: Any, depth: int) -> None:
-        if isinstance(value, _PLAIN) or id(value) in self._seen or depth > _DEEPEST:
+        if id(value) in self._seen or depth > _DEEPEST:
             return
         self._seen.add(id(value))
         if isinstance(value, Tensor):
             self.tensors[id(value)] = value
-        elif isinstance(value, dict):
-            self.containers.append((value, dict(value)))
-            self._all(list(value.values()), depth)
-        elif isinstance(value, (list, set, deque)):
-            self.containers.append((value, set(value) if isinstance(value, set) else list(value)))
-            self._all(list(value), depth)
+        elif isinstance(value, (dict, list, set, deque)):
+            content: Any = dict(value) if isinstance(value, dict) else list(value)
+            self.containers.append((value, content))
+            self._all(list(value.values()) if isinstance(value, dict) else content, depth)
         elif isinstance(value, tuple):
             self._all(value, depth)
         elif isinstance(value, torch.optim.Optimizer) or is_config(value):
@@ -160,17 +158,7 @@ class _Walk:
 
 def _refill(container: Any, content: Any) -> None:
     """Give a container the entries that it had, in their order; it stays the same object."""
-    if isinstance(container, set):
-        same = container == content
-    else:
-        entries, others = (
-            [*one.items()] if isinstance(one, dict) else [(None, item) for item in one]
-            for one in (container, content)
-        )
-        same = len(entries) == len(others) and all(
-            a is c and b is d for (a, b), (c, d) in zip(entries, others, strict=True)
-        )
-    if same:
+    if _holds(container, content):
         return
     if isinstance(container, list):
         container[:] = content
@@ -180,6 +168,16 @@ def _refill(container: Any, content: Any) -> None:
         container.extend(content)
     else:
         container.update(content)
+
+
+def _holds(container: Any, content: Any) -> bool:
+    """Whether a container has the very same entries, in the same order where it has one."""
+    if isinstance(container, set):
+        return container == set(content)
+    if isinstance(container, dict) and [*map(id, container)] != [*map(id, content)]:
+        return False
+    pairs = ([*(one.values() if isinstance(one, dict) else one)] for one in (container, content))
+    return [*map(id, next(pairs))] == [*map(id, next(pairs))]
 
 
 class _Memory:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any, TypeVar
 
@@ -162,6 +163,16 @@ class PrunusError(Exception):
         details = (("where:", self.where), ("why:", self.why), ("fix:", self.fix))
         lines = [f"  {label:<6} {_indented(text)}" for label, text in details if text]
         return "\n".join([self.what, *lines])
+
+
+@contextmanager
+def found_in(place: str) -> Iterator[None]:
+    """Within the context errors name the place, a file say, before what they name themselves."""
+    try:
+        yield
+    except PrunusError as error:
+        where = f"{place} {error.where}".rstrip()
+        raise type(error)(error.what, where=where, why=error.why, fix=error.fix) from error
 
 
 class TraceError(PrunusError):

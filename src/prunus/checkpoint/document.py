@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from prunus.checkpoint.container import Container, damaged, decode
-from prunus.errors import FormatError, PlanError
+from prunus.errors import FormatError, found_in
 from prunus.graph.plans import Plan
 from prunus.surgeon.restore import Kind
 
@@ -120,8 +120,5 @@ def _read_plan(container: Container) -> Plan | None:
     text = container.metadata.get("plan")
     if text is None:
         return None
-    try:
+    with found_in(container.path):
         return Plan.from_json(text, limit=max(container.size, _POSITIONS) // _POSITION)
-    except PlanError as error:
-        where = f"{container.path} {error.where}".rstrip()
-        raise PlanError(error.what, where=where, why=error.why, fix=error.fix) from error

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from prunus.checkpoint.container import open_container
 from prunus.checkpoint.document import check_schema, read_document
-from prunus.errors import ModelError, PrunusError, checks_options
+from prunus.errors import ModelError, checks_options, found_in
 from prunus.graph.plans import Plan
 from prunus.surgeon import restore
 from prunus.surgeon.restore import Kind, Tensors
@@ -61,7 +61,8 @@ def load(path: str | os.PathLike[str], build: Callable[[], Model]) -> Model:
     model = _on_meta(build, tensors, plan, str(path))
     if model is None:
         model = _built(build)
-        _restore(model, tensors, plan, str(path))
+        with found_in(str(path)):
+            restore(model, tensors, plan)
         left = next(without_values(model), None)
         if left is not None:
             raise ModelError(
@@ -106,7 +107,8 @@ def _on_meta(
     plain = (nn.Parameter, nn.Buffer, Tensor)
     if any(type(t) not in plain for t in (*model.parameters(), *model.buffers())):
         return None  # its class may need more than data
-    _restore(model, tensors, plan, path)
+    with found_in(path):
+        restore(model, tensors, plan)
     return model if next(without_values(model), None) is None else None
 
 
@@ -128,14 +130,6 @@ def _built(build: Callable[[], Model]) -> Model:
                 fix="run the model once in build=, on an example input, before it is returned",
             )
     return model
-
-
-def _restore(model: nn.Module, tensors: Tensors, plan: Plan | None, path: str) -> None:
-    try:
-        restore(model, tensors, plan)
-    except PrunusError as error:
-        where = f"{path}: {error.where}" if error.where else path
-        raise type(error)(error.what, where=where, why=error.why, fix=error.fix) from error
 
 
 def without_values(model: nn.Module) -> Iterator[str]:

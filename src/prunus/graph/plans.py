@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 
-from prunus.errors import PlanError, checks_options, first_names
+from prunus.errors import PlanError, checks_options, first_names, found_in
 from prunus.files import replace_file
 from prunus.graph.axis import Axis, Mask
 from prunus.graph.plan_diff import Cost, PlanDiff, compare
@@ -355,13 +355,10 @@ class Plan:
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a file that :meth:`save` wrote."""
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            with found_in(str(path)):
+                return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise PlanError("this is no plan", where=str(path), why=str(error)) from error
-        except PlanError as error:
-            raise PlanError(
-                error.what, where=f"{path} {error.where}".rstrip(), why=error.why, fix=error.fix
-            ) from error
 
 
 def _check_follows(

@@ -158,7 +158,7 @@ class Removal:
         The quanta worth most come back where that helps.
         """
         self._assign(counts)
-        heap = self._by_worth()
+        heap = [] if self._feasible() else self._by_worth()
         while heap and not self._feasible():
             n = -heapq.heappop(heap)[1]
             last = self._last(n)

@@ -12,10 +12,13 @@ from prunus.planner.steps import Quanta
 _COARSE = 2_000
 """Up to so many quanta a single one matters, so that chains are disturbed one after the other."""
 
+_MANY = 64
+"""Beyond so many chains only one quantum of each is tried."""
+
 _FEW = 8
 """Up to so many chains are disturbed two at a time as well."""
 
-_ROUNDS = 4
+_ROUNDS = 2
 """How often all chains are."""
 
 _ROUNDED = (2 * TOLERANCE, 4 * TOLERANCE)
@@ -86,7 +89,7 @@ def _improve(removal: Removal, lack: Callable[[], tuple[int, float]]) -> None:
 def _disturbances(chains: int) -> Iterator[dict[int, int]]:
     """How many quanta are removed more, or less, of one chain, and of two where there are few."""
     for n in range(chains):
-        yield from ({n: more} for more in (1, -1, 2, -2))
+        yield from ({n: more} for more in ((1, -1, 2, -2) if chains <= _MANY else (1, -1)))
     if chains <= _FEW:
         for n, m in combinations(range(chains), 2):
             yield from ({n: a, m: b} for a in (1, -1) for b in (1, -1))

@@ -18,8 +18,6 @@ from prunus.importance.registry import Scores
 RIDGE = 1e-3
 """λ as a share of the mean variance of the columns."""
 
-_ROUNDING = 1e-6
-
 
 class Reconstruction:
     """The columns of one weight, and of one group of a convolution.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -64,6 +65,18 @@ def try_out(name: str, arguments: str) -> tuple[str, str]:
     return ("skipped" if MISSING in last else "failed"), last
 
 
+def clocks() -> tuple[float, float]:
+    """The time on the wall, and the processor time of all samples so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter(), used.ru_utime + used.ru_stime
+
+
+def since(started: tuple[float, float]) -> str:
+    """What has passed, as text."""
+    wall, processor = (now - then for now, then in zip(clocks(), started, strict=True))
+    return f"{wall:5.0f} s, {processor:4.0f} s of processor time"
+
+
 def main() -> int:
     """Run the samples asked for; 1 if one of them failed or had to be stopped."""
     parser = argparse.ArgumentParser(
@@ -71,16 +84,15 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="*", help="folders or benchmarks; all without")
     options = parser.parse_args()
-    begun, bad = time.perf_counter(), 0
+    begun, bad = clocks(), 0
     for name, arguments in SAMPLES.items():
         if options.names and not any(name.startswith(asked) for asked in options.names):
             continue
-        started = time.perf_counter()
+        started = clocks()
         status, words = try_out(name, arguments)
         bad += status in ("failed", "stopped")
-        seconds = time.perf_counter() - started
-        print(f"{name:32}{status:9}{seconds:5.0f} s  {words}".rstrip(), flush=True)
-    print(f"{time.perf_counter() - begun:.0f} s; tables in {OUT.relative_to(ROOT)}")
+        print(f"{name:32}{status:9}{since(started)}  {words}".rstrip(), flush=True)
+    print(f"{'':41}{since(begun)}; tables in {OUT.relative_to(ROOT)}")
     return min(bad, 1)
 
 

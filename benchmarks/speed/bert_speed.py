@@ -26,7 +26,7 @@ import torch
 import prunus
 from benchmarks.accuracy import heads
 from benchmarks.rows import Table, commit
-from benchmarks.speed.racing import ask_how_to_race, control, race, trusted_race
+from benchmarks.speed.racing import ask_how_to_race, control, trusted_race
 
 BATCH, TOKENS = 8, 128
 FFN = "*.intermediate.dense.weight[0]"
@@ -91,34 +91,15 @@ def measure(structure: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def profile(structure: str) -> None:
-    """Print the operators of the dense and of the pruned model by their own time."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as recording
-
-    dense, inputs = bert()
-    plan = STRUCTURES[structure](prunus.trace(dense, (), inputs), dense)
-    for name, model in (("dense", dense), ("pruned", prunus.apply(plan, copy.deepcopy(dense)))):
-        run = partial(model, **inputs)
-        race([run], 1)
-        with recording(activities=[ProfilerActivity.CPU]) as recorded:
-            race([run], 1)
-        print(name, recorded.key_averages().table("self_cpu_time_total", row_limit=8), sep="\n")
-
-
 def main() -> None:
     """Measure the structures asked for."""
     parser = TABLE.parser(__doc__)
     parser.add_argument("structures", nargs="*", default=list(STRUCTURES), metavar="STRUCTURE")
     ask_how_to_race(parser, pairs=15)
-    parser.add_argument("--profile", action="store_true", help="print where the time goes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for structure in options.structures:
-        if options.profile:
-            profile(structure)
-        else:
-            options.table.add(measure(structure, options))
+        options.table.add(measure(structure, options))
 
 
 if __name__ == "__main__":

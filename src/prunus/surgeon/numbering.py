@@ -140,9 +140,8 @@ def _uses(model: nn.Module, name: str, cut: Collection[str]) -> Iterator[_Use]:
         parsed = _parsed(module_name)
         if parsed is None or name not in parsed.text:
             continue
-        for function in _functions(parsed.tree, classes):
-            for node, parents in _reads(function, name):
-                yield _use(node, parents, name, cut, parsed.path)
+        for node, parents in _reads(module_name, frozenset(classes)).get(name, ()):
+            yield _use(node, parents, name, cut, parsed.path)
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def _parsed(module_name: str) -> _File | None:
         return None
 
 
-def _functions(tree: ast.Module, classes: set[str]) -> Iterator[ast.AST]:
+def _functions(tree: ast.Module, classes: Collection[str]) -> Iterator[ast.AST]:
     """Methods of the model's classes in a file, and the functions that they mention."""
     functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
     pending: list[ast.FunctionDef] = [*_methods(tree, classes)]
@@ -176,7 +175,7 @@ def _functions(tree: ast.Module, classes: set[str]) -> Iterator[ast.AST]:
         pending = [functions[name] for name in sorted(names & functions.keys())]
 
 
-def _methods(tree: ast.Module, classes: set[str]) -> Iterator[ast.FunctionDef]:
+def _methods(tree: ast.Module, classes: Collection[str]) -> Iterator[ast.FunctionDef]:
     for kind in ast.walk(tree):
         if isinstance(kind, ast.ClassDef) and kind.name in classes:
             for method in kind.body:
@@ -184,18 +183,28 @@ def _methods(tree: ast.Module, classes: set[str]) -> Iterator[ast.FunctionDef]:
                     yield method
 
 
-def _reads(function: ast.AST, name: str) -> Iterator[tuple[ast.AST, list[ast.AST]]]:
-    """Every read of ``….name``, with the nodes around it, innermost first."""
+@lru_cache(maxsize=64)
+def _reads(
+    module_name: str, classes: frozenset[str]
+) -> Mapping[str, Sequence[tuple[ast.AST, list[ast.AST]]]]:
+    """Every read of ``….name`` in the code of some classes, by name, with the nodes around it.
 
-    def walk(node: ast.AST, parents: list[ast.AST]) -> Iterator[tuple[ast.AST, list[ast.AST]]]:
-        if isinstance(node, ast.Attribute) and node.attr == name:
-            if isinstance(node.ctx, ast.Load):
-                yield node, parents
-            return
+    The innermost comes first.  All names are looked for at once, since a walk takes long.
+    """
+    parsed = _parsed(module_name)
+    found: dict[str, list[tuple[ast.AST, list[ast.AST]]]] = {}
+
+    def walk(node: ast.AST, parents: list[ast.AST], inside: frozenset[str]) -> None:
+        if isinstance(node, ast.Attribute):
+            if isinstance(node.ctx, ast.Load) and node.attr not in inside:
+                found.setdefault(node.attr, []).append((node, parents))
+            inside = inside | {node.attr}
         for child in ast.iter_child_nodes(node):
-            yield from walk(child, [node, *parents])
+            walk(child, [node, *parents], inside)
 
-    yield from walk(function, [])
+    for function in () if parsed is None else _functions(parsed.tree, classes):
+        walk(function, [], frozenset())
+    return found
 
 
 def _use(node: ast.AST, parents: list[ast.AST], name: str, cut: Collection[str], path: str) -> _Use:

@@ -111,6 +111,7 @@ def main() -> None:
     """Measure what has no row of this commit, each row written at once."""
     parser = TABLE.parser(__doc__)
     parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL")
+    parser.add_argument("--request", nargs="*", type=float, default=REQUESTS, metavar="SHARE")
     parser.add_argument("--backend", action="append", choices=racing.BACKENDS)
     parser.add_argument("--photos", type=Path, default=photos.FOLDER, metavar="FOLDER")
     racing.ask_how_to_race(parser, pairs=45)
@@ -119,7 +120,7 @@ def main() -> None:
     done = options.table.done(by=rows.commit())
     for name in options.models:
         contest = Contest(name, options)
-        for key in product([name], options.backend or racing.BACKENDS, REQUESTS):
+        for key in product([name], options.backend or racing.BACKENDS, options.request):
             if tuple(map(str, key)) in done:
                 continue
             try:

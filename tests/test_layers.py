@@ -58,13 +58,13 @@ CODE_LINES = {
     "graph": 1780,
     "importance": 750,
     "integrations": 330,
-    "planner": 3760,
+    "planner": 3770,
     "recovery": 1880,
     "report": 590,
     "structures": 290,
     "surgeon": 2210,
     "tracer": 6960,
-    "verifier": 2410,
+    "verifier": 2420,
 }
 """Caps of code lines (no docstrings, comments, blank lines) by package, ``.`` for loose files.
 

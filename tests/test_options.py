@@ -263,17 +263,29 @@ def test_shrink_refuses_nonsense_of_its_own(options, error, said) -> None:
         {"scope": "global"},
         {"scope": ["0.*"]},
         {"normalise": "max"},
-        {"min_width": 4},
-        {"max_ratio": 0.5},
-        {"round_to": 8},
-        {"include": "0.*"},
-        {"exclude": "0.*"},
     ],
 )
 def test_what_has_no_effect_beside_a_ratio_is_refused(options) -> None:
     with pytest.raises(PlanError, match="can't be combined with ratio=") as caught:
         prunus.shrink(Untouchable(), Untouchable(), ratio=0.5, **options)
     assert "a ratio is taken from every group alike" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "widths"),
+    [
+        ({}, (8, 6)),
+        ({"exclude": "0.*"}, (16, 6)),
+        ({"include": "0.*"}, (8, 12)),
+        ({"min_width": 7}, (8, 7)),
+        ({"max_ratio": {"2.weight[[]0]": 0.25}}, (8, 9)),
+        ({"round_to": 4}, (8, 8)),
+        ({"scope": "local", "hold": ["2.weight[0]"]}, (8, 12)),
+    ],
+)
+def test_a_ratio_is_taken_of_the_groups_that_are_meant(model, options, widths) -> None:
+    prunus.shrink(model, X, ratio=0.5, **options)
+    assert (model[0].out_features, model[2].out_features) == widths
 
 
 def test_defaults_may_be_written_out_beside_a_ratio(model) -> None:

@@ -106,7 +106,6 @@ def _unexpected(called: str, option: str, known: set[str]) -> TypeError:
     )
 
 
-@checks_options
 def first_names(names: Iterable[str], shown: int = 3) -> str:
     """The first few names, and how many more.
 
@@ -118,6 +117,7 @@ def first_names(names: Iterable[str], shown: int = 3) -> str:
     return ", ".join(ordered[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
+@checks_options
 class PrunusError(Exception):
     """Base of every error that Prunus raises on purpose.
 

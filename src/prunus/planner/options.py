@@ -127,8 +127,8 @@ class ScoreOptions:
         None, lambda value: hasattr(value, "unit_count"), "what prunus.importance.collect returns"
     )
     loss: Loss | None = option(None, callable, "a function of the outputs and a batch")
-    include: Globs | None = option(None, is_names, _GLOBS, beside_ratio=None)
-    exclude: Globs = option((), is_names, _GLOBS, beside_ratio=())
+    include: Globs | None = option(None, is_names, _GLOBS)
+    exclude: Globs = option((), is_names, _GLOBS)
     seed: int = option(0, is_whole, "an int", recorded=True)
 
     def check(self) -> None:
@@ -233,9 +233,9 @@ class PlanOptions(ScoreOptions):
     )
     scope: Scope = option("local", recorded=True, beside_ratio="local")
     normalise: Normalise | None = option(None, recorded=True, beside_ratio=None)
-    min_width: int | Mapping[str, int] = option(1, recorded=True, beside_ratio=1)
-    max_ratio: float | Mapping[str, float] | None = option(None, recorded=True, beside_ratio=1.0)
-    round_to: int | Mapping[str, int] | None = option(None, recorded=True, beside_ratio=1)
+    min_width: int | Mapping[str, int] = option(1, recorded=True)
+    max_ratio: float | Mapping[str, float] | None = option(None, recorded=True)
+    round_to: int | Mapping[str, int] | None = option(None, recorded=True)
     hold: Collection[str] = option(
         (),
         lambda value: not isinstance(value, str) and is_names(value),
@@ -285,20 +285,18 @@ class PlanOptions(ScoreOptions):
             )
 
     def _check_beside_ratio(self) -> None:
-        """A ratio is one of every group: what shapes a budget's choice would change nothing."""
+        """Every group loses the ratio, so which units compete would change nothing."""
         given = []
         for one in fields(self):
             silent, value = one.metadata["beside_ratio"], getattr(self, one.name)
             if silent is ... or value == one.default or value == silent:
                 continue
-            if one.name != "exclude" or value:
-                given.append(one.name)
+            given.append(one.name)
         if given:
             raise PlanError(
                 f"{', '.join(given)} can't be combined with ratio=",
                 why="a ratio is taken from every group alike",
-                fix="give a budget, or ratios={'layer3.*': 0.3} of the groups that are meant; "
-                "hold=[…] names groups that lose nothing",
+                fix="give a budget, as budget=Budget(macs=0.5)",
             )
 
     @property

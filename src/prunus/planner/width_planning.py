@@ -278,13 +278,15 @@ def _choose(
     hold: Mapping[str, str],
     round_to: RoundTo,
 ) -> Selection:
+    ratios: float | Mapping[str, float] | None = asked.ratios
     if asked.ratio is not None:
-        return Selection(select(graph, scores, {}, ratios=asked.ratio, held=hold).kept)
-    ratios = asked.ratios
+        options = {name: getattr(asked, name) for name in _SHAPING if name != "normalise"}
+        options |= {"ratios": asked.ratio, "held": hold, "round_to": round_to}
+        return Selection(select(graph, scores, {}, **options).kept)
     if ratios is not None:
         given = spread(graph, ratios, "ratios", check_share)
         ratios = {name: share for name, share in given.items() if name not in hold}
-    options: dict[str, Any] = {name: getattr(asked, name) for name in _SHAPING}
+    options = {name: getattr(asked, name) for name in _SHAPING}
     most = budget.limits(graph) if isinstance(budget, Budget) else budget or {}
     with uncollected():
         return hold_peak(

@@ -228,7 +228,7 @@ BAD: list[tuple[Callable[[], Any], dict[Any, Any], str]] = [
     (bert, {0: [4]}, r"there is no head 4(.|\n)*numbers 0 to 3"),
     (bert, {0: [-1]}, "there is no head -1"),
     (bert, {0: [True]}, "there is no head True"),
-    (bert, {0: [0, 1, 2, 3]}, r"no head would stay(.|\n)*drop the layer"),
+    (bert, {0: [0, 1, 2, 3]}, r"no head would be kept(.|\n)*drop the layer"),
     (bert, {0: [1, 1]}, "a head is named twice"),
     (bert, {9: [0]}, r"no attentions are found at layer 9(.|\n)*layer\.2\.attention"),
     (llama, {0: [1]}, r"head 1 can't go alone(.|\n)*4 query heads share 2 keys"),

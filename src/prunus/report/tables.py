@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from rich import box
@@ -35,24 +36,27 @@ def layers_table(anatomy: Anatomy) -> Table | None:
 
     A width that several layers share stands where nothing is said of a layer.
     """
-    kinds = [kind for kind in _COLUMNS if anatomy.of(kind)]
+    kinds = list(filter(anatomy.of, _COLUMNS))
     if not anatomy.attentions:
         return None
     table = _table("layers", "attention", *kinds, numbers=kinds)
     for stack, layers in anatomy.stacks.items():
-        rows: list[tuple[list[str], tuple[str, ...]]] = []
-        for layer in layers:
-            cells = (_attention_cell(anatomy, layer), *(_sizes(layer.sizes(k)) for k in kinds))
-            if not rows or rows[-1][1] != cells:
-                rows.append(([], cells))
-            rows[-1][0].append(layer.path.rpartition(".")[2])
-        for numbers, cells in rows:
+        for cells, equal in groupby(layers, lambda layer: _layer_cells(anatomy, layer, kinds)):
+            numbers = [layer.path.rpartition(".")[2] for layer in equal]
             last = f"–{numbers[-1]}" if len(numbers) > 1 else ""
             _row(table, f"{stack}.{numbers[0]}{last}", *cells)
-    shared = [part for part in anatomy.structures if not part.layer and part.kind in kinds]
-    if shared:
-        _row(table, "all", "", *(_sizes([s.size for s in shared if s.kind == k]) for k in kinds))
+    shared = [_shared_sizes(anatomy, kind) for kind in kinds]
+    if any(shared):
+        _row(table, "all", "", *shared)
     return table
+
+
+def _layer_cells(anatomy: Anatomy, layer: Layer, kinds: Iterable[Kind]) -> tuple[str, ...]:
+    return (_attention_cell(anatomy, layer), *(_sizes(layer.sizes(kind)) for kind in kinds))
+
+
+def _shared_sizes(anatomy: Anatomy, kind: Kind) -> str:
+    return _sizes([part.size for part in anatomy.of(kind) if not part.layer])
 
 
 def sensitivity_table(sensitivity: Sensitivity) -> Table:
@@ -136,7 +140,7 @@ def widths_table(plan: Plan) -> Table:
 def costs_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:
     """Every cost ``before``, as ``requested`` at most, and as ``achieved``; with its share.
 
-    ``pinned`` is what would be left if every unit went.
+    ``pinned`` is what would be left if every unit were removed.
     """
     columns = ("before", "pinned", "at most", "achieved")
     table = _table("cost", *columns, numbers=columns)
@@ -172,16 +176,15 @@ def stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     timed = [f"ms at batch {batch}" for batch in batches]
     table = _table("", *["accuracy"] * graded, "params", "MACs", "bytes", *timed)
     for stage in stages:
-        cells = [stage["name"]]
-        if graded:
-            accuracy = stage.get("accuracy")
-            cells.append("" if accuracy is None else f"{accuracy:.2f} %")
-        for name in ("params", "macs", "bytes"):
-            cells.append(_with_share(stage[name], stages[0][name]))
-        times = stage.get("latency_ms") or {}
-        cells += [f"{times[batch]:.2f}" if batch in times else "" for batch in batches]
-        _row(table, *cells)
+        accuracy, times = stage.get("accuracy"), stage.get("latency_ms") or {}
+        costs = (_with_share(stage[n], stages[0][n]) for n in ("params", "macs", "bytes"))
+        cells = (_number(times.get(batch)) for batch in batches)
+        _row(table, stage["name"], *[_number(accuracy, " %")] * graded, *costs, *cells)
     return table
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    return "" if value is None else f"{value:.2f}{unit}"
 
 
 def _with_share(value: int, whole: int) -> str:

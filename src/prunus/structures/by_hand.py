@@ -26,7 +26,7 @@ def with_units(graph: CouplingGraph, group: str, units: Iterable[int]) -> Mask:
     found = graph.group(group)
     chosen = _numbers(units, found.size, f"group {group}", "unit")
     if not chosen:
-        raise PlanError(f"no unit of {group} would stay", fix="name at least one unit to keep")
+        raise PlanError(f"no unit of {group} would be kept", fix="name at least one unit to keep")
     kept = graph.all_kept
     kept[found.units] = False
     kept[found.units[chosen]] = True
@@ -36,17 +36,20 @@ def with_units(graph: CouplingGraph, group: str, units: Iterable[int]) -> Mask:
 def _numbers(numbers: Iterable[int], size: int, where: str, what: str) -> list[int]:
     """The numbers, ascending; refused where one is out of range or there twice."""
     found = list(numbers)
-    wrong = [n for n in found if isinstance(n, bool) or not isinstance(n, (int, np.integer))]
-    beyond = [n for n in found if n not in wrong and not 0 <= n < size]
-    if wrong or beyond:
+    wrong = [n for n in found if not _is_number(n)] or [n for n in found if not 0 <= n < size]
+    if wrong:
         raise PlanError(
-            f"there is no {what} {(wrong or beyond)[0]!r}",
+            f"there is no {what} {wrong[0]!r}",
             where=where,
             why=f"it has {size}, with the numbers 0 to {size - 1}",
         )
     if len(set(found)) < len(found):
         raise PlanError(f"a {what} is named twice", where=where, fix=f"name each {what} once")
     return sorted(int(n) for n in found)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def without_heads(graph: CouplingGraph, heads: Mapping[Where, Collection[int]]) -> Mask:
@@ -71,7 +74,7 @@ def without_heads(graph: CouplingGraph, heads: Mapping[Where, Collection[int]]) 
         chosen = _numbers(numbers, size, attention.module, "head")
         if len(chosen) == size:
             raise PlanError(
-                "no head would stay",
+                "no head would be kept",
                 where=attention.module,
                 why=f"all of its {size} heads were named" if size else "its heads can't be pruned",
                 fix="leave one, or drop the layer: prunus.drop_layers",

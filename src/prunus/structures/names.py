@@ -233,15 +233,20 @@ class _Kinds:
 
 def _by_weights(group: Group, graph: CouplingGraph) -> Kind:
     """A width between two products of weights: of linear layers, experts or convolutions."""
-    made = [axis for axis, role in group.axes if role is Role.PRODUCER]
-    read = [axis for axis, role in group.axes if role is Role.CONSUMER]
-    dims = [len(graph.shapes[axis.tensor]) for axis in (*made, *read)]
-    if made and read and all(n == 2 for n in dims):
+    places = set(_contracted(group, graph))
+    dims = {count for count, _, _ in places}
+    if dims == {2} and len({role for _, _, role in places}) == 2:
         return "ffn"
-    if dims and all(n == 3 for n in dims if n != 2) and 3 in dims:
-        stacked = [axis for axis in (*made, *read) if len(graph.shapes[axis.tensor]) == 3]
-        return "experts" if all(axis.dim == 0 for axis in stacked) else "ffn"
-    return "channels" if any(n > 2 for n in dims) else "other"
+    if dims in ({3}, {2, 3}):
+        return "ffn" if any(count == 3 and dim for count, dim, _ in places) else "experts"
+    return "channels" if max(dims, default=0) > 2 else "other"
+
+
+def _contracted(group: Group, graph: CouplingGraph) -> Iterator[tuple[int, int, Role]]:
+    """Of each weight that makes or reads a group: its number of dims, which dim, and the role."""
+    for axis, role in group.axes:
+        if role in (Role.PRODUCER, Role.CONSUMER):
+            yield len(graph.shapes[axis.tensor]), axis.dim, role
 
 
 def _flags(size: int, *units: Units) -> NDArray[np.bool_]:

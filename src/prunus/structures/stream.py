@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.program import Ref
+from prunus.graph.program import Program, Ref
 from prunus.tracer.attention import Units
 from prunus.tracer.dataflow import contracts, name_of, read_by
 
@@ -25,8 +25,15 @@ def find_stream(graph: CouplingGraph) -> Iterator[Units]:
     is the sum in an activation function, whose two sides come from the same product.
     """
     program = graph.program
-    if program is None:
-        return
+    for value in _sums(program) if program is not None else ():
+        for dim in range(1, len(program.shapes[value])):
+            label = program.value_label(Ref(value), dim)
+            if label is not None:
+                yield np.setdiff1d(label, [0])
+
+
+def _sums(program: Program) -> Iterator[int]:
+    """The first term of every sum of two activations of one shape from different origins."""
     origin = dict.fromkeys((*program.state, *program.constants), _FIXED)
     for index, node in enumerate(program.nodes):
         read = read_by(node)
@@ -34,11 +41,6 @@ def find_stream(graph: CouplingGraph) -> Iterator[Units]:
         name = name_of(node)
         fresh = name in _TABLES or (contracts(node) and max(before) > _FIXED)
         origin.update(dict.fromkeys(node.outputs, index if fresh else max(before, default=_FIXED)))
-        if name not in _SUMS or len(read) != 2 or before[0] == before[1] or _FIXED in before:
-            continue
-        shapes = {program.shapes[value] for value in read}
-        if len(shapes) == 1:
-            for dim in range(1, len(shapes.pop())):
-                label = program.value_label(Ref(read[0]), dim)
-                if label is not None:
-                    yield np.setdiff1d(label, [0])
+        different = name in _SUMS and len(read) == 2 and len({*before} - {_FIXED}) == 2
+        if different and program.shapes[read[0]] == program.shapes[read[1]]:
+            yield read[0]

@@ -1,4 +1,4 @@
-"""The public verbs that plan, prove and cut in one call."""
+"""The public functions that plan, verify and prune in one call."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ Mode = Literal["free", "uniform"]
 @checks_options
 @dataclass(frozen=True, repr=False)
 class Shrunk:
-    """What :func:`shrink` did: the smaller model, the plan, and the proof.
+    """What :func:`shrink` did: the smaller model, the plan, and the certificate.
 
-    ``held`` names the groups and blocks that stayed whole, with the reason: the proof rejected
+    ``held`` names the groups and blocks that are kept whole, with the reason: verification rejected
     them, or in a uniform plan the config can't say them.  ``recovery`` has what was done with the
     calibration data, step by step, with the error of the outputs after each; ``samples`` is how
     many samples of the data were used.
@@ -84,9 +84,9 @@ def shrink(
     progress: Progress | None = None,
     **options: Unpack[PlanKeywords],
 ) -> Shrunk:
-    """Trace, plan, prove, cut and recover, all in one call; the model changes in place.
+    """Trace, plan, verify, prune and recover, all in one call; the model changes in place.
 
-    Groups of which the proof finds that the model's own code does not follow are kept whole,
+    Groups of which verification finds that the model's own code does not follow are kept whole,
     and the plan is made again without them; so are blocks, unless they were named.
 
     Parameters
@@ -94,9 +94,9 @@ def shrink(
     model, args, kwargs
         The model and example inputs for its forward.
     verified
-        Prove first, on a copy, that the cut model computes the masked original.
+        Verify first, on a copy, that the pruned model computes what the masked original computes.
     each_group
-        Let the proof also remove every group alone, and list those whose removal moves nothing;
+        Also remove every group alone, and list those whose removal moves nothing;
         for a model of many groups that takes most of the time.
     mode
         ``"uniform"``, for models of transformers: only what the plain ``config.json`` can say, the
@@ -105,8 +105,8 @@ def shrink(
     forward_fn
         What is run in place of the forward, as in :func:`trace`, also on the data's batches.
     recover
-        What is done after the proof, without labels and without training.
-        ``"auto"`` folds what goes into what stays (:func:`compensate`, least squares), corrects
+        What is done after verification, without labels and without training.
+        ``"auto"`` absorbs removed units into the kept weights (:func:`compensate`), corrects
         the weights of LayerNorms and RMSNorms over axes that lost positions (no other method
         does), measures batch norms again (:func:`recalibrate`), and keeps of these what brings the
         outputs nearer to the dense model's; without data, it moves the statistics of batch norms
@@ -125,10 +125,10 @@ def shrink(
     Raises
     ------
     VerifyError
-        If the proof fails for every group, or for a block that was named; the model was not
+        If verification rejects every group, or a block that was named; the model was not
         touched.
     BudgetError
-        If the budget can't be met, or not without the groups that the proof rejects.
+        If the budget can't be met, or not without the groups that verification rejects.
     DataError
         If the importance needs calibration data and there is none.
     """
@@ -195,7 +195,7 @@ def drop_layers(
         The path of the list or sequence of modules that they stand in, or a glob that fits one;
         may be left out where a model has a single one.
     verified
-        Prove it first, on a copy.
+        Verify it first, on a copy.
     optimizer
         The parameters of dropped layers leave it, as by :func:`prunus.apply`.
 
@@ -253,7 +253,7 @@ def prune_heads(
     args, kwargs
         Example inputs for the forward; a model of transformers needs none.
     verified
-        Prove first, on a copy, that the cut model computes the masked original.
+        Verify first, on a copy, that the pruned model computes what the masked original computes.
     optimizer
         Its state is cut along, as by :func:`prunus.apply`.
 
@@ -264,7 +264,7 @@ def prune_heads(
         alone: query heads share keys and values with others of their KV group, and layers that
         share a position bias share their heads.
     VerifyError
-        If the proof fails; the model was not touched.
+        If verification fails; the model was not touched.
 
     Examples
     --------
@@ -304,7 +304,7 @@ def keep(
     group
         Its name, as ``prunus inspect`` lists it.
     units
-        Numbers of the units that stay, from 0.
+        Indices of the units that are kept, from 0.
     args, kwargs, verified, optimizer
         As for :func:`prune_heads`.
 
@@ -313,7 +313,7 @@ def keep(
     PlanError
         If there is no such group or unit, if none would stay, or if a constraint forbids it.
     VerifyError
-        If the proof fails; the model was not touched.
+        If verification fails; the model was not touched.
     """
     refuse_quantized(model)
     args, kwargs = _inputs_of(model, args, kwargs)

@@ -23,7 +23,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prove on a copy, print the verdict."""
+    """Verify a plan on a copy of the model, and print the verdict."""
     import prunus
     from prunus.cli.models import load_model
     from prunus.report.documents import write_json

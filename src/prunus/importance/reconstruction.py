@@ -1,4 +1,4 @@
-"""How well the outputs of a weight can be said by the columns that stay, as columns come and go.
+"""How well the kept columns of a weight reproduce its outputs, as columns are removed.
 
 With the features' covariance ``C`` and ``H = C + λI``, the outputs ``W h`` are missed by
 ``E(S) = tr W H Wᵀ − tr T_S (H_SS)⁻¹ T_Sᵀ`` with ``T = W H``, when the columns S stay and are
@@ -72,7 +72,7 @@ class Reconstruction:
         return cost.sum(1).clamp_min(0)
 
     def remove(self, unit: int) -> None:
-        """Let a unit go, and the columns that stay take up what they can."""
+        """Remove a unit; the kept columns absorb what they can."""
         gone = self._columns[unit]
         gone = gone[gone != self._nothing].unique()
         if not len(gone):

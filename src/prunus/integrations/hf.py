@@ -100,7 +100,7 @@ def save(
         ``"free"``: config.json of the architecture as it was, and one safetensors file with the
         weights and the plan, for :func:`load`.  ``"uniform"``: config.json of the smaller
         architecture and plain weights, for ``from_pretrained`` of the unmodified library; possible
-        where the config can say every width, which is proven before anything is written.
+        where the config can say every width, which is verified before anything is written.
 
     Raises
     ------

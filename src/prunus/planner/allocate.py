@@ -44,7 +44,7 @@ _TOLD = 3
 
 
 class Selection(NamedTuple):
-    """The units that stay, and how good a choice that is.
+    """The units that are kept, and how good a choice that is.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class Selection(NamedTuple):
     stopped
         Why groups can lose no more.
     retained
-        The normalised scores of the units that stay, as a part of those of all units (infinite
+        The normalised scores of the kept units, as a part of those of all units (infinite
         ones left out); None where they were not compared.
     bound
         No choice under the same budget retains more; None but in the global scope.
@@ -83,7 +83,7 @@ def select(
     exclude: Globs = (),
     held: Mapping[str, str] = MappingProxyType({}),
 ) -> Selection:
-    """Choose the units that stay.
+    """Choose the units that are kept.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """Exact costs, kept current while quanta are removed and put back.
 
-A *quantum* is a set of units that go together, so it is what a step of the planner removes.  A
+A *quantum* is a set of units that are removed together, in one step of the planner.  A
 labelled dim is cut where a position loses one of its units: a position that only one quantum can
 take is counted once and for all, one that several could take (head × dim) keeps the number of
 those that are gone.  Quanta that take equally many positions of the same dims are of one *kind*

@@ -37,7 +37,7 @@ def find_drops(
     if isinstance(drop, int):
         if isinstance(drop, bool) or drop < 1:
             raise PlanError(
-                f"drop={drop!r} is no number of blocks",
+                f"drop must be a number of blocks or their names, got {drop!r}",
                 fix="give an int ≥ 1, or the names of blocks as in graph.blocks",
             )
         return least_influential(graph, influence(), drop, protect_ends=protect_ends, hold=hold)

@@ -97,9 +97,9 @@ def check_share(option: str, value: Any) -> None:
 
 
 def check_count(option: str, number: Any) -> None:
-    """Refuse what is no number of units."""
+    """Refuse what can't be a number of units."""
     if type(number) is not int or number < 1:
-        raise PlanError(f"{option}={number!r} is no number of units", fix="give an int ≥ 1")
+        raise PlanError(f"{option} must be a positive integer, got {number!r}")
 
 
 def check_each(option: str, values: Any, check: Callable[[str, Any], None]) -> None:

@@ -63,7 +63,7 @@ class Quanta:
         return sorted({group for quantum in chain.tolist() for group, _ in self.shares[quantum]})
 
     def kept(self, removed: Mask) -> Mask:
-        """Units that stay when the quanta of a mask are removed."""
+        """Units that are kept when the quanta of a mask are removed."""
         gone = removed.copy()
         gone[0] = False
         return np.asarray(~gone[self.owner], dtype=np.bool_)

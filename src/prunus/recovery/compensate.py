@@ -92,9 +92,9 @@ def compensate(
     check: bool = True,
     progress: Progress | None = None,
 ) -> Compensation:
-    """Make the model smaller like :func:`prunus.apply`, and fold what goes into what stays.
+    """Prune like :func:`prunus.apply`, and absorb removed units into the kept weights.
 
-    Every weight that reads removed units gets the weights with which the units that stay say
+    Every weight that reads removed units gets the weights with which the kept units say
     best, in the least squares on calibration data, what all of them said (see
     :mod:`prunus.recovery.least_squares`).  Where heads lose dims of queries and keys, those that
     stay become the best subspace for their products (:mod:`prunus.recovery.queries_keys`).  No

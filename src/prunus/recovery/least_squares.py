@@ -1,7 +1,7 @@
 """Ridge least squares: what a whole weight says of dense features, said by the features that stay.
 
 With h what a weight W reads in the dense model and g what it reads now (h without the columns that
-go, or behind layers that were cut and repaired already), S the columns that stay and C covariances,
+go, or behind layers that were cut and repaired already), S the kept columns and C covariances,
 
     W' = W_S + (W C_hg − W_S C_gg)(C_gg + λI)⁻¹,    b' = b + W E h − W' E g
 

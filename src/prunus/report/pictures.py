@@ -45,7 +45,7 @@ def draw_channels(plan: Plan, path: str | os.PathLike[str], *, title: str = "") 
     axes = figure.add_subplot()
     for row, choice in enumerate(choices):
         _draw_row(axes, row, choice)
-    _dress(axes, choices, title or "Units that stay and units that go")
+    _dress(axes, choices, title or "Kept and removed units")
     if len(choices) < len(plan.groups):
         axes.set_xlabel(f"units; the {len(choices)} widest of {len(plan.groups)} groups")
     save_figure(figure, path)

@@ -251,7 +251,7 @@ def _build(owner: nn.Module, config: Any) -> nn.Module | None:
             return None
         with same_draws(), torch.device("meta"), _silence():
             return kind(copy.deepcopy(config))
-    except Exception:  # a constructor may raise anything: then nothing is proven
+    except Exception:  # a constructor may raise anything: then nothing is known of it
         return None
 
 

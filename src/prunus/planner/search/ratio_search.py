@@ -165,7 +165,7 @@ def search_ratios(
     """
     optuna = require("optuna", "search")
     if trials < 1:
-        raise PlanError(f"trials={trials!r} is no number of trials", fix="give one from 1 on")
+        raise PlanError(f"trials must be a positive integer, got {trials!r}")
     (most,) = check_ratios([max_ratio])
     experiment = Experiment.of(graph, model, ScoreOptions(**options))
     tops = experiment.rows([most * part for part in (1.0, 0.75, 0.5, 0.25)])

@@ -29,13 +29,16 @@ def refs_in(value: Any) -> list[Ref]:
     >>> refs_in({"input": Ref(3), "tensors": [Ref(1), (Ref(3), 2)]})
     [Ref(value=3), Ref(value=1), Ref(value=3)]
     """
-    if isinstance(value, Ref):
+    if type(value) is Ref:
         return [value]
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return []
-    return [ref for item in value for ref in refs_in(item)]
+    items = value.values() if isinstance(value, Mapping) else value
+    found: list[Ref] = []
+    for item in items if isinstance(value, (Mapping, list, tuple)) else ():
+        if type(item) is Ref:
+            found.append(item)
+        elif isinstance(item, (list, tuple, Mapping)):
+            found += refs_in(item)
+    return found
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -171,6 +174,17 @@ def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
                 first[id(tensor)] = name
                 state[name] = tensor
     return state, aliases
+
+
+def modules_in(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What ``named_modules()`` gives, of which each level takes time anew."""
+    seen: set[int] = set()
+    found = []
+    for path, module in _modules_in(model):
+        if id(module) not in seen:
+            seen.add(id(module))
+            found.append((path, module))
+    return found
 
 
 def _modules_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prunus.graph.axis import Label
 from prunus.graph.blocks import Block
-from prunus.graph.program import Node, Ref, refs_in, tensors_of
+from prunus.graph.program import Node, Ref, modules_in, refs_in, tensors_of
 from prunus.tracer.capture import Recorder
 from prunus.tracer.resolver import Resolve
 
@@ -85,7 +85,7 @@ def follow_blocks(model: nn.Module, recorder: Recorder) -> Iterator[Children]:
         handles.append(module.register_forward_hook(leave, with_kwargs=True))
 
     try:
-        for path, container in model.named_modules():
+        for path, container in modules_in(model):
             if not isinstance(container, (nn.ModuleList, nn.Sequential)):
                 continue
             siblings = len(container._modules)

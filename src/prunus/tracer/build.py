@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
 
@@ -13,7 +13,7 @@ from prunus.graph.axis import Axis, Label, Role
 from prunus.graph.constraints import Aligned, Constraint, Nonempty, Pin, Rescale
 from prunus.graph.coupling import Coupling, CouplingGraph
 from prunus.graph.effect import Place, Span
-from prunus.graph.groups import form_groups
+from prunus.graph.groups import Group, form_groups
 from prunus.graph.polynomial import Monomial, Polynomial, add_up
 from prunus.graph.program import Node, Ref
 from prunus.tracer.capture import Recorder
@@ -37,19 +37,14 @@ def build_graph(
     recorder.finish()
     keep_normed_weights(recorder, model, state)
     rescales = _keep_scales(recorder)
-    pin_unsolvable(recorder, list(state))
+    resolver = pin_unsolvable(recorder, list(state))
     parameters = frozenset(name for name, t in state.items() if isinstance(t, nn.Parameter))
     roles = _roles(recorder, parameters)
-    resolver = _pin_data(recorder, list(state), roles, parameters)
+    groups = _groups(recorder, resolver, roles)
+    if _pin_data(recorder, resolver, groups, parameters):
+        resolver = Resolver(recorder, list(state))
+        groups = _groups(recorder, resolver, roles)
     labels = resolver.axes
-    mixing = np.zeros(resolver.count + 1, dtype=np.bool_)
-    for node in recorder.nodes:
-        for place in node.effect.mixing if node.effect else ():
-            label = resolver(_label_at(recorder, node, place))
-            if label is not None:
-                mixing[label] = True
-    mixing[0] = False
-    order = {axis: roles.get(axis, Role.CARRIER) for axis in labels}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     widths = Widths(resolver)
     parts = _count(recorder, model, state, labels, widths)
@@ -59,8 +54,8 @@ def build_graph(
         parameters=parameters,
         aliases=dict(aliases),
         labels=labels,
-        roles=order,
-        groups=form_groups(labels, order, resolver.count, mixing),
+        roles={axis: roles.get(axis, Role.CARRIER) for axis in labels},
+        groups=groups,
         unit_count=resolver.count,
         constraints=_constraints(recorder, resolver),
         width_labels=tuple(widths.labels),
@@ -82,19 +77,30 @@ def build_graph(
     return graph, resolver
 
 
+def _groups(
+    recorder: Recorder, resolver: Resolver, roles: Mapping[Axis, Role]
+) -> tuple[Group, ...]:
+    mixing = np.zeros(resolver.count + 1, dtype=np.bool_)
+    for node in recorder.nodes:
+        for place in node.effect.mixing if node.effect else ():
+            label = resolver(_label_at(recorder, node, place))
+            if label is not None:
+                mixing[label] = True
+    mixing[0] = False
+    own = {axis: roles.get(axis, Role.CARRIER) for axis in resolver.axes}
+    return form_groups(resolver.axes, own, resolver.count, mixing)
+
+
 def _pin_data(
-    recorder: Recorder, names: list[str], roles: Mapping[Axis, Role], parameters: frozenset[str]
-) -> Resolver:
+    recorder: Recorder, resolver: Resolver, groups: Iterable[Group], parameters: frozenset[str]
+) -> bool:
     """Pin units that no parameter makes: positions of tables and other data that the model holds.
 
     Removing them would be exact, and of no use to anyone; most are positions that this run
-    happened not to need.
+    happened not to need.  Returns whether there were any.
     """
-    resolver = Resolver(recorder, names)
-    own = {axis: roles.get(axis, Role.CARRIER) for axis in resolver.axes}
-    unmixed = np.zeros(resolver.count + 1, dtype=np.bool_)
     found = False
-    for group in form_groups(resolver.axes, own, resolver.count, unmixed):
+    for group in groups:
         makers = [axis.tensor for axis, role in group.axes if role is Role.PRODUCER] or [
             axis.tensor for axis, role in group.axes if role is Role.CARRIER
         ]
@@ -102,7 +108,7 @@ def _pin_data(
             found = True
             why = Pin("data that no parameter makes", "", "", "")
             recorder.algebra.pin(resolver.roots[group.units][:, None], why)
-    return Resolver(recorder, names) if found else resolver
+    return found
 
 
 def _keep_scales(recorder: Recorder) -> list[tuple[Label, Fixed]]:
@@ -224,16 +230,17 @@ def _read_events(
 ) -> tuple[tuple[Coupling, ...], tuple[tuple[Axis, Pin], ...]]:
     """Events between atoms as couplings between the axes that own them."""
     starts, owners = np.array(algebra.starts), algebra.owners
+    owner_of = np.repeat(np.arange(len(starts)), np.diff(starts, append=algebra.count))
     couplings: dict[tuple[Axis, Axis, str, str], Coupling] = {}
     pins: dict[tuple[Axis, Pin], None] = {}
     for event in algebra.events:
-        left = np.searchsorted(starts, event.a, side="right") - 1
+        left = owner_of[event.a]
         if event.b is None:
             for owner in np.unique(left):
                 if owner:
                     pins[(owners[owner], event.why)] = None
             continue
-        right = np.searchsorted(starts, event.b, side="right") - 1
+        right = owner_of[event.b]
         pairs = left * len(owners) + right
         for pair in np.unique(pairs[(left != right) & (left > 0) & (right > 0)]):
             chosen = pairs == pair

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunus.graph.program import modules_in
+
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 Entries = dict[str, list[Any]]
@@ -39,7 +41,7 @@ def find_remembered(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[
     """
     probes: dict[str, _Probe] = {}
     by_id: dict[int, _Probe] = {}
-    for path, module in model.named_modules():
+    for path, module in modules_in(model):
         for name, value in vars(module).items():
             if is_table(name, value):
                 probe = by_id.setdefault(id(value), _Probe(value))
@@ -63,7 +65,7 @@ def has_tables(model: nn.Module) -> bool:
 
 def forget(model: nn.Module, entries: Mapping[str, Iterable[Any]]) -> None:
     """Remove entries from the modules' dicts, in place."""
-    modules = dict(model.named_modules())
+    modules = dict(modules_in(model))
     for at, keys in entries.items():
         path, _, name = at.rpartition(":")
         kept = vars(modules[path]).get(name, {})
@@ -98,7 +100,7 @@ def find_written(model: nn.Module, before: dict[str, dict[str, Any]]) -> list[st
     """
     return [
         f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
+        for path, module in modules_in(model)
         for name, value in vars(module).items()
         if isinstance(value, Tensor) and value is not before.get(path, {}).get(name)
     ]
@@ -108,7 +110,7 @@ def remember_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The modules' attributes by path; of dicts a copy."""
     return {
         path: {n: dict(v) if type(v) is dict else v for n, v in vars(module).items()}
-        for path, module in model.named_modules()
+        for path, module in modules_in(model)
     }
 
 
@@ -117,7 +119,7 @@ def drop_caches(model: nn.Module, names: Sequence[str]) -> None:
 
     The names may be a stranger's: nothing that PyTorch keeps on a module itself is among them.
     """
-    modules = dict(model.named_modules())
+    modules = dict(modules_in(model))
     constant = {text for text in names if any(text.startswith(f"{at}!") for at in names)}
     for text in names:
         if text in constant:
@@ -143,7 +145,7 @@ def is_table(name: str, value: Any) -> bool:
 
 
 def _filled(model: nn.Module, before: dict[str, dict[str, Any]]) -> Iterator[str]:
-    for path, module in model.named_modules():
+    for path, module in modules_in(model):
         old = before.get(path, {})
         for name, value in vars(module).items():
             at = f"{path}:{name}"

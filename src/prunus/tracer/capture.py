@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from prunus.tracer.lifetimes import Lifetimes
 from prunus.tracer.marks import Run
 from prunus.tracer.provenance import Follow, Given, expression_of
 from prunus.tracer.refusals import refuse_nested
-from prunus.tracer.registry import Call, bind, find_rule
+from prunus.tracer.registry import Call, aliases, bind, find_rule
 from prunus.tracer.sizes import Sizes
 from prunus.tracer.softmax_scale import Attention
 from prunus.tracer.sources import find_source
@@ -97,7 +97,7 @@ class Recorder(TorchDispatchMode):
         self.follow = Follow(self.sizes, self.label_of, self.seal)
         self.run = Run(watch.add, apart=apart)
         self._fakes = None if real else Fakes(watch)
-        self._values = WeakIdKeyDictionary()
+        self._values: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._shadows = WeakIdKeyDictionary()
         self._stale: set[int] = set()
         self._names = {id(tensor): name for name, tensor in state.items()}
@@ -120,29 +120,38 @@ class Recorder(TorchDispatchMode):
 
     def value_of(self, tensor: Tensor) -> int:
         """The number of a tensor's value; unknown ones become state or constants."""
-        number = self._values.get(tensor)
+        number = self.number_of(tensor)
         if number is not None:
-            return int(number)
-        name = self._names.get(id(tensor))
-        if name is None and not _is_fake(tensor):
-            found = self._storages.get(_storage(tensor))
-            if found is not None and tensor.shape == self._shapes[found]:
-                name = found
+            return number
+        name = self._name_of(tensor)
         if name is None:
             number = self._new_value(tensor, (None,) * tensor.dim(), from_state=True)
             self.constants[number] = tensor
         elif name in self._by_name:
             number = self._by_name[name]
-            self._values[tensor] = number
+            self._values[id(tensor)] = weakref.ref(tensor), number
         else:
-            dense = tensor.layout == torch.strided  # nothing slices another one
-            labels: Labels = tuple(
-                self.algebra.fresh(size, Axis(name, dim))[:, None] if dense and size > 1 else None
-                for dim, size in enumerate(tensor.shape)
-            )
-            number = self._new_value(tensor, labels, from_state=True)
-            self._by_name[name] = number
-            self.state[number] = name
+            number = self._new_state(tensor, name)
+        return number
+
+    def _name_of(self, tensor: Tensor) -> str | None:
+        """The name of a tensor of state, or of the one whose memory it is as a whole."""
+        name = self._names.get(id(tensor))
+        if name is None and not _is_fake(tensor):
+            found = self._storages.get(_storage(tensor))
+            if found is not None and tensor.shape == self._shapes[found]:
+                name = found
+        return name
+
+    def _new_state(self, tensor: Tensor, name: str) -> int:
+        dense = tensor.layout == torch.strided  # nothing slices another one
+        labels: Labels = tuple(
+            self.algebra.fresh(size, Axis(name, dim))[:, None] if dense and size > 1 else None
+            for dim, size in enumerate(tensor.shape)
+        )
+        number = self._new_value(tensor, labels, from_state=True)
+        self._by_name[name] = number
+        self.state[number] = name
         return number
 
     def release(self) -> None:
@@ -154,7 +163,8 @@ class Recorder(TorchDispatchMode):
 
     def number_of(self, tensor: Tensor | None) -> int | None:
         """The number of a value that is known already; None for any other."""
-        return None if tensor is None else self._values.get(tensor)
+        known = self._values.get(id(tensor))
+        return known[1] if known is not None and known[0]() is tensor else None
 
     def pin(self, label: Label | None, reason: str) -> None:
         """Pin in the name of the tracer itself."""
@@ -172,10 +182,15 @@ class Recorder(TorchDispatchMode):
         self._record(func, bind(func, args, kwargs), out, strides)
         if known is None and func._schema.is_mutable:
             self._stale.update(_storage(t) for t in tree_leaves((args, kwargs)) if _is_fake(t))
+        elif known is not None:
+            self._keep_shadows(out, known)
+        return out
+
+    def _keep_shadows(self, out: Any, known: Any) -> None:
+        """What was computed for real stands beside what was recorded."""
         for tensor, shadow in zip(tree_leaves(out), tree_leaves(known), strict=False):
             if isinstance(tensor, Tensor) and isinstance(shadow, Tensor):
                 self._shadows[tensor] = shadow
-        return out
 
     def _passive(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """What leaves no trace: questions about a tensor, and values that are known."""
@@ -195,20 +210,21 @@ class Recorder(TorchDispatchMode):
     def _record(
         self, func: OpOverload, bound: dict[str, Any], out: Any, strides: tuple[int, ...]
     ) -> None:
-        outputs = tuple(t for t in tree_leaves(out) if isinstance(t, Tensor))
-        module, source = self.stack[-1], find_source(sys._getframe(2))
+        leaves = (out,) if isinstance(out, Tensor) else tree_leaves(out)
+        outputs = tuple(t for t in leaves if isinstance(t, Tensor))
+        context = Pin("", str(func), self.stack[-1], find_source(sys._getframe(2)))
         if any(tensor.is_nested for tensor in outputs):
-            refuse_nested(str(func), module, source)
+            refuse_nested(context.operator, context.module, context.source)
         given = self.follow.given
         if given is not None:
-            self._enter_function(given, Pin("", str(func), module, source))
+            self._enter_function(given, context)
         call = Call(
             func,
             bound,
             outputs,
             self.algebra,
             lambda tensor: self.labels[self.value_of(tensor)],
-            Pin("", str(func), module, source),
+            context,
             strides,
             given,
             lambda tensor: self.from_state[self.value_of(tensor)],
@@ -217,36 +233,44 @@ class Recorder(TorchDispatchMode):
             self.read(tensor)
         args = {name: _refer(value, self.value_of) for name, value in bound.items()}
         from_state = all(self.from_state[self.value_of(tensor)] for _, tensor in call.tensors())
-        rule = find_rule(func)
-        effect: Effect | None = None
-        if module in self.sealed:
-            call.pin_all("the code of a ScriptModule can't be followed")
-            labels = call.unlabelled()
-        elif rule is None:
-            self._pin_unknown(call)
-            labels = call.unlabelled()
-        else:
-            effect = rule(call)
-            labels = effect.outputs
-            self._summed.extend(summed_copies(call, effect))
-            for expression, size, label in effect.equations:
-                self.sizes.equate(expression, size, label, call.context)
-        for tensor, own in zip(outputs, labels, strict=True):
-            if len(own) != tensor.dim():
-                raise AssertionError(
-                    f"the rule of {func} gave {len(own)} labels for {tensor.dim()} dims"
-                )
-        numbers = tuple(
-            self._new_value(tensor, own, from_state=from_state)
-            for tensor, own in zip(outputs, labels, strict=True)
-        )
-        if not any(one.alias_info for one in func._schema.returns):  # which is no new memory
-            for tensor, number in zip(outputs, numbers, strict=True):
-                self.lifetimes.begin(tensor, number)
+        effect = self._effect_of(call)
+        labels = call.unlabelled() if effect is None else effect.outputs
+        numbers = self._number(call, labels, from_state=from_state)
         for output, label in () if effect is None else effect.counted:
             why = call.why("positions along this dim are counted")
             self._counted.setdefault(numbers[output], []).append((label, why))
-        self.nodes.append(Node(func, args, numbers, effect, module, source))
+        self.nodes.append(Node(func, args, numbers, effect, context.module, context.source))
+
+    def _effect_of(self, call: Call) -> Effect | None:
+        """What the operator's rule says; without one, all that goes in is pinned."""
+        rule = find_rule(call.target)
+        if call.context.module in self.sealed:
+            call.pin_all("the code of a ScriptModule can't be followed")
+            return None
+        if rule is None:
+            self._pin_unknown(call)
+            return None
+        effect = rule(call)
+        self._summed.extend(summed_copies(call, effect))
+        for expression, size, label in effect.equations:
+            self.sizes.equate(expression, size, label, call.context)
+        return effect
+
+    def _number(self, call: Call, labels: Sequence[Labels], *, from_state: bool) -> tuple[int, ...]:
+        """Numbers for the outputs of a call; those that are new memory are born."""
+        for tensor, own in zip(call.outputs, labels, strict=True):
+            if len(own) != tensor.dim():
+                raise AssertionError(
+                    f"the rule of {call.target} gave {len(own)} labels for {tensor.dim()} dims"
+                )
+        numbers = tuple(
+            self._new_value(tensor, own, from_state=from_state)
+            for tensor, own in zip(call.outputs, labels, strict=True)
+        )
+        if not aliases(call.target):
+            for tensor, number in zip(call.outputs, numbers, strict=True):
+                self.lifetimes.begin(tensor, number)
+        return numbers
 
     def finish(self) -> None:
         """After the forward: pin what only then is known to be a plain number."""
@@ -282,7 +306,7 @@ class Recorder(TorchDispatchMode):
 
     def label_of(self, tensor: Tensor, dim: int) -> Label | None:
         """The label of a dim of a tensor that is known; None without one."""
-        number = self._values.get(tensor)
+        number = self.number_of(tensor)
         if number is None:
             if id(tensor) not in self._names:
                 return None
@@ -313,19 +337,19 @@ class Recorder(TorchDispatchMode):
         self.shapes.append(tuple(tensor.shape))
         self.strides.append(tensor.stride() if tensor.layout == torch.strided else ())
         self.from_state.append(from_state)
-        self._values[tensor] = number
+        self._values[id(tensor)] = weakref.ref(tensor), number
         return number
 
     def _shadow(self, tensor: Any) -> Any:
         if _is_fake(tensor):
-            shadow = self._shadows.get(tensor)
+            shadow = self._shadows.get(tensor) if self._shadows else None
             return None if shadow is None or _storage(tensor) in self._stale else shadow
         small = tensor.numel() <= SHADOW_LIMIT and tensor.device.type != "meta"
         return tensor if small and not isinstance(tensor, nn.Parameter) else None
 
     def _run_shadow(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """The real result, where all tensors that go in are small and known; else None."""
-        if self._fakes is None or torch.Tag.nondeterministic_seeded in func.tags:
+        if self._fakes is None:
             return None
         if any(isinstance(one, Tensor) and self._shadow(one) is None for one in args):
             return None
@@ -334,12 +358,8 @@ class Recorder(TorchDispatchMode):
         shadows = {id(tensor): self._shadow(tensor) for tensor in tensors}
         if any(shadow is None for shadow in shadows.values()):
             return None
-        if not tensors and not _small_factory(func, leaves):
-            return None
-        if func._schema.is_mutable and any(shadows[id(t)] is t for t in tensors):
-            return None
-        device = kwargs.get("device")
-        if device is not None and torch.device(device).type == "meta":
+        own = func._schema.is_mutable and any(shadows[id(t)] is t for t in tensors)
+        if own or not (tensors or _small_factory(func, leaves)) or not _has_values(func, kwargs):
             return None
 
         def real(leaf: Any) -> Any:
@@ -366,6 +386,13 @@ def _storage(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return id(tensor)
+
+
+def _has_values(func: OpOverload, kwargs: Any) -> bool:
+    """Whether the result of an operator is the same in every run, and holds values at all."""
+    device = kwargs.get("device")
+    meta = device is not None and torch.device(device).type == "meta"
+    return not meta and torch.Tag.nondeterministic_seeded not in func.tags
 
 
 def _small_factory(func: OpOverload, leaves: list[Any]) -> bool:

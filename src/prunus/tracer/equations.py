@@ -29,20 +29,20 @@ TRIALS = 6
 """Random selections under which an equation has to be solvable before its groups may be pruned."""
 
 
-def pin_unsolvable(recorder: Recorder, names: list[str]) -> None:
+def pin_unsolvable(recorder: Recorder, names: list[str]) -> Resolver:
     """Pin what an equation speaks of where no attribute's value can make it hold.
 
     Equations are checked under random selections, so those that hold by construction (heads ×
-    dims of a view) cost nothing.  Every round ties or pins something, so there is a last one.
+    dims of a view) cost nothing.  Every round ties or pins something, so there is a last one,
+    whose units are returned.
     """
-    pending = True
-    while pending:
+    while True:
         pending = False
         resolver = Resolver(recorder, names)
         sizes = recorder.sizes
         equations = [in_units(equation, resolver) for equation in sizes.equations]
         conditions = [condition_in_units(condition, resolver) for condition in sizes.conditions]
-        for seed in range(TRIALS):
+        for seed in range(TRIALS) if equations or conditions else ():
             kept = _draw(resolver, seed)
             solution = solve(equations, sizes.attributes, kept)
             for index in [i for i, one in enumerate(equations) if one in solution.broken]:
@@ -51,6 +51,8 @@ def pin_unsolvable(recorder: Recorder, names: list[str]) -> None:
                 pending |= _keep_path(recorder, sizes.conditions[index])
             if pending:
                 break
+        if not pending:
+            return resolver
 
 
 def _draw(resolver: Resolver, seed: int) -> Mask:

@@ -11,7 +11,7 @@ Every operation is sound: where the algebra can't express what an operator deman
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +31,7 @@ NOBODY = Axis("(inner)", 0)
 TOO_DEEP = Pin(f"views nested into more than {MAX_FACTORS} factors", "view", "", "")
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Event:
+class Event(NamedTuple):
     """Two rows of atoms tied by an operator; ``b is None`` when they were pinned."""
 
     a: Atoms
@@ -42,6 +41,11 @@ class Event:
 
 class Algebra:
     """A vectorised union-find over atoms with definitions by product.
+
+    Attributes
+    ----------
+    has_definitions
+        Whether any atom stands for several others.
 
     >>> algebra, why = Algebra(), Pin("", "", "", "")
     >>> label = algebra.fresh(6)[:, None]
@@ -59,6 +63,8 @@ class Algebra:
         self._copies = np.zeros(1024, dtype=np.bool_)
         self._places = np.zeros(1024, dtype=np.bool_)
         self._count = 1
+        self.has_definitions = False
+        self._has_copies = False
         self.events: list[Event] = []
         self.owners: list[Axis] = [Axis("always kept", 0)]
         self.starts: list[int] = [0]
@@ -67,11 +73,6 @@ class Algebra:
     def count(self) -> int:
         """Number of atoms made so far, atom 0 included."""
         return self._count
-
-    @property
-    def has_definitions(self) -> bool:
-        """Whether any atom stands for several others."""
-        return bool(self._defined[: self._count].any())
 
     def fresh(self, size: int, owner: Axis = NOBODY) -> Atoms:
         """New atoms with consecutive ids, shape ``(size,)``, in the name of an axis."""
@@ -83,13 +84,10 @@ class Algebra:
             grown = np.arange(capacity, dtype=np.int64)
             grown[: self._count] = self._parent[: self._count]
             self._parent = grown
-            self._left = np.resize(self._left, capacity)
-            self._right = np.resize(self._right, capacity)
-            self._defined = np.resize(self._defined, capacity)
-            self._copies = np.resize(self._copies, capacity)
-            self._places = np.resize(self._places, capacity)
-            for array in (self._left, self._right, self._defined, self._copies, self._places):
+            for name in ("_left", "_right", "_defined", "_copies", "_places"):
+                array = np.resize(getattr(self, name), capacity)
                 array[self._count :] = 0
+                setattr(self, name, array)
         atoms = np.arange(self._count, needed, dtype=np.int64)
         self._count = needed
         return atoms
@@ -101,6 +99,7 @@ class Algebra:
         holds them is that of a dim that has met nothing but such dims.
         """
         own, twin = self.fresh(size, owner), self.fresh(size, owner)
+        self._has_copies = True
         self._copies[twin] = True
         self._places[own] = True
         self._tie(own, twin)
@@ -108,9 +107,10 @@ class Algebra:
 
     def copied(self, label: Label | None) -> Label | None:
         """The columns of a label that :meth:`copies` has made; None without any."""
-        if label is None or not self._copies[label].any():
+        if label is None or not self._has_copies:
             return None
-        return label[:, self._copies[label].any(axis=0)]
+        columns = self._copies[label].any(axis=0)
+        return label[:, columns] if columns.any() else None
 
     def pin_copies(self, label: Label, why: Pin) -> None:
         """Keep every position of copies, where anything else was tied to them."""
@@ -124,14 +124,14 @@ class Algebra:
         if flat is None or self.copied(label) is None or label is None:
             return flat
         roots = self.find(label)
-        return flat if self._defined[roots].any() or not roots.all() else label
+        return flat if self._are_defined(roots) or not roots.all() else label
 
     def find(self, atoms: Atoms) -> Atoms:
         """Roots of the atoms, same shape."""
         roots = self._parent[atoms]
         while True:
             above = self._parent[roots]
-            if (above == roots).all():
+            if not np.count_nonzero(above != roots):
                 return roots
             roots = above
 
@@ -140,9 +140,22 @@ class Algebra:
         if label is None:
             return None
         roots = self.find(label)
-        if label.shape[1] == 1 and not self._defined[roots].any():
-            return roots if roots.any() else None
-        columns = list(roots.T)
+        if label.shape[1] == 1 and not self._are_defined(roots):
+            return roots if np.count_nonzero(roots) else None
+        done = _compact(self._factors(list(roots.T)))
+        if len(done) > MAX_FACTORS:
+            for column in done:
+                self._tie(column, np.zeros_like(column))
+            self.events.append(Event(label.ravel(), None, TOO_DEEP))
+            return None
+        return np.stack(done, axis=1) if done else None
+
+    def _are_defined(self, roots: Atoms) -> bool:
+        """Whether any of them stands for several others."""
+        return self.has_definitions and bool(np.count_nonzero(self._defined[roots]))
+
+    def _factors(self, columns: list[Atoms]) -> list[Atoms]:
+        """The distinct columns of atoms without definition whose product columns of roots are."""
         done: list[Atoms] = []
         while columns:
             column = columns.pop()
@@ -152,13 +165,7 @@ class Algebra:
                 columns.append(self.find(np.where(defined, self._right[column], 0)))
             elif column.any() and not any(np.array_equal(column, other) for other in done):
                 done.append(column)
-        done = _compact(done)
-        if len(done) > MAX_FACTORS:
-            for column in done:
-                self._tie(column, np.zeros_like(column))
-            self.events.append(Event(label.ravel(), None, TOO_DEEP))
-            return None
-        return np.stack(done, axis=1) if done else None
+        return done
 
     def unify(self, a: Label | None, b: Label | None, why: Pin) -> Label | None:
         """Demand that two dims of the same size keep the same positions; returns their label.
@@ -259,23 +266,29 @@ class Algebra:
         return self.fresh(sizes[0], Axis(name, 0)), self.fresh(sizes[1], Axis(name, 1))
 
     def _remember(self, a: Label, b: Label, why: Pin) -> None:
-        width = max(a.shape[1], b.shape[1])
-        left = np.repeat(a[:, :1], width, axis=1) if a.shape[1] == 1 else a
-        right = np.repeat(b[:, :1], width, axis=1) if b.shape[1] == 1 else b
-        if left.shape == right.shape:
-            self.events.append(Event(left.ravel(), right.ravel(), why))
-        else:
-            self.events.append(Event(a[:, 0], b[:, 0], why))
+        if a.shape[1] != b.shape[1] and 1 in (a.shape[1], b.shape[1]):
+            a, b = np.broadcast_arrays(a, b)
+        elif a.shape[1] != b.shape[1]:
+            a, b = a[:, :1], b[:, :1]
+        self.events.append(Event(a.ravel(), b.ravel(), why))
 
     def _unify(self, a: Label | None, b: Label | None, why: Pin) -> Label | None:
         first, second = self.canonical(a), self.canonical(b)
         if first is None or second is None:
             self.pin(first if second is None else second, why)
             return None
-        if first.shape == second.shape and (first == second).all():
+        if first.shape == second.shape and not np.count_nonzero(first != second):
             return first
-        left = [c for c in first.T if not any(np.array_equal(c, d) for d in second.T)]
-        right = [c for c in second.T if not any(np.array_equal(c, d) for d in first.T)]
+        if first.shape[1] == second.shape[1] == 1:
+            self._tie(first[:, 0], second[:, 0])
+            return self.canonical(a)
+        self._equate_columns(list(first.T), list(second.T), why)
+        return self.canonical(a)
+
+    def _equate_columns(self, first: list[Atoms], second: list[Atoms], why: Pin) -> None:
+        """Demand that products of columns are one; what can't be matched is pinned."""
+        left = [c for c in first if not any(np.array_equal(c, d) for d in second)]
+        right = [c for c in second if not any(np.array_equal(c, d) for d in first)]
         self._match(left, right)
         if len(left) == 1 and right:
             self._equate(left[0], right, why)
@@ -284,7 +297,6 @@ class Algebra:
         else:
             for column in left + right:
                 self.pin(column[:, None], why)
-        return self.canonical(a)
 
     def _match(self, left: list[Atoms], right: list[Atoms]) -> None:
         """Tie the columns that partition the positions alike, and take them off the lists."""
@@ -326,6 +338,7 @@ class Algebra:
             self._define(right, rest)
         else:
             right = rest[0]
+        self.has_definitions = True
         self._left[atoms], self._right[atoms] = left, right
         self._defined[atoms] = True
 
@@ -334,7 +347,7 @@ class Algebra:
         while True:
             a, b = self.find(a), self.find(b)
             differ = a != b
-            if not differ.any():
+            if not np.count_nonzero(differ):
                 return
             a, b = a[differ], b[differ]
             np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))

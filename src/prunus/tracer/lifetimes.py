@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Lifetimes:
     def __init__(self, clock: Callable[[], int]) -> None:
         self.found: list[Lifetime] = []
         self._clock = clock
-        self._alive: dict[int, Lifetime] = {}
+        self._alive: dict[int, tuple[Lifetime, weakref.ref[Any]]] = {}
 
     def begin(self, tensor: Tensor, value: int) -> None:
         """A tensor has come; nothing happens where its memory is known already."""
@@ -37,8 +38,7 @@ class Lifetimes:
             return
         one = Lifetime(value, tensor.element_size(), self._clock())
         self.found.append(one)
-        self._alive[key] = one
-        weakref.finalize(storage, self._end, key).atexit = False
+        self._alive[key] = one, weakref.ref(storage, lambda _: self._end(key))
 
     def _end(self, key: int) -> None:
-        self._alive.pop(key).died = self._clock()
+        self._alive.pop(key)[0].died = self._clock()

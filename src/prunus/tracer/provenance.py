@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunus.graph.axis import Label
 from prunus.graph.expressions import Attribute, Expression, Operation, Width
+from prunus.graph.program import modules_in
 from prunus.tracer.marks import Mark
 from prunus.tracer.sources import is_users
 
@@ -388,7 +389,7 @@ def mark_attributes(model: nn.Module) -> dict[Attribute, int]:
     """
     seen: set[int] = set()
     found: dict[Attribute, int] = {}
-    for path, module in model.named_modules():
+    for path, module in modules_in(model):
         attributes = vars(module)
         for name, value in list(attributes.items()):
             if name not in SKIPPED and not name.startswith("_"):

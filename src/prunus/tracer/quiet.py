@@ -21,6 +21,7 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
+from prunus.graph.program import modules_in
 from prunus.tracer.outside import Outside
 from prunus.tracer.precision import alone, same_draws
 from prunus.tracer.provenance import marked_objects
@@ -244,7 +245,7 @@ def follow_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
 
     compiled: dict[int, str] = {}
     try:
-        for path, module in model.named_modules():
+        for path, module in modules_in(model):
             if isinstance(module, torch.jit.ScriptModule):
                 compiled[id(module)] = path
             else:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from prunus.errors import ModelError, TraceError, first_names
+from prunus.graph.program import modules_in
 
 _NAMED = 3
 
@@ -53,7 +54,7 @@ def refuse_untraceable(model: nn.Module) -> None:
             why="its code is compiled, and its layers can be neither followed nor changed",
             fix="prune the Python model, and script or trace what comes out",
         )
-    compiled = [name for name, module in model.named_modules() if _is_compiled(module)]
+    compiled = [name for name, module in modules_in(model) if _is_compiled(module)]
     if compiled:
         raise TraceError(
             "the model is compiled" if compiled[0] == "" else "a part of the model is compiled",
@@ -94,5 +95,5 @@ def refuse_nested(operator: str, module: str, source: str) -> None:
 def scripted(model: nn.Module) -> frozenset[str]:
     """Paths of the ScriptModules in a model, those inside of them included."""
     return frozenset(
-        name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)
+        name for name, module in modules_in(model) if isinstance(module, torch.jit.ScriptModule)
     )

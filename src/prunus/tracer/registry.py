@@ -9,7 +9,6 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,7 +85,8 @@ class Call:
 
     def why(self, reason: str) -> Pin:
         """The reason, in the context of this call."""
-        return replace(self.context, reason=reason)
+        own = self.context
+        return Pin(reason, own.operator, own.module, own.source)
 
     def unify(self, a: Label | None, b: Label | None, reason: str = "") -> Label | None:
         """Tie two dims of the same size."""
@@ -211,14 +211,9 @@ def registered() -> Mapping[OpOverload, Rule]:
 
 def bind(target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by schema name, with defaults."""
-    bound: dict[str, Any] = {}
-    for index, argument in enumerate(target._schema.arguments):
-        if index < len(args):
-            bound[argument.name] = args[index]
-        elif argument.name in kwargs:
-            bound[argument.name] = kwargs[argument.name]
-        else:
-            bound[argument.name] = argument.default_value
+    bound = dict(_defaults(target))
+    bound.update(zip(bound, args, strict=False))
+    bound.update({name: value for name, value in kwargs.items() if name in bound})
     return bound
 
 
@@ -226,6 +221,18 @@ def call_bound(target: OpOverload, bound: Mapping[str, Any]) -> Any:
     """Run an overload on arguments by name."""
     positional, named = _names(target)
     return target(*(bound[name] for name in positional), **{name: bound[name] for name in named})
+
+
+@functools.lru_cache(1 << 12)
+def _defaults(target: OpOverload) -> dict[str, Any]:
+    """An overload's arguments with their defaults, in order: its schema takes time to read."""
+    return {argument.name: argument.default_value for argument in target._schema.arguments}
+
+
+@functools.lru_cache(1 << 12)
+def aliases(target: OpOverload) -> bool:
+    """Whether what an operator returns is memory that was there before."""
+    return any(one.alias_info for one in target._schema.returns)
 
 
 @functools.lru_cache(1 << 12)

@@ -15,6 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from prunus.errors import ModelError
+from prunus.graph.program import modules_in
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -41,7 +42,7 @@ def unwrapped(model: Any) -> Any:
             break
     if not isinstance(model, nn.Module):
         return model
-    for path, module in model.named_modules():
+    for path, module in modules_in(model):
         for kind in type(module).__mro__:
             if kind.__name__ in _SHARDED and kind.__module__.startswith("torch."):
                 raise ModelError(
@@ -65,7 +66,7 @@ def _made_in_inference_mode(model: nn.Module) -> list[str]:
     """Names of such parameters; those of ScriptModules are not asked, which makes them anew."""
     return [
         f"{path}.{name}".lstrip(".")
-        for path, module in model.named_modules()
+        for path, module in modules_in(model)
         if not isinstance(module, torch.jit.ScriptModule)
         for name, parameter in module.named_parameters(recurse=False)
         if not _is_unmade(parameter) and parameter.is_inference()

@@ -178,13 +178,10 @@ def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def modules_in(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """What ``named_modules()`` gives, of which each level takes time anew."""
-    seen: set[int] = set()
-    found = []
+    found: dict[int, tuple[str, nn.Module]] = {}
     for path, module in _modules_in(model):
-        if id(module) not in seen:
-            seen.add(id(module))
-            found.append((path, module))
-    return found
+        found.setdefault(id(module), (path, module))
+    return list(found.values())
 
 
 def _modules_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 
 from prunus.graph.axis import Label
 from prunus.graph.blocks import Block
-from prunus.graph.program import Node, Ref, modules_in, refs_in, tensors_of
+from prunus.graph.program import Node, Ref, modules_in, tensors_of
 from prunus.tracer.capture import Recorder
-from prunus.tracer.resolver import Resolve
+from prunus.tracer.dataflow import Dataflow, operand
 
 _SUMS = {"aten::add", "aten::add_"}
 """What a skip connection ends in."""
@@ -108,9 +107,7 @@ def _is_simple(module: nn.Module | None) -> bool:
     return own or isinstance(module, torch.jit.ScriptModule)
 
 
-def find_blocks(
-    children: Children, recorder: Recorder, resolve: Resolve, outputs: Mapping[str, int]
-) -> tuple[tuple[Block, ...], dict[str, str]]:
+def find_blocks(children: Children, flow: Dataflow) -> tuple[tuple[Block, ...], dict[str, str]]:
     """The blocks that can be dropped, and for every other child why it can't be.
 
     A block can be dropped when it ran once, took and returned tensors of one shape that carry the
@@ -118,7 +115,7 @@ def find_blocks(
     anything else that it computed.  Parts of a residual block are no blocks of their own, unless
     they are of one kind and it can't be dropped itself or is nothing but a chain of them, a stage.
     """
-    flow = _Flow(recorder, set(outputs.values()))
+    run = _Run(flow)
     kinds: dict[str, set[type[nn.Module]]] = {}
     for child in children.values():
         kinds.setdefault(child.container, set()).add(child.kind)
@@ -131,44 +128,31 @@ def find_blocks(
         if outer:
             obstacles[name] = f"it is a part of the block {outer[0]}"
             continue
-        obstacle = flow.why_no_block(child)
-        if not obstacle and flow.is_stage(name, children):
+        obstacle = run.why_no_block(child)
+        if not obstacle and run.is_stage(name, children):
             obstacle = "it is a chain of blocks, which can be dropped one by one"
         elif not obstacle:
-            obstacle = flow.why_not_alone(child.calls[0], resolve)
+            obstacle = run.why_not_alone(child.calls[0])
             whole[name] = not obstacle
         if obstacle:
             obstacles[name] = obstacle
-            continue
-        dim = flow.feature_dim(child.calls[0])
-        blocks.append(Block(name, child.container, child.index, child.siblings, dim))
+        else:
+            dim = run.feature_dim(child.calls[0])
+            blocks.append(Block(name, child.container, child.index, child.siblings, dim))
     return tuple(blocks), obstacles
 
 
-class _Flow:
-    """Who reads what, in a recorded run."""
+class _Run:
+    """What the runs of children show, in the dataflow of the model."""
 
-    def __init__(self, recorder: Recorder, outputs: set[int]) -> None:
-        self._nodes = recorder.nodes
+    def __init__(self, flow: Dataflow) -> None:
+        self._flow, self._program = flow, flow.program
+        self._nodes, self._shapes = flow.program.nodes, flow.program.shapes
         self._known: dict[int, str] = {}
-        self._shapes = recorder.shapes
-        self._labels = recorder.labels
-        self._state = set(recorder.state)
-        self._outputs = outputs
-
-    @cached_property
-    def _reads(self) -> list[set[int]]:
-        """By operator: the numbers of the values that it reads."""
-        return [{ref.value for ref in refs_in(node.args)} for node in self._nodes]
-
-    @cached_property
-    def _readers(self) -> dict[int, list[int]]:
-        """Value number → indices of the operators that read it, ascending."""
-        readers: dict[int, list[int]] = {}
-        for index, numbers in enumerate(self._reads):
-            for number in numbers:
-                readers.setdefault(number, []).append(index)
-        return readers
+        self._reads_state = [
+            not flow.program.state.keys().isdisjoint(flow.reads[node]) for node in self._nodes
+        ]
+        self._outputs = set(flow.program.outputs.values())
 
     def why_no_block(self, child: _Child) -> str:
         """What tells it from a residual block; empty if it is one."""
@@ -190,26 +174,27 @@ class _Flow:
             return "no skip connection leads around what it computes"
         return ""
 
-    def why_not_alone(self, call: _Call, resolve: Resolve) -> str:
+    def why_not_alone(self, call: _Call) -> str:
         """Why a residual block can't be left out all the same; empty if it can."""
         source, result = call.source, call.result
         assert source is not None
         assert result is not None
-        for before, after in zip(self._labels[source], self._labels[result], strict=True):
-            if not _same_units(resolve(before), resolve(after)):
+        label, labels = self._program.label, self._program.labels
+        for before, after in zip(labels[source], labels[result], strict=True):
+            if not _same_units(label(before), label(after)):
                 return "its output carries other units than its input"
-        for node in self._nodes[call.first : call.last]:
-            for number in node.outputs:
-                if number == result:
-                    continue
-                last = self._readers.get(number, [0])[-1]
-                if last >= call.last or number in self._outputs:
-                    return "code outside of it reads something else that it computes"
-        own = range(call.first, call.last)
-        outside = {i for i in self._readers.get(source, ()) if i not in own}
-        if outside.intersection(self._readers.get(result, ())):
+        inside = self._nodes[call.first : call.last]
+        made = {number for node in inside for number in node.outputs} - {result}
+        if made & self._outputs or any(self._read_after(number, call.last) for number in made):
+            return "code outside of it reads something else that it computes"
+        outside = set(self._flow.readers.get(source, ())).difference(inside)
+        if outside.intersection(self._flow.readers.get(result, ())):
             return "one operator reads both what it takes and what it returns"
         return ""
+
+    def _read_after(self, value: int, place: int) -> bool:
+        readers = self._flow.readers.get(value)
+        return readers is not None and self._flow.place[readers[-1]] >= place
 
     def is_stage(self, name: str, children: Children) -> bool:
         """Whether all its weights are in residual blocks of one kind, one after the other."""
@@ -223,7 +208,7 @@ class _Flow:
                 continue
             inside = {i for part in parts for i in range(part.calls[0].first, part.calls[0].last)}
             around = set(range(whole.first, whole.last)) - inside
-            if all(self._state.isdisjoint(self._reads[i]) for i in around):
+            if not any(self._reads_state[i] for i in around):
                 return True
         return False
 
@@ -233,8 +218,8 @@ class _Flow:
         A contraction over an operand ends what that operand carries.
         """
         touched, carried, summed = {call.source}, {call.source}, set[int]()
-        for index in range(call.first, call.last):
-            node, read = self._nodes[index], self._reads[index]
+        for node in self._nodes[call.first : call.last]:
+            read = set(self._flow.reads[node])
             if touched.isdisjoint(read):
                 continue
             touched.update(node.outputs)
@@ -252,12 +237,12 @@ class _Flow:
         assert call.source is not None
         size = len(self._shapes[call.source])
         carried = {call.source}
-        for index in range(call.first, call.last):
-            node, read = self._nodes[index], self._reads[index] & carried
+        for node in self._nodes[call.first : call.last]:
+            read = carried.intersection(self._flow.reads[node])
             for (name, *_), dim in node.effect.contracted if node.effect else ():
-                operand = node.args[str(name)]
-                if isinstance(operand, Ref) and operand.value in read:
-                    own = len(self._shapes[operand.value])
+                factor = node.args[str(name)]
+                if isinstance(factor, Ref) and factor.value in read:
+                    own = len(self._shapes[factor.value])
                     return dim - size if own == size and dim < own - 1 else -1
             if read:
                 carried.update(node.outputs)
@@ -277,11 +262,6 @@ def _same_units(a: Label | None, b: Label | None) -> bool:
 
 
 def _contracted_by(node: Node) -> set[int]:
-    found: set[int] = set()
-    for (name, *rest), _ in node.effect.contracted if node.effect else ():
-        operand = node.args[str(name)]
-        for index in rest:
-            operand = operand[index]
-        if isinstance(operand, Ref):
-            found.add(operand.value)
-    return found
+    places = node.effect.contracted if node.effect else ()
+    operands = [operand(node, path) for path, _ in places]
+    return {one.value for one in operands if isinstance(one, Ref)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 
@@ -12,42 +12,39 @@ from torch import Tensor, nn
 from prunus.graph.axis import Axis, Label, Role
 from prunus.graph.constraints import Aligned, Constraint, Nonempty, Pin, Rescale
 from prunus.graph.coupling import Coupling, CouplingGraph
-from prunus.graph.effect import Place, Span
+from prunus.graph.effect import Span
 from prunus.graph.groups import Group, form_groups
 from prunus.graph.polynomial import Monomial, Polynomial, add_up
-from prunus.graph.program import Node, Ref
+from prunus.graph.program import Program, Ref
 from prunus.tracer.capture import Recorder
+from prunus.tracer.dataflow import Dataflow, operand
 from prunus.tracer.equations import condition_in_units, in_units, pin_unsolvable
 from prunus.tracer.labels import Algebra
-from prunus.tracer.origins import Origins
 from prunus.tracer.resolver import Resolve, Resolver
 from prunus.tracer.softmax_scale import Fixed, find_rescales
-from prunus.tracer.weight_norm import keep_normed_weights
 from prunus.tracer.widths import Widths
 
 
 def build_graph(
     recorder: Recorder,
+    flow: Dataflow,
     model: nn.Module,
     state: Mapping[str, Tensor],
     aliases: Mapping[str, str],
-    outputs: tuple[str, ...],
 ) -> tuple[CouplingGraph, Resolve]:
     """The coupling graph, and the function that turns a label of atoms into one of units."""
-    recorder.finish()
-    keep_normed_weights(recorder, model, state)
-    rescales = _keep_scales(recorder)
+    rescales = _keep_scales(recorder, flow)
     resolver = pin_unsolvable(recorder, list(state))
     parameters = frozenset(name for name, t in state.items() if isinstance(t, nn.Parameter))
-    roles = _roles(recorder, parameters)
-    groups = _groups(recorder, resolver, roles)
+    roles = _roles(recorder, flow, parameters)
+    groups = _groups(flow.program, resolver, roles)
     if _pin_data(recorder, resolver, groups, parameters):
         resolver = Resolver(recorder, list(state))
-        groups = _groups(recorder, resolver, roles)
+        groups = _groups(flow.program, resolver, roles)
     labels = resolver.axes
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     widths = Widths(resolver)
-    parts = _count(recorder, model, state, labels, widths)
+    parts = _count(flow.program, model, state, labels, widths)
     couplings, pins = _read_events(recorder.algebra)
     graph = CouplingGraph(
         shapes=shapes,
@@ -57,13 +54,13 @@ def build_graph(
         roles={axis: roles.get(axis, Role.CARRIER) for axis in labels},
         groups=groups,
         unit_count=resolver.count,
-        constraints=_constraints(recorder, resolver),
+        constraints=_constraints(flow.program, resolver),
         width_labels=tuple(widths.labels),
         costs={name: add_up(owners.values()) for name, owners in parts.items()},
         parts=parts,
         couplings=couplings,
         pins=pins,
-        kept_outputs=outputs,
+        kept_outputs=tuple(flow.program.outputs),
         unknown=dict(recorder.unknown),
         equations=tuple(in_units(equation, resolver) for equation in recorder.sizes.equations),
         attributes=recorder.sizes.attributes,
@@ -77,15 +74,14 @@ def build_graph(
     return graph, resolver
 
 
-def _groups(
-    recorder: Recorder, resolver: Resolver, roles: Mapping[Axis, Role]
-) -> tuple[Group, ...]:
+def _groups(program: Program, resolver: Resolver, roles: Mapping[Axis, Role]) -> tuple[Group, ...]:
     mixing = np.zeros(resolver.count + 1, dtype=np.bool_)
-    for node in recorder.nodes:
-        for place in node.effect.mixing if node.effect else ():
-            label = resolver(_label_at(recorder, node, place))
-            if label is not None:
-                mixing[label] = True
+    for node in program.nodes:
+        for path, dim in node.effect.mixing if node.effect else ():
+            reference = operand(node, path)
+            if isinstance(reference, Ref):
+                label = resolver(program.labels[reference.value][dim])
+                mixing[0 if label is None else label] = True
     mixing[0] = False
     own = {axis: roles.get(axis, Role.CARRIER) for axis in resolver.axes}
     return form_groups(resolver.axes, own, resolver.count, mixing)
@@ -111,12 +107,10 @@ def _pin_data(
     return found
 
 
-def _keep_scales(recorder: Recorder) -> list[tuple[Label, Fixed]]:
+def _keep_scales(recorder: Recorder, flow: Dataflow) -> list[tuple[Label, Fixed]]:
     """Head dims whose softmax scale has to be made up for; pinned where that can't be done."""
     found: dict[Fixed, Label] = {}
-    for attention, fixed in find_rescales(
-        recorder.nodes, recorder.state, recorder.shapes, recorder.attended
-    ):
+    for attention, fixed in find_rescales(flow, recorder.attended):
         label = recorder.labels[attention.query][-1]
         if label is None or recorder.algebra.canonical(label) is None:
             continue
@@ -129,7 +123,7 @@ def _keep_scales(recorder: Recorder) -> list[tuple[Label, Fixed]]:
 
 
 def _count(
-    recorder: Recorder,
+    program: Program,
     model: nn.Module,
     state: Mapping[str, Tensor],
     labels: Mapping[Axis, Label],
@@ -143,7 +137,7 @@ def _count(
         if id(tensor) in stored
     }
     spans: dict[str, list[Span]] = {}
-    for node in recorder.nodes:
+    for node in program.nodes:
         if node.effect is not None and node.effect.spans:
             spans.setdefault(node.module, []).extend(node.effect.spans)
     return {
@@ -163,53 +157,57 @@ def _size_of(name: str, tensor: Tensor, labels: Mapping[Axis, Label], widths: Wi
     return Polynomial(0, (Monomial(constant, used),))
 
 
-def _label_at(recorder: Recorder, node: Node, place: Place) -> Label | None:
-    (name, *rest), dim = place
-    reference = node.args[str(name)]
-    for index in rest:
-        reference = reference[index]
-    if not isinstance(reference, Ref):
-        return None
-    return recorder.labels[reference.value][dim]
-
-
-def _roles(recorder: Recorder, parameters: frozenset[str]) -> dict[Axis, Role]:
+def _roles(recorder: Recorder, flow: Dataflow, parameters: frozenset[str]) -> dict[Axis, Role]:
     """Roles of the axes of weights, read off the atoms that they were born with.
 
     Where those are of other data (``mask * weight`` has the mask's), the parameters that the
     weight was computed from have the role.
     """
     roles: dict[Axis, Role] = {}
-    origins = Origins(recorder)
     starts = np.array(recorder.algebra.starts)
     owners = recorder.algebra.owners
-    for node in recorder.nodes:
-        if node.effect is None:
-            continue
-        for places, role in (
-            (node.effect.contracted, Role.CONSUMER),
-            (node.effect.produced, Role.PRODUCER),
-        ):
-            for (name, *rest), dim in places:
-                reference = node.args[str(name)]
-                for index in rest:
-                    reference = reference[index]
-                if not isinstance(reference, Ref) or not recorder.from_state[reference.value]:
-                    continue
-                label = recorder.labels[reference.value][dim]
-                if label is None:
-                    continue
-                for owner in np.unique(np.searchsorted(starts, label[:, 0], side="right") - 1):
-                    made = owners[owner].tensor in parameters
-                    behind = () if made else origins.axes(reference.value, label, parameters)
-                    for axis in behind or (owners[owner],):
-                        roles.setdefault(axis, role)
+    for value, label, role in _weights(recorder, flow.program):
+        for owner in np.unique(np.searchsorted(starts, label[:, 0], side="right") - 1):
+            made = owners[owner].tensor in parameters
+            behind = () if made else _axes_behind(flow, recorder.algebra, value, label, parameters)
+            for axis in behind or (owners[owner],):
+                roles.setdefault(axis, role)
     return roles
 
 
-def _constraints(recorder: Recorder, resolve: Resolve) -> tuple[Constraint, ...]:
+def _weights(recorder: Recorder, program: Program) -> Iterator[tuple[int, Label, Role]]:
+    """Labelled dims of values made of state alone, where operators sum over them or make them."""
+    for node in program.nodes:
+        if node.effect is None:
+            continue
+        places = [(place, Role.CONSUMER) for place in node.effect.contracted]
+        places += [(place, Role.PRODUCER) for place in node.effect.produced]
+        for (path, dim), role in places:
+            reference = operand(node, path)
+            if isinstance(reference, Ref) and recorder.from_state[reference.value]:
+                label = program.labels[reference.value][dim]
+                if label is not None:
+                    yield reference.value, label, role
+
+
+def _axes_behind(
+    flow: Dataflow, algebra: Algebra, value: int, label: Label, names: frozenset[str]
+) -> tuple[Axis, ...]:
+    """Axes, of the named tensors behind a value, that share atoms with a label of it."""
+    roots = algebra.find(label)
+    roots = roots[roots > 0]
+    return tuple(
+        Axis(name, dim)
+        for number in flow.state_behind(value)
+        if (name := flow.program.state[number]) in names
+        for dim, own in enumerate(flow.program.labels[number])
+        if own is not None and np.isin(algebra.find(own), roots).any()
+    )
+
+
+def _constraints(program: Program, resolve: Resolve) -> tuple[Constraint, ...]:
     found: dict[bytes, Constraint] = {}
-    for node in recorder.nodes:
+    for node in program.nodes:
         if node.effect is None:
             continue
         why = f"{node.target} in {node.module}"

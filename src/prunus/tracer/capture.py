@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from prunus.graph.axis import Axis, Label
 from prunus.graph.constraints import Pin
 from prunus.graph.effect import Effect, Labels
-from prunus.graph.program import Node, Ref
+from prunus.graph.program import Node, Program, Ref
 from prunus.tracer.counts import summed_copies
 from prunus.tracer.fakes import Fakes
 from prunus.tracer.labels import Algebra
@@ -271,6 +271,21 @@ class Recorder(TorchDispatchMode):
             for tensor, number in zip(call.outputs, numbers, strict=True):
                 self.lifetimes.begin(tensor, number)
         return numbers
+
+    def program(self, inputs: Sequence[int], outputs: Mapping[str, int]) -> Program:
+        """What was recorded, with labels of atoms."""
+        return Program(
+            tuple(self.nodes),
+            tuple(inputs),
+            self.state,
+            self.constants,
+            outputs,
+            tuple(self.labels),
+            tuple(self.shapes),
+            self.algebra.canonical,
+            tuple(self.lifetimes.found),
+            tuple(self.strides),
+        )
 
     def finish(self) -> None:
         """After the forward: pin what only then is known to be a plain number."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from copy import copy
+from typing import Any, NamedTuple
 
+from torch._ops import OpOverload
+
+from prunus.graph.effect import Path
 from prunus.graph.program import Node, Program, Ref, refs_in
 
 _OPERANDS = {
@@ -51,6 +56,8 @@ class Dataflow:
         The operator that gives a value.
     place
         When an operator runs.
+    reads
+        The values that an operator reads, in order, as often as it does.
     readers
         The operators that read a value, each once, in order.
     names
@@ -67,6 +74,7 @@ class Dataflow:
         self.program = program
         self.maker: dict[int, Node] = {}
         self.place: dict[Node, int] = {}
+        self.reads: dict[Node, list[int]] = {}
         self.readers: dict[int, list[Node]] = {}
         self.names: dict[int, str] = dict(program.state)
         self.fixed: set[int] = {*program.state, *program.constants}
@@ -75,7 +83,7 @@ class Dataflow:
         for place, node in enumerate(program.nodes):
             self.place[node] = place
             self.maker.update(dict.fromkeys(node.outputs, node))
-            read = read_by(node)
+            read = self.reads[node] = read_by(node)
             for value in dict.fromkeys(read):
                 self.readers.setdefault(value, []).append(node)
             if is_view(node):
@@ -86,6 +94,24 @@ class Dataflow:
                 self.fixed.update(node.outputs)
                 if len(read) == 1 and read[0] in self.stored:
                     self.stored.update(node.outputs)
+
+    def of(self, program: Program) -> Dataflow:
+        """The same of a program with the same operators and values."""
+        made = copy(self)
+        made.program = program
+        return made
+
+    def state_behind(self, value: int) -> Iterator[int]:
+        """The values of named tensors that a value was computed from; itself if it is one."""
+        pending, seen = [value], {value}
+        while pending:
+            number = pending.pop()
+            if number in self.program.state:
+                yield number
+            elif number in self.maker:
+                behind = set(self.reads[self.maker[number]]) - seen
+                seen |= behind
+                pending += sorted(behind)
 
     def root(self, value: int) -> int:
         """The value that it is a view of, or itself: what is written to one changes the other."""
@@ -107,18 +133,21 @@ class Dataflow:
         """
         for node in self.program.nodes:
             names = _OPERANDS.get(name_of(node))
-            if names is None or node.effect is None or not node.effect.contracted:
-                continue  # a depthwise convolution sums over no channels
-            dims = {str(name): dim for (name, *_), dim in node.effect.contracted}
-            refs: list[Ref] = [node.args[name] for name in names]
-            named = [self.names.get(ref.value, "") for ref in refs]
-            fixed = [ref.value in self.fixed for ref in refs]
-            name = named[1] or named[0]
-            if fixed[0] == fixed[1]:
-                yield node, name, None
-                continue
-            data = fixed.index(False)
-            yield node, name, Product(node, refs[data], dims[names[data]], refs[1 - data], name)
+            if names is not None and contracts(node):  # a depthwise convolution has no channels
+                refs: list[Ref] = [node.args[name] for name in names]
+                named = [self.names.get(ref.value, "") for ref in refs]
+                name = named[1] or named[0]
+                yield node, name, self._product(node, names, refs, name)
+
+    def _product(
+        self, node: Node, names: tuple[str, str], refs: list[Ref], name: str
+    ) -> Product | None:
+        fixed = [ref.value in self.fixed for ref in refs]
+        if node.effect is None or fixed[0] == fixed[1]:
+            return None
+        dims = {str(place[0]): dim for place, dim in node.effect.contracted}
+        data = fixed.index(False)
+        return Product(node, refs[data], dims[names[data]], refs[1 - data], name)
 
 
 def operand_names(operator: str) -> tuple[str, str] | None:
@@ -137,8 +166,22 @@ def name_of(node: Node) -> str:
 
 def is_view(node: Node) -> bool:
     """Whether an operator gives its first argument, or a view of it."""
-    returns = node.target._schema.returns
-    return bool(returns) and returns[0].alias_info is not None and bool(refs_in(node.args))
+    return _returns_view(node.target) and bool(refs_in(node.args))
+
+
+@functools.lru_cache(1 << 12)
+def _returns_view(target: OpOverload) -> bool:
+    returns = target._schema.returns
+    return bool(returns) and returns[0].alias_info is not None
+
+
+def operand(node: Node, path: Path) -> Any:
+    """The argument at a place, which may stand in a list."""
+    name, *rest = path
+    found = node.args[str(name)]
+    for index in rest:
+        found = found[index]
+    return found
 
 
 def contracts(node: Node) -> bool:

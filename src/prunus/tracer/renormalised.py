@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from prunus.graph.effect import Place
 from prunus.graph.groups import Group
-from prunus.graph.program import Node, Program, refs_in
+from prunus.graph.program import Node, Program
+from prunus.tracer.dataflow import Dataflow, name_of, operand
 
 PRODUCTS = frozenset(("mm", "addmm", "mv", "addmv", "convolution", "_convolution", "_trilinear"))
 """Operators that take a weight as an operand; products in batches are those of attention."""
@@ -30,25 +31,25 @@ class Renormalised:
     plain: Program
 
 
-def find_renormalised(program: Program) -> Renormalised | None:
+def find_renormalised(flow: Dataflow) -> Renormalised | None:
     """What a program computes from weights that go by what is kept; None if nothing does."""
-    weights = _Weights(program)
-    places: dict[int, set[Place]] = {}
+    weights = _Weights(flow)
+    places: dict[Node, set[Place]] = {}
     units: set[int] = set()
     for value in weights.read():
         own = set(weights.units(value).tolist())
-        for index in weights.behind(value):
-            for place in weights.seen(index):
-                met = own & set(weights.units_at(index, place).tolist())
+        for node in weights.behind(value):
+            for place in _seen(node):
+                met = own & set(weights.units_at(node, place).tolist())
                 if met:
                     units |= met
-                    places.setdefault(index, set()).add(place)
+                    places.setdefault(node, set()).add(place)
     if not units:
         return None
-    nodes = list(program.nodes)
-    for index, found in places.items():
-        nodes[index] = _without(nodes[index], found)
-    return Renormalised(np.array(sorted(units)), replace(program, nodes=tuple(nodes)))
+    nodes = tuple(
+        _without(node, places[node]) if node in places else node for node in flow.program.nodes
+    )
+    return Renormalised(np.array(sorted(units)), replace(flow.program, nodes=nodes))
 
 
 def names_of(found: Renormalised | None, groups: Iterable[Group]) -> tuple[str, ...]:
@@ -73,13 +74,13 @@ def _without(node: Node, places: set[Place]) -> Node:
 class _Weights:
     """What of a program is made of state alone, and what reads it."""
 
-    def __init__(self, program: Program) -> None:
-        self._program = program
-        self._maker = {out: n for n, node in enumerate(program.nodes) for out in node.outputs}
-        made = set(program.state) | set(program.constants)
-        for node in program.nodes:
-            if _draws_nothing(node) and all(ref.value in made for ref in refs_in(node.args)):
+    def __init__(self, flow: Dataflow) -> None:
+        self._flow, self._program = flow, flow.program
+        made = {*self._program.state, *self._program.constants}
+        for node in self._program.nodes:
+            if made.issuperset(flow.reads[node]) and _draws_nothing(node):
                 made.update(node.outputs)
+        self._computed = made & flow.maker.keys()
         self._made = made
 
     def read(self) -> Iterator[int]:
@@ -89,33 +90,29 @@ class _Weights:
         others are data in their own right, such as learned queries.
         """
         found: dict[int, None] = {}
-        for node in self._program.nodes:
-            references = [ref.value for ref in refs_in(node.args)]
-            if all(value in self._made for value in references):
-                continue
-            product = _name(node) in PRODUCTS
-            pointwise = torch.Tag.pointwise in node.target.tags
-            for value in references:
-                if value in self._made and value in self._maker:
-                    alone = pointwise and len(self._state(value)) == 1
-                    if product or alone:
+        for node, read in self._flow.reads.items():
+            computed = self._computed.intersection(read)
+            if computed and not self._made.issuperset(read):
+                product = name_of(node) in PRODUCTS
+                pointwise = torch.Tag.pointwise in node.target.tags
+                for value in filter(computed.__contains__, read):
+                    if product or (pointwise and self._is_of_one(value)):
                         found[value] = None
         return iter(found)
 
-    def behind(self, value: int) -> list[int]:
-        """Positions of the operators that a value is computed by, of state alone."""
-        pending, seen = [value], set[int]()
-        while pending:
-            index = self._maker.get(pending.pop())
-            if index is not None and index not in seen:
-                seen.add(index)
-                pending += [ref.value for ref in refs_in(self._program.nodes[index].args)]
-        return sorted(seen)
+    def _is_of_one(self, value: int) -> bool:
+        """Whether a single tensor of state is behind a value."""
+        return len(list(self._flow.state_behind(value))) == 1
 
-    def seen(self, index: int) -> tuple[Place, ...]:
-        """Dims over which an operator's positions see one another."""
-        effect = self._program.nodes[index].effect
-        return () if effect is None else (*effect.mixing, *effect.contracted)
+    def behind(self, value: int) -> list[Node]:
+        """The operators that a value is computed by, of state alone."""
+        pending, seen = [value], set[Node]()
+        while pending:
+            node = self._flow.maker.get(pending.pop())
+            if node is not None and node not in seen:
+                seen.add(node)
+                pending += self._flow.reads[node]
+        return sorted(seen, key=self._flow.place.__getitem__)
 
     def units(self, value: int) -> NDArray[np.int64]:
         """The units on all dims of a value."""
@@ -124,26 +121,16 @@ class _Weights:
         whole = np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
         return whole[whole > 0]
 
-    def units_at(self, index: int, place: Place) -> NDArray[np.int64]:
+    def units_at(self, node: Node, place: Place) -> NDArray[np.int64]:
         """The units on one dim of an argument."""
-        (name, *rest), dim = place
-        reference = self._program.nodes[index].args[str(name)]
-        for key in rest:
-            reference = reference[key]
-        label = self._program.value_label(reference, dim)
+        path, dim = place
+        label = self._program.value_label(operand(node, path), dim)
         return np.zeros(0, dtype=np.int64) if label is None else np.unique(label)
 
-    def _state(self, value: int) -> set[int]:
-        inside = {
-            ref.value
-            for index in self.behind(value)
-            for ref in refs_in(self._program.nodes[index].args)
-        }
-        return inside & set(self._program.state)
 
-
-def _name(node: Node) -> str:
-    return str(node.target._schema.name).partition("::")[2]
+def _seen(node: Node) -> tuple[Place, ...]:
+    """Dims over which an operator's positions see one another."""
+    return () if node.effect is None else (*node.effect.mixing, *node.effect.contracted)
 
 
 def _draws_nothing(node: Node) -> bool:

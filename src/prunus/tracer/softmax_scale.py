@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunus.graph.constraints import Pin
 from prunus.graph.program import Node, Program, Ref
+from prunus.tracer.dataflow import Dataflow, name_of
 from prunus.tracer.registry import call_bound
 
 Targets = dict[tuple[str, int], set[int]]
@@ -52,29 +53,22 @@ class Attention:
     why: Pin
 
 
-_VIEWS = {
-    "view",
-    "_unsafe_view",
-    "permute",
-    "transpose",
-    "t",
-    "unsqueeze",
-    "squeeze",
-    "expand",
-    "select",
-    "slice",
-    "split",
-    "split_with_sizes",
-    "unbind",
-    "cat",
-    "stack",
-    "clone",
-    "contiguous",
-    "alias",
-    "detach",
-    "unsafe_split",
-    "chunk",
+Columns = list[tuple[str, int, Tensor]]
+"""Of every weight that a value is linear in: its name, a dim, and which position stands where."""
+
+_SOURCES: dict[str, tuple[int, tuple[tuple[str, int], ...]]] = {
+    "mm": (-1, (("mat2", 1),)),
+    "addmm": (-1, (("mat2", 1), ("self", 0))),
+    "convolution": (1, (("weight", 0), ("bias", 0))),
+    **{name: (dim, (("weight", 0), ("bias", 0))) for name, dim in NORMS.items()},
 }
+"""Operators of a weight: the dim that its rows make, and the arguments with the dim of the rows."""
+
+_VIEWS = {
+    "view", "_unsafe_view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand",
+    "select", "slice", "split", "split_with_sizes", "unbind", "cat", "stack", "clone",
+    "contiguous", "alias", "detach", "unsafe_split", "chunk",
+}  # fmt: skip
 _SAME = {"mul", "neg", "_to_copy", "add", "sub", "mul_", "add_", "div"}
 _SUMS = {"add", "add_", "sub"}
 _FACTORS = {"mul", "mul_", "div"}
@@ -82,34 +76,13 @@ _NOWHERE = torch.tensor(-1)
 
 
 class Fold:
-    """Finds the weights that a query is linear in.
+    """Finds the weights that a query is linear in."""
 
-    Parameters
-    ----------
-    nodes
-        The recorded operators.
-    state
-        Value number → tensor name.
-    shapes
-        Value number → shape.
-    """
-
-    def __init__(
-        self, nodes: Sequence[Node], state: dict[int, str], shapes: Sequence[tuple[int, ...]]
-    ) -> None:
-        self._nodes = nodes
-        self._maker = {out: node for node in nodes for out in node.outputs}
-        self._readers: dict[int, list[int]] = {}
-        for index, node in enumerate(nodes):
-            for reference in _references(node.args):
-                self._readers.setdefault(reference.value, []).append(index)
-        self._state = state
-        self._shapes = shapes
+    def __init__(self, flow: Dataflow) -> None:
+        self._flow = flow
+        self._maker = flow.maker
+        self._state, self._shapes = flow.program.state, flow.program.shapes
         self._met: set[int] = set()
-
-    def maker(self, value: int) -> Node | None:
-        """The operator that made a value."""
-        return self._maker.get(value)
 
     def targets(self, query: int) -> Targets | None:
         """What to multiply so that the query is multiplied; None if it isn't linear in weights."""
@@ -136,23 +109,25 @@ class Fold:
         path = frozenset(self._met)
         names = {name for name, _ in targets}
         starts = [value for value, name in self._state.items() if name in names]
-        for value in {*starts, *path}:
-            for index in self._readers.get(value, ()):
-                if index in inside and value in queries:
-                    continue
-                node = self._nodes[index]
-                if _name(node) in _FACTORS and len(path & _values(node)) > 1:
-                    return False
-                if any(self._reaches(value, node, out, targets) for out in node.outputs
-                       if out not in path):  # fmt: skip
-                    return False
-        return True
+        return not any(
+            self._leaves(value, node, path, targets)
+            for value in {*starts, *path}
+            for node in self._flow.readers.get(value, ())
+            if value not in queries or self._flow.place[node] not in inside
+        )
+
+    def _leaves(self, value: int, node: Node, path: frozenset[int], targets: Targets) -> bool:
+        """Whether a reader of a value brings what is multiplied anywhere off the path."""
+        if name_of(node) in _FACTORS and len(path.intersection(self._flow.reads[node])) > 1:
+            return True
+        others = (out for out in node.outputs if out not in path)
+        return any(self._reaches(value, node, out, targets) for out in others)
 
     def _reaches(self, value: int, node: Node, out: int, targets: Targets) -> bool:
         """Whether what is multiplied stands somewhere in an output of a reader of a value."""
-        if _name(node) in NORMS and value != node.args["input"].value:
+        if name_of(node) in NORMS and value != node.args["input"].value:
             return out == node.outputs[0]
-        if _name(node) not in (_VIEWS | _SAME) - _FACTORS:
+        if name_of(node) not in (_VIEWS | _SAME) - _FACTORS:
             return True
         columns = self._columns(out)
         return columns is None or any(
@@ -160,53 +135,51 @@ class Fold:
             for name, dim, positions in columns
         )
 
-    def _columns(self, value: int) -> list[tuple[str, int, Tensor]] | None:
+    def _columns(self, value: int) -> Columns | None:
         """For every weight that the value is linear in: which of its positions stands where."""
         found = self._find_columns(value)
         if found is not None:
             self._met.add(value)
         return found
 
-    def _find_columns(self, value: int) -> list[tuple[str, int, Tensor]] | None:
+    def _find_columns(self, value: int) -> Columns | None:
         node = self._maker.get(value)
         if node is None:
             return None
-        source = self._source(node, value)
-        if source is not None:
-            return source
-        name = node.target._schema.name.partition("::")[2]
+        name = name_of(node)
+        if name in _SOURCES:
+            return self._source(node, value)
         if name in _FACTORS:
             return self._product(node, value)
-        if name not in _VIEWS | _SAME:
-            return None
-        carried: list[list[tuple[str, int, Tensor]]] = []
-        references = list(_references(node.args))
-        for reference in references:
-            columns = self._columns(reference.value)
-            if columns is None and name in _SUMS:
-                columns = self._parameter(reference.value)
+        return self._carried(node, value) if name in _VIEWS | _SAME else None
+
+    def _carried(self, node: Node, value: int) -> Columns | None:
+        """Of an operator that rearranges, or adds up, what goes in."""
+        carried: list[Columns] = []
+        for read in self._flow.reads[node]:
+            columns = self._columns(read)
+            if columns is None and name_of(node) in _SUMS:
+                columns = self._parameter(read)
             if columns is None:
                 return None
             carried.append(columns)
-        if name in _VIEWS:
-            return self._viewed(node, value, references, carried)
+        if name_of(node) in _VIEWS:
+            return self._viewed(node, value, carried)
         shape = self._shapes[value]
         return [(w, d, index.expand(shape)) for part in carried for w, d, index in part]
 
-    def _product(self, node: Node, value: int) -> list[tuple[str, int, Tensor]] | None:
+    def _product(self, node: Node, value: int) -> Columns | None:
         """One factor is enough: a parameter if there is one, else whichever is linear."""
-        references = list(_references(node.args))
-        if len({reference.value for reference in references}) < len(references):
+        read = self._flow.reads[node]
+        if len(set(read)) < len(read):
             return None
-        if node.target._schema.name == "aten::div":
-            references = references[:1]
-        for reference in references:
-            columns = self._parameter(reference.value) or self._columns(reference.value)
+        for one in read[:1] if name_of(node) == "div" else read:
+            columns = self._parameter(one) or self._columns(one)
             if columns is not None:
                 return [(w, d, index.expand(self._shapes[value])) for w, d, index in columns]
         return None
 
-    def _parameter(self, value: int) -> list[tuple[str, int, Tensor]] | None:
+    def _parameter(self, value: int) -> Columns | None:
         """A vector of state as a factor: all of its positions, aligned to the right."""
         name, shape = self._state.get(value), self._shapes[value]
         if name is None or len(shape) != 1:
@@ -214,23 +187,15 @@ class Fold:
         self._met.add(value)
         return [(name, 0, torch.arange(shape[0]))]
 
-    def _source(self, node: Node, value: int) -> list[tuple[str, int, Tensor]] | None:
-        """A weight whose rows make the value's last dim (a convolution's second)."""
-        name = node.target._schema.name.partition("::")[2]
+    def _source(self, node: Node, value: int) -> Columns | None:
+        """A weight whose rows make one dim of the value."""
+        dim, named = _SOURCES[name_of(node)]
         shape = self._shapes[value]
-        if name in NORMS:
-            if value != node.outputs[0]:
-                return None
-            named = [("weight", 0), ("bias", 0)]
-        elif name in ("mm", "addmm"):
-            named = [("mat2", 1), ("self", 0)] if name == "addmm" else [("mat2", 1)]
-        elif name == "convolution" and not node.args["transposed"]:
-            named = [("weight", 0), ("bias", 0)]
-        else:
+        if value != node.outputs[0] or node.args.get("transposed"):
             return None
-        dim = 1 if name == "convolution" else NORMS.get(name, -1) % len(shape)
+        dim %= len(shape)
         index = torch.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))])
-        found: list[tuple[str, int, Tensor]] = []
+        found: Columns = []
         for argument, axis in named:
             reference = node.args.get(argument)
             if reference is None:
@@ -247,7 +212,7 @@ class Fold:
         self._met.add(value)
         while value not in self._state:
             node = self._maker.get(value)
-            name = "" if node is None else node.target._schema.name.partition("::")[2]
+            name = "" if node is None else name_of(node)
             if node is None or name not in ("t", "detach", "alias", "_to_copy"):
                 return None
             dim = 1 - dim if name == "t" else dim
@@ -255,13 +220,7 @@ class Fold:
             self._met.add(value)
         return self._state[value], dim
 
-    def _viewed(
-        self,
-        node: Node,
-        value: int,
-        references: list[Ref],
-        carried: list[list[tuple[str, int, Tensor]]],
-    ) -> list[tuple[str, int, Tensor]]:
+    def _viewed(self, node: Node, value: int, carried: list[Columns]) -> Columns:
         """Run the same rearrangement on the positions."""
         result = []
         longest = max(len(part) for part in carried)
@@ -280,10 +239,7 @@ class Fold:
 
 
 def find_rescales(
-    nodes: Sequence[Node],
-    state: dict[int, str],
-    shapes: Sequence[tuple[int, ...]],
-    attended: Sequence[Attention] = (),
+    flow: Dataflow, attended: Sequence[Attention] = ()
 ) -> Iterator[tuple[Attention, Fixed | None]]:
     """Attentions with the default scale, and what to multiply in their stead.
 
@@ -297,16 +253,9 @@ def find_rescales(
     iterator
         None stands for a query that is not linear in weights, or whose weights have other uses.
     """
-    fold = Fold(nodes, state, shapes)
-    attentions = list(attended)
+    fold = Fold(flow)
     known = {index for attention in attended for index in attention.nodes}
-    for index, node in enumerate(nodes):
-        fused = "scaled_dot_product" in node.target._schema.name
-        if fused and index not in known and node.args.get("scale") is None:
-            query, key, value = (node.args[name].value for name in ("query", "key", "value"))
-            why = Pin("", str(node.target), node.module, node.source)
-            at = range(index, index + 1)
-            attentions.append(Attention(query, query not in (key, value), at, why))
+    attentions = [*attended, *(one for one in _unscaled(flow) if one.nodes.start not in known)]
     alike: dict[Fixed | None, list[Attention]] = {}
     wanted: dict[Fixed, Targets] = {}
     for attention in attentions:
@@ -321,6 +270,15 @@ def find_rescales(
             yield attention, fixed if fits else None
 
 
+def _unscaled(flow: Dataflow) -> Iterator[Attention]:
+    """Fused attentions that were given no scale."""
+    for node, index in flow.place.items():
+        if "scaled_dot_product" in name_of(node) and node.args.get("scale") is None:
+            query, key, value = (node.args[name].value for name in ("query", "key", "value"))
+            why = Pin("", str(node.target), node.module, node.source)
+            yield Attention(query, query not in (key, value), range(index, index + 1), why)
+
+
 def _fix(targets: Targets) -> Fixed:
     return tuple((name, dim, tuple(sorted(at))) for (name, dim), at in targets.items())
 
@@ -331,49 +289,34 @@ def find_attentions(program: Program) -> dict[int, Fixed]:
     Fused ones, and softmax over products of two computed tensors; the keys are positions of the
     fused operator or of the softmax.
     """
-    fold = Fold(program.nodes, dict(program.state), program.shapes)
+    flow = Dataflow(program)
+    fold = Fold(flow)
     found: dict[int, Fixed] = {}
     for index, node in enumerate(program.nodes):
-        query = _query_of(node, fold)
+        query = _query_of(node, flow)
         targets = None if query is None else fold.targets(query)
         if targets:
             found[index] = _fix(targets)
     return found
 
 
-def _query_of(node: Node, fold: Fold) -> int | None:
+def _query_of(node: Node, flow: Dataflow) -> int | None:
     """The value number of the query behind a fused attention or a softmax, if it is one."""
-    name = node.target._schema.name
+    name = name_of(node)
     if "scaled_dot_product" in name:
         return int(node.args["query"].value)
-    if name not in ("aten::_softmax", "aten::_safe_softmax"):
+    if name not in ("_softmax", "_safe_softmax"):
         return None
-    maker = fold.maker(node.args["self"].value)
+    maker = flow.maker.get(node.args["self"].value)
     while maker is not None:
-        name = maker.target._schema.name.partition("::")[2]
+        name = name_of(maker)
         if name in ("bmm", "baddbmm"):
             return int(maker.args["batch1" if name == "baddbmm" else "self"].value)
         if name not in _VIEWS | _SAME | {"masked_fill", "where", "masked_fill_"}:
             return None
         reference = maker.args.get("self")
-        maker = fold.maker(reference.value) if isinstance(reference, Ref) else None
+        maker = flow.maker.get(reference.value) if isinstance(reference, Ref) else None
     return None
-
-
-def _references(args: Any) -> Iterator[Ref]:
-    for value in args.values():
-        if isinstance(value, Ref):
-            yield value
-        elif isinstance(value, list):
-            yield from (item for item in value if isinstance(item, Ref))
-
-
-def _name(node: Node) -> str:
-    return str(node.target._schema.name.partition("::")[2])
-
-
-def _values(node: Node) -> set[int]:
-    return {reference.value for reference in _references(node.args)}
 
 
 def _rearrange(node: Node, given: list[Tensor]) -> Any:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from prunus.errors import PrunusError, checks_options
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.program import Program, state_of
+from prunus.graph.program import state_of
 from prunus.graph.progress import shows
 from prunus.tracer.adapters import adapted
 from prunus.tracer.blocks import find_blocks, follow_blocks
@@ -31,6 +31,7 @@ from prunus.tracer.caches import (
 )
 from prunus.tracer.capture import Recorder
 from prunus.tracer.copies import Copy, deep_copy, stand_in
+from prunus.tracer.dataflow import Dataflow
 from prunus.tracer.fakes import unlogged
 from prunus.tracer.forward_fn import (
     ForwardFn,
@@ -57,6 +58,7 @@ from prunus.tracer.refusals import refuse_untraceable, scripted, warn_untested
 from prunus.tracer.renormalised import find_renormalised, names_of
 from prunus.tracer.unread import tie_unread
 from prunus.tracer.watch import Watch
+from prunus.tracer.weight_norm import keep_normed_weights
 from prunus.tracer.wrappers import unwraps
 
 
@@ -308,20 +310,13 @@ class _Run:
         known = {name: copied.of(tensor) for name, tensor in state.items()}
         trained = {name for name, tensor in state.items() if isinstance(tensor, nn.Parameter)}
         unread = tie_unread(recorder, task.model, known, trained, forward_ran=bool(forwards))
-        graph, resolve = build_graph(recorder, task.model, state, aliases, tuple(kept))
-        blocks, obstacles = find_blocks(children, recorder, resolve, kept)
-        program = Program(
-            tuple(recorder.nodes),
-            tuple(numbers),
-            recorder.state,
-            recorder.constants,
-            kept,
-            tuple(recorder.labels),
-            tuple(recorder.shapes),
-            resolve,
-            tuple(recorder.lifetimes.found),
-            tuple(recorder.strides),
-        )
+        recorder.finish()
+        recorded = recorder.program(numbers, kept)
+        flow = Dataflow(keep_normed_weights(recorded, recorder.from_state, task.model, state))
+        graph, resolve = build_graph(recorder, flow, task.model, state, aliases)
+        program = replace(flow.program, resolve=resolve)
+        flow = flow.of(program)
+        blocks, obstacles = find_blocks(children, flow)
         described = {
             "inputs": describe_inputs(
                 task.args,
@@ -341,7 +336,7 @@ class _Run:
         return replace(
             graph,
             program=program,
-            renormalised=names_of(find_renormalised(program), graph.groups),
+            renormalised=names_of(find_renormalised(flow), graph.groups),
             find_moments=partial(find_moments, program),
             forward_fn=entry,
             traced=described,

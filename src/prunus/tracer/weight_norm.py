@@ -6,7 +6,7 @@ Where positions of ``v`` go over which its norm is taken, the surgeon multiplies
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm as OlderWeightNorm
 
-from prunus.tracer.capture import Recorder
-from prunus.tracer.origins import Origins
+from prunus.graph.program import Node, Program
+from prunus.tracer.dataflow import Dataflow
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,27 @@ def find_weight_norms(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator
                 yield from named(*pair, hook.dim)
 
 
-def keep_normed_weights(recorder: Recorder, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Let the operators of weight norms see all positions: the magnitude makes up for the cut."""
-    norms = list(find_weight_norms(model, state))
+def keep_normed_weights(
+    program: Program, from_state: Sequence[bool], model: nn.Module, state: Mapping[str, Tensor]
+) -> Program:
+    """The program with operators of weight norms that see all positions.
+
+    The magnitude makes up for those that are cut.
+    """
+    norms = [{one.magnitude, one.direction} for one in find_weight_norms(model, state)]
     if not norms:
-        return
-    origins = Origins(recorder)
-    for index, node in enumerate(recorder.nodes):
-        effect = node.effect
-        if effect is None or not (effect.mixing or effect.contracted):
-            continue
-        if not all(recorder.from_state[value] for value in node.outputs):
-            continue
-        behind = {name for value in node.outputs for name in origins.names(value)}
-        if any(behind <= {norm.magnitude, norm.direction} for norm in norms):
-            whole = replace(effect, mixing=(), contracted=())
-            recorder.nodes[index] = replace(node, effect=whole)
+        return program
+    flow = Dataflow(program)
+
+    def whole(node: Node) -> Node:
+        if node.effect is None or not all(from_state[value] for value in node.outputs):
+            return node
+        behind = {program.state[n] for value in node.outputs for n in flow.state_behind(value)}
+        if not any(behind <= norm for norm in norms):
+            return node
+        return replace(node, effect=replace(node.effect, mixing=(), contracted=()))
+
+    return replace(program, nodes=tuple(map(whole, program.nodes)))
 
 
 def norms_of(direction: Tensor, dim: int) -> Tensor:

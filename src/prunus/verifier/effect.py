@@ -16,6 +16,7 @@ from torch import Tensor
 from prunus.errors import PrunusError
 from prunus.graph.axis import Mask
 from prunus.graph.groups import Group
+from prunus.tracer.dataflow import Dataflow
 from prunus.tracer.renormalised import find_renormalised, names_of
 from prunus.verifier.case import Case, tolerance
 from prunus.verifier.permutation import relative_error
@@ -96,7 +97,7 @@ def renormalised_groups(case: Case) -> dict[str, float]:
     That is between the masked original, in which weights computed from weights are those of the
     kept entries, and plain silencing, in which they stay as they are.
     """
-    found = find_renormalised(case.graph.program)
+    found = find_renormalised(Dataflow(case.graph.program))
     if found is None:
         return {}
     named = names_of(found, case.graph.groups)

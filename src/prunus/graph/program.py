@@ -29,16 +29,13 @@ def refs_in(value: Any) -> list[Ref]:
     >>> refs_in({"input": Ref(3), "tensors": [Ref(1), (Ref(3), 2)]})
     [Ref(value=3), Ref(value=1), Ref(value=3)]
     """
-    if type(value) is Ref:
-        return [value]
-    items = value.values() if isinstance(value, Mapping) else value
-    found: list[Ref] = []
-    for item in items if isinstance(value, (Mapping, list, tuple)) else ():
-        if type(item) is Ref:
-            found.append(item)
-        elif isinstance(item, (list, tuple, Mapping)):
-            found += refs_in(item)
-    return found
+    if not isinstance(value, (dict, list, tuple)):
+        return [value] if isinstance(value, Ref) else []
+    items = value.values() if isinstance(value, dict) else value
+    return [ref for item in items if isinstance(item, _HOLDERS) for ref in refs_in(item)]
+
+
+_HOLDERS = (Ref, dict, list, tuple)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -54,15 +54,11 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """See :class:`torch.nn.MultiheadAttention`."""
+        causal = is_causal and key_padding_mask is None and not need_weights
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
-        causal = is_causal and key_padding_mask is None and not need_weights
         batched = query.dim() == 3
-        q, k, v = self._project(query, key, value)
-        if not batched:
-            q, k, v = (x.unsqueeze(0) for x in (q, k, v))
-        elif not self.batch_first:
-            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        q, k, v = (self._batch_first(x, batched=batched) for x in self._project(query, key, value))
         length = k.shape[1]
         k, v = self._extend(k, self.bias_k), self._extend(v, self.bias_v)
         mask = None if causal else self._merge(attn_mask, key_padding_mask, q, k.shape[1] - length)
@@ -72,11 +68,17 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
         mixed, weights = self._attend(q, k, v, mask, causal=causal, explicit=need_weights)
         out = mixed.transpose(1, 2).flatten(2)
         out = F.linear(out, self.out_proj.weight, self.out_proj.bias)
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(1)
+        if weights is not None:
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
         if not batched:
-            return out.squeeze(0), None if weights is None else weights.squeeze(0)
+            return out.squeeze(0), weights
         return out if self.batch_first else out.transpose(0, 1), weights
+
+    def _batch_first(self, x: Tensor, *, batched: bool) -> Tensor:
+        if not batched:
+            return x.unsqueeze(0)
+        return x if self.batch_first else x.transpose(0, 1)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
         inner = self.num_heads * self.head_dim

@@ -6,7 +6,8 @@ it returned.  Whether it is a residual block is then read off the recorded opera
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,17 +117,14 @@ def find_blocks(children: Children, flow: Dataflow) -> tuple[tuple[Block, ...], 
     they are of one kind and it can't be dropped itself or is nothing but a chain of them, a stage.
     """
     run = _Run(flow)
-    kinds: dict[str, set[type[nn.Module]]] = {}
-    for child in children.values():
-        kinds.setdefault(child.container, set()).add(child.kind)
+    mixed = _mixed(children)
     blocks: list[Block] = []
     obstacles: dict[str, str] = {}
     whole: dict[str, bool] = {}  # residual blocks, and whether they can be left out
     for name, child in children.items():  # a part comes after the whole
-        alike = len(kinds[child.container]) == 1
-        outer = [p for p in _parents(name) if p in whole and (whole[p] or not alike)]
+        outer = _outer(name, whole, mixed=child.container in mixed)
         if outer:
-            obstacles[name] = f"it is a part of the block {outer[0]}"
+            obstacles[name] = f"it is a part of the block {outer}"
             continue
         obstacle = run.why_no_block(child)
         if not obstacle and run.is_stage(name, children):
@@ -140,6 +138,17 @@ def find_blocks(children: Children, flow: Dataflow) -> tuple[tuple[Block, ...], 
             dim = run.feature_dim(child.calls[0])
             blocks.append(Block(name, child.container, child.index, child.siblings, dim))
     return tuple(blocks), obstacles
+
+
+def _outer(name: str, whole: Mapping[str, bool], *, mixed: bool) -> str:
+    """The residual block that it is only a part of; empty if none."""
+    return next((p for p in _parents(name) if p in whole and (whole[p] or mixed)), "")
+
+
+def _mixed(children: Children) -> set[str]:
+    """Paths of the containers whose children are of several kinds."""
+    kinds = {(child.container, child.kind) for child in children.values()}
+    return {path for path, count in Counter(path for path, _ in kinds).items() if count > 1}
 
 
 class _Run:
@@ -203,14 +212,14 @@ class _Run:
             if f"{child.container}.".startswith(f"{name}."):
                 inner.setdefault(child.container, []).append(child)
         whole = children[name].calls[0]
-        for parts in inner.values():
-            if len({part.kind for part in parts}) > 1 or any(map(self.why_no_block, parts)):
-                continue
-            inside = {i for part in parts for i in range(part.calls[0].first, part.calls[0].last)}
-            around = set(range(whole.first, whole.last)) - inside
-            if not any(self._reads_state[i] for i in around):
-                return True
-        return False
+        return any(self._is_chain(whole, parts) for parts in inner.values())
+
+    def _is_chain(self, whole: _Call, parts: Sequence[_Child]) -> bool:
+        if len({part.kind for part in parts}) > 1 or any(map(self.why_no_block, parts)):
+            return False
+        inside = {i for part in parts for i in range(part.calls[0].first, part.calls[0].last)}
+        around = set(range(whole.first, whole.last)) - inside
+        return not any(self._reads_state[i] for i in around)
 
     def _adds(self, call: _Call) -> bool:
         """Whether the input comes through to the output, with something computed added on the way.

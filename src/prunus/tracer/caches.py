@@ -7,7 +7,7 @@ A dict of constants looks the same from outside; what the forward does without a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from typing import Any
 
@@ -121,17 +121,20 @@ def drop_caches(model: nn.Module, names: Sequence[str]) -> None:
     """
     modules = dict(modules_in(model))
     constant = {text for text in names if any(text.startswith(f"{at}!") for at in names)}
-    for text in names:
-        if text in constant:
-            continue
+    for text in [text for text in names if text not in constant]:
         path, _, name = text.rpartition(":")
         own: Any = vars(modules[path]) if path in modules else {}
         kept = own.get(name)
         if is_table(name, kept):
-            for key in [key for key in kept if f"{text}!{key!r}" not in constant]:
-                del kept[key]
+            _keep_constants(text, kept, constant)
         elif name not in _OF_EVERY_MODULE and isinstance(kept, Tensor):
             own[name] = None
+
+
+def _keep_constants(at: str, table: dict[Any, Any], constant: Set[str]) -> None:
+    for key in list(table):
+        if f"{at}!{key!r}" not in constant:
+            del table[key]
 
 
 def is_table(name: str, value: Any) -> bool:
@@ -152,11 +155,14 @@ def _filled(model: nn.Module, before: dict[str, dict[str, Any]]) -> Iterator[str
             if isinstance(value, Tensor) and name in old and old[name] is None:
                 yield at
             elif is_table(name, value):
-                held = old.get(name)
-                constant = held if isinstance(held, dict) else {}
-                if any(constant.get(key) is not item for key, item in value.items()):
-                    yield at
-                    yield from (f"{at}!{key!r}" for key in constant)
+                yield from _filled_table(at, value, old.get(name))
+
+
+def _filled_table(at: str, table: dict[Any, Any], held: Any) -> Iterator[str]:
+    constant = held if isinstance(held, dict) else {}
+    if any(constant.get(key) is not item for key, item in table.items()):
+        yield at
+        yield from (f"{at}!{key!r}" for key in constant)
 
 
 class _Probe(dict[Any, Any]):

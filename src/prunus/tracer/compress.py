@@ -23,19 +23,16 @@ def run_on_kept(node: Node, bound: Mapping[str, Any], program: Program, kept: Ma
 
     Removed positions of the outputs are zero.
     """
-    if node.effect is None or not node.effect.mixing:
+    if node.effect is None:
         return None
-    arguments, touched = dict(bound), False
+    arguments = dict(bound)
     for (name, *rest), dim in node.effect.mixing:
         if rest:
             raise AssertionError(f"{node.target}: a mixing dim inside a list is not supported")
         label = program.value_label(node.args[str(name)], dim)
-        stay = None if label is None else kept_positions(label, kept)
-        if stay is not None and label is not None and len(stay) < len(label):
-            index = torch.as_tensor(stay, device=bound[str(name)].device)
-            arguments[str(name)] = arguments[str(name)].index_select(dim, index)
-            touched = True
-    if not touched:
+        if label is not None:
+            arguments[str(name)] = _select(arguments[str(name)], dim, kept_positions(label, kept))
+    if all(arguments[name] is bound[name] for name in bound):
         return None
     for name, value in node.effect.sizes.items():
         arguments[name] = resize(value, program, kept)
@@ -50,6 +47,12 @@ def run_on_kept(node: Node, bound: Mapping[str, Any], program: Program, kept: Ma
         for leaf in leaves
     ]
     return tree_unflatten(spread, spec)
+
+
+def _select(tensor: Tensor, dim: int, positions: Label) -> Tensor:
+    if len(positions) == tensor.shape[dim]:
+        return tensor
+    return tensor.index_select(dim, torch.as_tensor(positions, device=tensor.device))
 
 
 def resize(value: Any, program: Program, kept: Mask) -> Any:

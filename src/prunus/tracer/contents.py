@@ -44,16 +44,14 @@ def _storages(modules: Iterable[nn.Module]) -> Iterator[Any]:
 
 def _written(module: nn.Module) -> Iterator[Tensor]:
     """Tensors of one module, also those in its lists and dicts, that a forward may write into."""
-    yield from (buffer for buffer in module._buffers.values() if buffer is not None)
-    if vars(module).get("max_norm") is not None:
-        yield from (p for p in module._parameters.values() if p is not None)
+    parameters = () if vars(module).get("max_norm") is None else module._parameters.values()
+    yield from (one for one in (*module._buffers.values(), *parameters) if one is not None)
     for value in vars(module).values():
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, (list, tuple)):
-            yield from (item for item in value if type(item) is Tensor)
-        elif isinstance(value, dict):
-            yield from (item for item in value.values() if type(item) is Tensor)
+        elif isinstance(value, (list, tuple, dict)):
+            items = value.values() if isinstance(value, dict) else value
+            yield from (item for item in items if type(item) is Tensor)
 
 
 def is_odd(tensor: Tensor) -> bool:

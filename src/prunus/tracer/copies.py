@@ -12,7 +12,7 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
@@ -274,13 +274,14 @@ class _Copier:
         names = self._renamed(value)
         defaults = self._copy(value.__defaults__)
         named = self._copy(value.__kwdefaults__)
-        bound = value.__closure__ or names or vars(value) or named
-        if not bound and defaults is value.__defaults__:
+        if (
+            not any((value.__closure__, names, vars(value), named))
+            and defaults is value.__defaults__
+        ):
             return value
-        cells = tuple(types.CellType() for _ in value.__closure__ or ())
+        closure = value.__closure__ or ()
         cells = tuple(
-            self._memo.get(id(cell)) or self._keep(cell, new)
-            for cell, new in zip(value.__closure__ or (), cells, strict=True)
+            self._memo.get(id(cell)) or self._keep(cell, types.CellType()) for cell in closure
         )
         space = self._namespace(value.__globals__, names) if names else value.__globals__
         made = types.FunctionType(value.__code__, space, value.__name__, defaults, cells or None)
@@ -288,11 +289,16 @@ class _Copier:
         made.__kwdefaults__ = named
         functools.update_wrapper(made, value, updated=())
         vars(made).pop("__wrapped__", None)
-        vars(made).update({name: self._copy(item) for name, item in vars(value).items()})
-        for cell, new in zip(value.__closure__ or (), cells, strict=True):
+        for name, item in vars(value).items():
+            vars(made)[name] = self._copy(item)
+        self._fill_cells(closure, cells)
+        return made
+
+    def _fill_cells(self, closure: Iterable[Any], cells: Iterable[Any]) -> None:
+        """Last, since a function may close over itself."""
+        for cell, new in zip(closure, cells, strict=True):
             if _is_empty(new) and not _is_empty(cell):
                 new.cell_contents = self._copy(cell.cell_contents)
-        return made
 
     def _namespace(self, space: dict[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
         made = self._memo.get(id(space))

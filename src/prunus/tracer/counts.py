@@ -26,18 +26,11 @@ def summed_copies(call: Call, effect: Effect) -> Iterator[tuple[Label, Pin]]:
         copies = algebra.copied(_label(call, place))
         if copies is not None:
             yield copies, call.why(SUMMED)
-    labels = [_label(call, place) for place in effect.contracted]
-    found = [algebra.copied(label) for label in labels]
-    others = [
-        algebra.find(label).ravel()
-        for label, copies in zip(labels, found, strict=True)
-        if label is not None and copies is None
-    ]
-    for copies in found:
-        if copies is None:
-            continue
-        roots = algebra.find(copies)
-        if not any(np.isin(roots, other).any() for other in others):
+    labels = [label for place in effect.contracted if (label := _label(call, place)) is not None]
+    met = [algebra.find(label).ravel() for label in labels if algebra.copied(label) is None]
+    others = np.concatenate(met) if met else np.zeros(0, dtype=np.int64)
+    for copies in map(algebra.copied, labels):
+        if copies is not None and not np.isin(algebra.find(copies), others).any():
             yield copies, call.why(SUMMED)
 
 

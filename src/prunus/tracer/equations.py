@@ -124,10 +124,9 @@ def _tie_multiple(recorder: Recorder, equation: Equation) -> bool:
         return False
     for factor, times_of in _factors(expression):
         other = recorder.sizes.governed(factor)
-        if other is None or algebra.canonical(other) is None or len(label) % len(other):
-            continue
-        if algebra.canonical(recorder.sizes.governed(times_of)) is not None:
-            continue  # the number of times may change as well
+        free = [algebra.canonical(one) for one in (other, recorder.sizes.governed(times_of))]
+        if other is None or free[0] is None or free[1] is not None or len(label) % len(other):
+            continue  # nothing to tie to, or the number of times may change as well
         why = Pin("a multiple of another size", "", equation.module, equation.source)
         times, column = algebra.split(label, (len(label) // len(other), len(other)), why)
         if algebra.canonical(times) is None and _alike(algebra, column, other):

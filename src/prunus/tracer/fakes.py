@@ -7,6 +7,7 @@ of the same shapes is not asked again.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,22 +65,26 @@ class Fakes:
             return args[0].fake_device
         kwargs = {name: self._all_of(value) for name, value in kwargs.items()}
         key = _key_of(func, args, kwargs)
-        layouts = None if key is None else self._results.get(key)
+        layouts = self._results.get(key)
         if layouts is None and func is torch.ops.aten.native_batch_norm.default:
             layouts = _batch_norm_in_eval(args)
         if layouts is None:
-            with self._mode:
-                result = func(*args, **kwargs)
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, FakeTensor):
-                    self.watch.add(leaf)
-            if key is not None:
-                self._results[key] = _layouts_of(result, args, kwargs, key)
-            return result
+            return self._ask(func, args, kwargs, key)
         if not layouts:
             return args[0]
         outputs = tuple(map(self._make, layouts))
-        return outputs if len(func._schema.returns) > 1 else outputs[0]
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def _ask(self, func: OpOverload, args: Any, kwargs: Any, key: Any) -> Any:
+        """What PyTorch's own fake kernel says, remembered for the same shapes."""
+        with self._mode:
+            result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, FakeTensor):
+                self.watch.add(leaf)
+        if key is not None:
+            self._results[key] = _layouts_of(result, args, kwargs, key)
+        return result
 
     def _convert(self, tensor: Tensor) -> Tensor:
         if type(tensor) in (Tensor, nn.Parameter) and _is_plain(tensor):
@@ -179,25 +184,19 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-_by_shape: dict[OpOverload, bool] = {}
-
-
+@functools.lru_cache(1 << 12)
 def _goes_by_shape(func: OpOverload) -> bool:
     """Whether shapes in determine shapes out, and nothing but the first argument is written to."""
-    known = _by_shape.get(func)
-    if known is None:
-        schema = func._schema
-        known = _by_shape[func] = (
-            not schema.name.startswith("prim::")  # questions, which are no operators
-            and _NOT_BY_SHAPE.isdisjoint(func.tags)
-            and all(isinstance(one.type, torch.TensorType) for one in schema.returns)
-            and not any(
-                one.alias_info is not None and (one.alias_info.is_write != schema.is_mutable or n)
-                for n, one in enumerate(schema.arguments)
-            )
-            and (schema.is_mutable or not any(one.alias_info for one in schema.returns))
-        )
-    return known
+    schema = func._schema
+    if schema.name.startswith("prim::"):  # questions, which are no operators
+        return False
+    aliased = [(n, one.alias_info) for n, one in enumerate(schema.arguments) if one.alias_info]
+    return (
+        _NOT_BY_SHAPE.isdisjoint(func.tags)
+        and all(isinstance(one.type, torch.TensorType) for one in schema.returns)
+        and not any(info.is_write != schema.is_mutable or n for n, info in aliased)
+        and (schema.is_mutable or not any(one.alias_info for one in schema.returns))
+    )
 
 
 def _key_of(func: OpOverload, args: list[Any], kwargs: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from prunus.errors import PlanError, TraceError
 from prunus.graph.program import Node, Ref
 from prunus.graph.traced import check_inputs
+from prunus.tracer.dataflow import name_of
 
 FEW = 256
 """Integers and booleans of a tensor that are kept as they are, unless they are rows of a table."""
@@ -104,22 +105,25 @@ def find_rows(
     source = {number: number for number in inputs}
     found: dict[int, int] = {}
     for node in nodes:
-        name = node.target._schema.name.partition("::")[2]
+        name = name_of(node)
         if name in _CARRIED and isinstance(node.args.get("self"), Ref):
             origin = source.get(node.args["self"].value)
             if origin is not None:
                 source.update((number, origin) for number in node.outputs)
-        elif name in _TABLES:
-            table, index = (node.args[one] for one in _TABLES[name])
-            if not from_state[table.value]:
-                continue
-            indices = index if isinstance(index, list) else [index]
-            for dim, reference in enumerate(indices, start=int(node.args.get("dim", 0))):
-                origin = source.get(reference.value) if isinstance(reference, Ref) else None
-                if origin is not None:
-                    count = shapes[table.value][dim]
-                    found[origin] = min(count, found.get(origin, count))
+        for value, (table, dim) in _row_numbers(node) if name in _TABLES else ():
+            if value in source and from_state[table]:
+                count = shapes[table][dim]
+                found[source[value]] = min(count, found.get(source[value], count))
     return [found.get(number) for number in inputs]
+
+
+def _row_numbers(node: Node) -> Iterator[tuple[int, tuple[int, int]]]:
+    """The values that choose rows of a table, with the table and the dim along which they do."""
+    table, index = (node.args[name] for name in _TABLES[name_of(node)])
+    indices = index if isinstance(index, list) else [index]
+    for dim, reference in enumerate(indices, start=int(node.args.get("dim", 0))):
+        if isinstance(reference, Ref):
+            yield reference.value, (table.value, dim)
 
 
 def rebuild_inputs(

@@ -287,8 +287,7 @@ class Algebra:
 
     def _equate_columns(self, first: list[Atoms], second: list[Atoms], why: Pin) -> None:
         """Demand that products of columns are one; what can't be matched is pinned."""
-        left = [c for c in first if not any(np.array_equal(c, d) for d in second)]
-        right = [c for c in second if not any(np.array_equal(c, d) for d in first)]
+        left, right = _without(first, second), _without(second, first)
         self._match(left, right)
         if len(left) == 1 and right:
             self._equate(left[0], right, why)
@@ -351,6 +350,10 @@ class Algebra:
                 return
             a, b = a[differ], b[differ]
             np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
+
+
+def _without(columns: list[Atoms], others: list[Atoms]) -> list[Atoms]:
+    return [c for c in columns if not any(np.array_equal(c, d) for d in others)]
 
 
 def _partition(column: Atoms) -> Atoms:

@@ -44,21 +44,23 @@ def follow_loops(model: nn.Module, counted: Callable[[Any, int], None]) -> Itera
         def told(bound: Provenance) -> None:
             counted(bound.expression, int.__add__(bound, 0))
 
-    names = {kind.__module__ for module in model.modules() for kind in type(module).__mro__}
-    spaces = [
-        vars(sys.modules[name])
-        for name in names
-        if name in sys.modules and name.partition(".")[0] not in ("torch", "builtins")
-    ]
-    spaces = [space for space in spaces if space.get("range", builtins.range) is builtins.range]
-    own = [space for space in spaces if "range" in space]
+    spaces = [(space, "range" in space) for space in _spaces(model)]
     try:
-        for space in spaces:
+        for space, _ in spaces:
             space["range"] = Range
         yield
     finally:
-        for space in spaces:
-            if any(space is one for one in own):
-                space["range"] = builtins.range
-            else:
-                space.pop("range", None)
+        for space, own in spaces:
+            space["range"] = builtins.range
+            if not own:
+                del space["range"]
+
+
+def _spaces(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Variables of the modules in which classes are written, where ``range`` is Python's."""
+    kinds = {type(module) for module in model.modules()}
+    for name in {base.__module__ for kind in kinds for base in kind.__mro__}:
+        if name in sys.modules and name.partition(".")[0] not in ("torch", "builtins"):
+            space = vars(sys.modules[name])
+            if space.get("range", builtins.range) is builtins.range:
+                yield space

@@ -12,8 +12,19 @@ import io
 import types
 import weakref
 from collections import deque
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
+from collections.abc import (
+    Callable,
+    Container,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    Sequence,
+    ValuesView,
+)
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatch
@@ -132,13 +143,8 @@ def select_outputs(
         If there is no tensor, none of a name that is wanted, or, where none are named, something
         that can't be searched for tensors.
     """
-    if wanted is None and found.closed:
-        name, why = next(iter(found.closed.items()))
-        raise TraceError(
-            f"output {name!r} can't be searched for tensors",
-            why=f"it is {why}",
-            fix="return the tensors themselves, or name the outputs whose shape matters: outputs=",
-        )
+    if wanted is None:
+        _refuse_closed(found)
     if not found.tensors:
         raise TraceError(
             "the forward returned no tensor",
@@ -146,23 +152,38 @@ def select_outputs(
             fix="wrap the model so that its forward returns the tensors",
         )
     if wanted is None:
-        main = [(name, tensor) for name, tensor in found.tensors if name not in found.side]
-        chosen = main or found.tensors
+        chosen = [one for one in found.tensors if one[0] not in found.side] or found.tensors
     else:
-        globs = [wanted] if isinstance(wanted, str) else list(wanted)
-        for glob in globs:
-            if not any(_fits(name, glob) for name, _ in found.tensors):
-                names = ", ".join(name for name, _ in found.tensors)
-                raise TraceError(f"no output is called {glob!r}", why=f"the outputs are: {names}")
-        chosen = [(n, t) for n, t in found.tensors if any(_fits(n, glob) for glob in globs)]
+        chosen = _named(found, [wanted] if isinstance(wanted, str) else wanted)
     kept = {name for name, _ in chosen}
+    return chosen, _released(found, kept)
+
+
+def _released(found: Outputs, kept: Container[str]) -> list[str]:
     others = [found.side.get(name, name) for name, _ in found.tensors if name not in kept]
     arrays = [f"{name} (an array that was computed outside PyTorch)" for name, _ in found.arrays]
-    return chosen, list(dict.fromkeys([*others, *found.caches, *found.closed, *arrays]))
+    return list(dict.fromkeys([*others, *found.caches, *found.closed, *arrays]))
 
 
-def _fits(name: str, glob: str) -> bool:
-    return name == glob or fnmatch(name, glob)
+def _refuse_closed(found: Outputs) -> None:
+    for name, why in found.closed.items():
+        raise TraceError(
+            f"output {name!r} can't be searched for tensors",
+            why=f"it is {why}",
+            fix="return the tensors themselves, or name the outputs whose shape matters: outputs=",
+        )
+
+
+def _named(found: Outputs, globs: Sequence[str]) -> list[tuple[str, Tensor]]:
+    names = [name for name, _ in found.tensors]
+    chosen: set[str] = set()
+    for glob in globs:
+        fitting = {name for name in names if name == glob or fnmatch(name, glob)}
+        if not fitting:
+            why = f"the outputs are: {', '.join(names)}"
+            raise TraceError(f"no output is called {glob!r}", why=why)
+        chosen |= fitting
+    return [one for one in found.tensors if one[0] in chosen]
 
 
 def _place(array: Any) -> tuple[Any, ...]:
@@ -196,14 +217,19 @@ class _Search:
                 self.found.arrays.append((name, value))
         elif _is_cache(value):
             self.found.caches.append(side or name)
-        elif not self._consume and isinstance(value, Iterator):
+        else:
+            self._enter(value, path, side)
+
+    def _enter(self, value: Any, path: str, side: str) -> None:
+        if isinstance(value, _ATOMS) or id(value) in self._inside:
             return
-        elif not isinstance(value, _ATOMS) and id(value) not in self._inside:
-            why = self._closed(value)
-            if why:
-                self.found.closed[name] = why
-            elif self._is_new(value, side):
-                self._open(value, path, side)
+        if not self._consume and isinstance(value, Iterator):
+            return
+        why = self._closed(value)
+        if why:
+            self.found.closed[path or "output"] = why
+        elif self._is_new(value, side):
+            self._open(value, path, side)
 
     def _is_new(self, value: Any, side: str) -> bool:
         if type(value) in _PLAIN:
@@ -231,42 +257,56 @@ class _Search:
         if isinstance(value, AbstractSet) and not isinstance(value, (KeysView, ItemsView)):
             several = len(value) > 1 and any(isinstance(item, Tensor) for item in value)
             return "a set of tensors, which has no order" if several else ""
-        compiled = any(
-            type(one).__name__.startswith(("pybind11", "nb_")) or one.__module__ == "torch._C"
-            for one in kind.__mro__
-        )
-        named = f"a {kind.__module__}.{kind.__qualname__}"
-        return named if compiled or isinstance(value, types.CoroutineType) else ""
+        closed = isinstance(value, types.CoroutineType) or any(map(_is_compiled, kind.__mro__))
+        return f"a {kind.__module__}.{kind.__qualname__}" if closed else ""
 
 
 _PLAIN = (list, tuple, dict)
 
 
+def _is_compiled(kind: type) -> bool:
+    return type(kind).__name__.startswith(("pybind11", "nb_")) or kind.__module__ == "torch._C"
+
+
 def _items(value: Any) -> list[tuple[str, Any]]:
     """What a container or an object holds, by name."""
-    found: dict[str, Any] | None = None
-    if isinstance(value, Mapping):
-        found = {}
-        for index, (key, item) in enumerate(list(value.items())):
-            searched = isinstance(key, Tensor)
-            found[f"value{index}" if searched else str(key)] = item
-            if searched:
-                found[f"key{index}"] = key
-    elif isinstance(value, tuple):
-        names = getattr(type(value), "_fields", range(len(value)))
-        found = {str(name): item for name, item in zip(names, value, strict=True)}
-    elif isinstance(value, (list, deque, AbstractSet, ValuesView)):
-        found = {str(index): item for index, item in enumerate(value)}
-    elif isinstance(value, Iterator):
-        found = {str(index): item for index, item in enumerate(_taken(value))}
-    elif isinstance(value, np.ndarray):
-        found = {str(index): item for index, item in enumerate(value.flat)}
-    if found is None:
+    named = next((make for kinds, make in _NAMED if isinstance(value, kinds)), None)
+    if named is None:
         return list(_attributes(value, whole=True))
+    found = named(value)
     if type(value).__module__ not in ("builtins", "collections", "types"):
         for name, item in _attributes(value, whole=False):
             found.setdefault(name, item)
     return list(found.items())
+
+
+def _entries(mapping: Mapping[Any, Any]) -> dict[str, Any]:
+    found = {}
+    for index, (key, item) in enumerate(list(mapping.items())):
+        searched = isinstance(key, Tensor)
+        found[f"value{index}" if searched else str(key)] = item
+        if searched:
+            found[f"key{index}"] = key
+    return found
+
+
+def _fields(value: tuple[Any, ...]) -> dict[str, Any]:
+    names = getattr(type(value), "_fields", range(len(value)))
+    return {str(name): item for name, item in zip(names, value, strict=True)}
+
+
+def _numbered(items: Iterable[Any]) -> dict[str, Any]:
+    return {str(index): item for index, item in enumerate(items)}
+
+
+_NAMED: tuple[tuple[Any, Callable[[Any], dict[str, Any]]], ...] = (
+    (Mapping, _entries),
+    (tuple, _fields),
+    ((list, deque, AbstractSet, ValuesView), _numbered),
+    (Iterator, lambda iterator: _numbered(_taken(iterator))),
+    (np.ndarray, lambda array: _numbered(array.flat)),
+)
+"""Containers, and how the names of what they hold are made."""
 
 
 def _taken(iterator: Iterator[Any]) -> list[Any]:
@@ -285,33 +325,40 @@ def _attributes(value: Any, *, whole: bool) -> Iterator[tuple[str, Any]]:
     Of an object that has neither, ``whole`` asks for all that it refers to.
     """
     if isinstance(value, types.FunctionType):
-        cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
-        for name, cell in cells.items():
-            for item in gc.get_referents(cell):
-                yield name, item
-        yield "defaults", (value.__defaults__, value.__kwdefaults__)
-        return
+        return _bound_to(value)
     if isinstance(value, (types.MethodType, types.BuiltinMethodType)):
-        yield "self", value.__self__
-        return
-    try:
+        return iter((("self", value.__self__),))
+    return _own_attributes(value, whole=whole)
+
+
+def _bound_to(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        yield from ((name, item) for item in gc.get_referents(cell))
+    yield "defaults", (function.__defaults__, function.__kwdefaults__)
+
+
+def _own_attributes(value: Any, *, whole: bool) -> Iterator[tuple[str, Any]]:
+    own: Any = None
+    with suppress(AttributeError):
         own = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        own = None
     if isinstance(own, dict):
-        yield from ((str(name), item) for name, item in list(own.items()))
-    slotted = False
-    for kind in type(value).__mro__:
-        for name, member in vars(kind).items():
-            if isinstance(member, types.MemberDescriptorType) and not name.startswith("__"):
-                slotted = True
-                try:
-                    yield name, member.__get__(value)
-                except AttributeError:  # the slot was never filled
-                    continue
-    if whole and own is None and not slotted and type(value).__flags__ & _HAVE_GC:
+        yield from [(str(name), item) for name, item in own.items()]
+    slots = _slots(type(value))
+    for name, member in slots:
+        with suppress(AttributeError):  # the slot was never filled
+            yield name, member.__get__(value)
+    if whole and own is None and not slots and type(value).__flags__ & _HAVE_GC:
         inside = [item for item in gc.get_referents(value) if not isinstance(item, _ATOMS)]
-        yield from ((str(index), item) for index, item in enumerate(inside))
+        yield from _numbered(inside).items()
+
+
+def _slots(kind: type) -> list[tuple[str, Any]]:
+    return [
+        (name, member)
+        for one in kind.__mro__
+        for name, member in vars(one).items()
+        if isinstance(member, types.MemberDescriptorType) and not name.startswith("__")
+    ]
 
 
 def _is_cache(value: Any) -> bool:

@@ -75,8 +75,7 @@ class Outside:
                 cell.cell_contents = value
         self._forget((FakeTensor, Provenance))
         for container, content in self._contents.values():
-            if not _same(container, content):
-                _refill(container, content)
+            restore_content(container, content)
 
     def forget_tensors(self) -> None:
         """Clear the caches of functions that hold tensors: a run makes the entries anew."""
@@ -130,30 +129,31 @@ class Outside:
             if isinstance(value, LRU):
                 self.memos.append(value)
             for inner in _unwrap(value):
-                code = inner.__code__
-                if id(inner) in seen or _is_torch(inner.__module__ or ""):
-                    continue
-                seen.add(id(inner))
-                space = inner.__globals__
-                if id(space) not in self.spaces:
-                    self.spaces[id(space)] = dict(space)
-                for item in _bound_to(inner):
-                    self._remember(item)
-                    if callable(item):
-                        waiting.append((item, owner))
-                self._cells += [(cell, _inside(cell)) for cell in inner.__closure__ or ()]
-                for name, found in globals_of(inner):
-                    if isinstance(found, type) and id(found) not in seen:
-                        seen.add(id(found))
-                        waiting += self._class(found)
-                    waiting += self._variable(space, name, found, owner)
-                for name in names_in(code):
-                    method = getattr(owner, name, None)
-                    if isinstance(method, (*_FUNCTIONS, LRU)):
-                        waiting.append((method, owner))
+                if id(inner) not in seen and not _is_torch(inner.__module__ or ""):
+                    seen.add(id(inner))
+                    waiting += self._named_by(inner, owner, seen)
 
-    def _class(self, kind: type) -> list[tuple[Any, type]]:
+    def _named_by(self, function: Any, owner: type, seen: set[int]) -> list[tuple[Any, type]]:
+        """Remember what a function can write to; returns what it can call."""
+        space = function.__globals__
+        if id(space) not in self.spaces:
+            self.spaces[id(space)] = dict(space)
+        bound = list(_bound_to(function))
+        for item in bound:
+            self._remember(item)
+        called: list[tuple[Any, type]] = [(item, owner) for item in filter(callable, bound)]
+        self._cells += [(cell, _inside(cell)) for cell in function.__closure__ or ()]
+        for name, found in globals_of(function):
+            called += self._class(found, seen) if isinstance(found, type) else []
+            called += self._variable(space, name, found, owner)
+        methods = (getattr(owner, name, None) for name in names_in(function.__code__))
+        return called + [(one, owner) for one in methods if isinstance(one, (*_FUNCTIONS, LRU))]
+
+    def _class(self, kind: type, seen: set[int]) -> list[tuple[Any, type]]:
         """Of a class that a function names, in whose attributes it may keep something."""
+        if id(kind) in seen:
+            return []
+        seen.add(id(kind))
         if _is_torch(kind.__module__) or issubclass(kind, nn.Module) or not _is_open(kind):
             return []
         return [(memo, kind) for memo in self._attributes(kind)]
@@ -167,18 +167,21 @@ class Outside:
             return []
         self._variables[id(space), name] = (space, name, value)
         self._remember(value)
-        held = list(value.values()) if type(value) is dict else value
+        held = _values_of(value)
         if not isinstance(held, (list, tuple)) or len(held) > NESTED:
             return []
         return [(one, owner) for one in held if isinstance(one, (*_FUNCTIONS, LRU))]
 
     def _remember(self, value: Any, depth: int = 0) -> None:
-        if type(value) in _CONTAINERS and id(value) not in self._contents:
-            self._contents[id(value)] = (value, _content_of(value))
-            if depth < 3 and len(value) <= NESTED and not isinstance(value, set):
-                for item in list(value.values()) if isinstance(value, dict) else list(value):
-                    self._remember(item, depth + 1)
-        elif depth < 2 and _is_plain_object(value) and id(value) not in self._contents:
+        if id(value) in self._contents:
+            return
+        if type(value) in _CONTAINERS:
+            content: Any = dict(value) if isinstance(value, dict) else list(value)
+            self._contents[id(value)] = (value, content)
+            searched = depth < 3 and len(value) <= NESTED and not isinstance(value, set)
+            for item in _values_of(content) if searched else ():
+                self._remember(item, depth + 1)
+        elif depth < 2 and _is_plain_object(value):
             self._remember(vars(value), depth + 1)
 
 
@@ -235,13 +238,24 @@ def _inside(cell: types.CellType) -> Any:
         return _MISSING
 
 
+def _values_of(container: Any) -> Any:
+    return list(container.values()) if type(container) is dict else container
+
+
 def _is_open(kind: type) -> bool:
     """Whether attributes of the class can be set: not so of those written in C."""
     return bool(kind.__flags__ & _HEAP_TYPE)
 
 
-def _content_of(container: Any) -> Any:
-    return dict(container) if isinstance(container, dict) else list(container)
+def restore_content(container: Any, content: Any) -> None:
+    """Let a container hold the very same entries as before; it stays the same object."""
+    if _same(container, content):
+        return
+    if isinstance(container, list):
+        container[:] = content
+        return
+    container.clear()
+    (container.extend if isinstance(container, deque) else container.update)(content)
 
 
 def _same(container: Any, content: Any) -> bool:
@@ -252,14 +266,6 @@ def _same(container: Any, content: Any) -> bool:
             map(id, content.values())
         )
     return list(map(id, container)) == list(map(id, content))
-
-
-def _refill(container: Any, content: Any) -> None:
-    if isinstance(container, list):
-        container[:] = content
-        return
-    container.clear()
-    (container.extend if isinstance(container, deque) else container.update)(content)
 
 
 def _get(space: Any, name: str) -> Any:

@@ -415,22 +415,20 @@ def _mark(value: Any, at: Attribute, seen: set[int], found: dict[Attribute, int]
     def inner(key: int | str, item: Any) -> Any:
         return _mark(item, Attribute(at.module, at.name, (*at.keys, key)), seen, found)
 
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value > 1 and not isinstance(value, Enum):
-            found[at] = int(value)
-            return Provenance(value, at)
-        return value
+    if isinstance(value, int):
+        if value <= 1 or isinstance(value, Enum):  # True is 1
+            return value
+        found[at] = int(value)
+        return Provenance(value, at)
     if type(value) in (tuple, list, torch.Size):
         return type(value)(inner(index, item) for index, item in enumerate(value))
     if type(value) is dict:
         named = (str, int)
         return {k: inner(k, v) if isinstance(k, named) else v for k, v in value.items()}
-    if is_config(value) and id(value) not in seen and not at.keys:
+    if id(value) not in seen and not at.keys and is_config(value):
         seen.add(id(value))
-        own = vars(value)
-        for key, item in list(own.items()):
-            if isinstance(item, int) and not key.startswith("_"):
-                own[key] = inner(key, item)
+        numbers = {k: v for k, v in vars(value).items() if isinstance(v, int) and k[:1] != "_"}
+        vars(value).update({key: inner(key, item) for key, item in numbers.items()})
     return value
 
 
@@ -536,10 +534,7 @@ class Follow(TorchFunctionMode):
         if func in SEALED:
             self._seal((args, kwargs), f"{func.__name__} {SEALED[func]}")
         if name in ("__getitem__", "narrow", "split"):
-            for dim, stated in _all_of_a_dim(name, args, kwargs):
-                label = self._label_of(args[0], dim)
-                if label is not None:
-                    self._sizes.whole(label, stated)
+            self._whole(name, args, kwargs)
         outer, self.given = self.given, Given(func, args, kwargs)
         try:
             result = func(*args, **kwargs)
@@ -549,17 +544,22 @@ class Follow(TorchFunctionMode):
             self.arrays.append((result, args[0]))
         return self._marked(func, name, args, kwargs, result)
 
+    def _whole(self, name: str, args: Any, kwargs: Any) -> None:
+        for dim, stated in _all_of_a_dim(name, args, kwargs):
+            label = self._label_of(args[0], dim)
+            if label is not None:
+                self._sizes.whole(label, stated)
+
     def _marked(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> Any:
         """A result that says sizes, with where they come from."""
-        if func == _SHAPE or (func is torch.Tensor.size and isinstance(result, tuple)):
-            return torch.Size([self._mark(args[0], d, n) for d, n in enumerate(result)])
-        if func is torch.Tensor.size and isinstance(result, int):
-            dim = args[1] if len(args) > 1 else kwargs["dim"]
-            return self._mark(args[0], dim, result)
-        if name in ("numel", "nelement") and isinstance(result, int):
-            return self._count(kwargs.get("input", args[0] if args else None), result)
         if func == _NBYTES:
             return self._count(args[0], args[0].numel()) * args[0].element_size()
+        if func == _SHAPE or func is torch.Tensor.size:
+            if isinstance(result, tuple):
+                return torch.Size([self._mark(args[0], d, n) for d, n in enumerate(result)])
+            return self._mark(args[0], args[1] if len(args) > 1 else kwargs["dim"], result)
+        if name in ("numel", "nelement") and isinstance(result, int):
+            return self._count(kwargs.get("input", args[0] if args else None), result)
         if func is torch.Tensor.__len__ and self.given is None:
             first = self._mark(args[0], 0, result)
             if isinstance(first, Provenance):  # len() gives no chance to follow
@@ -587,16 +587,20 @@ def _all_of_a_dim(name: str, args: Any, kwargs: Any) -> Iterator[tuple[int, Any]
         return
     shape, rest = args[0].shape, args[1:]
     if name == "__getitem__":
-        index = rest[0] if isinstance(rest[0], tuple) else (rest[0],)
-        for dim, item in _by_dim(index, len(shape)):
-            if isinstance(item, slice) and len(range(*item.indices(shape[dim]))) == shape[dim]:
-                yield from ((dim, b) for b in (item.start, item.stop) if b is not None and b != 0)
+        yield from _whole_slices(rest[0] if isinstance(rest[0], tuple) else rest[:1], shape)
         return
     names = ("dim", "start", "length") if name == "narrow" else ("split_size", "dim")
     values = dict(zip(names, rest, strict=False)) | dict(kwargs)
     stated, dim = values.get("length" if name == "narrow" else "split_size"), values.get("dim", 0)
     if isinstance(stated, int) and isinstance(dim, int) and shape and stated >= shape[dim]:
         yield dim, stated
+
+
+def _whole_slices(index: Sequence[Any], shape: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """The bounds of slices that take all positions of a dim."""
+    for dim, item in _by_dim(index, len(shape)):
+        if isinstance(item, slice) and len(range(*item.indices(shape[dim]))) == shape[dim]:
+            yield from ((dim, b) for b in (item.start, item.stop) if b is not None and b != 0)
 
 
 def _by_dim(index: Sequence[Any], dims: int) -> Iterator[tuple[int, Any]]:
@@ -640,14 +644,8 @@ class Given:
         if self.name == "unflatten" and len(args) == 2:
             at = args[0] + (count - len(args[1]) + 1 if args[0] < 0 else 0)
             return [-1] * at + list(args[1]) + [-1] * (count - at - len(args[1]))
-        flat = [value for value in args if isinstance(value, (int, np.integer))]
-        if len(flat) == count and len(flat) == len(args):
-            return flat
-        for value in (*args, *self._kwargs.values()):
-            sized = isinstance(value, (tuple, list)) and len(value) == count
-            if sized and all(isinstance(item, (int, np.integer)) for item in value):
-                return list(value)
-        return None
+        written = (args, *args, *self._kwargs.values())
+        return next((list(one) for one in written if _are_sizes(one, count)), None)
 
     def argument(self, position: int, name: str) -> Any:
         """An argument by its position or name; None if it was left out."""
@@ -664,6 +662,11 @@ class Given:
             if isinstance(found, Provenance) and plain(found) == value:
                 return found.expression
         return value
+
+
+def _are_sizes(value: Any, count: int) -> bool:
+    listed = isinstance(value, (tuple, list)) and len(value) == count
+    return listed and all(isinstance(item, (int, np.integer)) for item in value)
 
 
 def _integers(structure: Any) -> Iterator[int]:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from prunus.graph.program import modules_in
-from prunus.tracer.outside import Outside
+from prunus.tracer.outside import Outside, restore_content
 from prunus.tracer.precision import alone, same_draws
 from prunus.tracer.provenance import marked_objects
 
@@ -54,11 +54,12 @@ def quiet_run(model: nn.Module, *, users_own: bool = False, copies: bool = True)
         False for who gives the model copies anyway: those that are made at every call take time
         and memory that what is measured would count, and a trace can't follow them.
     """
-    modes = {module: module.training for module in model.modules()}
-    snapshots = [_Snapshot(module) for module in modes]
-    settings = [(values, dict(values)) for values in marked_objects(modes)]
-    outside = None if users_own else Outside(model)
-    buffers = None if users_own else _Buffers(modes)
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
+    restored: list[_Snapshot | _Buffers | Outside] = [*map(_Snapshot, modules)]
+    settings = [(values, dict(values)) for values in marked_objects(modules)]
+    if not users_own:
+        restored += [_Buffers(modules), Outside(model)]
     try:
         if copies and not users_own and not isinstance(model, torch.jit.ScriptModule):
             model.register_forward_pre_hook(_copy_inputs, prepend=True, with_kwargs=True)
@@ -66,17 +67,13 @@ def quiet_run(model: nn.Module, *, users_own: bool = False, copies: bool = True)
             model.eval()
             yield
     finally:
-        for snapshot in snapshots:
-            snapshot.restore()
-        if buffers is not None:
-            buffers.restore()
+        for one in restored:
+            one.restore()
         for values, saved in settings:
             values.clear()
             values.update(saved)
-        for module, mode in modes.items():
+        for module, mode in modes:
             module.training = mode
-        if outside is not None:
-            outside.restore()
 
 
 def _copy_inputs(_: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -153,15 +150,6 @@ def plain_kernels() -> Iterator[None]:
             torch._C._set_cudnn_enabled(cudnn)
 
 
-def _same(container: Any, content: Any) -> bool:
-    """Whether a dict or set holds the very same entries; values are compared by identity."""
-    if isinstance(container, dict):
-        return list(map(id, container.values())) == list(map(id, content.values())) and list(
-            container
-        ) == list(content)
-    return bool(container == content)
-
-
 class _Buffers:
     """Small buffers that a forward may write to even in eval mode, as the observers of QAT do.
 
@@ -171,21 +159,16 @@ class _Buffers:
     LARGEST = 1 << 16
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        weights = (
-            module._parameters["weight"]
-            for module in modules
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
-        )
-        buffers = {id(b): b for module in modules for b in module._buffers.values()}.values()
-        self._saved = [
-            (buffer, buffer.detach().clone())
-            for buffer in (*buffers, *weights)
-            if buffer is not None
-            and buffer.layout == torch.strided
-            and buffer.numel() <= self.LARGEST
-            and not buffer.is_inference()
-            and not buffer.is_meta
-        ]
+        found: dict[int, Tensor] = {}
+        for module in modules:
+            found.update({id(one): one for one in module._buffers.values() if one is not None})
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+                found[id(module.weight)] = module.weight
+        self._saved = [(one, one.detach().clone()) for one in found.values() if self._is_saved(one)]
+
+    def _is_saved(self, tensor: Tensor) -> bool:
+        small = tensor.layout == torch.strided and tensor.numel() <= self.LARGEST
+        return small and not tensor.is_inference() and not tensor.is_meta
 
     def restore(self) -> None:
         """Put back the values of those that were written to.
@@ -221,11 +204,7 @@ class _Snapshot:
             if container:
                 container.clear()
         for container, content in self._contents:
-            if isinstance(container, list):
-                container[:] = content
-            elif not _same(container, content):
-                container.clear()
-                container.update(content)
+            restore_content(container, content)
 
 
 @contextmanager

@@ -62,12 +62,8 @@ def refuse_untraceable(model: nn.Module) -> None:
             why="torch.compile runs other code than the forward, made for the present shapes",
             fix="prune the model as it was before torch.compile (model._orig_mod), then compile it",
         )
-    lazy = [
-        name
-        for tensors in (model.named_parameters(), model.named_buffers())
-        for name, tensor in tensors
-        if is_lazy(tensor)
-    ]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
     if lazy:
         raise TraceError(
             "the model has lazy modules that were never run",

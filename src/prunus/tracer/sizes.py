@@ -111,21 +111,24 @@ class Sizes:
         frame = code_frame(sys._getframe(1))
         if op == "==" and outcome:
             self._follow_check(a, b)
-        if frame is None or not (op != "==" or _is_comparison(frame)):
+        if frame is None or (op == "==" and not _is_comparison(frame)):
             return
         if op == "bool":
             op, outcome = "==", not outcome
         why = self._pin("the code compares this size")
         key = (op, outcome, why.source, why.module, key_of(a), key_of(b))
-        if key in self._asked:
-            return
-        self._asked.add(key)
-        if any(_is_positive(one) and other in (0, 1) for one, other in ((a, b), (b, a))):
+        if key not in self._asked:
+            self._asked.add(key)
+            found = Condition(op, a, b, outcome, why.module, why.source)
+            self._keep_path(found, why, constant=_is_constant(frame))
+
+    def _keep_path(self, found: Condition, why: Pin, *, constant: bool) -> None:
+        pairs = ((found.left, found.right), (found.right, found.left))
+        if any(_is_positive(one) and other in (0, 1) for one, other in pairs):
             return  # never zero, and where it comes down to one the comparison of outputs tells
-        self.conditions.append(Condition(op, a, b, outcome, why.module, why.source))
-        constant = _is_constant(frame)
-        for one, other in ((a, b), (b, a)):
-            mixed = _may_depend_on_inputs(op, one, other, outcome, constant)
+        self.conditions.append(found)
+        for one, other in pairs:
+            mixed = _may_depend_on_inputs(found.op, one, other, found.outcome, constant)
             if mixed or self._is_rounded(one):
                 self._escape(one, why)
 
@@ -265,8 +268,7 @@ def _may_depend_on_inputs(
     if isinstance(one, int):
         return False
     leaves = list(leaves_of(one))
-    mixed = any(isinstance(leaf, int) and abs(leaf) > 1 for leaf in leaves)
-    mixed = mixed and any(isinstance(leaf, Width) for leaf in leaves)
+    mixed = {int, Width} <= {type(leaf) for leaf in leaves if leaf not in (-1, 0, 1)}
     if not isinstance(other, int):
         return mixed and op != "=="
     if op == "==":

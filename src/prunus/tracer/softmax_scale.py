@@ -108,13 +108,13 @@ class Fold:
         inside = {index for attention in attentions for index in attention.nodes}
         path = frozenset(self._met)
         names = {name for name, _ in targets}
-        starts = [value for value, name in self._state.items() if name in names]
-        return not any(
-            self._leaves(value, node, path, targets)
-            for value in {*starts, *path}
-            for node in self._flow.readers.get(value, ())
-            if value not in queries or self._flow.place[node] not in inside
-        )
+        for value in {*(v for v, name in self._state.items() if name in names), *path}:
+            readers = self._flow.readers.get(value, [])
+            if value in queries:
+                readers = [node for node in readers if self._flow.place[node] not in inside]
+            if any(self._leaves(value, node, path, targets) for node in readers):
+                return False
+        return True
 
     def _leaves(self, value: int, node: Node, path: frozenset[int], targets: Targets) -> bool:
         """Whether a reader of a value brings what is multiplied anywhere off the path."""
@@ -257,17 +257,16 @@ def find_rescales(
     known = {index for attention in attended for index in attention.nodes}
     attentions = [*attended, *(one for one in _unscaled(flow) if one.nodes.start not in known)]
     alike: dict[Fixed | None, list[Attention]] = {}
-    wanted: dict[Fixed, Targets] = {}
+    wanted: dict[Fixed | None, Targets | None] = {}
     for attention in attentions:
         targets = fold.targets(attention.query)
         fixed = None if targets is None else _fix(targets)
         alike.setdefault(fixed, []).append(attention)
-        if targets is not None and fixed is not None:
-            wanted[fixed] = targets
+        wanted[fixed] = targets
     for fixed, found in alike.items():
-        fits = fixed is not None and fold.serves_only(found, wanted[fixed])
-        for attention in found:
-            yield attention, fixed if fits else None
+        targets = wanted[fixed]
+        fits = targets is not None and fold.serves_only(found, targets)
+        yield from ((attention, fixed if fits else None) for attention in found)
 
 
 def _unscaled(flow: Dataflow) -> Iterator[Attention]:

@@ -43,9 +43,9 @@ def tie_unread(
         Whether the model's own forward was run, and not only a method in its place.
     """
     numbers = {ref.value for node in recorder.nodes for ref in refs_in(node.args)}
-    read = {name for number, name in recorder.state.items() if number in numbers}
+    read = {recorder.state[number] for number in recorder.state.keys() & numbers}
     unread = [name for name in state if name not in read and state[name].dim()]
-    parameters = [name for name in unread if name in trained]
+    parameters = list(filter(trained.__contains__, unread))
     if not parameters:
         return []
     ties = _Ties(recorder, model, state, read)
@@ -83,20 +83,17 @@ class _Ties:
     def pin(self, name: str, *, forward_ran: bool) -> None:
         """Keep whole what a tensor without siblings may be tied to: of its sizes, beside it."""
         path = name.rpartition(".")[0]
-        while path and path not in self._ran and not self._ran_inside(path):
+        while path and not any(f"{one}.".startswith(f"{path}.") for one in self._ran):
             path = path.rpartition(".")[0]
         if not path and not forward_ran:
             return
         why = Pin(f"{name}, which this run did not read, may be tied to it", "", path, "")
         beside = [one for one in self._read if self._is_beside(one, path)]
+        labels = [label for one in beside for label in self._labels(one) if label is not None]
         for size in {size for size in self._state[name].shape if size > 1}:
-            for one in beside:
-                for label in self._labels(one):
-                    if label is not None and len(label) == size:
-                        self._recorder.algebra.pin(label, why)
-
-    def _ran_inside(self, path: str) -> bool:
-        return any(f"{one}.".startswith(f"{path}.") for one in self._ran)
+            for label in labels:
+                if len(label) == size:
+                    self._recorder.algebra.pin(label, why)
 
     def _is_beside(self, name: str, path: str) -> bool:
         """Whether a tensor is the module's own, or that of a layer which is its child."""
@@ -116,12 +113,10 @@ class _Ties:
             if not isinstance(container, _CONTAINERS) or key not in container._modules:
                 continue
             kind = type(container._modules[key])
-            found = []
-            for other, module in container._modules.items():
-                one = ".".join([*parts[:at], other, *rest])
-                fits = one in self._read and self._state[one].shape == self._state[name].shape
-                if type(module) is kind and fits:
-                    found.append(one)
+            alike = [n for n, module in container._modules.items() if type(module) is kind]
+            others = (".".join([*parts[:at], other, *rest]) for other in alike)
+            shape = self._state[name].shape
+            found = [o for o in others if o in self._read and self._state[o].shape == shape]
             if found and rest:
                 yield ".".join(parts[: at + 1]), found
 

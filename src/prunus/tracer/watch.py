@@ -67,11 +67,13 @@ class Watch:
         alive = [made for one in self._made if (made := one()) is not None]
         marks = {id(made) for made in alive if isinstance(made, Mark)}
         survivors = [made for made in alive if not isinstance(made, Mark)]
-        if marks:
-            for one in gc.get_objects():
-                if type(one) is Provenance and id(one.mark) in marks:
-                    survivors.append(one)
-        return survivors
+        return survivors + _integers_of(marks) if marks else survivors
+
+
+def _integers_of(marks: set[int]) -> list[Any]:
+    """Traced integers by the ids of their marks."""
+    every = gc.get_objects()
+    return [one for one in every if type(one) is Provenance and id(one.mark) in marks]
 
 
 def _release(survivors: list[Any], before: Spaces, *, frames: bool) -> bool:
@@ -79,24 +81,25 @@ def _release(survivors: list[Any], before: Spaces, *, frames: bool) -> bool:
     level, removed = survivors, False
     ours = {id(survivors)}
     while level and not removed:
-        targets = {id(one) for one in level}
+        targets = set(map(id, level))
         holders = gc.get_referrers(*level)
         ours |= {id(level), id(holders)}
-        above = []
         owners = _owners(holders)
-        for holder in holders:
-            if id(holder) in ours or (isinstance(holder, types.FrameType) and not frames):
-                continue
-            remove = next((act for kinds, act in _REMOVERS if isinstance(holder, kinds)), None)
-            if isinstance(holder, (dict, MutableMapping)):
-                was = before.get(id(holder), {})
-                removed |= _forget(holder, targets, was, owners.get(id(holder)))
-            elif remove is not None:
-                removed |= remove(holder, targets)
-            elif isinstance(holder, (tuple, frozenset)):
-                above.append(holder)
-        level = above
+        skipped = () if frames else types.FrameType
+        others = [one for one in holders if id(one) not in ours and not isinstance(one, skipped)]
+        for holder in others:
+            was = before.get(id(holder), {})
+            removed |= _remove(holder, targets, was, owners.get(id(holder)))
+        ours.add(id(others))
+        level = [one for one in others if isinstance(one, (tuple, frozenset))]
     return removed
+
+
+def _remove(holder: Any, targets: set[int], was: Mapping[str, Any], owner: Any) -> bool:
+    if isinstance(holder, (dict, MutableMapping)):
+        return _forget(holder, targets, was, owner)
+    remove = next((act for kinds, act in _REMOVERS if isinstance(holder, kinds)), None)
+    return remove is not None and remove(holder, targets)
 
 
 def _owners(holders: list[Any]) -> dict[int, Any]:

@@ -32,25 +32,21 @@ def unwrapped(model: Any) -> Any:
         If its parameters are sharded, as a shard does not have the positions that a plan speaks of,
         or if they were made in ``torch.inference_mode``, as PyTorch lets nobody change them then.
     """
-    while True:
-        kinds = {kind.__name__ for kind in type(model).__mro__ if kind.__module__[:6] == "torch."}
-        if isinstance(model, (DataParallel, DistributedDataParallel)):
-            model = model.module
-        elif "OptimizedModule" in kinds:
-            model = model._orig_mod
-        else:
-            break
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        return unwrapped(model.module)
+    if "OptimizedModule" in _kinds(model):
+        return unwrapped(model._orig_mod)
     if not isinstance(model, nn.Module):
         return model
     for path, module in modules_in(model):
-        for kind in type(module).__mro__:
-            if kind.__name__ in _SHARDED and kind.__module__.startswith("torch."):
-                raise ModelError(
-                    f"the model is sharded ({kind.__name__})",
-                    where=path or type(module).__name__,
-                    why="each process has only a part of every tensor",
-                    fix="prune the plain model first, then shard it",
-                )
+        sharded = next((kind for kind in _kinds(module) if kind in _SHARDED), None)
+        if sharded is not None:
+            raise ModelError(
+                f"the model is sharded ({sharded})",
+                where=path or type(module).__name__,
+                why="each process has only a part of every tensor",
+                fix="prune the plain model first, then shard it",
+            )
     frozen = _made_in_inference_mode(model)
     if frozen:
         raise ModelError(
@@ -60,6 +56,11 @@ def unwrapped(model: Any) -> Any:
             fix="build or load it outside of torch.inference_mode; torch.no_grad() does no harm",
         )
     return model
+
+
+def _kinds(module: Any) -> list[str]:
+    """Names of PyTorch's own classes that something is an instance of."""
+    return [kind.__name__ for kind in type(module).__mro__ if kind.__module__[:6] == "torch."]
 
 
 def _made_in_inference_mode(model: nn.Module) -> list[str]:

@@ -18,7 +18,7 @@ from prunus.graph.blocks import Block
 from prunus.graph.constraints import Constraint, Pin, Rescale
 from prunus.graph.expressions import Attribute, Condition, Equation
 from prunus.graph.groups import Group
-from prunus.graph.moments import PEAK, FindMoments, Moments
+from prunus.graph.moments import PEAK, FindMoments, TimePoints
 from prunus.graph.polynomial import Polynomial, add_up, measure_widths
 from prunus.graph.scope import IN, find_inside
 
@@ -168,7 +168,7 @@ class CouplingGraph:
         )
 
     @cached_property
-    def moments(self) -> Moments:
+    def moments(self) -> TimePoints:
         """The moments of the forward at which most tensors may be alive, found when asked for."""
         if self.find_moments is None:
             raise BudgetError(

@@ -13,7 +13,7 @@ PEAK = "activation"
 
 
 @dataclass(frozen=True)
-class Moments:
+class TimePoints:
     """What is alive while a forward runs.
 
     Attributes
@@ -33,7 +33,7 @@ class Moments:
         return {name: polynomial(widths) for name, polynomial in self.bytes.items()}
 
 
-FindMoments = Callable[[tuple[Label, ...]], Moments]
+FindMoments = Callable[[tuple[Label, ...]], TimePoints]
 """From the labels of the other costs; called once, and only where memory is asked for."""
 
 

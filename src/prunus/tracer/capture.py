@@ -362,19 +362,20 @@ class Recorder(TorchDispatchMode):
         small = tensor.numel() <= SHADOW_LIMIT and tensor.device.type != "meta"
         return tensor if small and not isinstance(tensor, nn.Parameter) else None
 
+    def _is_known(self, value: Any) -> bool:
+        return not isinstance(value, Tensor) or self._shadow(value) is not None
+
     def _run_shadow(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """The real result, where all tensors that go in are small and known; else None."""
-        if self._fakes is None:
-            return None
-        if any(isinstance(one, Tensor) and self._shadow(one) is None for one in args):
+        if self._fakes is None or not all(map(self._is_known, args)):
             return None
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         shadows = {id(tensor): self._shadow(tensor) for tensor in tensors}
-        if any(shadow is None for shadow in shadows.values()):
-            return None
         own = func._schema.is_mutable and any(shadows[id(t)] is t for t in tensors)
-        if own or not (tensors or _small_factory(func, leaves)) or not _has_values(func, kwargs):
+        if own or not all(map(self._is_known, tensors)) or not _has_values(func, kwargs):
+            return None
+        if not tensors and not _small_factory(func, leaves):
             return None
 
         def real(leaf: Any) -> Any:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 
 from prunus.graph.axis import Label
-from prunus.graph.moments import Moments, drop_dominated
+from prunus.graph.moments import TimePoints, drop_dominated
 from prunus.graph.polynomial import Monomial, Polynomial
 from prunus.graph.program import Program
 from prunus.tracer.widths import Widths
 
 
-def find_moments(program: Program, known: tuple[Label, ...]) -> Moments:
+def find_moments(program: Program, known: tuple[Label, ...]) -> TimePoints:
     """The moments of a program that may be the worst.
 
     Parameters
@@ -42,7 +42,7 @@ def find_moments(program: Program, known: tuple[Label, ...]) -> Moments:
             terms = (Monomial(c, key) for key, c in alive.items() if c and key)
             found[name] = Polynomial(alive[()], tuple(terms))
         _add(alive, died[moment + 1], -1)
-    return Moments(tuple(widths.labels), drop_dominated(found))
+    return TimePoints(tuple(widths.labels), drop_dominated(found))
 
 
 def _add(alive: dict[tuple[int, ...], int], sizes: list[Polynomial], sign: int) -> None:

@@ -7,7 +7,7 @@ the weights that compute it, which are found by walking back through linear oper
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,20 +108,26 @@ class Fold:
         inside = {index for attention in attentions for index in attention.nodes}
         path = frozenset(self._met)
         names = {name for name, _ in targets}
-        for value in {*(v for v, name in self._state.items() if name in names), *path}:
-            readers = self._flow.readers.get(value, [])
-            if value in queries:
-                readers = [node for node in readers if self._flow.place[node] not in inside]
-            if any(self._leaves(value, node, path, targets) for node in readers):
+        starts = [value for value, name in self._state.items() if name in names]
+        for value in {*starts, *path}:
+            skipped = inside if value in queries else ()
+            if self._leaves(value, path, targets, skipped):
                 return False
         return True
 
-    def _leaves(self, value: int, node: Node, path: frozenset[int], targets: Targets) -> bool:
-        """Whether a reader of a value brings what is multiplied anywhere off the path."""
-        if name_of(node) in _FACTORS and len(path.intersection(self._flow.reads[node])) > 1:
-            return True
-        others = (out for out in node.outputs if out not in path)
-        return any(self._reaches(value, node, out, targets) for out in others)
+    def _leaves(
+        self, value: int, path: frozenset[int], targets: Targets, skipped: Container[int]
+    ) -> bool:
+        """Whether any other reader of a value brings what is multiplied off the path."""
+        for node in self._flow.readers.get(value, ()):
+            if self._flow.place[node] in skipped:
+                continue
+            if name_of(node) in _FACTORS and len(path.intersection(self._flow.reads[node])) > 1:
+                return True
+            others = (out for out in node.outputs if out not in path)
+            if any(self._reaches(value, node, out, targets) for out in others):
+                return True
+        return False
 
     def _reaches(self, value: int, node: Node, out: int, targets: Targets) -> bool:
         """Whether what is multiplied stands somewhere in an output of a reader of a value."""

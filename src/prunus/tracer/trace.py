@@ -44,7 +44,13 @@ from prunus.tracer.inputs import describe_inputs, find_rows, positional
 from prunus.tracer.loops import follow_loops
 from prunus.tracer.marks import marking
 from prunus.tracer.moments import find_moments
-from prunus.tracer.outputs import answer_of, find_left_in, find_outputs, select_outputs
+from prunus.tracer.outputs import (
+    Outputs,
+    answer_of,
+    find_left_in,
+    find_outputs,
+    select_outputs,
+)
 from prunus.tracer.outside import Outside
 from prunus.tracer.precision import same_draws as same_draws
 from prunus.tracer.provenance import mark_attributes
@@ -185,6 +191,24 @@ def _agree(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return True
 
 
+class _Admitted:
+    """The inputs as the recorder knows them, with the numbers of their values in order."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.numbers: list[int] = []
+        self._recorder = recorder
+        self._known: dict[int, Tensor] = {}
+
+    def admit(self, value: Any) -> Any:
+        """A tensor as the forward will see it; one that is given twice is one to the forward."""
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in self._known:
+            self._known[id(value)] = self._recorder.fake_input(value)
+        self.numbers.append(self._recorder.value_of(self._known[id(value)]))
+        return self._known[id(value)]
+
+
 class _Run:
     """One run of a copy of the model, and what is known of it afterwards.
 
@@ -257,17 +281,7 @@ class _Run:
     ) -> CouplingGraph:
         task, model = self._task, copied.model
         state, aliases = state_of(task.model)
-        numbers: list[int] = []
-        admitted: dict[int, Tensor] = {}
-
-        def admit(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if id(value) not in admitted:  # a tensor that is given twice is one to the forward
-                admitted[id(value)] = recorder.fake_input(value)
-            numbers.append(recorder.value_of(admitted[id(value)]))
-            return admitted[id(value)]
-
+        admitted = _Admitted(recorder)
         with (
             quiet(),
             plain_kernels(),
@@ -279,7 +293,7 @@ class _Run:
             marking(recorder.run),
         ):
             model.eval()
-            args, kwargs = tree_map(admit, copied.of((task.args, task.kwargs)))
+            args, kwargs = tree_map(admitted.admit, copied.of((task.args, task.kwargs)))
             forget(model, task.remembered)
             recorder.sizes.attributes = mark_attributes(model)
             before = remember_attributes(model)
@@ -289,21 +303,8 @@ class _Run:
             left_in = find_left_in((args, kwargs)) if task.outputs is None else []
             caches, written = find_caches(model, before), find_written(model, before)
         traced = time.perf_counter()
-        outputs = found.with_arrays(recorder.follow.arrays)
-        for _, tensor in outputs.tensors:
-            recorder.read(tensor)
-        chosen, released = select_outputs(outputs, task.outputs)
-        if self._real:
-            self.answer = dict(outputs.tensors)
-        kept: dict[str, int] = {}
-        for name, tensor in chosen:
-            kept[name] = recorder.value_of(tensor)
-            for label in recorder.labels[kept[name]]:
-                recorder.pin(label, f"output {name!r} keeps its shape")
-        for _, tensor in left_in:
-            for dim in range(tensor.dim()):
-                label = recorder.label_of(tensor, dim)
-                recorder.pin(label, "the forward leaves it in an input, where it keeps its shape")
+        chosen, released = self._pin_outputs(recorder, found, left_in)
+        kept = {name: recorder.value_of(tensor) for name, tensor in chosen}
         left = set(written) - set(recorder.state.values())  # by an earlier run, and not read
         state = {name: tensor for name, tensor in state.items() if name not in left}
         aliases = {name: first for name, first in aliases.items() if first in state}
@@ -311,18 +312,15 @@ class _Run:
         trained = {name for name, tensor in state.items() if isinstance(tensor, nn.Parameter)}
         unread = tie_unread(recorder, task.model, known, trained, forward_ran=bool(forwards))
         recorder.finish()
-        recorded = recorder.program(numbers, kept)
+        recorded = recorder.program(admitted.numbers, kept)
         flow = Dataflow(keep_normed_weights(recorded, recorder.from_state, task.model, state))
         graph, resolve = build_graph(recorder, flow, task.model, state, aliases)
         program = replace(flow.program, resolve=resolve)
         flow = flow.of(program)
         blocks, obstacles = find_blocks(children, flow)
+        rows = find_rows(recorder.nodes, admitted.numbers, recorder.shapes, recorder.from_state)
         described = {
-            "inputs": describe_inputs(
-                task.args,
-                task.kwargs,
-                find_rows(recorder.nodes, numbers, recorder.shapes, recorder.from_state),
-            ),
+            "inputs": describe_inputs(task.args, task.kwargs, rows),
             "outputs": {name: list(tensor.shape) for name, tensor in chosen},
             "caches": caches,
             "released": released,
@@ -344,3 +342,22 @@ class _Run:
             blocks=blocks,
             obstacles=obstacles,
         )
+
+    def _pin_outputs(
+        self, recorder: Recorder, found: Outputs, left_in: Sequence[tuple[str, Tensor]]
+    ) -> tuple[list[tuple[str, Tensor]], list[str]]:
+        """The outputs that keep their shape, and the names of the others."""
+        outputs = found.with_arrays(recorder.follow.arrays)
+        for _, tensor in outputs.tensors:
+            recorder.read(tensor)
+        chosen, released = select_outputs(outputs, self._task.outputs)
+        if self._real:
+            self.answer = dict(outputs.tensors)
+        for name, tensor in chosen:
+            for label in recorder.labels[recorder.value_of(tensor)]:
+                recorder.pin(label, f"output {name!r} keeps its shape")
+        for _, tensor in left_in:
+            for dim in range(tensor.dim()):
+                label = recorder.label_of(tensor, dim)
+                recorder.pin(label, "the forward leaves it in an input, where it keeps its shape")
+        return chosen, released

@@ -83,17 +83,19 @@ class _Ties:
     def pin(self, name: str, *, forward_ran: bool) -> None:
         """Keep whole what a tensor without siblings may be tied to: of its sizes, beside it."""
         path = name.rpartition(".")[0]
-        while path and not any(f"{one}.".startswith(f"{path}.") for one in self._ran):
+        while path and not self._ran_inside(path):
             path = path.rpartition(".")[0]
         if not path and not forward_ran:
             return
         why = Pin(f"{name}, which this run did not read, may be tied to it", "", path, "")
-        beside = [one for one in self._read if self._is_beside(one, path)]
-        labels = [label for one in beside for label in self._labels(one) if label is not None]
-        for size in {size for size in self._state[name].shape if size > 1}:
-            for label in labels:
-                if len(label) == size:
+        sizes = {*self._state[name].shape} - {0, 1}
+        for one in self._read:
+            for label in self._labels(one) if self._is_beside(one, path) else ():
+                if label is not None and len(label) in sizes:
                     self._recorder.algebra.pin(label, why)
+
+    def _ran_inside(self, path: str) -> bool:
+        return any(f"{one}.".startswith(f"{path}.") for one in self._ran)
 
     def _is_beside(self, name: str, path: str) -> bool:
         """Whether a tensor is the module's own, or that of a layer which is its child."""

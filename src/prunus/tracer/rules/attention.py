@@ -11,14 +11,10 @@ OPERANDS = ("query", "key", "value")
 POSITION = "a position of the sequence"
 
 
-@rule(
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_attention_math",
-    "_scaled_dot_product_fused_attention_overrideable",
-)
+@rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+      "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+      "_scaled_dot_product_attention_math",
+      "_scaled_dot_product_fused_attention_overrideable")  # fmt: skip
 def attention(call: Call) -> Effect:
     """q (…, L, E), k (…, S, E), v (…, S, F): E is contracted; … and F pass, L and S stay."""
     query, key, value = (call.labels(name) for name in OPERANDS)

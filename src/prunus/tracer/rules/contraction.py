@@ -142,24 +142,22 @@ def sparse_product(call: Call) -> Effect:
 @rule("_trilinear")
 def trilinear(call: Call) -> Effect:
     """Three tensors, each stretched along dims of its own, multiplied and summed over some."""
-    names = ("i1", "i2", "i3")
     count = call.args["i1"].dim() + len(call.args["expand1"])
     joined: list[Label | None] = [None] * count
     sizes = [1] * count
     places: list[list[Place]] = [[] for _ in range(count)]
-    for number, name in enumerate(names, 1):
-        absent = call.args[f"expand{number}"]
-        own = [dim for dim in range(count) if dim not in absent]
-        for at, (dim, label) in enumerate(zip(own, call.labels(name), strict=True)):
-            size = call.args[name].shape[at]
+    for name, absent in (("i1", "expand1"), ("i2", "expand2"), ("i3", "expand3")):
+        own = set(range(count)).difference(call.args[absent])
+        for at, (dim, label) in enumerate(zip(sorted(own), call.labels(name), strict=True)):
             joined[dim] = call.unify(joined[dim], label, CONTRACTED) if places[dim] else label
-            sizes[dim] = size
+            sizes[dim] = call.args[name].shape[at]
             places[dim].append(((name,), at))
     summed = call.args["sumdim"]
+    passed = [dim for dim in range(count) if dim not in summed]
     return Effect(
-        (tuple(label for dim, label in enumerate(joined) if dim not in summed),),
+        (tuple(joined[dim] for dim in passed),),
         contracted=tuple(place for dim in summed for place in places[dim]),
-        produced=tuple(p for dim in range(count) if dim not in summed for p in places[dim]),
+        produced=tuple(place for dim in passed for place in places[dim]),
         spans=(tuple(zip(sizes, joined, strict=True)),),
     )
 

@@ -113,16 +113,8 @@ def _address(call: Call) -> tuple[Labels, Labels]:
     return tuple(labels), (*rest[:at], *(None,) * new, *rest[at:])
 
 
-@rule(
-    "scatter.src",
-    "scatter.value",
-    "scatter_.src",
-    "scatter_.value",
-    "scatter_add",
-    "scatter_add_",
-    "scatter_reduce.two",
-    "scatter_reduce_.two",
-)
+@rule("scatter.src", "scatter.value", "scatter_.src", "scatter_.value", "scatter_add",
+      "scatter_add_", "scatter_reduce.two", "scatter_reduce_.two")  # fmt: skip
 def scatter(call: Call) -> Effect:
     """Written to chosen positions of one dim, separately at every other position."""
     names = [name for name in ("self", "index", "src") if isinstance(call.args.get(name), Tensor)]
@@ -135,14 +127,20 @@ def scatter(call: Call) -> Effect:
     labels: list[Label | None] = []
     for d, column in enumerate(columns):
         whole = d != dim and len({shape[d] for shape in shapes}) == 1
-        for label in column:
-            if not whole:
-                call.pin(label, ADDRESSED)
-        joined = column[0] if whole else None
-        for other in column[1:] if whole else ():
-            joined = call.unify(joined, other)
-        labels.append(joined)
+        labels.append((_join if whole else _keep)(call, column))
     return Effect((tuple(labels),))
+
+
+def _join(call: Call, column: Labels) -> Label | None:
+    joined = column[0]
+    for other in column[1:]:
+        joined = call.unify(joined, other)
+    return joined
+
+
+def _keep(call: Call, column: Labels) -> None:
+    for label in column:
+        call.pin(label, ADDRESSED)
 
 
 @rule("index_fill.int_Scalar", "index_fill_.int_Scalar", "index_fill.int_Tensor",

@@ -7,14 +7,8 @@ from prunus.graph.effect import Effect, Equations, Labels, Place
 from prunus.tracer.registry import Call, rule
 
 
-@rule(
-    "native_batch_norm",
-    "_native_batch_norm_legit",
-    "_native_batch_norm_legit.no_stats",
-    "_native_batch_norm_legit_no_training",
-    "cudnn_batch_norm",
-    "miopen_batch_norm",
-)
+@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit.no_stats",
+      "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "miopen_batch_norm")  # fmt: skip
 def batch_norm(call: Call) -> Effect:
     """One statistic per channel; in training mode it is taken over all other dims."""
     labels = list(call.labels("input"))
@@ -96,13 +90,7 @@ def weight_norm(call: Call) -> Effect:
     return Effect((tuple(labels), norms), mixing=mixing)
 
 
-@rule(
-    "_softmax",
-    "_log_softmax",
-    "softmax.int",
-    "log_softmax.int",
-    "_safe_softmax",
-)
+@rule("_softmax", "_log_softmax", "softmax.int", "log_softmax.int", "_safe_softmax")  # fmt: skip
 def softmax(call: Call) -> Effect:
     """Every position along the dim sees the others."""
     labels = call.labels("self")

@@ -31,82 +31,29 @@ def broadcast(call: Call, ndim: int, shape: torch.Size) -> Labels:
 
 
 @rule_for_tag(torch.Tag.pointwise)
-@rule(
-    "copy_",
-    "masked_fill.Scalar",
-    "masked_fill_.Scalar",
-    "masked_fill.Tensor",
-    "masked_fill_.Tensor",
-    "_to_copy",
-    "lerp.Tensor",
-    "zero_",
-    "fill.Scalar",
-    "fill.Tensor",
-    "fill_.Scalar",
-    "fill_.Tensor",
-    "hardswish",
-    "hardswish_",
-    "gelu_",
-    "mish_",
-    "threshold_",
-    "abs_",
-    "log_sigmoid_forward",
-    "rrelu_with_noise",
-    "_prelu_kernel",
-    "floor_divide",
-    "floor_divide.Scalar",
-    "complex",
-    "polar",
-    "_conj",
-    "dropout",
-    "native_dropout",
-    "bernoulli",
-    "bernoulli_.float",
-    "uniform_",
-    "normal_",
-    "exponential_",
-    "bernoulli.p",
-    "bernoulli_.Tensor",
-    "normal.Tensor_float",
-    "normal.float_Tensor",
-    "normal.Tensor_Tensor",
-    "poisson",
-    "binomial",
-    "_standard_gamma",
-    "log_normal_",
-    "geometric_",
-    "cauchy_",
-    "random_",
-    "random_.to",
-    "random_.from",
-)
+@rule("copy_", "masked_fill.Scalar", "masked_fill_.Scalar", "masked_fill.Tensor",
+      "masked_fill_.Tensor", "_to_copy", "lerp.Tensor", "zero_", "fill.Scalar", "fill.Tensor",
+      "fill_.Scalar", "fill_.Tensor", "hardswish", "hardswish_", "gelu_", "mish_", "threshold_",
+      "abs_", "log_sigmoid_forward", "rrelu_with_noise", "_prelu_kernel", "floor_divide",
+      "floor_divide.Scalar", "complex", "polar", "_conj", "dropout", "native_dropout", "bernoulli",
+      "bernoulli_.float", "uniform_", "normal_", "exponential_", "bernoulli.p",
+      "bernoulli_.Tensor", "normal.Tensor_float", "normal.float_Tensor", "normal.Tensor_Tensor",
+      "poisson", "binomial", "_standard_gamma", "log_normal_", "geometric_", "cauchy_", "random_",
+      "random_.to", "random_.from")  # fmt: skip
 def pointwise(call: Call) -> Effect:
     """Each output position depends on the same position of the inputs."""
     return Effect(tuple(broadcast(call, out.dim(), out.shape) for out in call.outputs))
 
 
-@rule(
-    "alias",
-    "detach",
-    "detach_",
-    "lift_fresh",
-    "lift_fresh_copy",
-)
+@rule("alias", "detach", "detach_", "lift_fresh", "lift_fresh_copy")  # fmt: skip
 def passes(call: Call) -> Effect:
     """The output has the labels of the input."""
     name = call.target._schema.arguments[0].name
     return Effect((call.labels(name),))
 
 
-@rule(
-    "zeros_like",
-    "ones_like",
-    "empty_like",
-    "full_like",
-    "rand_like",
-    "randn_like",
-    "randint_like",
-)
+@rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like",
+      "randint_like")  # fmt: skip
 def alike(call: Call) -> Effect:
     """As large as another tensor, with nothing of its content."""
     name = f"{call.name} in {call.context.module or 'model'} #{call.algebra.count}"
@@ -137,24 +84,9 @@ FACTORIES = frozenset(
 )
 
 
-@rule(
-    "zeros",
-    "ones",
-    "full",
-    "empty.memory_format",
-    "empty_strided",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "new_empty",
-    "new_empty_strided",
-    "rand",
-    "rand.generator",
-    "randn",
-    "randn.generator",
-    "normal.float_float",
-    "scalar_tensor",
-)
+@rule("zeros", "ones", "full", "empty.memory_format", "empty_strided", "new_zeros", "new_ones",
+      "new_full", "new_empty", "new_empty_strided", "rand", "rand.generator", "randn",
+      "randn.generator", "normal.float_float", "scalar_tensor")  # fmt: skip
 def elastic(call: Call) -> Effect:
     """A tensor without content of its own takes the labels of whatever it meets.
 
@@ -175,17 +107,8 @@ def elastic(call: Call) -> Effect:
     return Effect((tuple(labels),), equations=tuple(equations))
 
 
-@rule(
-    "arange",
-    "arange.start",
-    "arange.start_step",
-    "linspace",
-    "eye",
-    "eye.m",
-    "randint",
-    "randint.low",
-    "randperm",
-)
+@rule("arange", "arange.start", "arange.start_step", "linspace", "eye", "eye.m", "randint",
+      "randint.low", "randperm")  # fmt: skip
 def constants(call: Call) -> Effect:
     """Content depends on the position: nothing may be removed."""
     return Effect(call.unlabelled())

@@ -14,61 +14,18 @@ from prunus.tracer.rules.pointwise import broadcast
 from prunus.tracer.rules.view import wrap
 
 
-@rule(
-    "mean",
-    "mean.dim",
-    "sum",
-    "sum.dim_IntList",
-    "prod",
-    "prod.dim_int",
-    "amax",
-    "amin",
-    "max",
-    "min",
-    "max.dim",
-    "min.dim",
-    "aminmax",
-    "logsumexp",
-    "var",
-    "var.dim",
-    "var.correction",
-    "std",
-    "std.dim",
-    "std.correction",
-    "var_mean.correction",
-    "std_mean.correction",
-    "linalg_vector_norm",
-    "norm.ScalarOpt_dim",
-    "norm.ScalarOpt_dim_dtype",
-    "norm.Scalar",
-    "all",
-    "all.dim",
-    "all.dims",
-    "any",
-    "any.dim",
-    "any.dims",
-    "nansum",
-    "_is_all_true",
-    "_is_any_true",
-    "count_nonzero",
-    "count_nonzero.dim_IntList",
-    "kthvalue",
-    "median",
-    "median.dim",
-    "nanmedian",
-    "nanmedian.dim",
-    "mode",
-)
+@rule("mean", "mean.dim", "sum", "sum.dim_IntList", "prod", "prod.dim_int", "amax", "amin", "max",
+      "min", "max.dim", "min.dim", "aminmax", "logsumexp", "var", "var.dim", "var.correction",
+      "std", "std.dim", "std.correction", "var_mean.correction", "std_mean.correction",
+      "linalg_vector_norm", "norm.ScalarOpt_dim", "norm.ScalarOpt_dim_dtype", "norm.Scalar", "all",
+      "all.dim", "all.dims", "any", "any.dim", "any.dims", "nansum", "_is_all_true",
+      "_is_any_true", "count_nonzero", "count_nonzero.dim_IntList", "kthvalue", "median",
+      "median.dim", "nanmedian", "nanmedian.dim", "mode")  # fmt: skip
 def reduce(call: Call) -> Effect:
     """Reduced dims mix, the others pass; indices into a reduced dim keep it once they are read."""
     name = call.target._schema.arguments[0].name
     labels = call.labels(name)
-    dim = call.args.get("dim")
-    every = dim is None or (
-        not isinstance(dim, int) and not dim and call.name not in ("all", "any")
-    )
-    chosen: Any = range(len(labels)) if every else [dim] if isinstance(dim, int) else dim
-    dims = {wrap(d, len(labels)) for d in chosen}
+    dims = _reduced(call, len(labels))
     mixing: list[Place] = []
     counted: list[tuple[int, Label]] = []
     for d in sorted(dims):
@@ -79,19 +36,24 @@ def reduce(call: Call) -> Effect:
             call.pin(label[: call.args["k"]], ENOUGH)
         mixing.append(((name,), d))
         counted += [(n, label) for n in indices_among(call)]
-    keep = bool(call.args.get("keepdim", False))
-    out: list[Label | None] = []
-    for d, label in enumerate(labels):
-        if d not in dims:
-            out.append(label)
-        elif keep:
-            out.append(None)
+    out = [None if d in dims else label for d, label in enumerate(labels)]
+    if not call.args.get("keepdim", False):
+        out = [label for d, label in enumerate(labels) if d not in dims]
     return Effect(
         (tuple(out),) * len(call.outputs),
         mixing=tuple(mixing),
         counted=tuple(counted),
         equations=stated_count(call, "kthvalue"),
     )
+
+
+def _reduced(call: Call, ndim: int) -> set[int]:
+    """The dims that a reduction names: all of them where it names none."""
+    dim: Any = call.args.get("dim")
+    if isinstance(dim, int):
+        return {wrap(dim, ndim)}
+    every = dim is None or (not dim and call.name not in ("all", "any"))
+    return {wrap(d, ndim) for d in (range(ndim) if every else dim)}
 
 
 ENOUGH = "there have to be as many positions as are asked for"
@@ -131,85 +93,43 @@ def largest(call: Call) -> Effect:
     )
 
 
-@rule(
-    "argmax",
-    "argmin",
-    "multinomial",
-    "sort",
-    "sort.stable",
-    "argsort",
-    "nonzero",
-    "triu",
-    "tril",
-    "triu_",
-    "tril_",
-    "cummax",
-    "cummin",
-)
+@rule("argmax", "argmin", "multinomial", "sort", "sort.stable", "argsort", "nonzero", "triu",
+      "tril", "triu_", "tril_", "cummax", "cummin")  # fmt: skip
 def counted(call: Call) -> Effect:
     """Positions along a dim are counted or compared: they must stay; other dims pass."""
     labels = call.labels("self")
-    dim = call.args.get("dim", -1)
-    if call.name in ("nonzero",) or dim is None:
-        dims = set(range(len(labels)))
-    elif call.name.startswith("tri"):
-        dims = {len(labels) - 1, len(labels) - 2}
-    else:
-        dims = {wrap(dim, len(labels))}
+    dims = _counted_dims(call, len(labels))
     for d in dims:
-        call.pin(labels[d], "positions along this dim are counted")
-    rest = [None if d in dims else label for d, label in enumerate(labels)]
-    outputs = []
-    for out in call.outputs:
-        if out.dim() == len(labels):
-            outputs.append(tuple(rest))
-        elif out.dim() == len(labels) - len(dims):
-            outputs.append(tuple(own for d, own in enumerate(labels) if d not in dims))
-        else:
-            for label in labels:
-                call.pin(label, "positions along this dim are counted")
-            outputs.append((None,) * out.dim())
-    return Effect(tuple(outputs))
+        call.pin(labels[d], COUNTED)
+    rest = tuple(None if d in dims else label for d, label in enumerate(labels))
+    passed = tuple(label for d, label in enumerate(labels) if d not in dims)
+    by_rank = {len(passed): passed, len(rest): rest}
+    if any(out.dim() not in by_rank for out in call.outputs):
+        for label in labels:
+            call.pin(label, COUNTED)
+    return Effect(tuple(by_rank.get(out.dim(), (None,) * out.dim()) for out in call.outputs))
 
 
-@rule(
-    "max_pool2d_with_indices",
-    "max_pool3d_with_indices",
-    "avg_pool1d",
-    "avg_pool2d",
-    "avg_pool3d",
-    "_adaptive_avg_pool2d",
-    "_adaptive_avg_pool3d",
-    "adaptive_avg_pool1d",
-    "adaptive_max_pool2d",
-    "adaptive_max_pool3d",
-    "max_pool2d",
-    "upsample_nearest1d",
-    "upsample_nearest2d",
-    "upsample_nearest3d",
-    "upsample_linear1d",
-    "upsample_bilinear2d",
-    "upsample_trilinear3d",
-    "upsample_bicubic2d",
-    "_upsample_bilinear2d_aa",
-    "_upsample_bicubic2d_aa",
-    "_upsample_nearest_exact1d",
-    "_upsample_nearest_exact2d",
-    "_upsample_nearest_exact3d",
-    "upsample_nearest2d.vec",
-    "upsample_bilinear2d.vec",
-    "upsample_bicubic2d.vec",
-    "reflection_pad1d",
-    "reflection_pad2d",
-    "reflection_pad3d",
-    "replication_pad1d",
-    "replication_pad2d",
-    "replication_pad3d",
-    "grid_sampler_2d",
-    "grid_sampler_3d",
-    "max_unpool2d",
-    "max_unpool3d",
-)
+COUNTED = "positions along this dim are counted"
+
+
+def _counted_dims(call: Call, ndim: int) -> set[int]:
+    dim = call.args.get("dim", -1)
+    if call.name == "nonzero" or dim is None:
+        return set(range(ndim))
+    return {ndim - 1, ndim - 2} if call.name.startswith("tri") else {wrap(dim, ndim)}
+
+
+@rule("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d",
+      "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d",
+      "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool2d", "upsample_nearest1d",
+      "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",
+      "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
+      "_upsample_bicubic2d_aa", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
+      "_upsample_nearest_exact3d", "upsample_nearest2d.vec", "upsample_bilinear2d.vec",
+      "upsample_bicubic2d.vec", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
+      "replication_pad1d", "replication_pad2d", "replication_pad3d", "grid_sampler_2d",
+      "grid_sampler_3d", "max_unpool2d", "max_unpool3d")  # fmt: skip
 def spatial(call: Call) -> Effect:
     """Works on the trailing one, two or three dims; leading ones pass."""
     name = call.target._schema.arguments[0].name
@@ -231,14 +151,8 @@ def spatial(call: Call) -> Effect:
     return Effect(tuple((*lead, *(None,) * rank) for _ in call.outputs))
 
 
-@rule(
-    "mse_loss",
-    "smooth_l1_loss",
-    "huber_loss",
-    "soft_margin_loss",
-    "binary_cross_entropy",
-    "binary_cross_entropy_with_logits",
-)
+@rule("mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "binary_cross_entropy",
+      "binary_cross_entropy_with_logits")  # fmt: skip
 def loss(call: Call) -> Effect:
     """Tensors compared entry by entry, and the sum or mean of that over the kept entries."""
     shape = torch.broadcast_shapes(*(tensor.shape for _, tensor in call.tensors()))

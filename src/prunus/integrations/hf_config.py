@@ -174,7 +174,7 @@ class _Search:
 
 
 def _unsaid(wrong: Mapping[str, Any], wanted: Shapes, gaps: Sequence[float]) -> ModelError:
-    told = [
+    stated = [
         f"{name} would be {list(shape) if shape else 'missing'}"
         f" and is {list(wanted[name]) if name in wanted else 'gone'}"
         for name, shape in list(wrong.items())[:_NAMED]
@@ -184,7 +184,7 @@ def _unsaid(wrong: Mapping[str, Any], wanted: Shapes, gaps: Sequence[float]) -> 
         f"with other integers in it the shapes agree and the outputs differ by {min(gaps):.1e}: "
         "something is computed from them that the cut model has kept, a scale or frequencies"
         if gaps
-        else f"with what it says {'; '.join(told)}{more}, and no other integers in it make these "
+        else f"with what it says {'; '.join(stated)}{more}, and no other integers in it make these "
         "right: a size that is computed from others, as hidden ÷ heads, can't change alone"
     )
     return ModelError(

@@ -62,7 +62,7 @@ def show_stages(stages: Sequence[Mapping[str, Any]]) -> None:
 
 
 def warn(text: str) -> None:
-    """Print a sentence on stderr; where that can't be written, nobody can be told."""
+    """Print a sentence on stderr; where that can't be written, nothing happens."""
     with suppress(OSError):
         _console(stderr=True).print(Text(text), soft_wrap=True)
 

@@ -76,9 +76,9 @@ def _draw_row(axes: Any, row: int, choice: GroupChoice) -> None:
     for colour, chosen in ((KEPT, ~gone), (REMOVED, gone)):
         axes.broken_barh(_runs(chosen), (row - 0.38, 0.76), color=colour, linewidth=0)
     kept = choice.size - len(choice.removed)
-    told = f"{kept} of {choice.size}" if choice.removed else f"{choice.size}"
+    units = f"{kept} of {choice.size}" if choice.removed else f"{choice.size}"
     axes.annotate(
-        told,
+        units,
         (choice.size, row),
         xytext=(4, 0),
         textcoords="offset points",

@@ -130,10 +130,10 @@ def widths_table(plan: Plan) -> Table:
     for choice in plan.groups:
         kept = choice.size - len(choice.removed)
         width = plan.width(choice)
-        told = f"{width.before} → {width.after}" if choice.removed else str(width.before)
+        widths = f"{width.before} → {width.after}" if choice.removed else str(width.before)
         share = f"{kept / max(choice.size, 1):.0%}"
         stop = plan.stopped.get(choice.name, "")
-        _row(table, choice.name, choice.size, kept, share, told, stop)
+        _row(table, choice.name, choice.size, kept, share, widths, stop)
     return table
 
 

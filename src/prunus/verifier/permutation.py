@@ -2,7 +2,7 @@
 
 A third instrument, which judges the labels themselves.  It needs neither mask nor replay nor
 cut: the user's model answers twice, the second time with its units in another order.  It holds
-under norms, softmax and means over channels, of which the second witness can say nothing.
+under norms, softmax and means over channels.
 """
 
 from __future__ import annotations

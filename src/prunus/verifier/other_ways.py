@@ -249,8 +249,7 @@ def _agrees(
 ) -> bool:
     """Whether a copy of the module, with other integers in it, answers the same that way."""
     try:
-        # A forward writes to no parameter; what folds may.
-        trial = duplicate(module, share="forward" in way)
+        trial = duplicate(module)
         for attribute, value in (values or {}).items():
             write_attribute(trial, attribute, value)
         with quiet_run(trial):

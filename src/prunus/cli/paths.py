@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from prunus.cli.flags import FILES
 from prunus.errors import FileError
@@ -54,13 +55,18 @@ def _files_read(options: argparse.Namespace) -> Iterator[tuple[str, str | Path]]
     if "model" in given:
         model = "--build" if "file" in given else "MODEL"
         yield from ((model, path) for path in _files_of_model(given["model"]))
+    yield from _data_read(given)
+
+
+def _data_read(given: Mapping[str, Any]) -> Iterator[tuple[str, str | Path]]:
+    """What is read for calibration and metrics."""
     for name in [name for name in ("data", "metric", "sensitivity") if name in given]:
         reference = str(given[name])
         yield from ((f"--{name}", path) for path in (reference, *_python_file(reference)))
     if "data" in given:
-        yield from (("--data", path) for path in _inside(Path(options.data), IMAGES, deep=True))
+        yield from (("--data", path) for path in _inside(Path(given["data"]), IMAGES, deep=True))
     if "tokenizer" in given:
-        found = _inside(Path(options.tokenizer), _PRETRAINED)
+        found = _inside(Path(given["tokenizer"]), _PRETRAINED)
         yield from (("--tokenizer", path) for path in found)
 
 

@@ -416,10 +416,7 @@ def _mark(value: Any, at: Attribute, seen: set[int], found: dict[Attribute, int]
         return _mark(item, Attribute(at.module, at.name, (*at.keys, key)), seen, found)
 
     if isinstance(value, int):
-        if value <= 1 or isinstance(value, Enum):  # True is 1
-            return value
-        found[at] = int(value)
-        return Provenance(value, at)
+        return _mark_integer(value, at, found)
     if type(value) in (tuple, list, torch.Size):
         return type(value)(inner(index, item) for index, item in enumerate(value))
     if type(value) is dict:
@@ -430,6 +427,13 @@ def _mark(value: Any, at: Attribute, seen: set[int], found: dict[Attribute, int]
         numbers = {k: v for k, v in vars(value).items() if isinstance(v, int) and k[:1] != "_"}
         vars(value).update({key: inner(key, item) for key, item in numbers.items()})
     return value
+
+
+def _mark_integer(value: int, at: Attribute, found: dict[Attribute, int]) -> int:
+    if value <= 1 or isinstance(value, Enum):  # True is 1
+        return value
+    found[at] = int(value)
+    return Provenance(value, at)
 
 
 def is_config(value: Any) -> bool:

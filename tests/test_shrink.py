@@ -129,7 +129,7 @@ def test_bad_calibration_data_leaves_the_model_alone(data, said) -> None:
 
 def test_options_of_a_budget_are_refused_with_a_ratio() -> None:
     graph = prunus.trace(model := Normed().eval(), torch.randn(2, 3, 8, 8))
-    with pytest.raises(prunus.PrunusError, match=r"round_to can't be combined"):
-        prunus.plan(graph, model, ratio=0.3, round_to=8)
+    with pytest.raises(prunus.PrunusError, match=r"scope can't be combined"):
+        prunus.plan(graph, model, ratio=0.3, scope="global")
     with pytest.raises(prunus.PrunusError, match="how much to remove"):
         prunus.plan(graph, model)

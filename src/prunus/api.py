@@ -166,8 +166,8 @@ def shrink(
 
 
 @checks_options
-@shows("dropping layers")
 @all_or_nothing
+@shows("dropping layers")
 def drop_layers(
     model: nn.Module,
     layers: Sequence[int],
@@ -229,8 +229,8 @@ def drop_layers(
 
 
 @checks_options
-@shows("removing heads")
 @all_or_nothing
+@shows("removing heads")
 def prune_heads(
     model: nn.Module,
     heads: Mapping[Where, Collection[int]],
@@ -284,8 +284,8 @@ def prune_heads(
 
 
 @checks_options
-@shows("removing units")
 @all_or_nothing
+@shows("removing units")
 def keep(
     model: nn.Module,
     group: str,

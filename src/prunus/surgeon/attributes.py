@@ -203,12 +203,14 @@ def _edits(
         touched.setdefault(axis.tensor, {})[axis.dim] = stay
     for prefix, module in model.named_modules():
         rewrite = find_rewrite(module)
+        if rewrite is None:  # a ScriptModule's tensors can't even be listed
+            continue
         kept = {
             (name, dim): stay
             for name, own in _own_tensors(module)
             for dim, stay in touched.get(_first(prefix, own, aliases), {}).items()
         }
-        for attribute, after in rewrite(module, kept).items() if rewrite and kept else ():
+        for attribute, after in rewrite(module, kept).items() if kept else ():
             before = value_of(module, attribute)
             edit = Edit(prefix, attribute, before, after)
             if before is not None and edit.before != edit.after:

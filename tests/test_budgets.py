@@ -387,10 +387,10 @@ class TestByGlob:
     def test_options_by_glob_are_checked(self) -> None:
         graph = chain(8, 8)
         for options, text in [
-            ({"min_width": {"conv0*": 0}}, r"min_width\['conv0\*'\]=0 is no number"),
+            ({"min_width": {"conv0*": 0}}, r"min_width\['conv0\*'\] must be a positive.*got 0"),
             ({"max_ratio": {"conv0*": 2}}, r"max_ratio\['conv0\*'\]=2 is no ratio"),
-            ({"round_to": {"conv0*": 0.5}}, r"round_to\['conv0\*'\]=0.5 is no number"),
-            ({"round_to": {"linear": 0}}, r"round_to\['linear'\]=0 is no number"),
+            ({"round_to": {"conv0*": 0.5}}, r"round_to\['conv0\*'\] must be a positive.*got 0.5"),
+            ({"round_to": {"linear": 0}}, r"round_to\['linear'\] must be a positive.*got 0"),
             ({"round_to": {"nowhere": 8}}, "matches no group"),
             ({"min_width": {"nowhere": 8}}, "matches no group"),
         ]:

@@ -31,12 +31,13 @@ def ask_witness(
     seed: int = 0,
 ) -> str:
     """What the second witness says of the groups that nothing mixes."""
-    mixed = [group.name for group in graph.groups if group.mixing]
-    options: Any = {"ratio": RATIO, "importance": "random", "hold": [*mixed, *hold]}
-    plan = prunus.plan(graph, model, seed=seed, **options)
-    if not plan.keep:
-        return "none (all groups mix)"
+    held = {*hold, *(group.name for group in graph.groups if group.mixing)}
+    if held >= {group.name for group in graph.groups}:
+        return "none (all groups mix)"  # a plan of nothing would be refused
     try:
+        plan = prunus.plan(
+            graph, model, ratio=RATIO, importance="random", hold=sorted(held), seed=seed
+        )
         pruned = prunus.apply(plan, copy.deepcopy(model))
     except prunus.PrunusError as error:
         return short(f"not asked: {error}", 120)

@@ -875,14 +875,14 @@ class TestStops:
         scores = scores_for(graph)
         scores[graph.groups[0].units] = np.inf
         found = planner.select(graph, scores, Budget(params=0.8)).stopped
-        assert found == {first: "it has to stay: its scores are infinite"}
+        assert found == {first: "kept whole: its scores are infinite"}
 
     def test_a_part_that_has_to_stay(self) -> None:
         graph = chain(16)
         scores = scores_for(graph)
         scores[graph.groups[0].units[:8]] = np.inf
         found = planner.select(graph, scores, Budget(params=self.cost(graph, 8))).stopped
-        assert found == {graph.groups[0].name: "the rest of it has to stay"}
+        assert found == {graph.groups[0].name: "the rest of it is kept whole"}
 
     def test_a_group_tied_to_one_at_its_floor(self) -> None:
         draft = Draft()

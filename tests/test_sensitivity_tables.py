@@ -167,7 +167,7 @@ def test_a_group_that_the_proof_rejects_is_named_and_can_be_left_out(tmp_path, c
     prunus.planner.search.sensitivity(graph, model, Closeness(model), path=file)
     asked = ["shrink", f"{own}:Comparing", "--sensitivity", str(file), "--macs", "0.7", "--json"]
     assert main(asked) == 3
-    assert "second.weight[0]: it has to stay" in capsys.readouterr().err
+    assert "second.weight[0]: kept whole" in capsys.readouterr().err
     assert main([*asked, "--exclude", "second.weight[0]"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["certificate"]["verdict"] == "exact"

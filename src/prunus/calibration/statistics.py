@@ -285,10 +285,10 @@ def check_traced(graph: CouplingGraph, tensors: Mapping[str, Tensor]) -> None:
             fix="load the weights first",
         )
     if len(places) > 1:
-        told = ", ".join(f"{name} on {place}" for place, name in sorted(places.items()))
+        places_text = ", ".join(f"{name} on {place}" for place, name in sorted(places.items()))
         raise ModelError(
             f"the model lies on {len(places)} devices",
-            why=f"batches are moved to one device, and there are {told}",
+            why=f"batches are moved to one device, and there are {places_text}",
             fix='move it to one: model.to("cpu"), say',
         )
 
@@ -389,8 +389,8 @@ class _Pass:
         loss = self._losses / max(self._samples, 1) if self._units else float("nan")
         sites = self._sites.all if self._needs - _GRADIENTS else ()
         units = self._graph.unit_count
-        told = (self._needs, units, self._samples, self._units, sites, loss)
-        return Statistics(*told, tuple(self._outputs))
+        described = (self._needs, units, self._samples, self._units, sites, loss)
+        return Statistics(*described, tuple(self._outputs))
 
     def take(self, batch: Any, samples: int) -> None:
         """Add what one batch brings: forward, and backward if gradients are needed."""

@@ -147,8 +147,8 @@ def _tell(error: PrunusError) -> int:
 def _tell_stop(stop: KeyboardInterrupt) -> int:
     terminated = isinstance(stop, Terminated)
     with suppress(OSError):
-        told = "terminated" if terminated else "interrupted"
-        print(f"prunus: {told}; nothing half-written is left", file=sys.stderr)
+        ending = "terminated" if terminated else "interrupted"
+        print(f"prunus: {ending}; nothing half-written is left", file=sys.stderr)
     return TERMINATED if terminated else INTERRUPTED
 
 

@@ -79,8 +79,8 @@ class PlanDiff:
         for group in self.groups:
             kept = f"a keeps {group.kept[0]} of {group.size}, b {group.kept[1]}"
             sides = (("a", group.only_a), ("b", group.only_b))
-            told = (f"only {side} removes {_spell_units(u)}" for side, u in sides if u)
-            lines.append(f"{group.name}: {'; '.join([kept, *told])}")
+            removals = (f"only {side} removes {_spell_units(u)}" for side, u in sides if u)
+            lines.append(f"{group.name}: {'; '.join([kept, *removals])}")
         return "\n".join(lines)
 
 

@@ -367,10 +367,12 @@ def _check_follows(
     names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
     names = [name for name in names if name not in written]
     if names:
-        told = [f"{n}: {first.get(n, 'nothing')} and {second.get(n, 'nothing')}" for n in names]
+        differences = [
+            f"{n}: {first.get(n, 'nothing')} and {second.get(n, 'nothing')}" for n in names
+        ]
         raise PlanError(
             "the later plan is not for the model that this one leaves",
-            why=f"the shapes differ: {first_names(told)}",
+            why=f"the shapes differ: {first_names(differences)}",
             fix="apply this plan, trace the result, and plan on that",
         )
 

@@ -46,13 +46,13 @@ def following(
     outer, bar = _current.get(), None
     if progress is None and outer is None and _on_terminal():
         progress = bar = _Bar(DELAY if delay is None else delay)
-    told = progress or outer
-    if told is None:
+    callback = progress or outer
+    if callback is None:
         yield _ignore
         return
-    token = _current.set(told)
+    token = _current.set(callback)
     try:
-        yield told
+        yield callback
     finally:
         _current.reset(token)
         if bar is not None:
@@ -64,7 +64,7 @@ def shows(stage: str) -> Callable[[Call], Call]:
 
     def decorate(call: Call) -> Call:
         @functools.wraps(call)
-        def told(*args: Any, **options: Any) -> Any:
+        def within(*args: Any, **options: Any) -> Any:
             if _in_stage.get():
                 return call(*args, **options)
             token = _in_stage.set(True)
@@ -75,13 +75,13 @@ def shows(stage: str) -> Callable[[Call], Call]:
             finally:
                 _in_stage.reset(token)
 
-        return told  # type: ignore[return-value]
+        return within  # type: ignore[return-value]
 
     return decorate
 
 
 def counted(items: Iterable[T], stage: str) -> Iterator[T]:
-    """The items; each is told of once the reader comes back for the next one."""
+    """The items; each counts as done once the reader comes back for the next one."""
     tell = _current.get() or _ignore
     hint = length_hint(items, -1)  # -1: an iterator, or a loader over an iterable data set
     total = None if hint < 0 else hint

@@ -202,8 +202,8 @@ def _floors(
     for group in graph.groups:
         lost = math.floor(most.get(group.name, 1.0) * group.size + _ROUNDING_ERROR)
         units.append(max(widths.get(group.name, 1), group.size - lost))
-    told = [_tell(name, value) for name, value in said.items() if value is not None]
-    return Floors(tuple(units), ", ".join(told))
+    texts = [_tell(name, value) for name, value in said.items() if value is not None]
+    return Floors(tuple(units), ", ".join(texts))
 
 
 def _tell(option: str, value: Any) -> str:

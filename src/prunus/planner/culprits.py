@@ -150,7 +150,7 @@ def _why_whole(graph: CouplingGraph, name: str) -> str:
     """Why a group keeps all of its units that nothing else speaks of."""
     group = graph.group(name)
     if group.size == 1:
-        return "its only unit has to stay"
+        return "its only unit is kept"
     for constraint in graph.constraints:
         if isinstance(constraint, Aligned) and np.isin(group.units, constraint.label).any():
             return f"{constraint.reason}: only multiples of {constraint.multiple}"

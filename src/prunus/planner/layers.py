@@ -102,8 +102,8 @@ def _find_stack(graph: CouplingGraph, stack: str | None) -> str:
     ]
     if len(found) == 1:
         return found[0]
-    told = f"{stack!r} fits {', '.join(map(repr, found))}" if found else f"no stack fits {stack!r}"
-    raise PlanError(told, why=why, fix=fix)
+    what = f"{stack!r} fits {', '.join(map(repr, found))}" if found else f"no stack fits {stack!r}"
+    raise PlanError(what, why=why, fix=fix)
 
 
 def _refusal(graph: CouplingGraph, name: str) -> PlanError:

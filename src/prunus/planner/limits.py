@@ -39,7 +39,7 @@ def _reason(
 ) -> str:
     """Why a group can lose no more; empty where it can."""
     if not ahead:
-        return "the rest of it has to stay"
+        return "the rest of it is kept whole"
     if all(left[number] - shares[number] < floors[number] for shares in ahead):
         step = min(shares[number] for shares in ahead)
         in_steps = f", and goes in steps of {step}" if step > 1 else ""

@@ -90,7 +90,7 @@ def form_quanta(
     share = _share(owner, group_of)
     for group in live:
         if not np.isfinite(scores[group.units]).any():
-            untouched[group.name] = "it has to stay: its scores are infinite"
+            untouched[group.name] = "kept whole: its scores are infinite"
         elif not owner[group.units].any():
             needed = lcm(*(n for label, n in labels if np.isin(group.units, label).any()))
             untouched[group.name] = f"it can't be cut to multiples of {needed}"

@@ -143,7 +143,7 @@ class _Task:
             blocks = {block.name for block in self.graph.blocks}
             left = self._without(names)
             held |= left.held
-            hold = {n: f"it has to stay: {why}" for n, why in held.items() if n not in blocks}
+            hold = {n: f"kept whole: {why}" for n, why in held.items() if n not in blocks}
             hold |= dict.fromkeys(asked.hold, "it is held")
             if left.statistics is not None:
                 asked = replace(self.asked, statistics=left.statistics)

@@ -114,7 +114,7 @@ def plan_widths(
         _refuse_nothing(graph, scores, ratio, asked.ratios, {**found.stopped, **hold})
     origin = {
         **recorded,
-        **_told_automatic(automatic, found),
+        **_automatic_record(automatic, found),
         **searched,
         "stopped": {**found.stopped, **dict.fromkeys(sorted(hold), "it is held")},
         **{name: getattr(found, name) for name in ("retained", "bound")},
@@ -216,21 +216,21 @@ def _naming_floor(automatic: Mapping[str, Any]) -> Iterator[None]:
             where=error.where,
             why=error.why,
             fix=f"{error.fix}; scope='global' takes at most {automatic['max_ratio']:g} of a group "
-            "unless told otherwise: max_ratio=1.0 lifts that floor",
+            "unless you say otherwise: max_ratio=1.0 lifts that floor",
         ) from error
 
 
-def _told_automatic(automatic: Mapping[str, Any], found: Selection) -> dict[str, Any]:
+def _automatic_record(automatic: Mapping[str, Any], found: Selection) -> dict[str, Any]:
     """What the plan says of the options that were not given."""
     if not automatic:
         return {}
-    told: dict[str, Any] = {"automatic": sorted(automatic)}
+    decided: dict[str, Any] = {"automatic": sorted(automatic)}
     if "round_to" in automatic:
         most = max(found.rounded.values(), default=1)
         each = {name: found.rounded.get(name, 1) for name in automatic["round_to"]}
         finer = {name: multiple for name, multiple in each.items() if multiple < most}
-        told["round_to"] = {"*": most, **finer} if finer else most
-    return told
+        decided["round_to"] = {"*": most, **finer} if finer else most
+    return decided
 
 
 def _refuse_nothing(

@@ -265,9 +265,9 @@ def _change_in_order(
         turned=bases.turned.state,
         mixed=bases.mixed,
     )
-    told = tuple(replace(one, mixings=()) for one in bases.mixed)  # they are in the state
+    mixed = tuple(replace(one, mixings=()) for one in bases.mixed)  # they are in the state
     turned = Turned(found.state, ())
-    return _Change(turned, found.repaired, told, found.norms, {**found.left, **bases.left})
+    return _Change(turned, found.repaired, mixed, found.norms, {**found.left, **bases.left})
 
 
 def _change_bases(

@@ -59,9 +59,9 @@ class Step:
         of a random input on which batch norms take its own statistics), with the dense model's
         y₀; NaN where the outputs can't be compared, or the step was not taken.
     kept
-        Whether it stayed; ``"auto"`` takes back what makes the outputs worse.
+        Whether it was kept; ``"auto"`` takes back what makes the outputs worse.
     why
-        Why a step was not kept, or what is to be minded of it.
+        Why a step was not kept, or what to be aware of.
     """
 
     name: str
@@ -293,13 +293,13 @@ class _Bench:
         if self.seen.why:
             self.only_cut()
             return plan, Step(name, math.nan, False, self.seen.why)
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             done = compensate()
         found = self.distance()
         if _nearer(found, limit) or _nearer(self._corrected(), limit):
-            minded = "; ".join(str(one.message) for one in told)
-            return done.plan, Step(name, found, why=minded)
+            warned = "; ".join(str(one.message) for one in caught)
+            return done.plan, Step(name, found, why=warned)
         dense.restore()
         self.only_cut()
         return plan, Step(name, found, False, WORSE)

@@ -135,11 +135,11 @@ def entered_as_traced(
     """
     described = None if traced is None else traced.forward_fn
     if described is not None and forward_fn is None and entry_of(model) is None:
-        told = repr(described.method) if described.method else "the same function"
+        function = repr(described.method) if described.method else "the same function"
         raise PlanError(
             f"the plan was made by calling {_called(described)}",
             why="a plan is data: what is run in place of the forward is taken from the caller only",
-            fix=f"give forward_fn={told} (to apply it without running the model: check=False)",
+            fix=f"give forward_fn={function} (to apply it without running the model: check=False)",
         )
     with entered_by(model, forward_fn):
         yield

@@ -16,12 +16,12 @@ from prunus.tracer.provenance import Provenance
 class _Kind(type):
     """The class of what takes the place of ``range``: the same instances, other calls."""
 
-    told: Callable[[Provenance], None]
+    inform: Callable[[Provenance], None]
 
     def __call__(cls, *bounds: Any) -> range:
         for bound in bounds:
             if isinstance(bound, Provenance):
-                cls.told(bound)
+                cls.inform(bound)
         return range(*bounds)
 
     def __instancecheck__(cls, instance: Any) -> bool:
@@ -41,7 +41,7 @@ def follow_loops(model: nn.Module, counted: Callable[[Any, int], None]) -> Itera
 
     class Range(metaclass=_Kind):
         @staticmethod
-        def told(bound: Provenance) -> None:
+        def inform(bound: Provenance) -> None:
             counted(bound.expression, int.__add__(bound, 0))
 
     spaces = [(space, "range" in space) for space in _spaces(model)]

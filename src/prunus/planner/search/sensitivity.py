@@ -104,12 +104,12 @@ def sensitivity(
         dense = experiment.value(metric, graph.all_kept, "the whole model")
         table = _begin(experiment, dense, ratios, rows, path)
 
-        def told(text: str) -> None:
+        def report(text: str) -> None:
             done = sum(len(curve) - 1 for curve in table.curves.values())
             tell(text, done, len(rows) * len(ratios) if tolerance is None else None)
 
-        told(f"the whole model: {dense:.6g}")
-        cells = _Cells(experiment, metric, table, path, told)
+        report(f"the whole model: {dense:.6g}")
+        cells = _Cells(experiment, metric, table, path, report)
         for name in rows:
             for ratio in ratios:
                 cells.measure(name, units_at(table.sizes[name], ratio))

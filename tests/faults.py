@@ -21,8 +21,8 @@ from benchmarks.peers.case_models import conv, head
 from prunus.graph import coupling
 from prunus.graph.axis import Axis
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.effect import Effect
 from prunus.graph.plans import Plan
+from prunus.graph.program import Effect
 from prunus.tracer import adapters, capture, compress, registry
 from prunus.tracer.labels import Algebra
 from prunus.tracer.registry import Call, find_overload, find_rule

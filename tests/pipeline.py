@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from prunus.errors import PrunusError
 from prunus.graph.axis import Label, Mask
-from prunus.graph.constraints import Aligned, Lockstep, Nonempty
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.groups import Aligned, Lockstep, Nonempty
 from prunus.graph.plans import Plan
 from prunus.surgeon import apply
 from prunus.surgeon.attributes import find_edits

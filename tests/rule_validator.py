@@ -25,9 +25,8 @@ from torch._ops import OpOverload
 
 from prunus.errors import RuleError
 from prunus.graph.axis import Axis, Label, Mask, kept_positions
-from prunus.graph.constraints import Pin
-from prunus.graph.effect import Effect, Labels, Path
-from prunus.graph.program import Node, Program, Ref
+from prunus.graph.groups import Pin
+from prunus.graph.program import Effect, Labels, Node, Path, Program, Ref
 from prunus.tracer.labels import Algebra
 from prunus.tracer.registry import (
     Call,

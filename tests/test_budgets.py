@@ -14,7 +14,7 @@ from torch import nn
 import prunus
 from prunus.errors import BudgetError, PlanError
 from prunus.graph.budget import Budget
-from prunus.graph.constraints import Lockstep
+from prunus.graph.groups import Lockstep
 from prunus.planner.allocate import select
 from tests.test_planner import Draft, attention, chain, kept_in, residual, scores_for
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import prunus
 from prunus.graph.axis import kept_positions
 from prunus.graph.budget import Budget
-from prunus.graph.constraints import Aligned
+from prunus.graph.groups import Aligned
 from tests.faults import Net
 from tests.pipeline import judge
 

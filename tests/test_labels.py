@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from prunus.graph.axis import Label
-from prunus.graph.constraints import Pin
+from prunus.graph.groups import Pin
 from prunus.tracer import labels as labels_module
 from prunus.tracer.labels import MAX_FACTORS, Algebra
 

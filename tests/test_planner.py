@@ -21,9 +21,8 @@ import prunus
 from prunus.errors import BudgetError, PlanError
 from prunus.graph.axis import Axis, Role
 from prunus.graph.budget import Budget
-from prunus.graph.constraints import Constraint, Lockstep, Nonempty
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.groups import form_groups
+from prunus.graph.groups import Constraint, Lockstep, Nonempty, form_groups
 from prunus.graph.polynomial import Monomial, Polynomial, measure_widths
 from prunus.planner import allocate as planner
 from prunus.planner.allocate import normalised

@@ -16,8 +16,7 @@ from torch.nn import functional as F
 import models_zoo
 import prunus
 from prunus.graph.axis import Axis
-from prunus.graph.expressions import Attribute, Operation, Width, evaluate
-from prunus.graph.solve import Solution
+from prunus.graph.expressions import Attribute, Operation, Solution, Width, evaluate
 from prunus.surgeon import attributes as attributes_room
 from prunus.surgeon.reach import read_attribute, write_attribute
 from prunus.tracer.provenance import Provenance

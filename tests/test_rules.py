@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.graph.axis import Axis
-from prunus.graph.effect import Effect
+from prunus.graph.program import Effect
 from prunus.tracer import registry
 from prunus.tracer.registry import Call, Rule, find_overload, find_rule, rule
 from prunus.tracer.rules.pointwise import broadcast

@@ -12,8 +12,8 @@ from torch import nn
 from prunus.calibration.batches import Batches
 from prunus.errors import PlanError, checks_options
 from prunus.graph.axis import Mask
-from prunus.graph.constraints import find_violation
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.groups import find_violation
 from prunus.graph.plans import Plan
 from prunus.graph.progress import Progress, following, shows
 from prunus.importance import needs_of

@@ -1,23 +1,25 @@
-"""Budgets: upper bounds on costs, as fractions of the dense cost or as absolute numbers."""
+"""Budgets: upper bounds on costs, as fractions or as numbers, of the model or of a scope."""
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from fractions import Fraction
+from itertools import accumulate
 from numbers import Integral, Rational, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from prunus.errors import BudgetError, checks_options
-from prunus.graph.scope import IN
-
-if TYPE_CHECKING:
-    from prunus.graph.coupling import CouplingGraph
 
 Timer = str | Callable[..., Any]
 """The name of a clock, or a function of a model that returns seconds."""
+
+IN = " in "
+"""Between the name of a cost and the scope in which it is counted: ``"macs in layer3.*"``."""
 
 TIMERS = ("eager", "onnxruntime")
 
@@ -29,6 +31,13 @@ _WHOLE = {
 """What only the whole model has, with the reason."""
 
 _TIME_FIX = 'give a float in (0, 1] for a fraction of the dense time, or a time: latency="12ms"'
+
+
+class Costed(Protocol):
+    """What a fraction is taken of: a coupling graph."""
+
+    def cost(self, name: str) -> int:
+        """The dense cost of that name."""
 
 
 @checks_options
@@ -132,7 +141,7 @@ class Budget:
             found |= {f"{name}{IN}{scope}": value for name, value in inner.requested.items()}
         return found
 
-    def limits(self, graph: CouplingGraph) -> dict[str, int]:
+    def limits(self, graph: Costed) -> dict[str, int]:
         """The largest allowed value of every bounded cost, by the names of ``requested``.
 
         A fraction is taken for the decimal number that was written, so 0.29 of 100 is 29.
@@ -239,3 +248,39 @@ def _check(name: str, value: Any) -> None:
     ):
         if wrong:
             raise refuse(why)
+
+
+def is_inside(name: str, scope: str) -> bool:
+    """Whether a glob fits the name or that of a module around it.
+
+    >>> is_inside("layer3.0.conv1.weight", "layer?"), is_inside("layer3.0.conv1", "layer3.*")
+    (True, True)
+    """
+    around = accumulate(name.split("."), lambda a, b: f"{a}.{b}")
+    return any(fnmatchcase(one, scope) for one in around)
+
+
+def find_inside(
+    names: Collection[str], scope: str, aliases: Mapping[str, str], cost: str
+) -> list[str]:
+    """The names inside a scope; tied tensors by each of their names.
+
+    Raises
+    ------
+    BudgetError
+        If there are none; it names the ``cost`` that was to be counted.
+    """
+    tied: dict[str, list[str]] = {}
+    for alias, first in aliases.items():
+        tied.setdefault(first, []).append(alias)
+    found = [
+        name for name in names if any(is_inside(one, scope) for one in (name, *tied.get(name, ())))
+    ]
+    if found:
+        return found
+    near = difflib.get_close_matches(scope, names, n=3, cutoff=0.3) or list(names)[:3]
+    raise BudgetError(
+        f"the scope {scope!r} matches nothing that has {cost}",
+        why=f"{cost} are counted in {', '.join(map(repr, near))} and others" if near else "",
+        fix="give a glob over paths of modules or names of tensors: 'layer3' or 'layer3.*', say",
+    )

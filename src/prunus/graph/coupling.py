@@ -14,13 +14,48 @@ from numpy.typing import NDArray
 
 from prunus.errors import BudgetError, PlanError, checks_options
 from prunus.graph.axis import Axis, Label, Mask, Role, kept_positions
-from prunus.graph.blocks import Block
-from prunus.graph.constraints import Constraint, Pin, Rescale
+from prunus.graph.budget import IN, find_inside
 from prunus.graph.expressions import Attribute, Condition, Equation
-from prunus.graph.groups import Group
-from prunus.graph.moments import PEAK, FindMoments, TimePoints
-from prunus.graph.polynomial import Polynomial, add_up, measure_widths
-from prunus.graph.scope import IN, find_inside
+from prunus.graph.groups import Constraint, Group, Pin, Rescale
+from prunus.graph.polynomial import (
+    PEAK,
+    FindMoments,
+    Polynomial,
+    TimePoints,
+    add_up,
+    measure_widths,
+)
+
+
+@checks_options
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A child of a list or sequence of modules that adds something to what it is given.
+
+    Attributes
+    ----------
+    name
+        Its module path, ``"model.layers.3"``.
+    container
+        The path of the list or sequence that it stands in: its *stack*.
+    index
+        Its place there.
+    siblings
+        How many children the stack has, itself and those that can't be dropped included.
+    dim
+        Of its output: the dim along which features lie.
+    """
+
+    name: str
+    container: str
+    index: int
+    siblings: int
+    dim: int = -1
+
+    @property
+    def at_end(self) -> bool:
+        """Whether it is the first or the last of its stack."""
+        return self.index in (0, self.siblings - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from prunus.calibration.batches import Batches, run_all
 from prunus.errors import DataError, PlanError, checks_options
-from prunus.graph.blocks import Block
-from prunus.graph.coupling import CouplingGraph
+from prunus.graph.coupling import Block, CouplingGraph
 from prunus.tracer.blocks import main_input, main_tensor
 from prunus.tracer.forward_fn import entered_by
 from prunus.tracer.trace import quiet_run

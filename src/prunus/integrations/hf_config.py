@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from prunus.errors import ModelError, PlanError, checks_options
-from prunus.graph.constraints import Lockstep
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.groups import Lockstep
 from prunus.graph.plans import Plan
 from prunus.planner.allocate import select
 from prunus.structures import Structure, find_structures

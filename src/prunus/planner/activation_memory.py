@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.moments import PEAK
+from prunus.graph.polynomial import PEAK
 from prunus.planner.allocate import Selection
 
 AT_ONCE = 4

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from prunus.graph.axis import Axis, Label, Role
-from prunus.graph.constraints import Aligned
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.groups import Group
+from prunus.graph.groups import Aligned, Group
 from prunus.graph.program import Ref
 from prunus.planner.filters import spread
 from prunus.planner.option_values import check_count

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunus.graph.axis import Label, Mask
-from prunus.graph.constraints import Nonempty
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.groups import Nonempty
 from prunus.graph.polynomial import Polynomial
 from prunus.planner.positions import joined, read_positions
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from prunus.errors import BudgetError
 from prunus.graph.axis import Axis, Mask
-from prunus.graph.constraints import Aligned, Pin
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.groups import Aligned, Pin
 
 _REASONS = 8
 """How many reasons an error spells out; the rest is counted."""

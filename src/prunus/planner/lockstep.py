@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from prunus.graph.constraints import Lockstep
+from prunus.graph.groups import Lockstep
 
 Ints = NDArray[np.int64]
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunus.graph.axis import Mask
-from prunus.graph.constraints import Lockstep
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.groups import Lockstep
 from prunus.planner.alignment import RoundTo, aligned_labels
 from prunus.planner.lockstep import Tie, merge_locksteps
 from prunus.planner.rounding import Chain, Cut, align

@@ -12,15 +12,15 @@ from prunus.files import replace_file
 
 if TYPE_CHECKING:
     from prunus.graph.axis import Axis
-    from prunus.graph.constraints import Pin
     from prunus.graph.coupling import Coupling, CouplingGraph
+    from prunus.graph.groups import Pin
     from prunus.graph.plan_diff import PlanDiff
     from prunus.graph.plans import Plan
 
 
 def describe_graph(graph: CouplingGraph) -> dict[str, Any]:
     """Groups, constraints, pins, unknown operators, outputs and costs of a traced model."""
-    from prunus.graph.constraints import Lockstep
+    from prunus.graph.groups import Lockstep
     from prunus.structures import find_structures
 
     anatomy = find_structures(graph)

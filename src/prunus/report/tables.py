@@ -11,9 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from prunus.graph.axis import Axis, Role
-from prunus.graph.constraints import Lockstep, Pin
 from prunus.graph.coupling import Coupling, CouplingGraph
-from prunus.graph.groups import Group
+from prunus.graph.groups import Group, Lockstep, Pin
 from prunus.graph.plan_diff import PlanDiff
 from prunus.graph.plan_table import spell_count
 from prunus.graph.plans import Plan

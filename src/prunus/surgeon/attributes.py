@@ -15,10 +15,9 @@ from torch import nn
 from prunus.errors import PlanError
 from prunus.graph.axis import Axis, Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.expressions import Attribute
+from prunus.graph.expressions import Attribute, solve
 from prunus.graph.plan_json import CLASS
 from prunus.graph.plans import Edit
-from prunus.graph.solve import solve
 from prunus.surgeon.reach import value_of
 from prunus.tracer.adapters import slim_kind
 

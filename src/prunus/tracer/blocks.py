@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.graph.axis import Label
-from prunus.graph.blocks import Block
+from prunus.graph.coupling import Block
 from prunus.graph.program import Node, Ref, modules_in, tensors_of
 from prunus.tracer.capture import Recorder
 from prunus.tracer.dataflow import Dataflow, operand

@@ -10,12 +10,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from prunus.graph.axis import Axis, Label, Role
-from prunus.graph.constraints import Aligned, Constraint, Nonempty, Pin, Rescale
 from prunus.graph.coupling import Coupling, CouplingGraph
-from prunus.graph.effect import Span
-from prunus.graph.groups import Group, form_groups
+from prunus.graph.groups import Aligned, Constraint, Group, Nonempty, Pin, Rescale, form_groups
 from prunus.graph.polynomial import Monomial, Polynomial, add_up
-from prunus.graph.program import Program, Ref
+from prunus.graph.program import Program, Ref, Span
 from prunus.tracer.capture import Recorder
 from prunus.tracer.dataflow import Dataflow, operand
 from prunus.tracer.equations import condition_in_units, in_units, pin_unsolvable

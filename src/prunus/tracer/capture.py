@@ -22,9 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from prunus.graph.axis import Axis, Label
-from prunus.graph.constraints import Pin
-from prunus.graph.effect import Effect, Labels
-from prunus.graph.program import Node, Program, Ref
+from prunus.graph.groups import Pin
+from prunus.graph.program import Effect, Labels, Node, Program, Ref
 from prunus.tracer.counts import summed_copies
 from prunus.tracer.fakes import Fakes
 from prunus.tracer.labels import Algebra

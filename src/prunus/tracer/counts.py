@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from prunus.graph.axis import Label
-from prunus.graph.constraints import Pin
-from prunus.graph.effect import Effect, Place
+from prunus.graph.groups import Pin
+from prunus.graph.program import Effect, Place
 from prunus.tracer.registry import Call
 
 SUMMED = "as many copies as a size says are summed, averaged or normalised here"

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from torch._ops import OpOverload
 
-from prunus.graph.effect import Path
-from prunus.graph.program import Node, Program, Ref, refs_in
+from prunus.graph.program import Node, Path, Program, Ref, refs_in
 
 _OPERANDS = {
     "mm": ("self", "mat2"),

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 
 from prunus.graph.axis import Label, Mask
-from prunus.graph.constraints import Pin
 from prunus.graph.expressions import (
     Condition,
     Equation,
@@ -16,8 +15,10 @@ from prunus.graph.expressions import (
     Operation,
     Width,
     attributes_in,
+    other_paths,
+    solve,
 )
-from prunus.graph.solve import other_paths, solve
+from prunus.graph.groups import Pin
 from prunus.tracer.capture import Recorder
 from prunus.tracer.labels import Algebra
 from prunus.tracer.resolver import Resolve, Resolver

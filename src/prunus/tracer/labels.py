@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunus.graph.axis import Axis, Label
-from prunus.graph.constraints import Pin
+from prunus.graph.groups import Pin
 
 Atoms = NDArray[np.int64]
 

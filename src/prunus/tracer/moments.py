@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from prunus.graph.axis import Label
-from prunus.graph.moments import TimePoints, drop_dominated
-from prunus.graph.polynomial import Monomial, Polynomial
+from prunus.graph.polynomial import Monomial, Polynomial, TimePoints, drop_dominated
 from prunus.graph.program import Program
 from prunus.tracer.widths import Widths
 

@@ -17,8 +17,8 @@ from torch._ops import OpOverload
 
 from prunus.errors import RuleError
 from prunus.graph.axis import Label
-from prunus.graph.constraints import Pin
-from prunus.graph.effect import Effect, Labels, Path
+from prunus.graph.groups import Pin
+from prunus.graph.program import Effect, Labels, Path
 from prunus.tracer.labels import Algebra
 from prunus.tracer.provenance import Given
 

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prunus.graph.effect import Place
 from prunus.graph.groups import Group
-from prunus.graph.program import Node, Program
+from prunus.graph.program import Node, Place, Program
 from prunus.tracer.dataflow import Dataflow, name_of, operand
 
 PRODUCTS = frozenset(("mm", "addmm", "mv", "addmv", "convolution", "_convolution", "_trilinear"))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunus.graph.axis import Axis, Label
-from prunus.graph.effect import Labels
+from prunus.graph.program import Labels
 from prunus.tracer.capture import Recorder
 from prunus.tracer.labels import MAX_FACTORS
 

@@ -17,7 +17,6 @@ import numpy as np
 from torch.utils._pytree import tree_leaves
 
 from prunus.graph.axis import Label
-from prunus.graph.constraints import Pin
 from prunus.graph.expressions import (
     Attribute,
     Condition,
@@ -28,6 +27,7 @@ from prunus.graph.expressions import (
     evaluate,
     leaves_of,
 )
+from prunus.graph.groups import Pin
 from prunus.tracer.labels import COUNT_TRIALS, Algebra
 from prunus.tracer.marks import key_of
 from prunus.tracer.provenance import Provenance, Ratio, expression_of

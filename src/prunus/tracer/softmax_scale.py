@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.graph.constraints import Pin
+from prunus.graph.groups import Pin
 from prunus.graph.program import Node, Program, Ref
 from prunus.tracer.dataflow import Dataflow, name_of
 from prunus.tracer.registry import call_bound

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from prunus.graph.axis import Label
-from prunus.graph.constraints import Pin
+from prunus.graph.groups import Pin
 from prunus.graph.program import refs_in
 from prunus.tracer.capture import Recorder
 

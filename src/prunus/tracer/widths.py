@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from prunus.graph.axis import Label
-from prunus.graph.effect import Span
 from prunus.graph.polynomial import Monomial, Polynomial
+from prunus.graph.program import Span
 from prunus.tracer.resolver import Resolve
 
 

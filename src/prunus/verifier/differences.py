@@ -18,9 +18,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from prunus.graph.axis import Axis
+from prunus.graph.expressions import other_paths, solve
 from prunus.graph.plan_json import CLASS
 from prunus.graph.program import state_of, stored
-from prunus.graph.solve import other_paths, solve
 from prunus.tracer.refusals import scripted
 from prunus.tracer.trace import quiet_run
 from prunus.tracer.weight_norm import find_weight_norms, norms_of

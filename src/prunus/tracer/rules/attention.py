@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prunus.graph.axis import Label
-from prunus.graph.effect import Effect, Labels
+from prunus.graph.program import Effect, Labels
 from prunus.tracer.registry import Call, rule
 from prunus.tracer.rules.contraction import CONTRACTED
 

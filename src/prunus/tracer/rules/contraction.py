@@ -7,7 +7,7 @@ from math import prod
 from torch import Tensor
 
 from prunus.graph.axis import Label
-from prunus.graph.effect import Effect, Equations, Labels, Place
+from prunus.graph.program import Effect, Equations, Labels, Place
 from prunus.tracer.provenance import expression_of
 from prunus.tracer.registry import Call, rule
 

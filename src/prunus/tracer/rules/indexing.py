@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from prunus.graph.axis import Label
-from prunus.graph.effect import Effect, Labels
+from prunus.graph.program import Effect, Labels
 from prunus.tracer.registry import Call, rule
 from prunus.tracer.rules.view import wrap
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prunus.graph.axis import Label
-from prunus.graph.effect import Effect, Equations, Labels, Place
+from prunus.graph.program import Effect, Equations, Labels, Place
 from prunus.tracer.registry import Call, rule
 
 

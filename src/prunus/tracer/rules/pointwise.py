@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from prunus.graph.axis import Axis, Label
-from prunus.graph.effect import Effect, Labels
+from prunus.graph.program import Effect, Labels
 from prunus.tracer.provenance import expression_of
 from prunus.tracer.registry import Call, rule, rule_for_tag
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prunus.graph.effect import Effect, Place
+from prunus.graph.program import Effect, Place
 from prunus.tracer.registry import Call, rule
 
 OBSERVED = (

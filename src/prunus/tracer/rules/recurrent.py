@@ -6,7 +6,7 @@ Elsewhere a cell arrives as the plain operators that it is made of.
 from __future__ import annotations
 
 from prunus.graph.axis import Label
-from prunus.graph.effect import Effect
+from prunus.graph.program import Effect
 from prunus.tracer.registry import Call, rule
 
 PACKED = "a position of the sequence"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from prunus.graph.axis import Label
-from prunus.graph.effect import Effect, Equations, Place
+from prunus.graph.program import Effect, Equations, Place
 from prunus.tracer.provenance import expression_of
 from prunus.tracer.registry import Call, rule
 from prunus.tracer.rules.pointwise import broadcast

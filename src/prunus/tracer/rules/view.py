@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from prunus.graph.axis import Axis, Label
-from prunus.graph.effect import Effect, Equations, Labels
 from prunus.graph.expressions import Expression, Operation, Width
+from prunus.graph.program import Effect, Equations, Labels
 from prunus.tracer.provenance import expression_of
 from prunus.tracer.registry import Call, rule
 

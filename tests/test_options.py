@@ -131,6 +131,7 @@ NONSENSE = {
     "statistics": {},
     "loss": "cross_entropy",
     "ratios": 0.5,
+    "remove": 0.5,
     "budget": 0.5,
     "ratio": "half",
 }
@@ -138,6 +139,7 @@ AMOUNTS = {
     "ratio": {"ratio": 0.5},
     "budget": {"budget": prunus.Budget(macs=0.5)},
     "ratios": {"ratios": {"0.*": 0.5}},
+    "remove": {"remove": {"ffn": 0.5}},
     "drop": {"drop": ["0"]},
 }
 

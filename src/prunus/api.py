@@ -349,7 +349,7 @@ def _cut(
 def _batches_to_read(asked: PlanOptions, recover: Recover) -> Batches | None:
     """The calibration batches, taken once; None where nothing reads them."""
     reads = asked.statistics is None and bool(needs_of(asked.importance))
-    if asked.data is None or not (reads or isinstance(asked.drop, int) or recover != "none"):
+    if asked.data is None or not (reads or asked.drops_least or recover != "none"):
         return None
     return Batches(asked.data, asked.samples)
 

@@ -17,6 +17,7 @@ from prunus.importance import Statistics
 from prunus.importance.influence import block_influence
 from prunus.planner.options import PlanOptions
 from prunus.planner.width_planning import plan_of_mask, plan_widths
+from prunus.structures.amounts import LAYERS
 from prunus.surgeon.depth import without_blocks
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.trace import trace
@@ -61,10 +62,11 @@ def plan_left(
         return plan_widths(left, model, asked, hold=hold)
     left = _scopes_of_original(left, names)
     limits = None if budget is None else _left_of(budget.limits(graph), left)
-    if limits is None and asked.ratio is None and not asked.ratios:
+    widths = asked.ratio is not None or asked.ratios or {*(asked.remove or {})} - {LAYERS}
+    if limits is None and not widths:
         chosen = plan_of_mask(left, model, left.all_kept, {"traced": left.traced})
     else:
-        chosen = plan_widths(left, model, asked, limits=limits, hold=hold)
+        chosen = plan_widths(left, model, asked, limits=limits, hold=hold, dropped=names)
     costs = {name: (graph.cost(name), after) for name, (_, after) in chosen.costs.items()}
     origin = {**chosen.origin, "budget": None if budget is None else budget.requested}
     return replace(chosen, drops=tuple(names), costs=costs, origin=origin)

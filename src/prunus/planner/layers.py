@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -11,8 +12,48 @@ from prunus.errors import PlanError
 from prunus.graph.coupling import CouplingGraph
 from prunus.planner.culprits import tell_groups
 from prunus.planner.option_values import Drop
+from prunus.planner.options import PlanOptions
+from prunus.structures import find_structures
+from prunus.structures.amounts import LAYERS, read_amount
 
 _NO_BLOCK = "it is a plain layer, without a skip connection around it"
+
+
+def drops_asked(
+    graph: CouplingGraph,
+    asked: PlanOptions,
+    influence: Callable[[], Mapping[str, float]],
+    hold: Iterable[str] = (),
+) -> tuple[str, ...]:
+    """Names of the blocks that ``drop`` or the ``layers`` of ``remove`` say, in the model's order.
+
+    Of a transformer layers are meant, not the blocks inside them.  See :func:`find_drops`.
+    """
+    amounts = (asked.remove or {}).get(LAYERS)
+    if amounts is None:
+        return find_drops(graph, asked.drop, influence, asked.protect_ends, hold)
+    paths = {layer.path for layer in find_structures(graph).layers}
+    layers = [b for b in graph.blocks if b.name in paths or not paths]
+    if not layers:
+        _find_stack(graph, None)
+    found: list[str] = []
+    by_stack = amounts if isinstance(amounts, Mapping) else {None: amounts}
+    for stack, amount in by_stack.items():
+        own = [block for block in layers if stack in (None, block.container)]
+        if stack is not None and not own:
+            _find_stack(graph, str(stack))
+        siblings = {block.container: block.siblings for block in own}
+        count = read_amount(amount) or 0
+        if isinstance(count, float):
+            count = math.floor(count * sum(siblings.values()) + 0.5)
+        others = {block.name for block in graph.blocks} - {block.name for block in own}
+        if count:
+            found += least_influential(
+                *(graph, influence(), count),
+                protect_ends=asked.protect_ends,
+                hold={*hold, *others},
+            )
+    return tuple(block.name for block in graph.blocks if block.name in found)
 
 
 def find_drops(

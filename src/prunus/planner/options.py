@@ -40,6 +40,7 @@ from prunus.planner.option_values import (
     is_whole,
     spell_budget,
 )
+from prunus.structures.amounts import LAYERS, Remove, check_remove
 
 if TYPE_CHECKING:
     from prunus.calibration.targets import Loss
@@ -176,6 +177,15 @@ class PlanOptions(ScoreOptions):
 
         ``{"layer3.*": 0.3}``, say.  Exactly: the nearest number of units that lockstep and
         rounding allow.
+    remove
+        How much to remove, by structure: ``heads``, ``kv_groups``, ``ffn``, ``experts``,
+        ``hidden``, ``layers``; alone, or with a budget, which takes nothing else of these groups.
+
+        ``{"heads": 0.3, "ffn": "25%", "layers": 2}``, say.  A float below 1 or a percentage is a
+        share of every layer, rounded to the nearest number of units; an int is a count per layer
+        (of ``layers`` in all); a mapping has an amount by the layer's number or path.  Heads that
+        share keys and values are removed equally from every KV group.  Where the scope is not
+        local, a share is one of all layers together.
     scope
         Which units compete: those of one group (``local``, the default: each loses the same
         ratio), of groups of one shape (``isomorphic``), all (``global``), or those of the groups
@@ -231,6 +241,12 @@ class PlanOptions(ScoreOptions):
         "a mapping, as {'layer3.*': 0.3}",
         recorded=True,
     )
+    remove: Remove | None = option(
+        None,
+        lambda value: isinstance(value, Mapping),
+        "a mapping, as {'heads': 0.3, 'layers': 2}",
+        recorded=True,
+    )
     scope: Scope = option("local", recorded=True, beside_ratio="local")
     normalise: Normalise | None = option(None, recorded=True, beside_ratio=None)
     min_width: int | Mapping[str, int] = option(1, recorded=True)
@@ -264,15 +280,16 @@ class PlanOptions(ScoreOptions):
         if self.round_to is not None:
             check_each("round_to", self.round_to, check_count)
         check_each("ratios", self.ratios or {}, check_share)
+        check_remove(self.remove or {})
         self._check_amount()
         if self.ratio is not None:
             self._check_beside_ratio()
 
     def _check_amount(self) -> None:
         """Refuse a call that doesn't say how much to remove, or says it twice."""
-        given = {"a budget": self.budget, "ratios": self.ratios}
+        given = {"a budget": self.budget, "ratios": self.ratios, "remove": self.remove}
         several = [name for name, value in given.items() if value is not None]
-        fix = "give budget=Budget(macs=0.5), say, or ratio=0.3, or ratios={'layer3.*': 0.3}"
+        fix = "give budget=Budget(macs=0.5), say, or ratio=0.3, or remove={'heads': 0.3}"
         why = "a ratio is taken from every group, whatever it costs"
         if self.ratio is not None and several:
             raise PlanError(f"{' and '.join(several)} and a ratio were given", why=why, fix=fix)
@@ -302,7 +319,12 @@ class PlanOptions(ScoreOptions):
     @property
     def drops(self) -> bool:
         """Whether blocks are dropped."""
-        return isinstance(self.drop, int) or len(self.drop) > 0
+        return self.drops_least or len(self.drop) > 0  # type: ignore[arg-type]
+
+    @property
+    def drops_least(self) -> bool:
+        """Whether the blocks that are dropped are those of least influence."""
+        return isinstance(self.drop, int) or LAYERS in (self.remove or {})
 
     def record(self) -> dict[str, Any]:
         """What a plan says of the options it was made with, as JSON values."""
@@ -314,7 +336,16 @@ class PlanOptions(ScoreOptions):
             "importance": name_of(self.importance),
             "budget": None if self.budget is None else self.budget.requested,
             "hold": sorted(self.hold),
+            "remove": None if self.remove is None else _spelt(self.remove),
         }
+
+
+def _spelt(amounts: Mapping[Any, Any]) -> dict[str, Any]:
+    """The same with keys as JSON has them."""
+    return {
+        str(key): _spelt(value) if isinstance(value, Mapping) else value
+        for key, value in amounts.items()
+    }
 
 
 class ScoreKeywords(TypedDict, total=False):
@@ -336,6 +367,7 @@ class PlanKeywords(ScoreKeywords, total=False):
     budget: Budget | None
     ratio: float | None
     ratios: Mapping[str, float] | None
+    remove: Remove | None
     scope: Scope
     normalise: Normalise | None
     min_width: int | Mapping[str, int]

@@ -17,7 +17,7 @@ from prunus.planner.depth_planning import (
     refuse_statistics,
     traced_inputs,
 )
-from prunus.planner.layers import find_drops
+from prunus.planner.layers import drops_asked
 from prunus.planner.options import PlanKeywords, PlanOptions, takes_options
 from prunus.planner.width_planning import plan_widths
 from prunus.surgeon.depth import refuse_quantized
@@ -70,10 +70,7 @@ def plan(
     asked = replace(asked, data=data)
     args, kwargs = traced_inputs(graph, model, asked.seed)
     with entered_by(model, graph.forward_fn):
-        names = find_drops(
-            graph,
-            asked.drop,
-            lambda: measure_influence(model, graph, data, args, kwargs),
-            asked.protect_ends,
+        names = drops_asked(
+            graph, asked, lambda: measure_influence(model, graph, data, args, kwargs)
         )
         return plan_depth(graph, model, names, args, kwargs, asked)[0]

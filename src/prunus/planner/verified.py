@@ -20,7 +20,7 @@ from prunus.graph.progress import Progress, following
 from prunus.importance import Statistics, needs_of
 from prunus.planner.culprits import tell_groups
 from prunus.planner.depth_planning import measure_influence, plan_depth, plan_left
-from prunus.planner.layers import find_drops
+from prunus.planner.layers import drops_asked
 from prunus.planner.options import PlanOptions
 from prunus.planner.width_planning import plan_of_mask
 from prunus.recovery import LOOKED_AT
@@ -137,9 +137,7 @@ class _Task:
         held: dict[str, str] = {}
         asked = self.asked
         while True:
-            names = find_drops(
-                self.graph, asked.drop, lambda: self._influence, asked.protect_ends, held
-            )
+            names = drops_asked(self.graph, asked, lambda: self._influence, held)
             blocks = {block.name for block in self.graph.blocks}
             left = self._without(names)
             held |= left.held
@@ -163,7 +161,7 @@ class _Task:
     ) -> dict[str, str]:
         """The blocks, or else the groups, that make the verification of a plan fail, and why."""
         found = self._reject_blocks(names)
-        if found and not isinstance(self.asked.drop, int):
+        if found and not self.asked.drops_least:
             name, why = next(iter(found.items()))
             raise VerifyError(
                 "without this block the model does not compute what it does when it is skipped",

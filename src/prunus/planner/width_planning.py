@@ -30,13 +30,11 @@ from prunus.planner.filters import spread
 from prunus.planner.latency import MULTIPLES, meet_time
 from prunus.planner.option_values import check_share
 from prunus.planner.options import PlanOptions
+from prunus.planner.structure_ratios import GLOBAL_RATIO, check_counts, structure_ratios
 from prunus.structures import find_structures
 from prunus.surgeon.attributes import find_edits
 from prunus.tracer.trace import uncollected
 from prunus.verifier.other_ways import follow_other_ways
-
-GLOBAL_RATIO = 0.8
-"""What a group may lose at most where all compete, unless somebody says otherwise."""
 
 _ROUNDED = ("channels", "ffn", "hidden", "other")
 """Kinds of groups whose widths are rounded unless somebody says otherwise."""
@@ -52,6 +50,7 @@ def plan_widths(
     *,
     limits: Mapping[str, int] | None = None,
     hold: Mapping[str, str] | None = None,
+    dropped: Collection[str] = (),
     may_remove_nothing: bool = False,
 ) -> Plan:
     """The plan of widths; see :func:`prunus.plan`.
@@ -62,6 +61,8 @@ def plan_widths(
         In place of a budget: the largest values of costs, by name.
     hold
         Groups that are kept whole with the reason why each is, in place of ``asked.hold``.
+    dropped
+        Blocks that the graph is without.
     may_remove_nothing
         Whether ratios too small to remove anything are taken for a request to remove nothing.
     """
@@ -73,10 +74,13 @@ def plan_widths(
     if by_clock and asked.data is not None:
         asked = replace(asked, data=Batches(asked.data, asked.samples))
     asked = replace(asked, statistics=_collected(graph, model, asked))
+    scores = _scored(graph, model, asked)
+    if asked.remove:
+        taken = structure_ratios(graph, scores, asked, hold, dropped)
+        asked = replace(asked, ratios={**(asked.ratios or {}), **taken})
     settled, automatic = _set_automatic(graph, asked, budget, hold)
     recorded = settled.record()
     settled = _with_normalise(settled)
-    scores = _scored(graph, model, asked)
 
     def choose(
         bounds: Budget | Mapping[str, int] | None, round_to: RoundTo | None = None
@@ -110,6 +114,7 @@ def plan_widths(
             found = found._replace(bound=None, rounded=dict.fromkeys(names, multiple))
         else:
             found = choose(budget)
+    check_counts(graph, asked, found.kept, dropped)
     if found.kept.all() and not may_remove_nothing:
         _refuse_nothing(graph, scores, ratio, asked.ratios, {**found.stopped, **hold})
     origin = {

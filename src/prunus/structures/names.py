@@ -42,12 +42,15 @@ class Structure:
         Path of the layer that it belongs to, ``"encoder.layer.3"``; empty outside of layers.
     group, size
         Name of the group and the number of its units.
+    heads
+        How many query heads of an attention one unit is; 0 where units are no heads.
     """
 
     kind: Kind
     layer: str
     group: str
     size: int
+    heads: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +173,11 @@ def find_structures(graph: CouplingGraph) -> Anatomy:
     paths = _Paths(graph, homes, kinds)
     found = tuple(
         Structure(
-            paths.narrow(kind, group), paths.layer_of_group(group, kind), group.name, group.size
+            paths.narrow(kind, group),
+            paths.layer_of_group(group, kind),
+            group.name,
+            group.size,
+            _heads_of(group, cores) if "heads" in kind or kind == "kv groups" else 0,
         )
         for group, kind in kinds.of_groups()
     )
@@ -179,6 +186,12 @@ def find_structures(graph: CouplingGraph) -> Anatomy:
         for core, home in zip(cores, homes, strict=True)
     )
     return Anatomy(found, attentions)
+
+
+def _heads_of(group: Group, cores: Iterable[Core]) -> int:
+    """How many query heads of the first attention that has it a unit is."""
+    counts = (int((core.queries == group.units[0]).any(axis=1).sum()) for core in cores)
+    return next(filter(None, counts), 0)
 
 
 def _distinct(label: NDArray[np.int64]) -> int:

@@ -1,0 +1,147 @@
+"""What is asked by structure as ratios of groups, which the solver meets as any others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunus.errors import PlanError
+from prunus.graph.axis import Mask
+from prunus.graph.coupling import CouplingGraph
+from prunus.graph.polynomial import Monomial, Polynomial
+from prunus.planner.allocate import select
+from prunus.planner.filters import spread
+from prunus.planner.option_values import check_share
+from prunus.planner.options import PlanOptions
+from prunus.structures.amounts import Asked, units_asked
+
+Scores = NDArray[np.float64]
+
+GLOBAL_RATIO = 0.8
+"""What a group may lose at most where all compete, unless somebody says otherwise."""
+
+
+def structure_ratios(
+    graph: CouplingGraph,
+    scores: Scores,
+    asked: PlanOptions,
+    hold: Mapping[str, str],
+    dropped: Collection[str] = (),
+) -> dict[str, float]:
+    """The ratio of every group that ``asked.remove`` speaks of, by its name.
+
+    A share is rounded to the nearest number of units, and never to all of them: of each group in
+    the local scope, else of all groups of a structure together.
+
+    Raises
+    ------
+    PlanError
+        If the model lacks a structure, an amount removes nothing or too much, all groups of a
+        structure are held, or ``ratios`` speaks of the same group.
+    """
+    given = spread(graph, asked.ratios or {}, "ratios", check_share)
+    sizes = {group.name: group.size for group in graph.groups}
+    found: dict[str, int] = {}
+    for structure, wanted in units_asked(graph, asked.remove or {}, dropped).items():
+        open_groups = {name: one for name, one in wanted.items() if name not in hold}
+        if not open_groups:
+            raise PlanError(
+                f"{structure} can't be removed",
+                where="remove=",
+                why="; ".join(dict.fromkeys(hold[name] for name in wanted)),
+            )
+        counts = {
+            name: min(math.floor(one.units + 0.5), sizes[name] - 1)
+            for name, one in open_groups.items()
+        }
+        if asked.scope != "local" and not any(one.counted for one in wanted.values()):
+            counts = _pooled(graph, scores, asked, hold, open_groups)
+        _refuse_nothing(structure, wanted, counts, sizes)
+        twice = [name for name in counts if name in given or name in found]
+        if twice:
+            raise PlanError(
+                f"the group {twice[0]} is named twice",
+                where="remove=",
+                why=f"by {structure} and by ratios",
+                fix="leave out one of them",
+            )
+        found |= counts
+    return {name: count / sizes[name] for name, count in found.items()}
+
+
+def _refuse_nothing(
+    structure: str,
+    wanted: Mapping[str, Asked],
+    counts: Mapping[str, int],
+    sizes: Mapping[str, int],
+) -> None:
+    if any(counts.values()) or not any(one.units for one in wanted.values()):
+        return
+    largest = max(sizes[name] for name in counts)
+    raise PlanError(
+        f"the share of {structure} is less than half a unit of every group",
+        where="remove=",
+        why=f"the largest group has {largest} units",
+        fix=f"give at least {1 / (2 * largest):.3g}, or a count: 1",
+    )
+
+
+def _pooled(
+    graph: CouplingGraph,
+    scores: Scores,
+    asked: PlanOptions,
+    hold: Mapping[str, str],
+    wanted: Mapping[str, Asked],
+) -> dict[str, int]:
+    """Units that groups lose which compete for what they lose together.
+
+    The number of their units is a cost, and what they keep together is its bound.
+    """
+    groups = [graph.group(name) for name in wanted]
+    widths = len(graph.width_labels)
+    cost = Polynomial(0, tuple(Monomial(1, (widths + n,)) for n in range(len(groups))))
+    counting = replace(
+        graph,
+        costs={"units": cost},
+        width_labels=(*graph.width_labels, *(group.units[:, None] for group in groups)),
+    )
+    size = sum(group.size for group in groups)
+    total = math.floor(sum(one.units for one in wanted.values()) + 0.5)
+    most = asked.max_ratio
+    chosen = select(
+        *(counting, scores, {"units": size - total}),
+        scope=asked.scope,
+        normalise=asked.normalise or "mean",
+        min_width=asked.min_width,
+        max_ratio=max(GLOBAL_RATIO, total / size) if most is None else most,
+        include=list(wanted),
+        held=hold,
+    )
+    return {group.name: int((~chosen.kept[group.units]).sum()) for group in groups}
+
+
+def check_counts(
+    graph: CouplingGraph, asked: PlanOptions, kept: Mask, dropped: Collection[str] = ()
+) -> None:
+    """Refuse a choice that removes another number of units than was counted.
+
+    Raises
+    ------
+    PlanError
+        It names the group, and what the choice comes to.
+    """
+    for structure, wanted in units_asked(graph, asked.remove or {}, dropped).items():
+        for name, one in wanted.items():
+            gone = int((~kept[graph.group(name).units]).sum())
+            if one.counted and gone not in (0, one.units):
+                raise PlanError(
+                    f"exactly {one.units:g} units can't be removed",
+                    where=f"group {name}",
+                    why="it loses units in steps only (`prunus inspect` says why); the nearest "
+                    f"number is {gone}",
+                    fix=f"remove={{{structure!r}: {gone}}}, or a share",
+                )

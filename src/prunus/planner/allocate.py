@@ -173,9 +173,9 @@ def select(
         given = spread(graph, ratios, "ratios", check_share)
         fixed = choose_fixed(graph, quanta, given, exactly=exactly)
         removal.settle(*fixed, exactly=exactly)
-    least_lost = None
+    lost = None
     if scope == "global":
-        least_lost = solve(removal, quanta)
+        lost = solve(removal, quanta)
     else:
         removal.descend()
     kept = quanta.kept(removal.removed)
@@ -185,7 +185,7 @@ def select(
         kept=kept,
         stopped=find_stops(graph, quanta, removal.removed, floors.units),
         retained=float(weights[known & kept].sum()) / total,
-        bound=None if least_lost is None else 1 - least_lost / total,
+        bound=None if lost is None else 1 - lost / total,
     )
 
 

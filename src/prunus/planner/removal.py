@@ -152,22 +152,6 @@ class Removal:
             found[np.concatenate(parts)] = True
         return found
 
-    def adopt(self, counts: Ints) -> bool:
-        """Remove prefixes of these lengths; False where a group or a dim has too little then.
-
-        The quanta worth most come back where that helps.
-        """
-        self._assign(counts)
-        heap = [] if self._feasible() else self._by_worth()
-        while heap and not self._feasible():
-            n = -heapq.heappop(heap)[1]
-            last = self._last(n)
-            empty = set(self.state.empty)
-            short = any(self._left[g] < self._floors.units[g] for g, _ in self._quanta.shares[last])
-            if short or empty.intersection(self.state.positions.dims_of(last)):
-                self._give(n, heap)
-        return self._feasible()
-
     def _feasible(self) -> bool:
         """Whether every group is above its floor, and every dim keeps a position."""
         floors = self._floors.units
@@ -175,7 +159,8 @@ class Removal:
             left >= least for left, least in zip(self._left, floors, strict=True)
         )
 
-    def _assign(self, counts: Ints) -> None:
+    def adopt(self, counts: Ints) -> None:
+        """Remove prefixes of these lengths."""
         removed = self.mask(counts)
         self.state.assign(removed)
         self.counts = counts.copy()
@@ -220,12 +205,12 @@ class Removal:
             )
             for numbers in self.joint:
                 counts[numbers] = np.maximum(counts[numbers], counts[numbers].max() > 0)
-            self._assign(np.maximum(counts, best))
+            self.adopt(np.maximum(counts, best))
             if self._feasible() and self._worst() is not None:
                 low, best = middle, self.counts
             else:
                 high = middle
-        self._assign(best)
+        self.adopt(best)
 
     def disturb(self, moves: Mapping[int, int]) -> bool:
         """Remove some quanta more of some chains, or less, and let the others make up for it."""
@@ -269,7 +254,7 @@ class Removal:
             ):
                 self.fill()
                 return True
-            self._assign(before)
+            self.adopt(before)
         return False
 
     def _trade(self, back: int, slack: float) -> bool:

@@ -27,8 +27,8 @@ from torch.library import Library
 from torch.nn.functional import scaled_dot_product_attention
 
 from prunus.graph.expressions import Attribute
-from prunus.tracer.provenance import Given, Provenance
-from prunus.tracer.registry import registered, returns_tensor
+from prunus.tracer.provenance import Provenance
+from prunus.tracer.registry import Given, registered, returns_tensor
 
 
 @dataclass(frozen=True, eq=False)

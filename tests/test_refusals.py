@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import prunus
 from prunus.calibration.batches import Batches
 from prunus.errors import ModelError, TraceError
-from prunus.tracer.refusals import warn_untested
+from prunus.tracer.wrappers import warn_untested
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 

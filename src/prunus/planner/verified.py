@@ -25,7 +25,7 @@ from prunus.planner.options import PlanOptions
 from prunus.planner.width_planning import plan_of_mask
 from prunus.recovery import LOOKED_AT
 from prunus.surgeon.depth import without_blocks
-from prunus.tracer.randomness import DRAWS
+from prunus.tracer.rerun import DRAWS
 from prunus.tracer.trace import trace
 from prunus.verifier.bisect import find_culprits
 from prunus.verifier.judgement import Certificate

@@ -12,7 +12,7 @@ from torch import nn
 
 from prunus.errors import PlanError
 from prunus.graph.plans import Plan
-from prunus.tracer.provenance import is_config
+from prunus.tracer.follow import is_config
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from prunus.graph.renaming import Renaming
+from prunus.tracer.follow import is_config
 from prunus.tracer.precision import same_draws
-from prunus.tracer.provenance import is_config
 
 _TELLING = re.compile(r"layer|depth|block", re.IGNORECASE)
 """Names under which numbers of layers, and what holds for each of them, are kept."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.surgeon.slicing import slice_tensor
-from prunus.tracer.weight_norm import find_weight_norms, norms_of
+from prunus.tracer.renormalised import find_weight_norms, norms_of
 
 
 def make_up(

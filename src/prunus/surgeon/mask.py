@@ -30,9 +30,9 @@ from prunus.surgeon.depth import without_blocks
 from prunus.surgeon.fit import fit_plan
 from prunus.tracer.adapters import adapted
 from prunus.tracer.capture import PASSIVE
-from prunus.tracer.compress import run_on_kept
 from prunus.tracer.forward_fn import ForwardFn, entered_as_traced
 from prunus.tracer.registry import bind, call_bound
+from prunus.tracer.rerun import run_on_kept
 from prunus.tracer.trace import plain_kernels, quiet_run, trace
 from prunus.tracer.wrappers import unwraps
 

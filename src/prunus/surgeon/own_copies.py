@@ -11,7 +11,7 @@ from torch import nn
 from prunus.errors import ApplyError
 from prunus.graph.plans import Edit
 from prunus.surgeon.reach import OF_EVERY_MODULE, holders_of
-from prunus.tracer.provenance import is_config
+from prunus.tracer.follow import is_config
 
 
 def own_copies(model: nn.Module, edits: Iterable[Edit]) -> None:

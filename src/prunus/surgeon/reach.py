@@ -18,7 +18,7 @@ from prunus.errors import ApplyError
 from prunus.graph.plan_json import CLASS, check_kind
 from prunus.graph.plans import Edit
 from prunus.tracer.adapters import become, kind_of
-from prunus.tracer.provenance import is_config
+from prunus.tracer.follow import is_config
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """What PyTorch keeps in the ``__dict__`` of a module: its tensors, children, hooks and mode."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from prunus.surgeon.applied import Applied, applied_to, set_applied
 from prunus.surgeon.switches import Switches, signals_deferred
 from prunus.tracer.contents import Contents, is_odd
+from prunus.tracer.follow import is_config
 from prunus.tracer.precision import LOCK
-from prunus.tracer.provenance import is_config
 from prunus.tracer.wrappers import unwraps
 
 P = ParamSpec("P")

@@ -18,9 +18,8 @@ from prunus.tracer.capture import Recorder
 from prunus.tracer.dataflow import Dataflow, operand
 from prunus.tracer.equations import condition_in_units, in_units, pin_unsolvable
 from prunus.tracer.labels import Algebra
-from prunus.tracer.resolver import Resolve, Resolver
 from prunus.tracer.softmax_scale import Fixed, find_rescales
-from prunus.tracer.widths import Widths
+from prunus.tracer.units import Resolve, Resolver, Widths
 
 
 def build_graph(
@@ -37,7 +36,7 @@ def build_graph(
     roles = _roles(recorder, flow, parameters)
     groups = _groups(flow.program, resolver, roles)
     if _pin_data(recorder, resolver, groups, parameters):
-        resolver = Resolver(recorder, list(state))
+        resolver = recorder.resolver(list(state))
         groups = _groups(flow.program, resolver, roles)
     labels = resolver.axes
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -24,18 +24,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 from prunus.graph.axis import Axis, Label
 from prunus.graph.groups import Pin
 from prunus.graph.program import Effect, Labels, Node, Program, Ref
-from prunus.tracer.counts import summed_copies
 from prunus.tracer.fakes import Fakes
+from prunus.tracer.follow import Follow
 from prunus.tracer.labels import Algebra
-from prunus.tracer.lifetimes import Lifetimes
-from prunus.tracer.marks import Run
-from prunus.tracer.provenance import Follow, Given, expression_of
-from prunus.tracer.refusals import refuse_nested
-from prunus.tracer.registry import Call, aliases, bind, find_rule
+from prunus.tracer.outside import Watch
+from prunus.tracer.provenance import Run, expression_of
+from prunus.tracer.registry import Call, Given, aliases, bind, find_rule, summed_copies
 from prunus.tracer.sizes import Sizes
 from prunus.tracer.softmax_scale import Attention
 from prunus.tracer.sources import find_source
-from prunus.tracer.watch import Watch
+from prunus.tracer.units import Lifetimes, Resolver
+from prunus.tracer.wrappers import refuse_nested
 
 SHADOW_LIMIT = 1 << 16
 """Tensors of at most this many elements are also computed for real when their content is known."""
@@ -62,7 +61,7 @@ class Recorder(TorchDispatchMode):
     real
         Compute on real tensors instead of fake ones.
     apart
-        See :class:`prunus.tracer.marks.Run`.
+        See :class:`prunus.tracer.provenance.Run`.
 
     Attributes
     ----------
@@ -285,6 +284,10 @@ class Recorder(TorchDispatchMode):
             tuple(self.lifetimes.found),
             tuple(self.strides),
         )
+
+    def resolver(self, names: Sequence[str]) -> Resolver:
+        """The units of the tensors of state as they are tied now, numbered in that order."""
+        return Resolver(self.algebra, self.labels, self.state, names)
 
     def finish(self) -> None:
         """After the forward: pin what only then is known to be a plain number."""

@@ -21,7 +21,7 @@ from prunus.graph.expressions import (
 from prunus.graph.groups import Pin
 from prunus.tracer.capture import Recorder
 from prunus.tracer.labels import Algebra
-from prunus.tracer.resolver import Resolve, Resolver
+from prunus.tracer.units import Resolve, Resolver
 
 SHORT = 64
 """A dim that is longer is never left empty by chance."""
@@ -39,7 +39,7 @@ def pin_unsolvable(recorder: Recorder, names: list[str]) -> Resolver:
     """
     while True:
         pending = False
-        resolver = Resolver(recorder, names)
+        resolver = recorder.resolver(names)
         sizes = recorder.sizes
         equations = [in_units(equation, resolver) for equation in sizes.equations]
         conditions = [condition_in_units(condition, resolver) for condition in sizes.conditions]

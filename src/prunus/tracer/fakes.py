@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from prunus.tracer.outside import Watch
 from prunus.tracer.precision import alone
-from prunus.tracer.watch import Watch
 
 _PLAIN = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16,

@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from prunus.graph.program import modules_in
+from prunus.tracer.follow import marked_objects
 from prunus.tracer.outside import Outside, restore_content
 from prunus.tracer.precision import alone, same_draws
-from prunus.tracer.provenance import marked_objects
 
 
 @contextmanager

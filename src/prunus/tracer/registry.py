@@ -9,18 +9,70 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
 from prunus.errors import RuleError
 from prunus.graph.axis import Label
+from prunus.graph.expressions import Expression
 from prunus.graph.groups import Pin
-from prunus.graph.program import Effect, Labels, Path
+from prunus.graph.program import Effect, Labels, Path, Place
 from prunus.tracer.labels import Algebra
-from prunus.tracer.provenance import Given
+from prunus.tracer.provenance import Provenance, plain
+
+
+class Given:
+    """The arguments of one torch function as the forward wrote them."""
+
+    def __init__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.name = getattr(func, "__name__", "")
+        self._args, self._kwargs = args, kwargs
+
+    def sizes(self, count: int) -> list[Any] | None:
+        """The ``count`` sizes as they were written; -1 where nothing was written for a dim."""
+        bound = bool(self._args) and isinstance(self._args[0], Tensor)
+        args = self._args[1:] if bound else self._args
+        if self.name == "unflatten" and len(args) == 2:
+            at = args[0] + (count - len(args[1]) + 1 if args[0] < 0 else 0)
+            return [-1] * at + list(args[1]) + [-1] * (count - at - len(args[1]))
+        written = (args, *args, *self._kwargs.values())
+        return next((list(one) for one in written if _are_sizes(one, count)), None)
+
+    def argument(self, position: int, name: str) -> Any:
+        """An argument by its position or name; None if it was left out."""
+        return self._args[position] if position < len(self._args) else self._kwargs.get(name)
+
+    def other(self) -> Tensor | None:
+        """The second tensor argument, as in ``x.view_as(other)``."""
+        tensors = [v for v in (*self._args, *self._kwargs.values()) if isinstance(v, Tensor)]
+        return tensors[1] if len(tensors) > 1 else None
+
+    def expression(self, value: int) -> Expression:
+        """The expression of an argument of that value; the value itself if none has one."""
+        for found in integers_in((self._args, tuple(self._kwargs.values()))):
+            if isinstance(found, Provenance) and plain(found) == value:
+                return found.expression
+        return value
+
+
+def _are_sizes(value: Any, count: int) -> bool:
+    listed = isinstance(value, (tuple, list)) and len(value) == count
+    return listed and all(isinstance(item, (int, np.integer)) for item in value)
+
+
+def integers_in(structure: Any) -> Iterator[int]:
+    """The ints in nested arguments, the bounds of slices among them."""
+    if isinstance(structure, int):
+        yield structure
+    elif isinstance(structure, (tuple, list)):
+        yield from chain.from_iterable(map(integers_in, structure))
+    elif isinstance(structure, slice):
+        yield from (one for one in (structure.start, structure.stop) if isinstance(one, int))
 
 
 class Call:
@@ -255,3 +307,26 @@ def _import_rules() -> None:
         for module in pkgutil.iter_modules(rules.__path__):
             importlib.import_module(f"{rules.__name__}.{module.name}")
         _imported = True  # last, for an interrupt may come in the middle
+
+
+SUMMED = "as many copies as a size says are summed, averaged or normalised here"
+
+
+def summed_copies(call: Call, effect: Effect) -> Iterator[tuple[Label, Pin]]:
+    """Dims of copies over which an operator sums or looks, and that meet nothing else there."""
+    algebra = call.algebra
+    for place in effect.mixing:
+        copies = algebra.copied(_label(call, place))
+        if copies is not None:
+            yield copies, call.why(SUMMED)
+    labels = [label for place in effect.contracted if (label := _label(call, place)) is not None]
+    met = [algebra.find(label).ravel() for label in labels if algebra.copied(label) is None]
+    others = np.concatenate(met) if met else np.zeros(0, dtype=np.int64)
+    for copies in map(algebra.copied, labels):
+        if copies is not None and not np.isin(algebra.find(copies), others).any():
+            yield copies, call.why(SUMMED)
+
+
+def _label(call: Call, place: Place) -> Label | None:
+    (name, *rest), dim = place
+    return call.labels(str(name), *rest)[dim]  # type: ignore[arg-type]

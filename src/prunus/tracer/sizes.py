@@ -29,8 +29,7 @@ from prunus.graph.expressions import (
 )
 from prunus.graph.groups import Pin
 from prunus.tracer.labels import COUNT_TRIALS, Algebra
-from prunus.tracer.marks import key_of
-from prunus.tracer.provenance import Provenance, Ratio, expression_of
+from prunus.tracer.provenance import Provenance, Ratio, expression_of, key_of
 from prunus.tracer.sources import code_frame, find_source, users_frame
 
 COMPUTED = "the code computes with this size"

@@ -33,6 +33,7 @@ from prunus.tracer.capture import Recorder
 from prunus.tracer.copies import Copy, deep_copy, stand_in
 from prunus.tracer.dataflow import Dataflow
 from prunus.tracer.fakes import unlogged
+from prunus.tracer.follow import follow_loops, mark_attributes
 from prunus.tracer.forward_fn import (
     ForwardFn,
     describe_entry,
@@ -41,9 +42,6 @@ from prunus.tracer.forward_fn import (
     own_forward_seen,
 )
 from prunus.tracer.inputs import describe_inputs, find_rows, positional
-from prunus.tracer.loops import follow_loops
-from prunus.tracer.marks import marking
-from prunus.tracer.moments import find_moments
 from prunus.tracer.outputs import (
     Outputs,
     answer_of,
@@ -51,21 +49,19 @@ from prunus.tracer.outputs import (
     find_outputs,
     select_outputs,
 )
-from prunus.tracer.outside import Outside
+from prunus.tracer.outside import Outside, Watch
 from prunus.tracer.precision import same_draws as same_draws
-from prunus.tracer.provenance import mark_attributes
+from prunus.tracer.provenance import marking
 from prunus.tracer.quiet import follow_modules as follow_modules
 from prunus.tracer.quiet import plain_kernels as plain_kernels
 from prunus.tracer.quiet import quiet as quiet
 from prunus.tracer.quiet import quiet_run as quiet_run
 from prunus.tracer.quiet import same_modes
 from prunus.tracer.quiet import uncollected as uncollected
-from prunus.tracer.refusals import refuse_untraceable, scripted, warn_untested
-from prunus.tracer.renormalised import find_renormalised, names_of
+from prunus.tracer.renormalised import find_renormalised, keep_normed_weights, names_of
+from prunus.tracer.units import find_moments
 from prunus.tracer.unread import tie_unread
-from prunus.tracer.watch import Watch
-from prunus.tracer.weight_norm import keep_normed_weights
-from prunus.tracer.wrappers import unwraps
+from prunus.tracer.wrappers import refuse_untraceable, scripted, unwraps, warn_untested
 
 
 @checks_options

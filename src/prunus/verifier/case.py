@@ -25,7 +25,7 @@ from prunus.graph.program import Node, state_of
 from prunus.surgeon.apply import cut_own
 from prunus.tracer.copies import duplicate
 from prunus.tracer.outputs import answer_of
-from prunus.tracer.randomness import is_free, tied_nodes
+from prunus.tracer.rerun import is_free, tied_nodes
 from prunus.tracer.sources import find_line
 from prunus.tracer.trace import quiet_run, trace
 from prunus.verifier.draws import Drawn, Draws

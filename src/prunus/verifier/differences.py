@@ -21,9 +21,9 @@ from prunus.graph.axis import Axis
 from prunus.graph.expressions import other_paths, solve
 from prunus.graph.plan_json import CLASS
 from prunus.graph.program import state_of, stored
-from prunus.tracer.refusals import scripted
+from prunus.tracer.renormalised import find_weight_norms, norms_of
 from prunus.tracer.trace import quiet_run
-from prunus.tracer.weight_norm import find_weight_norms, norms_of
+from prunus.tracer.wrappers import scripted
 from prunus.verifier.case import Case
 
 _STATED: tuple[tuple[Any, Callable[[Any], tuple[int, ...]]], ...] = (

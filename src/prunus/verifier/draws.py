@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from prunus.errors import VerifyError
 from prunus.graph.axis import Label
 from prunus.graph.program import Node, Program, refs_in
-from prunus.tracer.randomness import copy_of, draw, is_free, is_tied, say_draws, tied_nodes
 from prunus.tracer.registry import bind
+from prunus.tracer.rerun import copy_of, draw, is_free, is_tied, say_draws, tied_nodes
 
 SAME = 1e-3
 """What goes into a random operator may differ by this much, relatively: depth amplifies rounding.

@@ -21,10 +21,9 @@ from prunus.graph.axis import Label
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
 from prunus.graph.program import state_of
-from prunus.tracer.compress import lay
 from prunus.tracer.copies import duplicate
 from prunus.tracer.outputs import answer_of
-from prunus.tracer.randomness import tied_nodes
+from prunus.tracer.rerun import lay, tied_nodes
 from prunus.tracer.trace import quiet_run
 from prunus.verifier.draws import Draws
 

@@ -22,10 +22,9 @@ from prunus.errors import PrunusError, VerifyError
 from prunus.graph.axis import Label, Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.program import Node, Program, Ref, refs_in
-from prunus.tracer.compress import lay, run_on_kept
 from prunus.tracer.precision import same_draws
-from prunus.tracer.randomness import copy_of, draw, tied_nodes
 from prunus.tracer.registry import call_bound
+from prunus.tracer.rerun import copy_of, draw, lay, run_on_kept, tied_nodes
 
 Silence = Mask | Tensor | None
 """Which units are kept, or a gate for each unit, by which what reads it is multiplied; or none."""
@@ -63,7 +62,7 @@ class Replay:
         """Outputs by name, with the given units kept.
 
         ``watch`` is called with every random operator, what went in, and what it drew; every run
-        draws the same (:mod:`prunus.tracer.randomness`).
+        draws the same (:mod:`prunus.tracer.rerun`).
         """
         with torch.no_grad():
             return self._run(None if kept.all() else kept, watch, alter)

@@ -19,7 +19,7 @@ from prunus.graph.expressions import Attribute, Expression, Width
 from prunus.graph.program import Ref
 from prunus.tracer.inputs import samples_in
 from prunus.tracer.outputs import answer_of
-from prunus.tracer.randomness import tied_nodes
+from prunus.tracer.rerun import tied_nodes
 from prunus.tracer.sources import find_line
 from prunus.tracer.trace import quiet_run
 from prunus.verifier.case import Case, tolerance

@@ -26,7 +26,7 @@ from prunus.tracer.copies import duplicate
 from prunus.tracer.forward_fn import ForwardFn, entered_as_traced
 from prunus.tracer.inputs import positional, rebuild_inputs
 from prunus.tracer.precision import full_precision
-from prunus.tracer.randomness import say_draws, tied_nodes
+from prunus.tracer.rerun import say_draws, tied_nodes
 from prunus.tracer.trace import forget_caches, uncollected
 from prunus.tracer.wrappers import unwraps
 from prunus.verifier.case import Case

@@ -23,7 +23,7 @@ from prunus.graph.axis import Axis
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.program import Effect
-from prunus.tracer import adapters, capture, compress, registry
+from prunus.tracer import adapters, capture, registry, rerun
 from prunus.tracer.labels import Algebra
 from prunus.tracer.registry import Call, find_overload, find_rule
 from prunus.tracer.rules.pointwise import pointwise
@@ -909,7 +909,7 @@ def product_keeps_where_either_stays(inject: Injector) -> None:
     def either(right: Any, label: Any, kept: Any) -> Any:
         return np.flatnonzero(kept[label].any(axis=1))
 
-    for home in (coupling, replay, compress):
+    for home in (coupling, replay, rerun):
         inject.function(home, "kept_positions", either)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from prunus.errors import BudgetError, PlanError
+from prunus.graph.amounts import LAYERS
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.renaming import Renaming
@@ -17,7 +18,6 @@ from prunus.importance import Statistics
 from prunus.importance.influence import block_influence
 from prunus.planner.options import PlanOptions
 from prunus.planner.width_planning import plan_of_mask, plan_widths
-from prunus.structures.amounts import LAYERS
 from prunus.surgeon.depth import without_blocks
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.trace import trace

@@ -9,12 +9,12 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from prunus.errors import PlanError
+from prunus.graph.amounts import LAYERS, read_amount
 from prunus.graph.coupling import CouplingGraph
 from prunus.planner.culprits import tell_groups
 from prunus.planner.option_values import Drop
 from prunus.planner.options import PlanOptions
 from prunus.structures import find_structures
-from prunus.structures.amounts import LAYERS, read_amount
 
 _NO_BLOCK = "it is a plain layer, without a skip connection around it"
 

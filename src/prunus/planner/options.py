@@ -20,6 +20,7 @@ from textwrap import indent
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from prunus.errors import PlanError, checks_options
+from prunus.graph.amounts import LAYERS, Remove, check_remove
 from prunus.graph.budget import Budget
 from prunus.planner.option_values import (
     Drop,
@@ -40,7 +41,6 @@ from prunus.planner.option_values import (
     is_whole,
     spell_budget,
 )
-from prunus.structures.amounts import LAYERS, Remove, check_remove
 
 if TYPE_CHECKING:
     from prunus.calibration.targets import Loss

@@ -6,30 +6,17 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prunus.errors import PlanError, checks_options
+from prunus.graph.amounts import Kind
 from prunus.graph.axis import Role
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
 from prunus.structures.stream import find_stream
 from prunus.tracer.attention import Core, Units, find_cores
-
-Kind = Literal[
-    "heads", "kv groups", "query heads", "head dims", "qk dims", "vo dims",
-    "ffn", "experts", "hidden", "channels", "other",
-]  # fmt: skip
-"""What the units of a group are.
-
-*heads* of an attention, or *kv groups* where several query heads share keys and values, and the
-*query heads* that lie at the same place of every KV group; *head dims* where queries, keys and
-values lose the same, else *qk dims* and *vo dims* (pairs where a rotary embedding ties two);
-*ffn*, the inner width of a feed-forward block of a layer; *experts*; *hidden*, a residual stream;
-*channels* of convolutions; *other* widths, of a classifier say.
-"""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from prunus.graph.plans import Edit, Plan
 from prunus.graph.program import state_of, tensors_of
 from prunus.surgeon import apply, mask
 from prunus.tracer.trace import trace
+from prunus.verifier.effect import gradients_of
 from prunus.verifier.judgement import DOUBTFUL
 from prunus.verifier.permutation import relative_error
 from prunus.verifier.randomize import randomise, randomize
@@ -406,7 +407,46 @@ def test_what_randomise_returns_is_what_the_model_answers() -> None:
         nn.Conv2d(3, 8, 3), norms[0], nn.ReLU(), nn.Conv2d(8, 6, 3), norms[1], nn.Flatten(1)
     ).eval()
     x = torch.randn(2, 3, 8, 8)
-    answer = randomise(model, (x,), {})
+    answer = randomise(model, (x,), {}).answer
     assert answer is not None
     assert all(norm.running_mean.any() for norm in norms)
     torch.testing.assert_close(answer["output"], model(x))
+
+
+class Attention(nn.Module):
+    """Fused, with more groups than are removed one by one, in layers that may share weights."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        layers = [nn.ModuleDict({n: nn.Linear(8, 8) for n in "qkvom"}) for _ in range(4)]
+        self.layers = nn.ModuleList([layers[0]] * 4 if shared else layers)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            q, k, v = (layer[n](x).unflatten(-1, (2, 4)).transpose(1, 2) for n in "qkv")
+            found = nn.functional.scaled_dot_product_attention(q, k, v)
+            x = x + layer["m"](layer["o"](found.transpose(1, 2).flatten(2)).relu())
+        return self.head(x)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_of_the_sharpening_run_are_those_of_the_sharpened_model(shared: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Attention(shared).eval(), torch.randn(2, 5, 8)
+    before = model.layers[0]["q"].weight.clone()
+    graph = trace(model, x)
+    known = randomise(model, (x,), {}, graph=graph, gated=True)
+    assert not torch.allclose(before, model.layers[0]["q"].weight)
+    if shared:
+        assert known.gradients is None
+        return
+    replay = Replay(graph, state_of(model)[0], [x])
+    gradients, outputs = gradients_of(replay)
+    assert outputs is not None
+    assert known.replayed is not None
+    assert known.gradients is not None
+    torch.testing.assert_close(outputs["output"], model(x))
+    torch.testing.assert_close(known.replayed["output"], model(x))
+    torch.testing.assert_close(known.gradients, gradients)
+    assert known.gradients.any()

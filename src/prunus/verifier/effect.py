@@ -20,6 +20,7 @@ from prunus.tracer.dataflow import Dataflow
 from prunus.tracer.renormalised import find_renormalised, names_of
 from prunus.verifier.case import Case, tolerance
 from prunus.verifier.permutation import relative_error
+from prunus.verifier.replay import Alter, Replay
 
 MOVED = 1e-3
 """Removing a group has to move the output by this much, or the comparison verifies nothing."""
@@ -42,15 +43,32 @@ def each_alone(case: Case) -> dict[str, float]:
     return moved
 
 
+def pays(case: Case) -> bool:
+    """Whether one gated run costs less than removing the touched groups one by one."""
+    return len(case.touched) > FEW
+
+
 def open_gates(case: Case) -> None:
     """Run the whole model through gates once, which also gives what it answers, where that pays."""
-    if case.gradients is None and len(case.touched) > FEW:
-        try:
-            gates, outputs = case.replay.run_gated()
-            case.dense = {name: tensor.detach() for name, tensor in outputs.items()}
-            case.gradients = _gradients(gates, outputs)
-        except (RuntimeError, NotImplementedError, PrunusError):  # an operator has no derivative
-            case.gradients = torch.zeros(case.graph.unit_count + 1)
+    if case.gradients is None and pays(case):
+        case.gradients, outputs = gradients_of(case.replay)
+        if outputs is not None:
+            case.dense = outputs
+
+
+def gradients_of(
+    replay: Replay, alter: Alter | None = None
+) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """By unit, the gradient of the outputs by its gate, (units + 1,), and the outputs.
+
+    Zeros and None where an operator has no derivative.
+    """
+    try:
+        gates, outputs = replay.run_gated(alter)
+        gradients = _gradients(gates, outputs)
+    except (RuntimeError, NotImplementedError, PrunusError):
+        return torch.zeros(replay.unit_count + 1), None
+    return gradients, {name: tensor.detach() for name, tensor in outputs.items()}
 
 
 def _first_order(case: Case, group: Group) -> float:

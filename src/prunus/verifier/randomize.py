@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from prunus.errors import checks_options
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.program import Node, state_of, stored, tensors_of
 from prunus.tracer.outputs import answer_of
-from prunus.tracer.softmax_scale import find_attentions
+from prunus.tracer.softmax_scale import Fixed, find_attentions
 from prunus.tracer.trace import forget_caches, quiet, quiet_run, trace
+from prunus.verifier.effect import gradients_of
 from prunus.verifier.replay import Replay
 
 FAINT = 0.3
@@ -46,6 +48,23 @@ def randomize(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *, seed: i
     randomise(model, args, kwargs, seed=seed)
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of a model once its weights are random.
+
+    Attributes
+    ----------
+    answer
+        What it answers; None where that was not seen.
+    gradients, replayed
+        Of a gated replay (:func:`prunus.verifier.effect.gradients_of`), where one was run.
+    """
+
+    answer: dict[str, Tensor] | None = None
+    gradients: Tensor | None = None
+    replayed: dict[str, Tensor] | None = None
+
+
 def randomise(
     model: nn.Module,
     args: Any,
@@ -53,28 +72,33 @@ def randomise(
     *,
     seed: int = 0,
     graph: CouplingGraph | None = None,
-) -> dict[str, Tensor] | None:
-    """What :func:`randomize` does; returns the outputs then, None where they are not known.
+    gated: bool = False,
+) -> Known:
+    """What :func:`randomize` does.
 
     Parameters
     ----------
     graph
         A trace of the model on these inputs, where there is one.
+    gated
+        Take gradients by gates in the run that sharpens attention, if nothing changes after it.
     """
     generator = torch.Generator().manual_seed(seed)
     forget_caches(model, args, kwargs)  # of what was computed from the weights as they were
     with torch.no_grad():
         _fill_weights(model, generator)
-        answer, outputs = _set_batch_norms(model, args, kwargs, generator), dict[str, Tensor]()
-        for _ in range(ROUNDS if any(map(_has_statistics, _hookable(model))) else 1):
-            sharpened, outputs = _sharpen(model, args, kwargs, graph)
+        answer = _set_batch_norms(model, args, kwargs, generator)
+        normalised = any(map(_has_statistics, _hookable(model)))
+        found = Known()
+        for _ in range(ROUNDS if normalised else 1):
+            sharpened, found = _sharpen(model, args, kwargs, graph, gated and not normalised)
             if not sharpened:
                 break
             # Sharper attention is louder.
             answer = _set_batch_norms(model, args, kwargs, generator)
-        if answer is None and outputs and not _are_constant(outputs):
-            return None
-        return _make_outputs_vary(model, args, kwargs, answer)
+        if answer is None and found.replayed and not _are_constant(found.replayed):
+            return found if found.gradients is not None else Known()
+        return Known(_make_outputs_vary(model, args, kwargs, answer))
 
 
 def _fill_weights(model: nn.Module, generator: torch.Generator) -> None:
@@ -218,39 +242,79 @@ def _perturb(module: Any, generator: torch.Generator) -> None:
 
 
 def _sharpen(
-    model: nn.Module, args: Any, kwargs: Mapping[str, Any], graph: CouplingGraph | None
-) -> tuple[bool, dict[str, Tensor]]:
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any],
+    graph: CouplingGraph | None,
+    gated: bool,
+) -> tuple[bool, Known]:
     """Multiply the weights of queries whose attention logits are too alike to matter.
 
     Whether any were, and what about the model answers, if it has attentions.  The logits of one
-    replay are multiplied with their weights, so that later attentions see what the earlier ones
-    have become.
+    replay are multiplied in place of their weights, so that later attentions see what the earlier
+    ones have become; the weights, which gradients need as they were, follow at the end.
     """
     graph = trace(model, args, kwargs) if graph is None else graph
     attentions = {graph.program.nodes[n]: t for n, t in find_attentions(graph.program).items()}
     if not attentions:
-        return False, {}
+        return False, Known()
     state, _ = state_of(model)
-    sharpened = False
-
-    def alter(node: Node, bound: dict[str, Any]) -> None:
-        nonlocal sharpened
-        targets = [one for one in attentions.get(node, ()) if state[one[0]].is_floating_point()]
-        factor = _factor(bound) if targets else 1.0
-        if factor > 1:
-            for name, dim, positions in targets:
-                at = torch.as_tensor(positions, device=state[name].device)
-                scaled = state[name].index_select(dim, at) * factor
-                state[name].index_copy_(dim, at, scaled)
-            operand = "self" if "self" in bound else "query"
-            values = bound[operand]
-            bound[operand] = torch.where(values > MASKED, values * factor, values)
-            sharpened = True
-
+    sharpening = _Sharpening(attentions, state)
+    found = Known()
     with quiet():
         replay = Replay(graph, state, [t.detach() for _, t in tensors_of([args, kwargs])])
-        outputs = replay.run(graph.all_kept, alter=alter)
-    return sharpened, outputs
+        if gated and all("query" in node.args for node in attentions):  # else a bias is added later
+            found = Known(None, *gradients_of(replay, sharpening.alter))
+        if found.replayed is None or sharpening.shared:
+            sharpening.factors.clear()
+            found = Known(replayed=replay.run(graph.all_kept, alter=sharpening.alter))
+    return sharpening.write(), found
+
+
+class _Sharpening:
+    """Multiplies the queries of attentions in a replay, and afterwards the weights they come from.
+
+    Attributes
+    ----------
+    factors
+        By the positions of a weight, what to multiply it by.
+    shared
+        Whether a weight is that of several attentions: what the earlier of them were multiplied by
+        in the replay is then not what the weight says in the end.
+    """
+
+    def __init__(self, attentions: Mapping[Node, Fixed], state: Mapping[str, Tensor]) -> None:
+        self._attentions, self._state = attentions, state
+        self.factors: dict[tuple[str, int, tuple[int, ...]], float] = {}
+        self.shared = False
+
+    def alter(self, node: Node, bound: dict[str, Any]) -> None:
+        targets = [
+            one for one in self._attentions.get(node, ()) if self._state[one[0]].is_floating_point()
+        ]
+        if not targets:
+            return
+        operand = "self" if "self" in bound else "query"
+        before = self.factors.get(targets[0], 1.0)
+        values = _louder(bound[operand], before)
+        with torch.no_grad():
+            factor = before * _factor({**bound, operand: values})
+        self.shared = self.shared or (before != factor and targets[0] in self.factors)
+        bound[operand] = _louder(bound[operand], factor)
+        self.factors.update(dict.fromkeys(targets, factor))
+
+    def write(self) -> bool:
+        """Multiply the weights; whether any were."""
+        for (name, dim, positions), factor in self.factors.items():
+            if factor > 1:
+                at = torch.as_tensor(positions, device=self._state[name].device)
+                scaled = self._state[name].index_select(dim, at) * factor
+                self._state[name].index_copy_(dim, at, scaled)
+        return any(factor > 1 for factor in self.factors.values())
+
+
+def _louder(values: Tensor, factor: float) -> Tensor:
+    return torch.where(values > MASKED, values * factor, values) if factor > 1 else values
 
 
 def _factor(bound: Mapping[str, Any]) -> float:

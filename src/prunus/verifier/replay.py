@@ -41,7 +41,7 @@ class Replay:
     def __init__(
         self, found: CouplingGraph, state: Mapping[str, Tensor], inputs: Iterable[Tensor]
     ) -> None:
-        self._graph = found
+        self.unit_count = found.unit_count
         self._program: Program = found.program
         self._state = state
         self._inputs = list(inputs)
@@ -67,15 +67,15 @@ class Replay:
         with torch.no_grad():
             return self._run(None if kept.all() else kept, watch, alter)
 
-    def run_gated(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def run_gated(self, alter: Alter | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """A gate of one for every unit, (units + 1,), and the outputs as functions of them.
 
         Each contraction over a unit multiplies what it reads by the unit's gate, so that the
         gradient says, to first order, what silencing the unit does to the outputs.
         """
-        gates = torch.ones(self._graph.unit_count + 1, requires_grad=True)
+        gates = torch.ones(self.unit_count + 1, requires_grad=True)
         with torch.enable_grad():
-            return gates, self._run(gates, None)
+            return gates, self._run(gates, None, alter)
 
     def run_each(self, choices: Sequence[Mask]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """The outputs with each choice of kept units, with its number, in another order.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunus.errors import PrunusError, VerifyError, checks_options
 from prunus.graph.coupling import CouplingGraph
@@ -32,7 +32,7 @@ from prunus.tracer.wrappers import unwraps
 from prunus.verifier.case import Case
 from prunus.verifier.depth import compare_depth
 from prunus.verifier.differences import parameter_count
-from prunus.verifier.effect import MOVED, each_alone, open_gates, renormalised_groups
+from prunus.verifier.effect import MOVED, each_alone, open_gates, pays, renormalised_groups
 from prunus.verifier.judgement import (
     Certificate,
     Judgement,
@@ -44,6 +44,7 @@ from prunus.verifier.judgement import (
 )
 from prunus.verifier.other_ways import breaks_in_training, stale_integers
 from prunus.verifier.permutation import INTERCHANGEABLE, relative_error
+from prunus.verifier.randomize import Known
 from prunus.verifier.randomize import randomise as randomise_weights
 from prunus.verifier.second_shape import NOWHERE, Elsewhere, compare_elsewhere, depth_elsewhere
 
@@ -137,6 +138,7 @@ def _verify(
     forget_caches(original, task.args, task.kwargs)
     if task.plan.drops:
         return _verify_depth(task, original, graph, randomised=randomised)
+    graph = None if task.plan.biases else graph  # which was traced without them
     case = task.case(original, original, graph, "own weights")
     own = _check_own(task, case)
     if randomised:
@@ -172,7 +174,7 @@ class _Task:
             self.args,
             self.kwargs,
             outputs=self.outputs,
-            graph=None if self.plan.biases else graph,
+            graph=graph,
             on=f"{self.given}, {weights}",
             seed=self.seed,
         )
@@ -200,32 +202,35 @@ def _inputs(
 
 def _randomised(task: _Task, own: Case) -> Case:
     """The same with weights of which every one matters."""
-    model, answer = _randomised_copy(task, own.original, own.graph)
-    return _with_weights(task, own.graph, model, model, answer)
+    gated = task.each_group and pays(own)
+    model, known = _randomised_copy(task, own.original, own.graph, gated=gated)
+    return _with_weights(task, own.graph, model, model, known)
 
 
 def _randomised_copy(
-    task: _Task, own: nn.Module, graph: CouplingGraph | None
-) -> tuple[nn.Module, dict[str, Tensor] | None]:
-    """A copy with random weights in place of constant ones, and what it answers if known."""
+    task: _Task, own: nn.Module, graph: CouplingGraph | None, *, gated: bool = False
+) -> tuple[nn.Module, Known]:
+    """A copy with random weights in place of constant ones, and what is known of it."""
     model = duplicate(own)
     with task.case(own, own, None, "randomised weights").blaming_the_model():
-        answer = randomise_weights(model, task.args, task.kwargs, seed=task.seed, graph=graph)
-    return model, answer
+        known = randomise_weights(
+            model, task.args, task.kwargs, seed=task.seed, graph=graph, gated=gated
+        )
+    return model, known
 
 
 def _with_weights(
-    task: _Task,
-    own: CouplingGraph,
-    original: nn.Module,
-    source: nn.Module,
-    answer: dict[str, Tensor] | None,
+    task: _Task, own: CouplingGraph, original: nn.Module, source: nn.Module, known: Known
 ) -> Case:
     """The case of the same plan on other weights; traced again only where the program differs."""
     for graph in (own, None):
         case = task.case(original, source, graph, "randomised weights")
-        if answer is not None and not tied_nodes(case.graph.program):
-            case.whole = answer
+        if known.answer is not None and not tied_nodes(case.graph.program):
+            case.whole = known.answer
+        if graph is own and known.gradients is not None:
+            case.gradients = known.gradients
+            if known.replayed is not None:
+                case.dense = known.replayed
         try:
             if task.each_group:
                 open_gates(case)
@@ -252,10 +257,11 @@ def _verify_depth(
     certificate = _certify_depth(task, pairs)
     if certificate.verdict == "inexact" or not (task.plan.keep or task.plan.edits):
         return certificate
+    graph = None if task.plan.biases else graph
     case = task.case(pairs[0][1], pairs[0][0], graph, "own weights")
     own_weights = _check_own(task, case)
     if randomised:
-        case = _with_weights(task, case.graph, pairs[-1][1], pairs[-1][0], None)
+        case = _with_weights(task, case.graph, pairs[-1][1], pairs[-1][0], Known())
     widths = _certify(task, own_weights, case)
     order: list[Verdict] = ["inexact", "not verified", "exact"]
     return replace(

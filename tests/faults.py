@@ -29,6 +29,7 @@ from prunus.tracer.registry import Call, find_overload, find_rule
 from prunus.tracer.rules.pointwise import pointwise
 from prunus.verifier import judgement, replay
 from prunus.verifier import verify as oracle
+from prunus.verifier.randomize import Known
 
 # ``prunus.surgeon.apply`` and ``prunus.tracer.trace.trace`` hide the modules of the same name.
 surgeon = importlib.import_module("prunus.surgeon.apply")
@@ -993,7 +994,7 @@ def comparison_always_content(inject: Injector) -> None:
 @fault(ZeroInit, by="unverified")
 def network_does_not_listen(inject: Injector) -> None:
     for home, name in ((oracle, "randomise_weights"), (_pipeline(), "randomize")):
-        inject.function(home, name, lambda right, *args, **kwargs: None)
+        inject.function(home, name, lambda right, *args, **kwargs: Known())
 
 
 @fault(TwoHeads, by="witness")

@@ -25,10 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 import prunus
 from prunus.graph.plans import Edit
-from prunus.surgeon.own_copies import own_copies
-from prunus.surgeon.slicing import slice_tensor
+from prunus.surgeon.reach import own_copies
 from prunus.surgeon.snapshot import all_or_nothing
 from prunus.surgeon.switches import Switches, signals_deferred
+from prunus.surgeon.tensors import slice_tensor
 from prunus.tracer import registry
 from tests.interrupts import (
     Interrupted,

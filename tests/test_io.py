@@ -761,7 +761,7 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path) -> None:
 
 
 def test_models_are_not_kept_alive() -> None:
-    from prunus.surgeon import applied
+    from prunus.surgeon import snapshot as applied
 
     model, _ = small()
     count = len(applied._APPLIED)

@@ -23,7 +23,7 @@ from prunus.graph.plans import Edit, Plan
 from prunus.graph.program import state_of, tensors_of
 from prunus.surgeon import apply, mask
 from prunus.tracer.trace import trace
-from prunus.verifier.effect import gradients_of
+from prunus.verifier.case import gradients_of
 from prunus.verifier.judgement import DOUBTFUL
 from prunus.verifier.permutation import relative_error
 from prunus.verifier.randomize import randomise, randomize

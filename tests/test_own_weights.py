@@ -398,7 +398,7 @@ def deep(width: int = 12, depth: int = 8) -> nn.Sequential:
 
 def test_gradients_agree_with_removing_groups_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    effect = importlib.import_module("prunus.verifier.effect")
+    effect = importlib.import_module("prunus.verifier.case")
     model, x = deep(), torch.randn(64, 4)
     plan = plan_for(graph := prunus.trace(model, x), model, thin(graph))
     by_gradient = prunus.verify(plan, model, x)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import prunus
 from prunus.errors import VerifyError
 from prunus.verifier import case
-from prunus.verifier.draws import Draws
+from prunus.verifier.permutation import Draws
 
 WIDTH = 16
 X = torch.randn(4, 6)

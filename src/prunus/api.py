@@ -28,8 +28,8 @@ from prunus.planner.width_planning import plan_of_mask
 from prunus.recovery import Recover, Step, check_recovery, cut_and_recover
 from prunus.structures.by_hand import Where, with_units, without_heads
 from prunus.surgeon.apply import cut
-from prunus.surgeon.depth import refuse_quantized
 from prunus.surgeon.snapshot import all_or_nothing
+from prunus.surgeon.tensors import refuse_quantized
 from prunus.tracer.forward_fn import ForwardFn, entered_by
 from prunus.tracer.inputs import positional
 from prunus.tracer.trace import trace

@@ -18,8 +18,7 @@ from prunus.checkpoint import save as save_file
 from prunus.errors import FormatError, ModelError, checks_options, require
 from prunus.files import replace_file
 from prunus.integrations.hf_config import fitting_config
-from prunus.surgeon.applied import config_before
-from prunus.surgeon.snapshot import all_or_nothing
+from prunus.surgeon.snapshot import all_or_nothing, config_before
 
 TOKENS = 16
 """Length of an example text."""

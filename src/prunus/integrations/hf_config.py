@@ -25,8 +25,8 @@ from prunus.graph.plans import Plan
 from prunus.planner.allocate import select
 from prunus.structures import Structure, find_structures
 from prunus.surgeon import apply
-from prunus.surgeon.applied import applied_plan
 from prunus.surgeon.attributes import find_edits
+from prunus.surgeon.snapshot import applied_plan
 
 Shapes = Mapping[str, tuple[int, ...]]
 Pairs = frozenset[tuple[int, int]]

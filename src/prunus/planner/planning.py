@@ -20,7 +20,7 @@ from prunus.planner.depth_planning import (
 from prunus.planner.layers import drops_asked
 from prunus.planner.options import PlanKeywords, PlanOptions, takes_options
 from prunus.planner.width_planning import plan_widths
-from prunus.surgeon.depth import refuse_quantized
+from prunus.surgeon.tensors import refuse_quantized
 from prunus.tracer.forward_fn import entered_by
 from prunus.tracer.wrappers import unwraps
 

@@ -15,6 +15,7 @@ from prunus.calibration.statistics import Wanted, gather
 from prunus.errors import PlanError, VerifyError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.groups import Group
 from prunus.graph.plans import Plan
 from prunus.graph.progress import Progress, following
 from prunus.importance import Statistics, needs_of
@@ -27,7 +28,6 @@ from prunus.recovery import LOOKED_AT
 from prunus.surgeon.depth import without_blocks
 from prunus.tracer.rerun import DRAWS
 from prunus.tracer.trace import trace
-from prunus.verifier.bisect import find_culprits
 from prunus.verifier.judgement import Certificate
 from prunus.verifier.verify import verify_traced
 
@@ -252,3 +252,49 @@ class _Task:
 
 def _why_inexact(certificate: Certificate) -> str:
     return certificate.reason or f"the outputs differ by {certificate.rel_err:.1e}"
+
+
+MOST_CULPRITS = 16
+"""When more groups than this fail one by one, the model as a whole is not understood."""
+
+
+def find_culprits(graph: CouplingGraph, kept: Mask, fails: Callable[[Mask], str]) -> dict[str, str]:
+    """Groups that have to stay whole so that a selection doesn't fail, with what went wrong.
+
+    Parameters
+    ----------
+    graph, kept
+        The selection that fails.
+    fails
+        What is wrong with a selection; empty if nothing is.  It is asked about log2(groups)
+        times for each culprit.
+
+    Returns
+    -------
+    dict
+        Group name → reason, empty if the selection doesn't fail.  Where more than sixteen
+        groups are to blame, every touched group is named.
+    """
+    touched = [group for group in graph.groups if not kept[group.units].all()]
+    culprits: dict[str, str] = {}
+
+    def removing(groups: Sequence[Group]) -> Mask:
+        mask = graph.all_kept
+        for group in groups:
+            if group.name not in culprits:
+                mask[group.units] = kept[group.units]
+        return mask
+
+    while reason := fails(removing(touched)):
+        if len(culprits) == MOST_CULPRITS:
+            return {group.name: reason for group in touched}
+        low, high = 0, len(touched)  # removing the first `high` fails, the first `low` does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = fails(removing(touched[:middle]))
+            if found:
+                high, reason = middle, found
+            else:
+                low = middle
+        culprits[touched[high - 1].name] = reason
+    return culprits

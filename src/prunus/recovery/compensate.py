@@ -38,9 +38,9 @@ from prunus.recovery.refit import (
 from prunus.recovery.sequential import repair_in_order
 from prunus.recovery.values import Turned, turn_values
 from prunus.surgeon.apply import cut
-from prunus.surgeon.biases import add_biases
 from prunus.surgeon.depth import without_blocks
 from prunus.surgeon.snapshot import Snapshot, all_or_nothing, own_data
+from prunus.surgeon.tensors import add_biases
 from prunus.tracer.attention import score_weights
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.trace import trace

@@ -46,8 +46,8 @@ from prunus.recovery.refit import (
     stay_of,
 )
 from prunus.surgeon.apply import cut
-from prunus.surgeon.slicing import slice_tensor
 from prunus.surgeon.snapshot import Snapshot, own_data
+from prunus.surgeon.tensors import slice_tensor
 from prunus.tracer.copies import duplicate, stand_in
 from prunus.tracer.quiet import follow_modules
 from prunus.tracer.registry import bind

@@ -19,16 +19,11 @@ from prunus.graph.axis import Axis
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
 from prunus.graph.renaming import Renaming
-from prunus.surgeon.applied import copy_config, remember
-from prunus.surgeon.biases import add_biases
 from prunus.surgeon.depth import drop_blocks, find_places
-from prunus.surgeon.fit import fit_plan
-from prunus.surgeon.magnitudes import make_up
 from prunus.surgeon.optimizer_state import forget_dropped, slice_state, write_state
-from prunus.surgeon.own_copies import own_copies
-from prunus.surgeon.reach import check_edit, write_attribute
-from prunus.surgeon.slicing import slice_tensor
-from prunus.surgeon.snapshot import all_or_nothing, replace_data
+from prunus.surgeon.reach import check_edit, own_copies, write_attribute
+from prunus.surgeon.snapshot import all_or_nothing, copy_config, remember, replace_data
+from prunus.surgeon.tensors import add_biases, fit_plan, make_up, slice_tensor
 from prunus.tracer.caches import drop_caches
 from prunus.tracer.copies import duplicate, stand_in
 from prunus.tracer.fakes import FakeRun, unlogged

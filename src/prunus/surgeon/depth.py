@@ -1,16 +1,29 @@
-"""Take whole blocks out of their lists, with all that counts or numbers them."""
+"""Take whole blocks out of their lists, with all that counts or numbers them.
+
+Integers that number the layers of a list are renumbered where they index a cache, and only there.
+A forward that computes with such a number (every second layer has a window) would change with it,
+which need not show on an example: so the code that reads it is looked at."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import ast
+import inspect
+import operator as op
+import re
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from prunus.errors import ApplyError, ModelError, PlanError
-from prunus.surgeon.layer_count import find_counts
-from prunus.surgeon.numbering import find_numbers
-from prunus.surgeon.own_copies import own_dicts
+from prunus.errors import ApplyError, PlanError
+from prunus.surgeon.layer_count import Change, find_counts
+from prunus.surgeon.reach import own_dicts
 from prunus.surgeon.snapshot import Snapshot
 
 
@@ -123,31 +136,244 @@ def _close_up(container: nn.Module, gone: Sequence[int], path: str) -> None:
     children.update(kept)
 
 
-def refuse_quantized(model: nn.Module) -> None:
-    """:class:`~prunus.errors.ModelError` if weights are stored packed or as integers.
+_ORDINAL = re.compile(r"layer|block|depth|number|ind?e?x|id$", re.IGNORECASE)
+"""What an attribute has to be called in a list of two: 0 and 1 may mean anything."""
 
-    PyTorch's own quantized layers keep packed parameters or quantized tensors; bitsandbytes,
-    GPTQ and AWQ keep integers in the place of weights.
+_OPERATIONS = (ast.BinOp, ast.Compare, ast.UnaryOp, ast.BoolOp)
+
+_OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
+    **{ast.Add: op.add, ast.Sub: op.sub, ast.Mult: op.mul, ast.Div: op.truediv, ast.Mod: op.mod},
+    **{ast.FloorDiv: op.floordiv, ast.Pow: op.pow, ast.LShift: op.lshift, ast.RShift: op.rshift},
+    **{ast.BitAnd: op.and_, ast.BitOr: op.or_, ast.BitXor: op.xor, ast.Invert: op.invert},
+    **{ast.Not: op.not_, ast.USub: op.neg, ast.UAdd: op.pos, ast.Eq: op.eq, ast.NotEq: op.ne},
+    **{ast.Lt: op.lt, ast.LtE: op.le, ast.Gt: op.gt, ast.GtE: op.ge, ast.Is: op.is_},
+    **{ast.IsNot: op.is_not, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b},
+}
+
+_COMPUTING = frozenset(
+    ("abs", "bool", "divmod", "float", "int", "max", "min", "pow", "range", "round", "str")
+)
+"""Functions that make something else of a number, rather than pass it on."""
+
+
+@dataclass(frozen=True)
+class _Use:
+    """A place at which the code reads the number of a layer, in the attribute ``name``.
+
+    ``expression`` is what it computes of that number and constants alone, if it does; it is passed
+    on unchanged where ``computes`` is false.
     """
-    for path, module in model.named_modules():
-        if _is_quantized(module):
-            raise ModelError(
-                "the model is quantized",
-                where=path or type(module).__name__,
-                why=f"{type(module).__name__} stores its weights packed or as integers, of which "
-                "nothing can be scored or verified",
-                fix="load the model in floating point, prune it, and quantize what is left",
-            )
+
+    source: str
+    name: str
+    computes: bool
+    expression: ast.AST | None = None
+
+    def differs(self, before: int, after: int) -> bool:
+        """Whether it comes to something else for another number."""
+        if not self.computes or self.expression is None:
+            return self.computes
+        return bool(self._value(before) != self._value(after))
+
+    def _value(self, number: int) -> Any:
+        try:
+            return evaluate(self.expression, self.name, number)
+        except Exception:  # arithmetic may raise anything: a division by zero
+            return None
 
 
-def _is_quantized(module: nn.Module) -> bool:
-    stores = (vars(module), module._modules, module._parameters, module._buffers)
-    if any(name in store for store in stores for name in ("_packed_params", "qweight")):
-        return True
-    held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    integers = any(isinstance(one, nn.Parameter) and not is_continuous(one) for one in held)
-    return integers or any(tensor.is_quantized for tensor in held)
+def find_numbers(
+    model: nn.Module, container: nn.Module, gone: Sequence[int], cut: Collection[str] = ()
+) -> Iterator[Change]:
+    """New values of attributes that state the place of a child that is kept, or of its parts.
+
+    An attribute does if it is in every child, wherever, and always equal to the child's place.  It
+    keeps its value where the model's code computes with it and the result would be another.
+
+    Parameters
+    ----------
+    cut
+        Names of lists that lose the entries of the children ``gone``: the number may index them.
+
+    Raises
+    ------
+    PlanError
+        If a number both is computed with and indexes something (a cache).
+    """
+    found = [_integers(child) for child in container._modules.values()]
+    kept = [place for place in range(len(found)) if place not in gone]
+    moved = [(place, later) for later, place in enumerate(kept) if place != later]
+    for name in _stated_everywhere(found):
+        if not _keeps_its_value(name, [*_uses(model, name, cut)], moved):
+            for later, place in enumerate(kept):
+                for holder in found[place][name]:
+                    yield Change(holder, name, later)
 
 
-def is_continuous(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+def _stated_everywhere(found: Sequence[Mapping[str, Sequence[Mapping[str, Any]]]]) -> list[str]:
+    """Attributes that are in every child, and always equal to the child's place."""
+    names = [
+        name
+        for name in (sorted(set.intersection(*map(set, found))) if len(found) > 1 else ())
+        if all(holder[name] == place for place, own in enumerate(found) for holder in own[name])
+    ]
+    return names if len(found) > 2 else [name for name in names if _ORDINAL.search(name)]
+
+
+def _keeps_its_value(name: str, uses: Sequence[_Use], moved: Sequence[tuple[int, int]]) -> bool:
+    """Whether the code computes with a number what would be another for a layer that moves up."""
+    for use in uses:
+        for before, after in moved:
+            if use.differs(before, after):
+                if not all(other.computes for other in uses):
+                    raise _both(name, use, before, after)
+                return True
+    return False
+
+
+def _both(name: str, use: _Use, before: int, after: int) -> PlanError:
+    return PlanError(
+        f"the layers can't be renumbered: {use.source} computes with {name!r}",
+        why=f"what it comes to would change for the layer that moves from {before} to {after}, and "
+        f"{name!r} is passed on as well, as to a cache that needs consecutive numbers",
+        fix="drop layers so that it comes to the same for those that move up (an even number of "
+        "neighbours, where every second layer is another), or keep what it decides in an "
+        "attribute of the layer",
+    )
+
+
+def _integers(child: nn.Module | None) -> dict[str, list[dict[str, Any]]]:
+    """The attribute dicts in a child that hold an integer, by its name."""
+    own: dict[str, list[dict[str, Any]]] = {}
+    for module in child.modules() if child is not None else ():
+        for name, value in vars(module).items():
+            if type(value) is int:
+                own.setdefault(name, []).append(vars(module))
+    return own
+
+
+def _uses(model: nn.Module, name: str, cut: Collection[str]) -> Iterator[_Use]:
+    """Where the code of the model's classes, and functions beside them, read an attribute."""
+    files: dict[str, set[str]] = {}
+    for kind in {kind for module in model.modules() for kind in type(module).__mro__}:
+        if kind.__module__.partition(".")[0] not in ("torch", "builtins", "typing"):
+            files.setdefault(kind.__module__, set()).add(kind.__name__)
+    for module, classes in sorted(files.items()):
+        for node, parents in _reads(module, frozenset(classes)).get(name, ()):
+            path = Path(str(sys.modules[module].__file__))
+            source = f"{'/'.join(path.parts[-2:])}:{node.lineno}"
+            yield _use(source, node, parents, cut)
+
+
+@lru_cache(maxsize=64)
+def _reads(
+    module: str, classes: frozenset[str]
+) -> Mapping[str, Sequence[tuple[ast.Attribute, list[ast.AST]]]]:
+    """Every read of ``….name`` in the code of some classes, by name, with the nodes around it.
+
+    The innermost comes first.  All names are looked for at once, since a walk takes long.
+    """
+    found: dict[str, list[tuple[ast.Attribute, list[ast.AST]]]] = {}
+
+    def walk(node: ast.AST, parents: list[ast.AST], inside: frozenset[str]) -> None:
+        if isinstance(node, ast.Attribute):
+            if isinstance(node.ctx, ast.Load) and node.attr not in inside:
+                found.setdefault(node.attr, []).append((node, parents))
+            inside = inside | {node.attr}
+        for child in ast.iter_child_nodes(node):
+            walk(child, [node, *parents], inside)
+
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError, SyntaxError):  # no source to read
+        return found
+    for function in _functions(tree, classes):
+        walk(function, [], frozenset())
+    return found
+
+
+def _functions(tree: ast.Module, classes: Collection[str]) -> Iterator[ast.AST]:
+    """Methods of the model's classes in a file, and the functions that they mention."""
+    functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
+    pending = [
+        method
+        for kind in ast.walk(tree)
+        if isinstance(kind, ast.ClassDef) and kind.name in classes
+        for method in kind.body
+        if isinstance(method, ast.FunctionDef) and method.name != "__init__"
+    ]
+    seen: set[str] = set()
+    while pending:
+        yield from pending
+        nodes = [node for one in pending for node in ast.walk(one)]
+        names = {node.id for node in nodes if isinstance(node, ast.Name)} - seen
+        seen |= names
+        pending = [functions[name] for name in sorted(names & functions.keys())]
+
+
+def _use(source: str, node: ast.Attribute, parents: list[ast.AST], cut: Collection[str]) -> _Use:
+    around, name = parents[0], node.attr
+    if isinstance(around, _OPERATIONS):
+        return _Use(source, name, True, _widest(name, parents))
+    if isinstance(around, (ast.If, ast.IfExp)):
+        return _Use(source, name, True, node)
+    if isinstance(around, (ast.keyword, ast.FormattedValue)):
+        return _Use(source, name, False)
+    if isinstance(around, ast.Call):
+        called = around.func.id if isinstance(around.func, ast.Name) else ""
+        return _Use(source, name, called in _COMPUTING)
+    if isinstance(around, ast.Subscript) and around.slice is node:
+        own = ast.unparse(around.value).startswith("self.")  # else a cache that is handed in
+        return _Use(source, name, own and getattr(around.value, "attr", "") not in cut)
+    return _Use(source, name, True)
+
+
+def _widest(name: str, parents: Iterable[ast.AST]) -> ast.AST | None:
+    """The largest expression around a read that is of this number and constants alone."""
+    found = None
+    for parent in takewhile(lambda one: isinstance(one, _OPERATIONS), parents):
+        try:
+            evaluate(parent, name, 0)
+        except _NotPlainError:
+            break
+        except Exception:  # of constants, though not of this one
+            pass
+        found = parent
+    return found
+
+
+class _NotPlainError(Exception):
+    """An expression is of more than one number and constants."""
+
+
+def evaluate(node: ast.AST | None, name: str, number: int) -> Any:
+    """What an expression of constants and ``….name`` comes to where that is a number.
+
+    >>> evaluate(ast.parse("self.index % 2 == 0", mode="eval").body, "index", 4)
+    True
+    """
+
+    def of(part: ast.AST) -> Any:
+        return evaluate(part, name, number)
+
+    match node:
+        case ast.Attribute(attr=attribute) if attribute == name:
+            return number
+        case ast.Constant():
+            return node.value
+        case ast.Tuple() | ast.List() | ast.Set():
+            return tuple(map(of, node.elts))
+        case ast.UnaryOp():
+            return _OPERATORS[type(node.op)](of(node.operand))
+        case ast.BinOp():
+            left, right = of(node.left), of(node.right)
+            return _OPERATORS[type(node.op)](left, right)
+        case ast.BoolOp():
+            ends = isinstance(node.op, ast.Or)
+            values = list(map(of, node.values))
+            return next((value for value in values if bool(value) == ends), values[-1])
+        case ast.Compare():
+            values = [of(one) for one in (node.left, *node.comparators)]
+            pairs = zip(node.ops, values, values[1:], strict=False)
+            return all(_OPERATORS[type(one)](a, b) for one, a, b in pairs)
+    raise _NotPlainError

@@ -25,9 +25,8 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.program import Node, Program, state_of
 from prunus.surgeon.apply import check_model, kept_axes, output_shapes
-from prunus.surgeon.biases import with_biases
 from prunus.surgeon.depth import without_blocks
-from prunus.surgeon.fit import fit_plan
+from prunus.surgeon.tensors import fit_plan, with_biases
 from prunus.tracer.adapters import adapted
 from prunus.tracer.capture import PASSIVE
 from prunus.tracer.forward_fn import ForwardFn, entered_as_traced

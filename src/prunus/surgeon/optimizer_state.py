@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.errors import ApplyError
-from prunus.surgeon.slicing import slice_tensor
+from prunus.surgeon.tensors import slice_tensor
 
 Axes = Mapping[int, Tensor]
 """Dim → positions that stay."""

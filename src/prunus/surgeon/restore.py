@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from prunus.errors import FormatError, first_names
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
-from prunus.surgeon.applied import Applied, copy_config, set_applied
 from prunus.surgeon.apply import cut_own
-from prunus.surgeon.biases import add_biases
-from prunus.surgeon.depth import drop_blocks, is_continuous
+from prunus.surgeon.depth import drop_blocks
 from prunus.surgeon.reach import OF_EVERY_MODULE
+from prunus.surgeon.snapshot import Applied, copy_config, set_applied
+from prunus.surgeon.tensors import add_biases, is_continuous
 
 Kind = Literal["parameter", "buffer", "hidden", "attribute"]
 """Where a module keeps a tensor; *hidden* buffers are no part of its ``state_dict``."""

@@ -17,7 +17,7 @@ from prunus.errors import PrunusError, checks_options
 from prunus.graph.program import state_of
 from prunus.tracer.copies import duplicate
 from prunus.tracer.sources import find_line
-from prunus.verifier.case import Case, tolerance
+from prunus.verifier.case import MOVED, Case, tolerance
 from prunus.verifier.differences import (
     other_attributes,
     other_count,
@@ -27,7 +27,6 @@ from prunus.verifier.differences import (
     other_ties,
     stale_attribute,
 )
-from prunus.verifier.effect import MOVED
 from prunus.verifier.permutation import relative_error, to_double
 
 Verdict = Literal["exact", "inexact", "not verified"]

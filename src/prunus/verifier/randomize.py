@@ -20,7 +20,7 @@ from prunus.graph.program import Node, state_of, stored, tensors_of
 from prunus.tracer.outputs import answer_of
 from prunus.tracer.softmax_scale import Fixed, find_attentions
 from prunus.tracer.trace import forget_caches, quiet, quiet_run, trace
-from prunus.verifier.effect import gradients_of
+from prunus.verifier.case import gradients_of
 from prunus.verifier.replay import Replay
 
 FAINT = 0.3
@@ -57,7 +57,7 @@ class Known:
     answer
         What it answers; None where that was not seen.
     gradients, replayed
-        Of a gated replay (:func:`prunus.verifier.effect.gradients_of`), where one was run.
+        Of a gated replay (:func:`prunus.verifier.case.gradients_of`), where one was run.
     """
 
     answer: dict[str, Tensor] | None = None

@@ -20,8 +20,7 @@ from prunus.graph.program import state_of, tensors_of
 from prunus.graph.progress import shows
 from prunus.surgeon import drop_blocks
 from prunus.surgeon.apply import check_model
-from prunus.surgeon.biases import add_biases
-from prunus.surgeon.fit import fit_plan
+from prunus.surgeon.tensors import add_biases, fit_plan
 from prunus.tracer.copies import duplicate
 from prunus.tracer.forward_fn import ForwardFn, entered_as_traced
 from prunus.tracer.inputs import positional, rebuild_inputs
@@ -29,10 +28,9 @@ from prunus.tracer.precision import full_precision
 from prunus.tracer.rerun import say_draws, tied_nodes
 from prunus.tracer.trace import forget_caches, uncollected
 from prunus.tracer.wrappers import unwraps
-from prunus.verifier.case import Case
+from prunus.verifier.case import MOVED, Case, each_alone, open_gates, pays, renormalised_groups
 from prunus.verifier.depth import compare_depth
 from prunus.verifier.differences import parameter_count
-from prunus.verifier.effect import MOVED, each_alone, open_gates, pays, renormalised_groups
 from prunus.verifier.judgement import (
     Certificate,
     Judgement,

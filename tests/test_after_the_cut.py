@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import prunus
-from prunus.graph.plans import Edit
+from prunus.graph.plan_records import Edit
 from prunus.surgeon.reach import read_attribute
 from prunus.verifier.other_ways import ways_of
 

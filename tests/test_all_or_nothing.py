@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 import prunus
-from prunus.graph.plans import Edit
+from prunus.graph.plan_records import Edit
 from prunus.surgeon.reach import own_copies
 from prunus.surgeon.snapshot import all_or_nothing
 from prunus.surgeon.switches import Switches, signals_deferred

@@ -262,37 +262,6 @@ def test_a_dry_run_tells_widths_and_what_stops_them(net, capsys) -> None:
     out = " ".join(capsys.readouterr().out.split())
     assert "3.weight[0] 8 8 100% 8 excluded" in out
     assert "0.weight[0] 8 4 50% 8 → 4" in out
-    assert "% of the dense cost below its bound." in out
-
-
-def test_two_plans_are_compared_without_their_model(net, tmp_path, capsys) -> None:
-    files = [str(tmp_path / f"{name}.json") for name in "ab"]
-    for file, macs in zip(files, ("0.5", "0.8"), strict=True):
-        assert main(["plan", net, "--macs", macs, "--out", file]) == 0
-    capsys.readouterr()
-    document = shrink_json(capsys, "diff", *files)
-    a, b = (prunus.Plan.load(file) for file in files)
-    assert document["costs"]["macs"] == {
-        "before": a.cost("macs").before,
-        "a": {"after": a.cost("macs").after, "share": a.cost("macs").share},
-        "b": {"after": b.cost("macs").after, "share": b.cost("macs").share},
-    }
-    assert document["drops"] == {"only_a": [], "only_b": []}
-    assert {group["name"] for group in document["groups"]} == {d.name for d in a.diff(b).groups}
-    assert "model" not in document
-    assert main(["diff", *files]) == 0
-    out = capsys.readouterr().out
-    assert "a keeps" in out
-    assert main(["diff", files[0], files[0]]) == 0
-    assert capsys.readouterr().out == "The plans remove the same units.\n"
-    (tmp_path / "other.py").write_text(BARE.replace("nn.Linear(2, 2)", "nn.Linear(3, 2)"))
-    other = [f"{tmp_path / 'other.py'}:net", "--input-shape", "1,3", "--params", "1.0"]
-    assert main(["plan", *other, "--out", str(tmp_path / "c.json")]) == 0
-    assert main(["diff", files[0], str(tmp_path / "c.json")]) == 2
-    assert "these are plans for different models" in capsys.readouterr().err
-    assert main(["diff", files[0], str(tmp_path / "none.json")]) == 2
-    assert main(["diff", *files, "--log", files[0]]) == 2
-    assert "are one file" in capsys.readouterr().err
 
 
 def test_blocks_are_dropped_by_number_and_by_name(tmp_path, capsys) -> None:

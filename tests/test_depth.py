@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import models_zoo
 import prunus
 from prunus.errors import ApplyError, ModelError, PlanError, VerifyError
+from prunus.graph.plan_records import Renaming
 from prunus.graph.plans import Plan
-from prunus.graph.renaming import Renaming
 from prunus.surgeon import depth, drop_blocks
 from prunus.surgeon.depth import without_blocks
 from prunus.surgeon.layer_count import find_counts
@@ -496,18 +496,6 @@ def test_a_later_plan_for_another_depth_is_refused() -> None:
     with pytest.raises(PlanError, match="plan for another model"):
         prunus.apply(plan, model)
     assert len(model.layers) == model.depth == 3
-
-
-def test_diff_speaks_of_blocks() -> None:
-    model = Indexed().eval()
-    a = depth_plan(model, torch.ones(2, 3), ["layers.1"], ratio=0.3)
-    b = depth_plan(model, torch.ones(2, 3), ["layers.2"], ratio=0.3)
-    told = a.diff(b)
-    assert (told.only_a, told.only_b) == (("layers.1",), ("layers.2",))
-    assert "\nonly a drops layers.1\nonly b drops layers.2\n" in str(told)
-    assert not a.diff(a)
-    with pytest.raises(PlanError, match="different models"):
-        a.diff(depth_plan(Indexed(width=9).eval(), torch.ones(2, 3), ["layers.1"]))
 
 
 def test_names_go_there_and_back() -> None:

@@ -34,7 +34,8 @@ from prunus.errors import (
     PlanError,
     TraceError,
 )
-from prunus.graph.plans import Edit, Plan
+from prunus.graph.plan_records import Edit
+from prunus.graph.plans import Plan
 from tests.snapshots import same, snapshot
 
 NET = """

@@ -30,7 +30,8 @@ from prunus import files
 from prunus.checkpoint import container
 from prunus.checkpoint.load import without_values
 from prunus.errors import ApplyError, FileError, FormatError, ModelError, PlanError, PrunusError
-from prunus.graph.plans import Edit, Plan
+from prunus.graph.plan_records import Edit
+from prunus.graph.plans import Plan
 from prunus.graph.program import tensors_of
 from tests.file_attacks import resign, rewrite
 

@@ -23,7 +23,8 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from prunus.checkpoint import load, save
 from prunus.errors import ApplyError
-from prunus.graph.plans import Edit, Plan
+from prunus.graph.plan_records import Edit
+from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
 from prunus.surgeon import apply, mask
 from prunus.tracer.adapters import SlimMultiheadAttention, adapted

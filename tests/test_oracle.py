@@ -19,7 +19,8 @@ from prunus.api import shrink
 from prunus.errors import VerifyError
 from prunus.graph.axis import Axis
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.plans import Edit, Plan
+from prunus.graph.plan_records import Edit
+from prunus.graph.plans import Plan
 from prunus.graph.program import state_of, tensors_of
 from prunus.surgeon import apply, mask
 from prunus.tracer.trace import trace

@@ -19,7 +19,8 @@ from prunus.graph.axis import Axis, Role
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import form_groups
 from prunus.graph.plan_json import VERSION, read_ranges, to_ranges
-from prunus.graph.plans import Edit, GroupChoice, Plan, Scaling
+from prunus.graph.plan_records import Edit, GroupChoice, Scaling
+from prunus.graph.plans import Plan
 from prunus.graph.polynomial import Monomial, Polynomial
 
 
@@ -321,21 +322,6 @@ class TestThen:
             PLAN.then(PLAN)
 
 
-def test_diff_tells_what_only_one_removes() -> None:
-    other = Plan.from_mask(GRAPH, mask(GRAPH, 3, 4, 5, 9, 14))
-    diff = PLAN.diff(other)
-    assert str(diff).splitlines()[-1] == (
-        "l0.weight[0]: a keeps 4 of 6, b 3; only a removes 1; only b removes 3–4"
-    )
-    assert diff.costs == {name: (PLAN.cost(name), other.cost(name)) for name in ("macs",)}
-    assert diff
-    assert not PLAN.diff(PLAN)
-    assert str(PLAN.diff(PLAN)) == "the plans remove the same units"
-    graph = chain(6, 9)
-    with pytest.raises(PlanError, match="different models"):
-        PLAN.diff(Plan.from_mask(graph, graph.all_kept))
-
-
 def test_costs_before_and_after_by_name() -> None:
     before, after = PLAN.costs["macs"]
     cost = PLAN.cost("macs")
@@ -343,11 +329,6 @@ def test_costs_before_and_after_by_name() -> None:
     assert PLAN.cost() == {"macs": (before, after)}
     with pytest.raises(PlanError, match=r"no cost called 'flops'(.|\n)*it counts macs"):
         PLAN.cost("flops")
-
-
-def test_costs_of_different_inputs_are_not_compared() -> None:
-    other = replace(PLAN, costs={"macs": (1, 1)})
-    assert PLAN.diff(other).costs == {}
 
 
 def test_a_width_is_that_of_the_axis_heads_times_dim() -> None:

@@ -16,8 +16,9 @@ import prunus
 from prunus import files
 from prunus.errors import MissingExtraError
 from prunus.graph.axis import Axis
-from prunus.graph.plans import GroupChoice, Plan
-from prunus.report import console, documents, pictures, tables
+from prunus.graph.plan_records import GroupChoice
+from prunus.graph.plans import Plan
+from prunus.report import console, pictures, tables
 from prunus.report.counting import measure_costs, measure_latency
 
 
@@ -131,17 +132,17 @@ def test_show_stages_is_public(capsys) -> None:
 
 def test_json_is_strict_and_complete() -> None:
     model = nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 2))
-    document = documents.describe_graph(prunus.trace(model, torch.randn(2, 3)))
-    assert json.loads(documents.to_json(document)) == document
+    document = tables.describe_graph(prunus.trace(model, torch.randn(2, 3)))
+    assert json.loads(console.to_json(document)) == document
     assert document["tensors"] == 4
-    assert json.loads(documents.to_json({"a": [float("nan"), (1, np.inf)]})) == {
+    assert json.loads(console.to_json({"a": [float("nan"), (1, np.inf)]})) == {
         "a": [None, [1, None]]
     }
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    documents.write_json({"run": 1}, path)
+    console.write_json({"run": 1}, path)
 
     def fail(draft: Path) -> None:
         draft.write_text("half")

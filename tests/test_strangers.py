@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import prunus
 from prunus.errors import PrunusError
-from prunus.graph.plan_json import kind_of_edit
-from prunus.graph.plans import Edit, Plan
+from prunus.graph.plan_records import Edit, kind_of_edit
+from prunus.graph.plans import Plan
 from prunus.tracer.inputs import rebuild_inputs
 from tests.snapshots import same, snapshot
 

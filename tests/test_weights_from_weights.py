@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import prunus
-from prunus.cli.cutting import show_certificate
+from prunus.cli.shrink import show_certificate
 from prunus.graph.plans import Plan
 from prunus.verifier.permutation import relative_error
 

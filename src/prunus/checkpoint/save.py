@@ -11,7 +11,7 @@ from prunus.checkpoint.container import write_container
 from prunus.checkpoint.document import Document
 from prunus.errors import FormatError, PlanError, checks_options, first_names
 from prunus.files import replace_file
-from prunus.graph.plan_json import check_kind
+from prunus.graph.plan_records import check_kind
 from prunus.graph.plans import Plan
 from prunus.surgeon import applied_plan
 from prunus.surgeon.reach import value_of

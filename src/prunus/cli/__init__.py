@@ -17,7 +17,7 @@ from prunus.errors import ApplyError, BudgetError, FileError, PrunusError, Verif
 from prunus.files import STDOUT, printing
 
 VERBS = (
-    "inspect", "sensitivity", "plan", "diff", "shrink", "apply", "verify", "load",
+    "inspect", "sensitivity", "plan", "shrink", "apply", "verify", "load",
 )  # fmt: skip
 
 EXIT_CODES = """\
@@ -79,7 +79,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _run_logged(options: argparse.Namespace) -> int:
     from prunus.cli.answer import Journal
-    from prunus.cli.paths import check_files
+    from prunus.cli.values import check_files
 
     try:
         check_files(options)

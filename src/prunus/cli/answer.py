@@ -80,8 +80,7 @@ def head(options: argparse.Namespace) -> dict[str, Any]:
 
 def answer(options: argparse.Namespace, document: dict[str, Any], show: Callable[[], None]) -> None:
     """Print the result, as JSON if that was asked for; it goes into the log as well."""
-    from prunus.report.console import show_json
-    from prunus.report.documents import to_json
+    from prunus.report.console import show_json, to_json
 
     if options.log:
         options.journal.write("result", document=json.loads(to_json(document)))

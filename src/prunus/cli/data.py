@@ -15,10 +15,11 @@ from torch import Tensor
 
 from prunus.calibration.batches import Batches
 from prunus.cli.models import Loaded
-from prunus.cli.paths import IMAGES, TOKENIZERS
 from prunus.cli.python_file import find_function
+from prunus.cli.values import IMAGES, TOKENIZERS
 from prunus.errors import DataError, require
 from prunus.graph.program import tensors_of
+from prunus.importance import needs_of
 
 _BATCH = 64
 """Samples in a batch that is cut from an array or a folder."""
@@ -28,7 +29,16 @@ _REFERENCE = "write a folder of images, FILE.npz, FILE.txt or path/to/file.py:FU
 
 def load_data(options: argparse.Namespace, loaded: Loaded) -> Iterable[Any] | None:
     """Calibration batches, or None if none were asked for; what is missing is told at once."""
-    return None if options.data is None else Batches(_batches(options, loaded), options.samples)
+    if options.data is not None:
+        return Batches(_batches(options, loaded), options.samples)
+    needs = needs_of(options.importance) if hasattr(options, "importance") else ()
+    if needs:
+        raise DataError(
+            f"--importance {options.importance} needs calibration data",
+            why=f"it is computed from {' and '.join(sorted(needs))} statistics",
+            fix="give --data, or an importance of the weights alone: l2",
+        )
+    return None
 
 
 def _batches(options: argparse.Namespace, loaded: Loaded) -> Iterable[Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, get_args
 
 from prunus.cli.values import (
+    FILES,
+    SIZES,
     block,
     bound,
     by_glob,
@@ -19,10 +21,8 @@ from prunus.cli.values import (
     ratio,
     scope,
     shape,
-    shares,
-    size_bound,
+    share,
     stream,
-    time_bound,
 )
 from prunus.errors import PlanError
 from prunus.graph.budget import TIMERS, Budget
@@ -54,20 +54,10 @@ DATA is one of
 
 RECOVERIES = ("auto", "none", "recalibrate", "bias", "least_squares", "sequential")
 
-FILES = {
-    "out": "the smaller model, as safetensors: prunus.load(FILE, build=…) reads it",
-    "plan": "which units are kept, as JSON",
-    "certificate": "what was compared, and the verdict, as JSON",
-    "report": "all of it in one JSON document, the same that --json prints",
-    "picture": "the units that are kept and removed, as .png, .svg or .pdf (the extra 'plot')",
-}
-"""Files that a cut can write, with what they hold."""
-
-COUNTS = ("macs", "params")
-SIZES = ("bytes", "activation")
+COSTS = ("macs", "params", *SIZES, "latency")
 
 _OF_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "ratios": {"metavar": "GLOB=R,…", "type": shares},
+    "ratios": {"metavar": "GLOB=R,…", "type": by_glob(share, single=False)},
     "drop": {"metavar": "N|NAME", "type": block, "action": "append"},
     "importance": {"metavar": "NAME"},
     "scope": {"metavar": "SCOPE|GLOB,…", "type": scope},
@@ -80,19 +70,31 @@ _OF_OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 """Options of a plan that have a flag, with how it is read; names, defaults and help are theirs."""
 
-_BY_TABLE = ("ratios", "drop", "scope", "normalise", "round_to", "min_width", "max_ratio")
+_BY_TABLE = (
+    "ratios",
+    "drop",
+    "scope",
+    "normalise",
+    "round_to",
+    "min_width",
+    "max_ratio",
+    "latency",
+)
 """Options that say how much every group loses, as a table of sensitivities does."""
 
 
-def add_parser(verbs: Any, verb: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
-    """The parser of a verb; ``text`` says what it does."""
+def add_parser(
+    verbs: Any, verb: str, text: str, run: Callable[[argparse.Namespace], int], *epilog: str
+) -> argparse.ArgumentParser:
+    """The parser of a verb; ``text`` says what it does, and ``run`` does it."""
     parser: argparse.ArgumentParser = verbs.add_parser(
         verb,
         help=text,
         description=text,
-        epilog=epilog,
+        epilog="\n".join(epilog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(run=run)
     return parser
 
 
@@ -107,8 +109,7 @@ def add_options(group: argparse._ActionsContainer, *names: str) -> None:
         if how.get("action") == "append":
             text = f"{text.removesuffix('.')}; may be repeated"
         default = list(one.default) if isinstance(one.default, tuple) else one.default
-        flag = f"--{one.name.replace('_', '-')}"
-        group.add_argument(flag, default=default, help=text.replace("%", "%%"), **how)
+        group.add_argument(_spell(one.name), default=default, help=text.replace("%", "%%"), **how)
 
 
 def add_model(parser: argparse.ArgumentParser, *, flag: bool = False) -> None:
@@ -145,6 +146,11 @@ def add_model(parser: argparse.ArgumentParser, *, flag: bool = False) -> None:
     add_answer(parser)
 
 
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """PLAN, a file."""
+    parser.add_argument("plan_file", metavar="PLAN", type=old_file, help="what 'prunus plan' wrote")
+
+
 def add_answer(parser: argparse.ArgumentParser) -> None:
     """How a verb answers."""
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
@@ -176,18 +182,16 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 def add_choice(parser: argparse.ArgumentParser) -> None:
     """What to remove: bounds, and the options of a plan."""
     group = parser.add_argument_group("what to remove")
-    text = "upper bound: a fraction of the dense cost, as 0.5, or a number, as"
-    for name in COUNTS:
-        group.add_argument(f"--{name}", metavar="N", type=bound, help=f"{text} 2000000")
-    for name in SIZES:
-        group.add_argument(f"--{name}", metavar="N", type=size_bound, help=f"{text} 8MB or 8MiB")
-    group.add_argument(
-        "--latency",
-        metavar="N|TIME",
-        type=time_bound,
-        help="a fraction of the time that the dense model takes on this machine, as 0.5, or a "
-        "time, as 12ms: smaller models are timed in turn with the dense one",
-    )
+    for name in COSTS:
+        example = "8MB or 8MiB" if name in SIZES else "2000000"
+        text = f"upper bound: a fraction of the dense cost, as 0.5, or a number, as {example}"
+        if name == "latency":
+            text = (
+                "a fraction of the time that the dense model takes on this machine, as 0.5, or a "
+                "time, as 12ms: smaller models are timed in turn with the dense one"
+            )
+        metavar = "N|TIME" if name == "latency" else "N"
+        group.add_argument(f"--{name}", metavar=metavar, type=bound(name), help=text)
     group.add_argument(
         "--backend",
         default="eager",
@@ -259,13 +263,11 @@ def choice_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_beside_table(options: argparse.Namespace) -> None:
-    defaults = {one.name: one.default for one in fields(PlanOptions)}
-    given = [n for n in _BY_TABLE if getattr(options, n) != defaults[n] and getattr(options, n)]
-    given += ["latency"] if options.latency is not None else []
+    defaults = {one.name: one.default for one in fields(PlanOptions)} | {"latency": None}
+    given = [n for n in _BY_TABLE if getattr(options, n) not in (defaults[n], [])]
     if given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise PlanError(
-            f"{flags} can't be combined with --sensitivity",
+            f"{', '.join(map(_spell, given))} can't be combined with --sensitivity",
             why="what every group loses is read from the table",
             fix="leave out one or the other; --include and --exclude choose rows of the table",
         )
@@ -273,31 +275,32 @@ def _check_beside_table(options: argparse.Namespace) -> None:
 
 def budget_of(options: argparse.Namespace) -> Budget | None:
     """The budget; None where ratios, a table or blocks to drop alone say how much is removed."""
-    costs = (*COUNTS, *SIZES, "latency")
-    bounds = {n: getattr(options, n) for n in costs if getattr(options, n) is not None}
-    scopes: dict[str, dict[str, Any]] = {}
+    bounds = {n: getattr(options, n) for n in COSTS if getattr(options, n) is not None}
+    within: dict[str, dict[str, Any]] = {}
     for glob, text in options.within:
-        scopes.setdefault(glob, {}).update(_bound_within(glob, text))
-    if options.latency is not None:
-        bounds["timer"] = options.backend
-    if bounds or scopes:
-        return Budget(**bounds, within={g: Budget(**inner) for g, inner in scopes.items()})
+        within.setdefault(glob, {}).update(_bound_within(glob, text))
+    if bounds or within:
+        clock = {} if options.latency is None else {"timer": options.backend}
+        return Budget(**bounds, **clock, within={g: Budget(**b) for g, b in within.items()})
     if options.ratios is None and options.sensitivity is None and not options.drop:
-        names = [f"--{name}" for name in costs]
-        raise PlanError(f"give a budget: {', '.join(names)}", fix="--macs 0.5, say")
+        raise PlanError(f"give a budget: {', '.join(map(_spell, COSTS))}", fix="--macs 0.5, say")
     return None
 
 
-def _bound_within(glob: str, text: str) -> dict[str, float | int]:
+def _bound_within(glob: str, text: str) -> dict[str, Any]:
     """The bound of ``--within GLOB COST=N``."""
     name, equals, value = text.partition("=")
-    if not equals or name not in (*COUNTS, *SIZES):
+    if not equals or name not in COSTS[:-1]:
         raise PlanError(
             f"--within {glob} {text} bounds no cost",
-            why=f"costs are {', '.join((*COUNTS, *SIZES))}",
+            why=f"costs are {', '.join(COSTS[:-1])}",
             fix=f"write --within {glob} macs=0.3, say",
         )
     try:
-        return {name: size_bound(value) if name in SIZES else bound(value)}
+        return {name: bound(name)(value)}
     except argparse.ArgumentTypeError as error:
         raise PlanError(str(error), where=f"--within {glob} {text}") from None
+
+
+def _spell(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

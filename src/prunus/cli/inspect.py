@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def add_parser(verbs: Any) -> None:
     """Declare the verb."""
     text = "what hangs together in a model, what is pinned and why, what it costs"
-    parser = flags.add_parser(verbs, "inspect", text, flags.MODEL_HELP)
+    parser = flags.add_parser(verbs, "inspect", text, run, flags.MODEL_HELP)
     flags.add_model(parser)
     parser.add_argument(
         "--explain",
@@ -32,7 +32,6 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--dot", metavar="FILE", type=new_file, help="write the graph in the DOT language"
     )
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -41,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     from prunus.cli.models import load_model
     from prunus.files import replace_file
     from prunus.report.console import show
-    from prunus.report.documents import describe_graph
+    from prunus.report.tables import describe_graph
 
     with follow(options) as step:
         step("building the model")
@@ -65,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
 def _answer(graph: CouplingGraph, options: argparse.Namespace) -> dict[str, Any]:
     """What ``--explain`` and ``--why-pinned`` ask for, as data and for the eye."""
     from prunus.report import tables
-    from prunus.report.documents import describe_coupling, describe_pin
+    from prunus.report.tables import describe_coupling, describe_pin
 
     data: dict[str, Any] = {}
     shown: list[Any] = []
@@ -91,7 +90,7 @@ def _answer(graph: CouplingGraph, options: argparse.Namespace) -> dict[str, Any]
 
 
 def _overview(graph: CouplingGraph, name: str) -> list[Any]:
-    from prunus.graph.plan_table import spell_count
+    from prunus.graph.plan_records import spell_count
     from prunus.report import tables
     from prunus.structures import find_structures
 

@@ -13,16 +13,15 @@ if TYPE_CHECKING:
     from torch import nn
 
     from prunus import Plan
-    from prunus.cli.source import Source
+    from prunus.cli.models import Source
 
 
 def add_parser(verbs: Any) -> None:
     """Declare the verb."""
     text = "check that a file of prunus.save is whole, and that its model runs"
-    parser = flags.add_parser(verbs, "load", text, flags.MODEL_HELP)
+    parser = flags.add_parser(verbs, "load", text, run, flags.MODEL_HELP)
     parser.add_argument("file", metavar="FILE", type=old_file, help="what to check")
     flags.add_model(parser, flag=True)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -31,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
 
     import prunus
     from prunus.cli.models import find_source
-    from prunus.report.documents import describe_choices
+    from prunus.report.tables import describe_choices
     from prunus.surgeon import applied_plan
 
     with follow(options) as step:
@@ -93,7 +92,7 @@ def _compare(outputs: dict[str, list[int]], plan: Plan | None, options: argparse
 
 
 def _show(document: dict[str, Any], plan: Plan | None) -> None:
-    from prunus.graph.plan_table import spell_count
+    from prunus.graph.plan_records import spell_count
     from prunus.report.console import show
     from prunus.report.tables import choices_table
 

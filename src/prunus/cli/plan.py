@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 def add_parser(verbs: Any) -> None:
     """Declare the verb."""
     text = "choose which units are kept, and write that down; the model is not cut"
-    epilog = f"{flags.MODEL_HELP}\n{flags.DATA_HELP}"
-    parser = flags.add_parser(verbs, "plan", text, epilog)
+    parser = flags.add_parser(verbs, "plan", text, run, flags.MODEL_HELP, flags.DATA_HELP)
     flags.add_model(parser)
     flags.add_choice(parser)
     flags.add_data(parser)
@@ -26,7 +25,6 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="only print widths and costs; write no plan"
     )
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,6 +33,8 @@ def run(options: argparse.Namespace) -> int:
     from prunus.cli.data import load_data
     from prunus.cli.models import load_model
     from prunus.errors import PlanError
+    from prunus.report.console import show
+    from prunus.report.tables import costs_table, describe_choices, widths_table
 
     chosen = flags.choice_of(options)
     if bool(options.out) == options.dry_run:
@@ -43,13 +43,13 @@ def run(options: argparse.Namespace) -> int:
             why="both were given" if options.out else "neither was given",
             fix="--out plan.json, say",
         )
+    budget = chosen["budget"]
     with follow(options) as step:
         step("building the model")
         loaded = load_model(options)
         chosen["data"] = load_data(options, loaded)
-        check_data(options)
         step("tracing")
-        graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
+        graph = loaded.trace(options)
         if options.sensitivity is not None:
             chosen = by_table(options, chosen, loaded, graph)
         step("planning")
@@ -57,16 +57,6 @@ def run(options: argparse.Namespace) -> int:
         step("writing")
         if options.out:
             plan.save(options.out)
-    return _answer(options, graph, plan, chosen["budget"])
-
-
-def _answer(
-    options: argparse.Namespace, graph: CouplingGraph, plan: Plan, budget: Budget | None
-) -> int:
-    from prunus.report.console import show
-    from prunus.report.documents import describe_choices
-    from prunus.report.tables import costs_table, widths_table
-
     costs = describe_costs(graph, plan, budget)
     document = {
         **head(options),
@@ -79,31 +69,18 @@ def _answer(
     }
 
     def tell() -> None:
-        show(costs_table(costs), widths_table(plan))
-        show(*told_of(plan), *told_of_rounding(plan))
-        show(*_told_of_bounds(costs), *_told_of_worth(plan), *told_of_time(plan))
+        show(costs_table(costs), widths_table(plan), *remarks(plan))
         show(f"wrote out: {options.out}" if options.out else "Nothing was written: --dry-run.")
 
     answer(options, document, tell)
     return 0
 
 
-def check_data(options: argparse.Namespace) -> None:
-    """Refuse an importance that reads calibration data where there is none."""
-    from prunus.errors import DataError
-    from prunus.importance import needs_of
-
-    needs = needs_of(options.importance)
-    if needs and options.data is None:
-        raise DataError(
-            f"--importance {options.importance} needs calibration data",
-            why=f"it is computed from {' and '.join(sorted(needs))} statistics",
-            fix="give --data, or an importance of the weights alone: l2",
-        )
-
-
 def by_table(
-    options: argparse.Namespace, chosen: Mapping[str, Any], loaded: Loaded, graph: CouplingGraph
+    options: argparse.Namespace,
+    chosen: Mapping[str, Any],
+    loaded: Loaded,
+    graph: CouplingGraph | None = None,
 ) -> dict[str, Any]:
     """The options with the ratios of a table: what meets the budget, or what is tolerated.
 
@@ -129,10 +106,9 @@ def by_table(
             why="what the loss of units costs depends on which of them are removed first",
             fix=f"--importance {measured}",
         )
-    names = ("importance", "include", "exclude", "seed")
-    score: dict[str, Any] = {name: chosen[name] for name in names}
-    needs = needs_of(options.importance)
-    if needs:
+    graph = graph or loaded.trace(options)
+    score = {name: chosen[name] for name in ("importance", "include", "exclude", "seed")}
+    if needs := needs_of(options.importance):
         score["statistics"] = prunus.importance.collect(
             loaded.model, graph, chosen["data"], needs, seed=options.seed
         )
@@ -144,61 +120,40 @@ def by_table(
     return {**chosen, **score, "ratios": ratios}
 
 
-def told_of(plan: Plan) -> list[str]:
-    """Which blocks go, in a sentence."""
-    return [f"Dropped: {', '.join(plan.drops)}"] if plan.drops else []
+def remarks(plan: Plan) -> list[str]:
+    """Sentences on what a plan drops, rounds and retains, and on the time that was measured."""
+    found = [f"Dropped: {', '.join(plan.drops)}"] if plan.drops else []
+    timed, retained = plan.origin.get("latency"), plan.origin.get("retained")
+    if timed is None and "round_to" in plan.origin.get("automatic", ()):
+        found.append(_rounding(plan.origin["round_to"]))
+    if retained is not None:
+        bound = plan.origin.get("bound")
+        most = "" if bound is None else f" (upper bound {bound:.1%})"
+        found.append(f"retained importance {retained:.1%}{most}")
+    if timed is not None:
+        multiple, error, dense = timed["multiple"], timed["error"], timed["dense_ms"]
+        widths = "" if multiple is None else f", widths multiples of {multiple}"
+        repaired = "" if error is None else f", output error {error:.1%} after repair"
+        found.append(
+            f"Measured time {timed['ratio'] * dense:.4g} of {dense:.4g} ms ({timed['ratio']:.1%} ± "
+            f"{timed['spread']:.1%}) by the clock {timed['clock']}, of {len(timed['trials'])} "
+            f"plans: at most {timed['macs']:.1%} of the MACs{widths}{repaired}."
+        )
+    return found
 
 
-def told_of_rounding(plan: Plan) -> list[str]:
-    """Of what widths are multiples where nobody said so, in a sentence."""
-    if "round_to" not in plan.origin.get("automatic", ()) or "latency" in plan.origin:
-        return []
-    multiple = plan.origin["round_to"]
+def _rounding(multiple: int | Mapping[str, int]) -> str:
+    """Of what widths are multiples where nobody said so."""
     finer = ""
     if isinstance(multiple, Mapping):
         finer = f", {len(multiple) - 1} of them of less, for which that is too coarse a step"
         multiple = multiple["*"]
     if multiple == 1:
-        return ["Widths are not rounded: a step of 8 is too coarse for these bounds."]
-    return [
+        return "Widths are not rounded: a step of 8 is too coarse for these bounds."
+    return (
         f"Widths of 32 and more are multiples of {multiple} by default{finer}; --round-to 1 rounds "
         "nothing."
-    ]
-
-
-def told_of_time(plan: Plan) -> list[str]:
-    """What the clock says of a latency budget, in a sentence."""
-    timed = plan.origin.get("latency")
-    if timed is None:
-        return []
-    multiple, error = timed["multiple"], timed["error"]
-    widths = "" if multiple is None else f", widths multiples of {multiple}"
-    repaired = "" if error is None else f", output error {error:.1%} after repair"
-    dense = timed["dense_ms"]
-    return [
-        f"Measured time {timed['ratio'] * dense:.4g} of {dense:.4g} ms ({timed['ratio']:.1%} ± "
-        f"{timed['spread']:.1%}) by the clock {timed['clock']}, of {len(timed['trials'])} plans: "
-        f"at most {timed['macs']:.1%} of the MACs{widths}{repaired}."
-    ]
-
-
-def _told_of_bounds(costs: dict[str, dict[str, Any]]) -> list[str]:
-    """How far below each bound the plan ends, in a sentence."""
-    return [
-        f"{name} ends {(cost['requested'] - cost['achieved']) / cost['before']:.2%} of the dense "
-        f"cost below its bound."
-        for name, cost in costs.items()
-        if cost["requested"] is not None
-    ]
-
-
-def _told_of_worth(plan: Plan) -> list[str]:
-    """What part of the importance is retained, and what no other choice exceeds."""
-    retained, bound = plan.origin.get("retained"), plan.origin.get("bound")
-    if retained is None:
-        return []
-    most = "" if bound is None else f" (upper bound {bound:.1%})"
-    return [f"retained importance {retained:.1%}{most}"]
+    )
 
 
 def describe_costs(

@@ -23,33 +23,29 @@ def find_function(
     """
     file, _, name = reference.rpartition(":")
     path = Path(file)
-    if reference.endswith(".py") and (own := _functions(Path(reference))):
-        raise problem(
-            f"{reference!r} names a file and no function in it",
-            fix=f"write {reference}:NAME, where NAME is {', '.join(own)}",
-        )
-    if not file or not name.isidentifier() or path.suffix != ".py":
+    if path.suffix != ".py" or not name.isidentifier():
+        own = _functions(Path(reference))
+        if own:
+            fix = f"write {reference}:NAME, where NAME is {', '.join(own)}"
         raise problem(f"{reference!r} is no reference", fix=fix)
     if not path.is_file():
         raise problem(f"there is no file {file}", where=reference, fix=fix)
-    module = _import_file(path, _module_name(reference))
-    function = getattr(module, name, None)
-    if not callable(function):
-        own = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise problem(
-            f"{file} has no function {name!r}",
-            where=reference,
-            why=f"it has {', '.join(own)}" if own else "it defines none",
-            fix=f"did you mean {near[0]!r}?"
-            if (near := difflib.get_close_matches(name, own, n=1))
-            else fix,
-        )
-    return function  # type: ignore[no-any-return]
+    function = getattr(_import_file(path), name, None)
+    if callable(function):
+        return function  # type: ignore[no-any-return]
+    own = _functions(path)
+    near = difflib.get_close_matches(name, own, n=1)
+    raise problem(
+        f"{file} has no function {name!r}",
+        where=reference,
+        why=f"it has {', '.join(own)}" if own else "it defines none",
+        fix=f"did you mean {near[0]!r}?" if near else fix,
+    )
 
 
 def find_beside(reference: str, name: str) -> Callable[[], Any] | None:
     """Another function of a file that has been imported."""
-    return getattr(sys.modules[_module_name(reference)], name, None)
+    return getattr(sys.modules[_module_name(Path(reference.rpartition(":")[0]))], name, None)
 
 
 def _functions(path: Path) -> list[str]:
@@ -62,16 +58,17 @@ def _functions(path: Path) -> list[str]:
     return [node.name for node in found if isinstance(node, kinds) and node.name[0] != "_"]
 
 
-def _module_name(reference: str) -> str:
-    """The name under which a reference's file is imported: one that no package has."""
-    return "prunus_file:" + str(Path(reference.rpartition(":")[0]).resolve())
+def _module_name(path: Path) -> str:
+    """The name under which a file is imported: one that no package has."""
+    return f"prunus_file:{path.resolve()}"
 
 
-def _import_file(path: Path, name: str) -> ModuleType:
+def _import_file(path: Path) -> ModuleType:
     """Run a file as Python runs a script: its folder can be imported from."""
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
+    name = _module_name(path)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

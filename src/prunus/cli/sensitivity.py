@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prunus.cli import flags
 from prunus.cli.answer import answer, follow, head
-from prunus.cli.plan import check_data
 from prunus.cli.values import numbers
-
-if TYPE_CHECKING:
-    from prunus.planner.search import Sensitivity
 
 METRIC_HELP = """\
 The metric is a function in a file of yours, path/to/file.py:F: F(model) returns a number of which
@@ -22,8 +18,8 @@ more is better, for the model as it is and for masked ones, the same each time.
 def add_parser(verbs: Any) -> None:
     """Declare the verb."""
     text = "how much a metric falls when one group after the other loses units"
-    epilog = f"{METRIC_HELP}\n{flags.MODEL_HELP}\n{flags.DATA_HELP}"
-    parser = flags.add_parser(verbs, "sensitivity", text, epilog)
+    epilog = (METRIC_HELP, flags.MODEL_HELP, flags.DATA_HELP)
+    parser = flags.add_parser(verbs, "sensitivity", text, run, *epilog)
     flags.add_model(parser)
     parser.add_argument(
         "--metric", metavar="FILE:FUNCTION", required=True, help="of a model, more is better"
@@ -41,7 +37,6 @@ def add_parser(verbs: Any) -> None:
         "picture": "the heat map (the extra 'plot')",
     }
     flags.add_files(parser, files)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -50,19 +45,20 @@ def run(options: argparse.Namespace) -> int:
     from prunus.cli.data import load_data
     from prunus.cli.models import load_model
     from prunus.cli.python_file import find_function
-    from prunus.errors import DataError, require
+    from prunus.cli.shrink import check_picture
+    from prunus.errors import DataError
+    from prunus.report.console import show
+    from prunus.report.tables import sensitivity_table
 
-    if options.picture:
-        require("matplotlib", "plot")
+    check_picture(options)
     metric: Any = find_function(options.metric, DataError, "write path/to/file.py:FUNCTION")
     given = {} if options.at is None else {"ratios": options.at}
     with follow(options) as step:
         step("building the model")
         loaded = load_model(options)
         data = load_data(options, loaded)
-        check_data(options)
         step("tracing")
-        graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
+        graph = loaded.trace(options)
         step("measuring")
         table = prunus.planner.search.sensitivity(
             graph,
@@ -80,15 +76,7 @@ def run(options: argparse.Namespace) -> int:
         step("writing")
         if options.picture:
             prunus.report.draw_sensitivity(table, options.picture)
-    _answer(options, table)
-    return 0
-
-
-def _answer(options: argparse.Namespace, table: Sensitivity) -> None:
-    from prunus.report.console import show
-    from prunus.report.tables import sensitivity_table
-
-    written = {n: str(getattr(options, n)) for n in ("out", "picture") if getattr(options, n)}
+    written = {n: str(p) for n in ("out", "picture") if (p := getattr(options, n))}
     document = {
         **head(options),
         "dense": table.dense,
@@ -107,3 +95,4 @@ def _answer(options: argparse.Namespace, table: Sensitivity) -> None:
         show(*(f"wrote {name}: {path}" for name, path in written.items()))
 
     answer(options, document, tell)
+    return 0

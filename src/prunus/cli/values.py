@@ -1,10 +1,13 @@
-"""How the values of flags are read: what :mod:`argparse` calls types."""
+"""How the values of flags are read (what :mod:`argparse` calls types), and files told apart."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -15,73 +18,74 @@ from prunus.planner.option_values import ScopeName
 
 T = TypeVar("T")
 
+IMAGES = ("*.bmp", "*.gif", "*.jpeg", "*.jpg", "*.png", "*.ppm", "*.tif", "*.tiff", "*.webp")
+"""Files of a folder of calibration data."""
+
+TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "sentencepiece*")
+"""Files of which a folder with a tokenizer has at least one."""
+
+_PRETRAINED = (*("*config.json", "*.bin", "model*", "*.index.json"), *TOKENIZERS)
+
+FILES = {
+    "out": "the smaller model, as safetensors: prunus.load(FILE, build=…) reads it",
+    "plan": "which units are kept, as JSON",
+    "certificate": "what was compared, and the verdict, as JSON",
+    "report": "all of it in one JSON document, the same that --json prints",
+    "picture": "the units that are kept and removed, as .png, .svg or .pdf (the extra 'plot')",
+}
+"""Files that a cut can write, with what they hold."""
+
+SIZES = ("bytes", "activation")
+"""Costs of which a bound may have a unit, as ``8MB``."""
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
-def _refuse(text: str, wanted: str) -> argparse.ArgumentTypeError:
-    return argparse.ArgumentTypeError(f"{text!r} is no {wanted}")
+def _reader(
+    convert: Callable[[str], T], wanted: str, fits: Callable[[T], bool] = lambda value: True
+) -> Callable[[str], T]:
+    """A type: what ``convert`` makes of a text, refused where that fails or does not fit."""
+
+    def read(text: str) -> T:
+        value: T | None = None
+        with suppress(ValueError):
+            value = convert(text)
+        if value is None or not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is no {wanted}")
+        return value
+
+    return read
 
 
-def number(text: str, wanted: str = "number") -> float:
-    """Read a number."""
-    try:
-        return float(text)
-    except ValueError:
-        raise _refuse(text, wanted) from None
+def _split(text: str) -> list[str]:
+    return text.split(",")
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    """Read ``"0.485,0.456,0.406"``."""
-    wanted = "list of numbers; write it as 0.485,0.456,0.406"
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise _refuse(text, wanted) from None
+count = _reader(int, "whole number from 1 on", lambda value: value >= 1)
+ratio = _reader(float, "number in (0, 1]", lambda value: 0 < value <= 1)
+share = _reader(float, "number in [0, 1)", lambda value: 0 <= value < 1)
+numbers = _reader(
+    lambda text: tuple(map(float, _split(text))), "list of numbers; write it as 0.485,0.456,0.406"
+)
+shape = _reader(
+    lambda text: tuple(map(int, _split(text))),
+    "shape; write it as 1,3,224,224",
+    lambda sizes: min(sizes) >= 1,
+)
 
 
-def count(text: str) -> int:
-    """Read a whole number from 1 on."""
-    found = int(text) if text.isascii() and text.isdigit() else 0
-    if found < 1:
-        raise _refuse(text, "whole number from 1 on")
-    return found
+def by_glob(read: Callable[[str], T], *, single: bool = True) -> Callable[[str], T | dict[str, T]]:
+    """Read one value, or several by globs: ``"8"`` or ``"linear=32,conv=8,*=4"``.
 
-
-def shape(text: str) -> tuple[int, ...]:
-    """Read ``"1,3,224,224"``."""
-    try:
-        sizes = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        sizes = (0,)
-    if min(sizes) < 1:
-        raise _refuse(text, "shape; write it as 1,3,224,224")
-    return sizes
-
-
-def ratio(text: str) -> float:
-    """Read a number in (0, 1]."""
-    found = number(text, "number in (0, 1]")
-    if not 0 < found <= 1:
-        raise _refuse(text, "number in (0, 1]")
-    return found
-
-
-def share(text: str) -> float:
-    """Read a number in [0, 1)."""
-    found = number(text, "number in [0, 1)")
-    if not 0 <= found < 1:
-        raise _refuse(text, "number in [0, 1)")
-    return found
-
-
-def by_glob(read: Callable[[str], T]) -> Callable[[str], T | dict[str, T]]:
-    """Read one value, or several by globs: ``"8"`` or ``"linear=32,conv=8,*=4"``."""
+    >>> by_glob(int)("8"), by_glob(int)("linear=32,*=4")
+    (8, {'linear': 32, '*': 4})
+    """
 
     def parse(text: str) -> T | dict[str, T]:
-        if "=" not in text:
+        if single and "=" not in text:
             return read(text)
         found = {}
-        for part in text.split(","):
+        for part in _split(text):
             glob, _, value = part.rpartition("=")
             if not glob:
                 raise argparse.ArgumentTypeError(f"{part!r} has no glob; write it as GLOB=VALUE")
@@ -89,14 +93,6 @@ def by_glob(read: Callable[[str], T]) -> Callable[[str], T | dict[str, T]]:
         return found
 
     return parse
-
-
-def shares(text: str) -> dict[str, float]:
-    """Read ``"layer3.*=0.3,layer4.*=0.5"``."""
-    found = by_glob(share)(text)
-    if isinstance(found, float):
-        raise argparse.ArgumentTypeError(f"{text!r} has no glob; write it as 'GLOB=R'")
-    return found
 
 
 def scope(text: str) -> str | list[str]:
@@ -109,7 +105,7 @@ def scope(text: str) -> str | list[str]:
         return text
     if not any(sign in text for sign in "*?[,."):
         raise argparse.ArgumentTypeError(f"{text!r} is not local, isomorphic, global, or a glob")
-    return text.split(",")
+    return _split(text)
 
 
 def block(text: str) -> int | str:
@@ -117,39 +113,38 @@ def block(text: str) -> int | str:
     return count(text) if text.lstrip("+-").isdecimal() else text
 
 
-def bound(text: str) -> float | int:
-    """Read a bound on a cost, and let the budget itself say whether it is one."""
-    value = int(text) if text.isascii() and text.isdigit() else number(text)
-    return _checked(text, value)
+def bound(cost: str) -> Callable[[str], float | int | str]:
+    """The type of a bound on a cost; the budget itself says whether a value is one.
 
+    Bytes may have a unit, and times have one, unless they are fractions.
 
-def size_bound(text: str) -> float | int:
-    """Read a bound on bytes, which may have a unit: ``"8MB"``, ``"1.5 GiB"``.
-
-    >>> size_bound("8 MB"), size_bound("8MiB"), size_bound("0.5")
-    (8000000, 8388608, 0.5)
+    >>> bound("macs")("2000000"), bound("bytes")("8MiB"), bound("latency")("12ms")
+    (2000000, 8388608, '12ms')
     """
-    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmg]?i?)b", text.strip(), re.IGNORECASE)
-    unit = None if found is None else _UNITS.get(found[2].lower())
-    if found is None or unit is None:
-        return bound(text)
-    return _checked(text, round(float(found[1]) * unit))
+
+    def read(text: str) -> float | int | str:
+        try:
+            value = _amount(text, cost)
+            Budget(**{cost: value})  # type: ignore[arg-type]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        except BudgetError as error:
+            message = f"{text} is no budget: {error.why}; {error.fix}"
+            raise argparse.ArgumentTypeError(message) from None
+        return value
+
+    return read
 
 
-def time_bound(text: str) -> float | str:
-    """Read a bound on latency: a fraction, or a time with its unit."""
-    try:
-        return _checked(text, float(text), "latency")
-    except ValueError:
-        return _checked(text, text, "latency")
-
-
-def _checked(text: str, value: T, cost: str = "macs") -> T:
-    try:
-        Budget(**{cost: value})  # type: ignore[arg-type]
-    except BudgetError as error:
-        raise argparse.ArgumentTypeError(f"{text} is no budget: {error.why}; {error.fix}") from None
-    return value
+def _amount(text: str, cost: str) -> float | int | str:
+    with suppress(ValueError):
+        return int(text) if text.isascii() and text.isdigit() else float(text)
+    if cost == "latency":
+        return text
+    sized = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmg]?i?)b", text.strip(), re.IGNORECASE)
+    if sized is None or cost not in SIZES or sized[2].lower() not in _UNITS:
+        raise ValueError(text)
+    return round(float(sized[1]) * _UNITS[sized[2].lower()])
 
 
 def axis(text: str) -> Any:
@@ -158,7 +153,7 @@ def axis(text: str) -> Any:
 
     tensor, bracket, dim = text.removesuffix("]").partition("[")
     if bracket and not (dim.isascii() and dim.isdigit()):
-        raise _refuse(text, "axis; write it as conv1.weight[0]")
+        raise argparse.ArgumentTypeError(f"{text!r} is no axis; write it as conv1.weight[0]")
     return Axis(tensor, int(dim or 0))
 
 
@@ -196,3 +191,50 @@ def new_picture(text: str) -> Path:
         message = f"{text} is no picture: give a name that ends in .png, .svg or .pdf"
         raise argparse.ArgumentTypeError(message)
     return new_file(text)
+
+
+def check_files(options: argparse.Namespace) -> None:
+    """Refuse files to write that are one file, or one that is read; nothing has been opened yet."""
+    written: dict[str, str] = {}
+    for name in (*FILES, "log", "dot"):
+        path = getattr(options, name, None)
+        if path is not None:
+            other = written.setdefault(os.path.realpath(path), f"--{name}")
+            _tell_apart(other, f"--{name}", path)
+    for name, path in _files_read(vars(options)):
+        _tell_apart(written.get(os.path.realpath(path), name), name, path)
+
+
+def _tell_apart(first: str, second: str, path: Path) -> None:
+    if first != second:
+        raise FileError(
+            f"{first} and {second} are one file",
+            where=str(path),
+            why="one would destroy the other",
+            fix="write to a file of its own",
+        )
+
+
+def _files_read(given: dict[str, Any]) -> Iterator[tuple[str, Path]]:
+    """What a command reads, by the name of the argument."""
+    names = {
+        "model": "--build" if "file" in given else "MODEL",
+        "plan_file": "PLAN",
+        "file": "FILE",
+    }
+    for name in ("plan_file", "file", "model", "data", "metric", "sensitivity", "tokenizer"):
+        if given.get(name) is not None:
+            for path in _files_of(str(given[name]), images=name == "data"):
+                yield names.get(name, f"--{name}"), path
+
+
+def _files_of(reference: str, *, images: bool) -> Iterator[Path]:
+    """A file, that of ``path/to/file.py:FUNCTION``, and of a folder what is read of it."""
+    kind, _, rest = reference.partition(":")
+    place = Path(rest if kind in ("hf", "yolo") else reference)
+    yield from (place, Path(reference.rpartition(":")[0]))
+    if place.is_dir():
+        patterns = IMAGES if images else _PRETRAINED
+        for path in place.rglob("*") if images else place.glob("*"):
+            if any(fnmatch(path.name.lower(), pattern) for pattern in patterns):
+                yield path

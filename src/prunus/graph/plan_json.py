@@ -1,43 +1,175 @@
 """The JSON form of plans: its schema, and a reader that says what is wrong where."""
 
+# No postponed annotations in this file: msgspec would compile them at the first plan that is read.
+
 import json
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import NoneType
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
 
 from prunus.errors import PlanError
 from prunus.graph.axis import Axis
-from prunus.graph.traced import convert, malformed, misplaced, read_traced
+from prunus.graph.plan_records import Edit, GroupChoice, Scaling, check_kind
 
+T = TypeVar("T")
 Indices = tuple[int, ...]
 
 LIMIT = 1 << 27
-"""Positions that a plan may speak of; as ranges they take a few bytes, as numbers gigabytes."""
+"""Positions that a plan may speak of, and elements of all the inputs that it describes.
+
+As ranges and shapes they take a few bytes, as numbers gigabytes.
+"""
+
+_DEEPEST = 16
+"""Nesting of a description of inputs."""
+
+_DTYPES = (
+    r"^(float(16|32|64)|bfloat16|complex(32|64|128)|u?int(8|16|32|64)|bool|float8_(e4m3fn|e5m2))$"
+)
+
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+_Integer = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+_Bound = Annotated[int, msgspec.Meta(ge=-(1 << 62), lt=1 << 62)]
 
 
-def freeze(value: Any) -> Any:
-    """A JSON value with tuples for lists; :class:`~prunus.errors.PlanError` for any other value.
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was run in place of the forward; for people, nothing calls it."""
 
-    >>> freeze({"a": [1, [2.5, None]]})
-    {'a': (1, (2.5, None))}
+    method: str | None = None
+    function: str | None = None
+
+
+class Traced(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the model was traced with.
+
+    Attributes
+    ----------
+    inputs
+        ``{"args": [...], "kwargs": {...}}``, see :func:`check_inputs`; None where the inputs can't
+        be built again from a description.
+    outputs
+        Name → shape of every output that keeps its shape.
+    released
+        Names of the outputs that may shrink.
+    unread
+        Parameters that the traced forward did not read.
+    written
+        Tensor attributes that the forward assigned: it makes them anew, so a model may lack them.
+    caches
+        ``"path.of.module:attribute"`` of what the forward keeps from one call to the next.
+    forward_fn
+        What was run in place of the forward.
     """
+
+    inputs: Any
+    outputs: dict[str, tuple[Natural, ...]]
+    released: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
+    caches: Annotated[tuple[str, ...], msgspec.Meta(max_length=4096)] = ()
+    forward_fn: Entry | None = None
+
+
+class _Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    tensor: Annotated[tuple[Natural, ...], msgspec.Meta(max_length=64)]
+    dtype: Annotated[str, msgspec.Meta(pattern=_DTYPES)]
+    values: tuple[_Integer | bool, ...] | None = None
+    low: _Bound | None = None
+    high: _Bound | None = None
+
+
+class _Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def read_traced(value: Any, where: str = "origin.traced") -> Traced:
+    """The record of plain data; :class:`~prunus.errors.PlanError` for anything else.
+
+    >>> read_traced({"inputs": None, "outputs": {"output": [2, 3]}}).outputs
+    {'output': (2, 3)}
+    """
+    found = convert(value, Traced, where)
+    if found.inputs is None or not check_inputs(found.inputs, f"{where}.inputs"):
+        return msgspec.structs.replace(found, inputs=None)
+    return found
+
+
+def check_inputs(spec: Any, where: str = "inputs") -> bool:
+    """Refuse what describes no inputs; False if they can't be built from the description alone.
+
+    A value is null, a boolean, a number, a list of values, ``{"dict": {name: value}}``, or
+    ``{"tensor": shape, "dtype": name}`` with, for integers, all ``values`` in a row or a ``low``
+    and a ``high`` that they lie between.  A string may be the name of anything, a file's say: it is
+    told apart, and whoever reads it from a plan asks for inputs instead.
+    """
+    call = convert(spec, _Call, where)
+    budget = [LIMIT]
+    items = [(f".args[{n}]", value) for n, value in enumerate(call.args)]
+    items += [(f".kwargs.{name}", value) for name, value in call.kwargs.items()]
+    return _check_all(items, where, budget, 0)
+
+
+def _check(value: Any, where: str, budget: list[int], depth: int) -> bool:
+    if depth > _DEEPEST:
+        raise malformed(where, f"it is nested deeper than {_DEEPEST}")
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return not isinstance(value, str)
+    items: list[tuple[str, Any]]
     if isinstance(value, (list, tuple)):
-        return tuple(freeze(item) for item in value)
-    if isinstance(value, Mapping) and set(map(type, value)) <= {str}:
-        return {key: freeze(item) for key, item in value.items()}
-    plain = value.item() if isinstance(value, np.generic) else value
-    if isinstance(plain, (bool, int, str, NoneType)):
-        return plain
-    if isinstance(plain, float) and math.isfinite(plain):
-        return plain
-    raise PlanError(
-        f"{value!r} can't be part of a plan",
-        why="a plan is JSON: null, booleans, finite numbers, strings, lists, and objects of these",
+        items = [(f"[{n}]", item) for n, item in enumerate(value)]
+    elif isinstance(value, Mapping) and set(value) == {"dict"}:
+        named = convert(value["dict"], dict[str, Any], f"{where}.dict")
+        items = [(f".dict.{name}", item) for name, item in named.items()]
+    else:
+        _check_tensor(convert(value, _Tensor, where), where, budget)
+        return True
+    return _check_all(items, where, budget, depth + 1)
+
+
+def _check_all(items: Sequence[tuple[str, Any]], where: str, budget: list[int], depth: int) -> bool:
+    found = [_check(item, f"{where}{place}", budget, depth) for place, item in items]
+    return all(found)
+
+
+def _check_tensor(tensor: _Tensor, where: str, budget: list[int]) -> None:
+    budget[0] -= math.prod(max(size, 1) for size in tensor.tensor)
+    if budget[0] < 0:
+        raise malformed(where, f"the inputs have more than {LIMIT} elements")
+    count = math.prod(tensor.tensor)
+    if tensor.values is not None and len(tensor.values) != count:
+        raise malformed(f"{where}.values", f"{len(tensor.values)} values for {count} elements")
+    if (tensor.low is None) != (tensor.high is None):
+        raise malformed(where, 'it needs both a "low" and a "high", or neither')
+    if tensor.low is not None and tensor.high is not None and tensor.low > tensor.high:
+        raise malformed(where, f"low is {tensor.low}, above high, {tensor.high}")
+
+
+def convert(value: Any, kind: type[T], where: str) -> T:
+    """A value as the type says, with nothing coerced but lists to tuples."""
+    try:
+        return msgspec.convert(value, kind, strict=True)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise misplaced(error, where) from error
+
+
+def misplaced(error: Exception, where: str) -> PlanError:
+    """The error of a schema with its place: ``$.a[0]`` below ``where``."""
+    why, _, path = str(error).partition(" - at `$")
+    return malformed(f"{where}{path.removesuffix('`')}".lstrip("."), why)
+
+
+def malformed(where: str, why: str) -> PlanError:
+    """The error for a plan whose text is none, or whose parts don't fit together."""
+    return PlanError(
+        "this is no plan, or a damaged one",
+        where=where,
+        why=why,
+        fix="write plans with Plan.save, and edit them with care",
     )
 
 
@@ -59,19 +191,10 @@ VERSION = 2
 
 READABLE = (1, 2)
 
-CLASS = "__class__"
-"""The attribute under which a plan notes that a module changes to its equivalent."""
-
-_PATH = re.compile(r"[^\W\d_]\w*(\.[^_.\[\]][^.\[\]]*|\[\d{1,9}\])*")
-"""``name``, ``name.key``, ``name[1]``: names that begin with an underscore are nobody else's."""
-
 Item = int | float | str | None
 Value = bool | int | str | tuple[Item, ...]
 
 
-# No postponed annotations in this file: msgspec would compile them at the first plan that is read.
-
-Natural = Annotated[int, msgspec.Meta(ge=0)]
 Ranges = tuple[tuple[Natural, Natural], ...]
 
 
@@ -115,7 +238,7 @@ class _Version(msgspec.Struct, frozen=True):
 
 
 def read(text: str, limit: int = LIMIT) -> dict[str, Any]:
-    """The fields of a plan: edits and groups as tuples of what their records are made of."""
+    """The fields of a plan."""
     _check_version(text)
     document = _decode(text, _Document, "")
     keep = _table(document.keep, Ranges, "keep")
@@ -130,14 +253,14 @@ def read(text: str, limit: int = LIMIT) -> dict[str, Any]:
     return {
         "keep": dict(_read_keep(keep, shapes)),
         "shapes": shapes,
-        "edits": [msgspec.structs.astuple(edit) for edit in document.edits],
-        "scalings": [
+        "edits": tuple(Edit(*msgspec.structs.astuple(edit)) for edit in document.edits),
+        "scalings": tuple(
             _read_scaling(s, f"scalings[{n}]", shapes) for n, s in enumerate(document.scalings)
-        ],
-        "groups": [
-            (g.name, g.size, read_ranges(g.removed, g.size, f"groups[{n}].removed"))
+        ),
+        "groups": tuple(
+            GroupChoice(g.name, g.size, read_ranges(g.removed, g.size, f"groups[{n}].removed"))
             for n, g in enumerate(document.groups)
-        ],
+        ),
         "costs": _table(document.costs, tuple[Natural, Natural], "costs"),
         "origin": document.origin,
         "drops": document.drops,
@@ -147,19 +270,13 @@ def read(text: str, limit: int = LIMIT) -> dict[str, Any]:
 
 def write(plan: Any) -> str:
     """One line of JSON for a :class:`Plan`: sorted keys, indices as [start, stop) ranges."""
-    edits, scalings, groups = (
-        [{name: getattr(record, name) for name in record.__slots__} for record in records]
-        for records in (plan.edits, plan.scalings, plan.groups)
-    )
-    for record, name in [*((s, "positions") for s in scalings), *((g, "removed") for g in groups)]:
-        record[name] = to_ranges(record[name])
     document: dict[str, Any] = {
         "prunus_plan": VERSION,
         "keep": {str(axis): to_ranges(stay) for axis, stay in plan.keep.items()},
         "shapes": plan.shapes,
-        "edits": edits,
-        "scalings": scalings,
-        "groups": groups,
+        "edits": [_entry(edit) for edit in plan.edits],
+        "scalings": [_entry(s, positions=to_ranges(s.positions)) for s in plan.scalings],
+        "groups": [_entry(group, removed=to_ranges(group.removed)) for group in plan.groups],
         "costs": plan.costs,
         "origin": plan.origin,
         **({"drops": plan.drops} if plan.drops else {}),
@@ -168,71 +285,8 @@ def write(plan: Any) -> str:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
 
 
-def kind_of_edit(attribute: str, before: Any, after: Any) -> str | None:
-    """Which of the changes that a plan may make to an attribute this is; None if it is none.
-
-    >>> kind_of_edit("out_features", 8, 5), kind_of_edit("sizes", (8, 3), (5, 3))
-    ('integer', 'integers')
-    >>> kind_of_edit("config.layer_types", ("full", "local", "full"), ("full", "full"))
-    'subsequence'
-    >>> kind_of_edit("training", True, False) is kind_of_edit("width", 8, 9) is None
-    True
-    """
-    allowed: tuple[tuple[str, Callable[[Any, Any], bool]], ...] = ()
-    if attribute == CLASS:
-        allowed = (("adapter", _becomes_equivalent),)
-    elif attribute == "use_nested_tensor":  # of PyTorch's encoder, whose layers change their class
-        allowed = (("adapter", lambda before, after: before is True and after is False),)
-    elif _PATH.fullmatch(attribute):
-        allowed = _SETTINGS
-    return next((kind for kind, is_such in allowed if is_such(before, after)), None)
-
-
-def _becomes_equivalent(before: Any, after: Any) -> bool:
-    return (type(before) is str or _is_equivalent(before)) and _is_equivalent(after)
-
-
-def _is_equivalent(value: Any) -> bool:
-    """A class of our own table with the positive factor that it keeps."""
-    pair = isinstance(value, tuple) and len(value) == 2
-    return pair and type(value[0]) is str and type(value[1]) is float and 0 < value[1] < math.inf
-
-
-def _is_smaller(before: Any, after: Any) -> bool:
-    return type(before) is type(after) is int and 0 < after <= before
-
-
-def _are_smaller(before: Any, after: Any) -> bool:
-    if not _hold_only({int}, before, after) or len(before) != len(after):
-        return False
-    return all(b == a or 0 < a <= b for b, a in zip(before, after, strict=True))
-
-
-def _is_subsequence(before: Any, after: Any) -> bool:
-    if not _hold_only({int, str, NoneType}, before, after):
-        return False
-    rest = iter(before)
-    return 0 < len(after) < len(before) and all(item in rest for item in after)
-
-
-def _hold_only(kinds: set[type], before: Any, after: Any) -> bool:
-    tuples = type(before) is type(after) is tuple
-    return tuples and {type(item) for item in (*before, *after)} <= kinds
-
-
-_SETTINGS = (("integer", _is_smaller), ("integers", _are_smaller), ("subsequence", _is_subsequence))
-
-
-def check_kind(where: str, attribute: str, before: Any, after: Any) -> None:
-    """:class:`~prunus.errors.PlanError` for what is none of the edits that a plan may make."""
-    if kind_of_edit(attribute, before, after) is None:
-        raise PlanError(
-            "a plan may not change that",
-            where=where,
-            why=f"{attribute!r} is not changed in a way that a plan may: integers of a module or "
-            "its config become smaller and stay positive, lists lose entries",
-            fix="plan anew",
-        )
+def _entry(record: Any, **instead: Any) -> dict[str, Any]:
+    return {one.name: getattr(record, one.name) for one in fields(record)} | instead
 
 
 def check_origin(origin: Mapping[str, Any]) -> None:
@@ -310,14 +364,12 @@ def _read_keep(
         yield axis, stay
 
 
-def _read_scaling(
-    entry: _Scaling, where: str, shapes: Mapping[str, Indices]
-) -> tuple[str, int, Indices, float]:
+def _read_scaling(entry: _Scaling, where: str, shapes: Mapping[str, Indices]) -> Scaling:
     if entry.tensor not in shapes or entry.dim >= len(shapes[entry.tensor]):
         raise malformed(where, "no such axis in the shapes")
     size = shapes[entry.tensor][entry.dim]
     positions = read_ranges(entry.positions, size, f"{where}.positions")
-    return entry.tensor, entry.dim, positions, entry.factor
+    return Scaling(entry.tensor, entry.dim, positions, entry.factor)
 
 
 def _read_biases(

@@ -4,65 +4,36 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from prunus.errors import PlanError, checks_options, first_names, found_in
 from prunus.files import replace_file
 from prunus.graph.axis import Axis, Mask
-from prunus.graph.plan_diff import Cost, PlanDiff, compare
-from prunus.graph.plan_json import LIMIT, freeze, read, write
-from prunus.graph.plan_table import costs_lines, groups_lines
-from prunus.graph.renaming import Renaming
-from prunus.graph.traced import Traced, convert, read_traced
+from prunus.graph.plan_json import LIMIT, Traced, convert, read, read_traced, write
+from prunus.graph.plan_records import (
+    Cost,
+    Edit,
+    GroupChoice,
+    Renaming,
+    Scaling,
+    check_follows,
+    costs_lines,
+    freeze,
+    groups_lines,
+    merge_edits,
+    merge_groups,
+    renamed,
+)
 
 if TYPE_CHECKING:
     from prunus.graph.coupling import CouplingGraph
 
 _TRACED = "apply it to the model that was traced"
-
-Named = TypeVar("Named", "Edit", "Scaling", "GroupChoice")
-
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """A Python attribute that follows its axis; sequences are kept as tuples.
-
-    >>> Edit("layer1.norm", "normalized_shape", [64], [48]).after
-    (48,)
-    """
-
-    module: str
-    attribute: str
-    before: Any
-    after: Any
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "before", freeze(self.before))
-        object.__setattr__(self, "after", freeze(self.after))
-
-
-@dataclass(frozen=True, slots=True)
-class Scaling:
-    """Positions of one axis of the original that are multiplied by a factor before they are cut."""
-
-    tensor: str
-    dim: int
-    positions: tuple[int, ...]
-    factor: float
-
-
-@dataclass(frozen=True, slots=True)
-class GroupChoice:
-    """What goes from one group: ascending indices into its units, not unit ids."""
-
-    name: str
-    size: int
-    removed: tuple[int, ...]
 
 
 @checks_options
@@ -85,7 +56,7 @@ class Plan:
     scalings
         Weights that are multiplied, to keep a softmax scale where it was.
     groups
-        The choice in every group, for people and for :meth:`diff`.
+        The choice in every group.
     costs
         Each cost before and after.
     origin
@@ -266,14 +237,6 @@ class Plan:
         sizes = [f"{n} {one} where the plan has {own}" for n, one, own in pairs if one != own]
         return _another_model(first_names(sizes), fix)
 
-    def diff(self, other: Plan) -> PlanDiff:
-        """What the two plans remove differently and cost; groups by their names in the original.
-
-        A group that only one of the plans knows, since the other drops its block, is left out.
-        Nothing is traced or run.
-        """
-        return compare(self, other)
-
     def then(self, later: Plan) -> Plan:
         """One plan for the original model out of this one and one for the model it leaves.
 
@@ -281,7 +244,7 @@ class Plan:
         as it is.  A cost is kept where ``later`` starts from the number at which this one ends.
         """
         first = self._without(later.drops).with_biases(later.biases)
-        _check_follows(first.resulting_shapes(), later.shapes, first.written | later.written)
+        check_follows(first.resulting_shapes(), later.shapes, first.written | later.written)
         keep = dict(first.keep)
         for axis, stay in later.keep.items():
             if axis.tensor in first.shapes:  # else a forward wrote it on the model in between
@@ -293,9 +256,9 @@ class Plan:
         return Plan(
             keep=keep,
             shapes=first.shapes,
-            edits=_merge_edits(first.edits, later.edits),
+            edits=merge_edits(first.edits, later.edits),
             scalings=(*first.scalings, *scalings),
-            groups=_merge_groups(first.groups, later.groups),
+            groups=merge_groups(first.groups, later.groups),
             costs={
                 name: (before, later.costs[name][1])
                 for name, (before, after) in self.costs.items()
@@ -319,9 +282,9 @@ class Plan:
                 if (later := names.after(axis.tensor)) is not None
             },
             shapes=names.left_of(self.shapes),
-            edits=_renamed(self.edits, "module", names),
-            scalings=_renamed(self.scalings, "tensor", names),
-            groups=_renamed(self.groups, "name", names),
+            edits=renamed(self.edits, "module", names),
+            scalings=renamed(self.scalings, "tensor", names),
+            groups=renamed(self.groups, "name", names),
             drops=(*self.drops, *map(old.before, dropped)),
             biases=names.left_of(self.biases),
         )
@@ -341,10 +304,7 @@ class Plan:
 
         A text of few bytes can speak of many positions; more than ``limit`` are refused.
         """
-        fields = read(text, limit)
-        for name, kind in (("edits", Edit), ("scalings", Scaling), ("groups", GroupChoice)):
-            fields[name] = tuple(kind(*entry) for entry in fields[name])
-        return cls(**fields)
+        return cls(**read(text, limit))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON; the file is the old one or the new one, never half of it."""
@@ -359,22 +319,6 @@ class Plan:
                 return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise PlanError("this is no plan", where=str(path), why=str(error)) from error
-
-
-def _check_follows(
-    first: Mapping[str, Any], second: Mapping[str, Any], written: Container[str]
-) -> None:
-    names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
-    names = [name for name in names if name not in written]
-    if names:
-        differences = [
-            f"{n}: {first.get(n, 'nothing')} and {second.get(n, 'nothing')}" for n in names
-        ]
-        raise PlanError(
-            "the later plan is not for the model that this one leaves",
-            why=f"the shapes differ: {first_names(differences)}",
-            fix="apply this plan, trace the result, and plan on that",
-        )
 
 
 def _another_model(has: str, fix: str) -> PlanError:
@@ -416,40 +360,6 @@ def _scalings(graph: CouplingGraph, kept: Mask) -> Iterator[Scaling]:
         if factor != 1.0:
             for tensor, dim, positions in rescale.targets:
                 yield Scaling(tensor, dim, positions, factor)
-
-
-def _renamed(records: Sequence[Named], field: str, names: Renaming) -> tuple[Named, ...]:
-    """The records of what is not gone, under its later name."""
-    found = []
-    for record in records:
-        later: dict[str, Any] = {field: names.after(getattr(record, field))}
-        if later[field] is not None:
-            found.append(replace(record, **later))
-    return tuple(found)
-
-
-def _merge_edits(first: Sequence[Edit], second: Sequence[Edit]) -> tuple[Edit, ...]:
-    merged = {(edit.module, edit.attribute): edit for edit in first}
-    for edit in second:
-        key = edit.module, edit.attribute
-        merged[key] = replace(edit, before=merged.get(key, edit).before)
-    return tuple(edit for edit in merged.values() if edit.before != edit.after)
-
-
-def _merge_groups(
-    first: Sequence[GroupChoice], second: Sequence[GroupChoice]
-) -> tuple[GroupChoice, ...]:
-    merged = {choice.name: choice for choice in first}
-    for choice in second:
-        known = merged.get(choice.name)
-        if known is None:
-            merged[choice.name] = choice
-            continue
-        stay = np.setdiff1d(np.arange(known.size), known.removed)
-        if len(stay) == choice.size:
-            gone = {*known.removed, *stay[list(choice.removed)].tolist()}
-            merged[choice.name] = GroupChoice(choice.name, known.size, tuple(sorted(gone)))
-    return tuple(merged.values())
 
 
 def _steps(origin: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -12,8 +12,8 @@ from torch import nn
 from prunus.errors import BudgetError, PlanError
 from prunus.graph.amounts import LAYERS
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.plan_records import Renaming
 from prunus.graph.plans import Plan
-from prunus.graph.renaming import Renaming
 from prunus.importance import Statistics
 from prunus.importance.influence import block_influence
 from prunus.planner.options import PlanOptions

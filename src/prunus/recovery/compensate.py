@@ -17,10 +17,10 @@ from prunus.calibration.sites import find_sites
 from prunus.calibration.statistics import Statistics, collect, kept_units
 from prunus.errors import DataError, PlanError, checks_options
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.plan_records import Renaming
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
 from prunus.graph.progress import Progress, following
-from prunus.graph.renaming import Renaming
 from prunus.recovery.attention_rows import find_values
 from prunus.recovery.consumers import Consumer, find_consumers, new_biases_of
 from prunus.recovery.least_squares import Method

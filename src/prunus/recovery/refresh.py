@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from prunus.calibration.batches import outputs_of
 from prunus.graph.axis import Axis
+from prunus.graph.plan_records import Renaming
 from prunus.graph.plans import Plan
-from prunus.graph.renaming import Renaming
 from prunus.recovery.norms import batch_norms
 from prunus.tracer.inputs import rebuild_inputs, samples_in
 from prunus.tracer.trace import quiet_run

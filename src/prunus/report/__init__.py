@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prunus.report.console import show_stages
     from prunus.report.counting import measure_activation, measure_costs, measure_latency
-    from prunus.report.heat_map import draw_sensitivity
-    from prunus.report.pictures import draw_channels
+    from prunus.report.pictures import draw_channels, draw_sensitivity
 
 __all__ = [
     "draw_channels",
@@ -22,7 +21,7 @@ __all__ = [
 
 _HOMES = {
     "draw_channels": "pictures",
-    "draw_sensitivity": "heat_map",
+    "draw_sensitivity": "pictures",
     "measure_activation": "counting",
     "measure_costs": "counting",
     "measure_latency": "counting",

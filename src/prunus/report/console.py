@@ -1,7 +1,10 @@
-"""What is printed: results on stdout, progress and errors on stderr."""
+"""What is printed: results on stdout, as tables or JSON; progress and errors on stderr."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -13,8 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prunus.errors import checks_options
-from prunus.files import printing
-from prunus.report.documents import to_json
+from prunus.files import printing, replace_file
 
 _UNCUT = 100_000
 """Columns of a pipe or a file: nothing is folded or cut."""
@@ -81,3 +83,28 @@ def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _UNCUT
     return _Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+
+def to_json(document: Any, *, indent: int | None = 2) -> str:
+    """Strict JSON: numbers that are not finite become null.
+
+    >>> to_json({"error": float("inf"), "by": (1, 2)}, indent=None)
+    '{"error": null, "by": [1, 2]}'
+    """
+    return json.dumps(_finite(document), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def write_json(document: Any, path: str | os.PathLike[str]) -> None:
+    """Write a document as JSON."""
+    text = to_json(document) + "\n"
+    replace_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

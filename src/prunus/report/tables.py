@@ -1,4 +1,4 @@
-"""Tables for a terminal, and numbers as people read them."""
+"""Graphs and plans as tables for a terminal, and as plain data for JSON."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from rich.text import Text
 from prunus.graph.axis import Axis, Role
 from prunus.graph.coupling import Coupling, CouplingGraph
 from prunus.graph.groups import Group, Lockstep, Pin
-from prunus.graph.plan_diff import PlanDiff
-from prunus.graph.plan_table import spell_count
+from prunus.graph.plan_records import spell_count
 from prunus.graph.plans import Plan
 from prunus.planner.search.sensitivity_table import Sensitivity
-from prunus.structures import Anatomy, Kind, Layer
+from prunus.structures import Anatomy, Kind, Layer, find_structures
 
 
 def groups_table(graph: CouplingGraph) -> Table:
@@ -150,20 +149,6 @@ def costs_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def diff_tables(diff: PlanDiff) -> list[Table]:
-    """What two plans cost, and in which groups they differ."""
-    costs = _table("cost", "dense", "a", "b", numbers=("dense", "a", "b"))
-    for name, (a, b) in diff.costs.items():
-        cells = [_with_share(n, a.before) for n in (a.before, a.after, b.after)]
-        _row(costs, name, *cells)
-    numbers = ("a keeps", "b keeps", "only a removes", "only b removes")
-    groups = _table("group", "units", *numbers, numbers=numbers)
-    for group in diff.groups:
-        only = len(group.only_a), len(group.only_b)
-        _row(groups, group.name, group.size, *group.kept, *only)
-    return [costs, groups] if diff.groups else [costs]
-
-
 def stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     """One row for each state of a model: ``name``, ``params``, ``macs`` and ``bytes``, and where
     they are known ``accuracy`` (in percent) and ``latency_ms`` (by batch size).
@@ -217,3 +202,80 @@ def _table(*columns: str, numbers: Sequence[str] = ()) -> Table:
 def _row(table: Table, *cells: object) -> None:
     """Cells are text, never markup: names have brackets."""
     table.add_row(*(Text(str(cell)) for cell in cells))
+
+
+def describe_graph(graph: CouplingGraph) -> dict[str, Any]:
+    """Groups, constraints, pins, unknown operators, outputs and costs of a traced model."""
+    anatomy = find_structures(graph)
+    return {
+        "costs": {name: graph.cost(name) for name in sorted(graph.costs)},
+        "tensors": len(graph.shapes) - len(graph.aliases.keys() & graph.shapes.keys()),
+        "tied": dict(graph.aliases),
+        "units": graph.unit_count,
+        "groups": [
+            {
+                "name": group.name,
+                "size": group.size,
+                "mixing": group.mixing,
+                "axes": [
+                    {"tensor": axis.tensor, "dim": axis.dim, "role": role.value}
+                    for axis, role in group.axes
+                ],
+            }
+            for group in graph.groups
+        ],
+        "structures": [
+            {"kind": s.kind, "layer": s.layer, "group": s.group, "size": s.size}
+            for s in anatomy.structures
+        ],
+        "attentions": [
+            {"module": a.module, "layer": a.layer, "heads": len(a.heads), "kv_heads": a.kv_heads}
+            for a in anatomy.attentions
+        ],
+        "constraints": [
+            {
+                "kind": entry.kind if isinstance(entry, Lockstep) else "nonempty",
+                "reason": entry.reason,
+            }
+            for entry in graph.constraints
+        ],
+        "pins": [describe_pin(axis, pin) for axis, pin in graph.pins],
+        "unknown": dict(sorted(graph.unknown.items())),
+        "outputs": list(graph.kept_outputs),
+        "inputs": graph.traced.get("inputs"),
+    }
+
+
+def describe_pin(axis: Axis, pin: Pin) -> dict[str, str]:
+    """What is pinned, and why."""
+    return {
+        "axis": str(axis),
+        "reason": pin.reason,
+        "operator": pin.operator,
+        "module": pin.module,
+        "source": pin.source,
+    }
+
+
+def describe_coupling(coupling: Coupling) -> dict[str, str]:
+    """Two axes, and the operator that ties them."""
+    return {
+        "a": str(coupling.a),
+        "b": str(coupling.b),
+        "operator": coupling.operator,
+        "module": coupling.module,
+    }
+
+
+def describe_choices(plan: Plan) -> list[dict[str, Any]]:
+    """Units and width of every group before and after, and what stops it where something does."""
+    return [
+        {
+            "name": choice.name,
+            "size": choice.size,
+            "kept": choice.size - len(choice.removed),
+            "width": list(plan.width(choice)),
+            "stopped": plan.stopped.get(choice.name),
+        }
+        for choice in plan.groups
+    ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from prunus.errors import PlanError
 from prunus.graph.amounts import LAYERS, REMOVABLE, Remove, read_amount
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.renaming import Renaming
+from prunus.graph.plan_records import Renaming
 from prunus.structures.names import Anatomy, Structure, find_structures
 
 

@@ -16,9 +16,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from prunus.errors import ApplyError, checks_options
 from prunus.graph.axis import Axis
+from prunus.graph.plan_records import Renaming
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
-from prunus.graph.renaming import Renaming
 from prunus.surgeon.depth import drop_blocks, find_places
 from prunus.surgeon.optimizer_state import forget_dropped, slice_state, write_state
 from prunus.surgeon.reach import check_edit, own_copies, write_attribute

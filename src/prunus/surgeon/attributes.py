@@ -16,8 +16,7 @@ from prunus.errors import PlanError
 from prunus.graph.axis import Axis, Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.expressions import Attribute, solve
-from prunus.graph.plan_json import CLASS
-from prunus.graph.plans import Edit
+from prunus.graph.plan_records import CLASS, Edit
 from prunus.surgeon.reach import value_of
 from prunus.tracer.adapters import slim_kind
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.graph.renaming import Renaming
+from prunus.graph.plan_records import Renaming
 from prunus.tracer.follow import is_config
 from prunus.tracer.precision import same_draws
 

@@ -16,8 +16,7 @@ from typing import Any
 from torch import nn
 
 from prunus.errors import ApplyError
-from prunus.graph.plan_json import CLASS, check_kind
-from prunus.graph.plans import Edit
+from prunus.graph.plan_records import CLASS, Edit, check_kind
 from prunus.tracer.adapters import become, kind_of
 from prunus.tracer.follow import is_config
 

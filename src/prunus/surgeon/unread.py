@@ -15,7 +15,7 @@ from torch import nn
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.expressions import attributes_in
-from prunus.graph.plans import Edit
+from prunus.graph.plan_records import Edit
 from prunus.surgeon.attributes import find_rewrite
 
 _STANDARD = frozenset(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from prunus.errors import ModelError, PlanError
-from prunus.graph.traced import Entry, Traced
+from prunus.graph.plan_json import Entry, Traced
 
 ForwardFn = str | Callable[..., Any]
 """The name of a method of the model, or a function called as ``forward_fn(model, *args)``."""

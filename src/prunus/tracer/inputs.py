@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prunus.errors import PlanError, TraceError
+from prunus.graph.plan_json import check_inputs
 from prunus.graph.program import Node, Ref
-from prunus.graph.traced import check_inputs
 from prunus.tracer.dataflow import name_of
 
 FEW = 256
@@ -66,7 +66,7 @@ def positional(args: Any) -> tuple[Any, ...]:
 def describe_inputs(args: Any, kwargs: Any, rows: Sequence[int | None] = ()) -> Any:
     """A JSON-able description of a call's arguments; None where one can't be described.
 
-    See :func:`prunus.graph.traced.check_inputs` for the form.
+    See :func:`prunus.graph.plan_json.check_inputs` for the form.
 
     Parameters
     ----------

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from prunus.graph.axis import Axis
 from prunus.graph.expressions import other_paths, solve
-from prunus.graph.plan_json import CLASS
+from prunus.graph.plan_records import CLASS
 from prunus.graph.program import state_of, stored
 from prunus.tracer.renormalised import find_weight_norms, norms_of
 from prunus.tracer.trace import quiet_run

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map
 
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.plans import Edit, Plan
+from prunus.graph.plan_records import Edit
+from prunus.graph.plans import Plan
 from prunus.surgeon.apply import cut_own
 from prunus.surgeon.reach import read_attribute, write_attribute
 from prunus.surgeon.unread import Unread, find_unread, head_counts, unexplained

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunus.errors import PrunusError
 from prunus.graph.axis import Label, Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.groups import Aligned, Lockstep, Nonempty
+from prunus.graph.groups import Aligned, AtLeast, Lockstep
 from prunus.graph.plans import Plan
 from prunus.surgeon import apply
 from prunus.surgeon.attributes import find_edits
@@ -47,9 +47,9 @@ def take_lowest(graph: CouplingGraph, scores: np.ndarray, ratio: float) -> Mask:
         count = min(max(1, round(ratio * len(units))), len(units) - 1)
         order = np.argsort(scores[units], kind="stable")[:count]
         kept[units[order[np.isfinite(scores[units[order]])]]] = False
-    dims = [c.label for c in graph.constraints if isinstance(c, Nonempty)]
-    for label in (*graph.labels.values(), *dims):
-        _fill(label, kept, scores)
+    dims = [(c.label, c.least) for c in graph.constraints if isinstance(c, AtLeast)]
+    for label, least in (*((label, 1) for label in graph.labels.values()), *dims):
+        _fill(label, least, kept, scores)
     aligned = [c for c in graph.constraints if isinstance(c, Aligned)]
     while any(_round_up(c.label, c.multiple, kept, scores) for c in aligned):
         pass  # what one dim is given back may be one too many for another
@@ -67,11 +67,11 @@ def _round_up(label: Label, multiple: int, kept: Mask, scores: np.ndarray) -> bo
     return changed
 
 
-def _fill(label: Label, kept: Mask, scores: np.ndarray) -> None:
-    """Give back the best position of a dim that would be left empty."""
-    if not kept[label].all(axis=1).any():
+def _fill(label: Label, least: int, kept: Mask, scores: np.ndarray) -> None:
+    """Give back the best positions of a dim that would keep too few."""
+    while not (whole := kept[label].all(axis=1)).all() and whole.sum() < least:
         gone = np.where(kept[label], 0.0, scores[label]).sum(axis=1)
-        best = int(np.argmax(gone))
+        best = int(np.argmax(np.where(whole, -1.0, gone)))
         kept[label[best]] = True
 
 

@@ -236,16 +236,26 @@ rows(
     case(
         ". a, . a b, . -> . b",
         X(7, 8).float(),
+        X(1, 8, 12).float(),
+        torch.tensor([7], dtype=torch.int32),
+    ),
+    case(". . ., . . . -> . . .", X(3, 4, 8).float(), X(3, 8, 4).float()),
+)
+rows(
+    "_grouped_mm",
+    case(
+        ". a, b a c, b -> . c",
+        X(7, 8).float(),
         X(3, 8, 12).float(),
         torch.tensor([2, 4, 7], dtype=torch.int32),
     ),
     case(
-        ". a, . a b, . -> . b",
+        ". a, b a c, b -> . c",
         X(7, 8).bfloat16(),
         X(3, 16, 8).bfloat16().transpose(1, 2),
         torch.tensor([2, 4, 7], dtype=torch.int32),
     ),
-    case(". . ., . . . -> . . .", X(3, 4, 8).float(), X(3, 8, 4).float()),
+    values=False,  # beyond the last offset that is kept the kernel leaves rows as they are
 )
 
 
@@ -950,7 +960,8 @@ for tail in ((False,), ()):
         case("a . -> a .", X(4, 1), -1, *tail),
         case("->", X(), 0, *tail),
     )
-rows("cumsum cumprod logcumsumexp", case("a . -> a .", X(4, 6), 1), case(". a -> . a", X(4, 6), -2))
+rows("cumsum", case("a b -> a b", X(4, 6), 1), case("a b -> a b", X(4, 6), -2), case("->", X(), 0))
+rows("cumprod logcumsumexp", case("a . -> a .", X(4, 6), 1), case(". a -> . a", X(4, 6), -2))
 
 # -- elementwise, factories ------------------------------------------------------------------------
 
@@ -1125,8 +1136,8 @@ rows(
 )
 rows(
     "argmax argmin",
-    case("a . b -> a b", X(2, 4, 6), 1),
-    case("a b . -> a b .", X(2, 4, 6), -1, True),
+    case("a b c -> a c", X(2, 4, 6), 1),
+    case("a b c -> a b .", X(2, 4, 6), -1, True),
     case(". . ->", X(4, 6)),
     case(". . -> . .", X(4, 6), None, True),
 )
@@ -1139,12 +1150,13 @@ rows("count_nonzero", case("a b ->", B(4, 6)), case("a b -> a", B(4, 6), 1))
 rows("count_nonzero.dim_IntList", *(case(s.outcome, *s.args) for s in LISTS if len(s.args) == 2))
 rows(
     "topk",
-    case("a b~ -> a .", X(4, 6), 2),
-    case("a~ b -> . b", X(4, 6), 2, 0),
-    case("a b~ -> a .", X(4, 6), 1, 1, False),
-    case("a . -> a .", X(4, 6), 6),
+    case("a b -> a .", X(4, 6), 2),
+    case("a b -> . b", X(4, 6), 2, 0),
+    case("a b -> a .", X(4, 6), 1, 1, False),
+    case("a b -> a .", X(4, 6), 6),
     case("->", X(), 1),
 )
+rows("histc", case(". . -> .", X(4, 6), 6))
 rows("kthvalue", case("a b~ -> a", X(4, 6), 2), case("a~ b -> . b", X(4, 6), 2, 0, True))
 TARGETS = (X(4, 6), P(4, 6))
 rows(

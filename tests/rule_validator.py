@@ -182,7 +182,7 @@ class Trial:
         self._resolved: dict[int, tuple[Label, Label | None]] = {}
         counted = (label for _, label in effect.counted)
         dims = (d for labels in self._labels for d in labels)
-        for label in (*dims, *effect.nonempty, *counted):
+        for label in (*dims, *(label for label, _ in effect.at_least), *counted):
             self._algebra.canonical(label)  # which may pin what grew too deep, so all come first
 
     def resolve(self, label: Label | None) -> Label | None:
@@ -213,22 +213,19 @@ class Trial:
         """Random selections of units, the first with as few as may be."""
         rng = np.random.default_rng(seed)
         dims = [label for labels in self._labels for label in labels]
-        found = [self.resolve(label) for label in (*dims, *self._effect.nonempty)]
-        constrained = [label for label in found if label is not None]
+        found = [(self.resolve(label), 1) for label in dims]
+        found += [(self.resolve(label), least) for label, least in self._effect.at_least]
+        constrained = [(label, least) for label, least in found if label is not None]
         if not constrained:  # nothing can go: at least the operator runs again
             yield np.ones(self._algebra.count, dtype=np.bool_)
             return
-        counted = [self.resolve(label) for _, label in self._effect.counted]
-        for read, share in enumerate((0.0, *rng.uniform(0.2, 0.9, MASKS - 1))):
+        for share in (0.0, *rng.uniform(0.2, 0.9, MASKS - 1)):
             kept = rng.random(self._algebra.count) < share
             kept[0] = True
-            for label in counted if read else ():  # as once something has read the positions
-                if label is not None:
-                    kept[label] = True
             for index in rng.permutation(len(constrained)):
-                label = constrained[index]
-                if not len(kept_positions(label, kept)):
-                    kept[label[rng.integers(len(label))]] = True
+                label, least = constrained[index]
+                while len(stay := kept_positions(label, kept)) < least:
+                    kept[label[rng.choice(np.setdiff1d(np.arange(len(label)), stay))]] = True
             self._align(kept)
             yield kept
 
@@ -267,19 +264,12 @@ class Trial:
             raise DisagreementError(
                 f"cut, it gives {len(found)} outputs instead of {len(expected)}"
             )
-        moved = {
-            output
-            for output, label in self._effect.counted
-            if (units := self.resolve(label)) is not None and not kept[units].all()
-        }
+        for output, label in self._effect.counted:
+            if (units := self.resolve(label)) is not None:  # positions among those that are kept
+                found[output] = torch.as_tensor(kept_positions(units, kept))[found[output]]
         for number, (one, other) in enumerate(zip(found, expected, strict=row.again is None)):
             same_shape(number, one, other)
-            if (
-                number not in moved
-                and row.values
-                and one.device.type != "meta"
-                and not agree(one, other)
-            ):
+            if row.values and one.device.type != "meta" and not agree(one, other):
                 raise DisagreementError(f"output {number} differs once {self._loss(kept)} is gone")
 
     def _replay(self, kept: Mask) -> list[Tensor]:

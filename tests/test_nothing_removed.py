@@ -16,14 +16,14 @@ HALF = prunus.Budget(macs=0.5)
 
 
 class Counted(nn.Module):
-    """Every width is pinned: values are sorted and summed up along it."""
+    """Every width is pinned: values are sorted and multiplied up along it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(16, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c(torch.cumsum(self.b(torch.sort(self.a(x), dim=1)[0]), dim=1))
+        return self.c(torch.cumprod(self.b(torch.sort(self.a(x), dim=1)[0]), dim=1))
 
 
 class Comparing(nn.Module):
@@ -67,7 +67,7 @@ def test_every_pin_is_named(call, amount) -> None:
     with pytest.raises(BudgetError) as caught:
         prunus.plan(graph, model, **amount) if call == "plan" else prunus.shrink(model, X, **amount)
     why = caught.value.why
-    for axis, reader in [("a.weight[0]", "aten.sort"), ("b.weight[0]", "aten.cumsum")]:
+    for axis, reader in [("a.weight[0]", "aten.sort"), ("b.weight[0]", "aten.cumprod")]:
         line = next(line for line in why.splitlines() if line.startswith(axis))
         assert reader in line
         assert "test_nothing_removed.py:" in line

@@ -113,7 +113,7 @@ def test_operator_on_vectors(name: str) -> None:
     shrunk = prunus.shrink(model, VECTORS, ratio=0.5, each_group=False)
     assert shrunk.graph.unknown == {}
     assert (shrunk.certificate.verdict, dict(shrunk.held)) == ("exact", {})
-    spare = {"topk": 1, "kthvalue": 2}.get(name, 0)  # as many positions as are asked for are kept
+    spare = {"kthvalue": 2}.get(name, 0)  # as many positions as are asked for are kept
     assert model.first.weight.shape[0] == WIDTH // 2 + spare
 
 

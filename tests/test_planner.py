@@ -22,7 +22,7 @@ from prunus.errors import BudgetError, PlanError
 from prunus.graph.axis import Axis, Role
 from prunus.graph.budget import Budget
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.groups import Constraint, Lockstep, Nonempty, form_groups
+from prunus.graph.groups import AtLeast, Constraint, Lockstep, form_groups
 from prunus.graph.polynomial import Monomial, Polynomial, measure_widths
 from prunus.planner import allocate as planner
 from prunus.planner.allocate import normalised
@@ -407,7 +407,7 @@ class TestFloors:
         draft.layer("a.weight", shared, 30)
         draft.layer("b.weight", 10, shared)
         part = shared[4:7]
-        graph = draft.graph(Nonempty(part, "slice"))
+        graph = draft.graph(AtLeast(part, "slice"))
         scores = scores_for(graph)
         scores[part[:, 0]] = 0.001, 0.002, 0.003
         kept = select(graph, scores, Budget(params=0.5), scope=scope)

@@ -123,7 +123,7 @@ NAMED: list[tuple[Callable[[], Any], str, dict[str, int]]] = [
     (gpt2, "transformer.h.1", {**HEADS, "ffn": 128}),
     (t5, "decoder.block.1", {"head dims": 8, "ffn": 48}),
     (vit, "vit.layers.1", {**HEADS, "ffn": 48}),
-    (mixtral, "model.layers.1", {**GQA, "ffn": 48}),
+    (mixtral, "model.layers.1", {**GQA, "experts": 4, "ffn": 48}),
 ]
 
 

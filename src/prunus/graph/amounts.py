@@ -11,15 +11,16 @@ from prunus.errors import PlanError
 
 Kind = Literal[
     "heads", "kv groups", "query heads", "head dims", "qk dims", "vo dims",
-    "ffn", "experts", "hidden", "channels", "other",
+    "ffn", "experts", "routing groups", "hidden", "channels", "other",
 ]  # fmt: skip
 """What the units of a group are.
 
 *heads* of an attention, or *kv groups* where several query heads share keys and values, and the
 *query heads* that lie at the same place of every KV group; *head dims* where queries, keys and
 values lose the same, else *qk dims* and *vo dims* (pairs where a rotary embedding ties two);
-*ffn*, the inner width of a feed-forward block of a layer; *experts*; *hidden*, a residual stream;
-*channels* of convolutions; *other* widths, of a classifier say.
+*ffn*, the inner width of a feed-forward block of a layer; *experts*, with their rows of the router,
+one of each of the *routing groups* where the router chooses among groups first; *hidden*, a
+residual stream; *channels* of convolutions; *other* widths, of a classifier say.
 """
 
 

@@ -119,11 +119,12 @@ class Lockstep:
 
 
 @dataclass(frozen=True, eq=False)
-class Nonempty:
-    """A dim, or a slice of one, that has to keep at least one position."""
+class AtLeast:
+    """A dim, or a slice of one, that has to keep at least ``least`` positions."""
 
     label: Label
     reason: str
+    least: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +152,7 @@ class Rescale:
         return float(np.sqrt(kept[self.label].all(axis=1).sum() / len(self.label)))
 
 
-Constraint = Lockstep | Nonempty | Aligned
+Constraint = Lockstep | AtLeast | Aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +187,8 @@ def find_violation(constraints: Iterable[Constraint], kept: Mask) -> str:
                 return f"{constraint.reason}: {' and '.join(map(str, gone))} are removed"
             continue
         stay = int(kept[constraint.label].all(axis=1).sum())
-        if isinstance(constraint, Nonempty) and not stay:
-            return f"{constraint.reason}: nothing would stay"
+        if isinstance(constraint, AtLeast) and stay < constraint.least:
+            return f"{constraint.reason}: {stay} would be kept, and at least {constraint.least} are"
         if isinstance(constraint, Aligned) and stay % constraint.multiple:
             return f"{constraint.reason}: {stay} is no multiple of {constraint.multiple}"
     return ""

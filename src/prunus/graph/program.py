@@ -51,15 +51,16 @@ class Effect:
         (a plain int stays as it is): ``{"normalized_shape": [label]}``.
     spans
         The operator's MACs: a sum of products over dims, each as (size, label).
-    nonempty
-        Slices of dims that have to keep at least one position.
+    at_least
+        Dims, or slices of dims, with the number of positions that they have to keep.
     equations
         Sizes that the forward's code states; a plain int pins its dim.
     aligned
         Dims of which the kernel takes multiples only, as (label, multiple).
     counted
-        Outputs that hold positions along a mixing dim, as (output, label of the dim): once
-        anything reads such an output, the dim stays whole.
+        Outputs whose values are positions along a dim, as (output, label of the dim): the experts
+        that a router picks, say.  What looks up rows by them is tied to the dim; once anything
+        else reads such an output, the dim stays whole.
     """
 
     outputs: tuple[Labels, ...]
@@ -68,7 +69,7 @@ class Effect:
     mixing: tuple[Place, ...] = ()
     sizes: Mapping[str, Any] = field(default_factory=dict)
     spans: tuple[Span, ...] = ()
-    nonempty: tuple[Label, ...] = ()
+    at_least: tuple[tuple[Label, int], ...] = ()
     equations: Equations = ()
     aligned: tuple[tuple[Label | None, int], ...] = ()
     counted: tuple[tuple[int, Label], ...] = ()

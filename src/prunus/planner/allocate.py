@@ -17,6 +17,7 @@ from prunus.errors import PlanError
 from prunus.graph.axis import Mask
 from prunus.graph.budget import Budget
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.groups import AtLeast
 from prunus.planner.alignment import RoundTo
 from prunus.planner.filters import excluded_groups, first_fitting, spread
 from prunus.planner.fixed_ratios import choose_fixed
@@ -198,12 +199,29 @@ def _floors(
     """How many units every group keeps at least; ``said`` is what stops the descent, for people."""
     widths = spread(graph, min_width, "min_width", check_count)
     most = spread(graph, max_ratio, "max_ratio", check_ratio)
+    enough = _enough(graph)
     units = []
     for group in graph.groups:
         lost = math.floor(most.get(group.name, 1.0) * group.size + _ROUNDING_ERROR)
-        units.append(max(widths.get(group.name, 1), group.size - lost))
+        least = max(widths.get(group.name, 1), group.size - lost)
+        units.append(max(least, enough.get(group.name, 1)))
     texts = [_tell(name, value) for name, value in said.items() if value is not None]
     return Floors(tuple(units), ", ".join(texts))
+
+
+def _enough(graph: CouplingGraph) -> dict[str, int]:
+    """By group: how many units the code counts on, as a router's top-k on so many experts.
+
+    Where several groups share the dim, each keeps so many, or all that it has.
+    """
+    found: dict[str, int] = {}
+    for constraint in graph.constraints:
+        if isinstance(constraint, AtLeast) and constraint.least > 1:
+            for group in graph.groups:
+                if np.isin(constraint.label, group.units).any():
+                    least = min(constraint.least, group.size)
+                    found[group.name] = max(found.get(group.name, 1), least)
+    return found
 
 
 def _tell(option: str, value: Any) -> str:

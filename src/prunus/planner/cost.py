@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from prunus.graph.axis import Label, Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.groups import Nonempty
+from prunus.graph.groups import AtLeast
 from prunus.graph.polynomial import Polynomial
 from prunus.planner.positions import joined, read_positions
 
@@ -288,7 +288,7 @@ def _watched(graph: CouplingGraph) -> list[Label]:
     """The dims that the costs speak of, then whatever else has to keep a position."""
     labels = list(graph.width_labels)
     seen = {(label.shape, label.tobytes()) for label in labels}
-    others = [c.label for c in graph.constraints if isinstance(c, Nonempty)]
+    others = [c.label for c in graph.constraints if isinstance(c, AtLeast)]
     for label in [*graph.labels.values(), *others]:
         key = (label.shape, label.tobytes())
         if key not in seen:

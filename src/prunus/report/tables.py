@@ -72,7 +72,7 @@ def sensitivity_table(sensitivity: Sensitivity) -> Table:
 
 _COLUMNS: tuple[Kind, ...] = (
     "heads", "kv groups", "query heads", "head dims", "qk dims", "vo dims", "ffn", "experts",
-    "hidden",
+    "routing groups", "hidden",
 )  # fmt: skip
 
 
@@ -234,7 +234,7 @@ def describe_graph(graph: CouplingGraph) -> dict[str, Any]:
         ],
         "constraints": [
             {
-                "kind": entry.kind if isinstance(entry, Lockstep) else "nonempty",
+                "kind": entry.kind if isinstance(entry, Lockstep) else "at least",
                 "reason": entry.reason,
             }
             for entry in graph.constraints

@@ -238,8 +238,18 @@ def _by_weights(group: Group, graph: CouplingGraph) -> Kind:
     if dims == {2} and len({role for _, _, role in places}) == 2:
         return "ffn"
     if dims in ({3}, {2, 3}):
-        return "ffn" if any(count == 3 and dim for count, dim, _ in places) else "experts"
+        if any(count == 3 and dim for count, dim, _ in places):
+            return "ffn"
+        return "routing groups" if _are_blocks(group, graph) else "experts"
     return "channels" if max(dims, default=0) > 2 else "other"
+
+
+def _are_blocks(group: Group, graph: CouplingGraph) -> bool:
+    """Whether every unit is a run of positions of the axes that it is on, beside other groups'."""
+    label = graph.labels[group.axes[0][0]]
+    own = np.where(np.isin(label, group.units), label, 0).max(axis=1)
+    changes = int(np.count_nonzero(np.diff(own)))
+    return label.shape[1] > 1 and len(label) > group.size == changes + 1
 
 
 def _contracted(group: Group, graph: CouplingGraph) -> Iterator[tuple[int, int, Role]]:

@@ -189,10 +189,10 @@ class Silencer(TorchDispatchMode):
         node = self._node
         self._next += 1
         bound = bind(func, args, kwargs)
-        mixed = run_on_kept(node, bound, self._program, self._kept)
+        silent = self._silence(node, bound)
+        mixed = run_on_kept(node, silent or bound, self._program, self._kept)
         if mixed is not None:
             return mixed
-        silent = self._silence(node, bound)
         return func(*args, **kwargs) if silent is None else call_bound(func, silent)
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prunus.graph.axis import Axis, Label, Role
 from prunus.graph.coupling import Coupling, CouplingGraph
-from prunus.graph.groups import Aligned, Constraint, Group, Nonempty, Pin, Rescale, form_groups
+from prunus.graph.groups import Aligned, AtLeast, Constraint, Group, Pin, Rescale, form_groups
 from prunus.graph.polynomial import Monomial, Polynomial, add_up
 from prunus.graph.program import Program, Ref, Span
 from prunus.tracer.capture import Recorder
@@ -208,10 +208,11 @@ def _constraints(program: Program, resolve: Resolve) -> tuple[Constraint, ...]:
         if node.effect is None:
             continue
         why = f"{node.target} in {node.module}"
-        for label in node.effect.nonempty:
+        for label, least in node.effect.at_least:
             units = resolve(label)
-            if units is not None and (units > 0).any(axis=1).all():
-                found.setdefault(units.tobytes(), Nonempty(units, why))
+            if units is not None and (~(units > 0).any(axis=1)).sum() < least:
+                key = b"" if least == 1 else least.to_bytes(5, "little")
+                found.setdefault(key + units.tobytes(), AtLeast(units, why, least))
         for dim, multiple in node.effect.aligned:
             units = resolve(dim)
             if units is not None and multiple > 1:

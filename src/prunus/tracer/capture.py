@@ -49,6 +49,16 @@ PASSIVE = {
 }
 
 
+PASSES = {
+    *("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "expand", "permute", "transpose"),
+    *("t", "alias", "detach", "clone", "_to_copy", "slice", "select", "unbind", "index", "sort"),
+}
+"""Operators whose first output holds values of their first argument, which they only arrange.
+
+A sort puts positions in the same order whether or not others are left out.
+"""
+
+
 class Recorder(TorchDispatchMode):
     """The dispatch mode that sees every operator of one forward.
 
@@ -226,14 +236,19 @@ class Recorder(TorchDispatchMode):
             strides,
             given,
             lambda tensor: self.from_state[self.value_of(tensor)],
+            self._positions_in,
         )
-        for _, tensor in call.tensors():
-            self.read(tensor)
         args = {name: _refer(value, self.value_of) for name, value in bound.items()}
         from_state = all(self.from_state[self.value_of(tensor)] for _, tensor in call.tensors())
         effect = self._effect_of(call)
         labels = call.unlabelled() if effect is None else effect.outputs
+        passed = self._passed_on(call)
+        for _, tensor in call.tensors():
+            if not any(tensor is one for one in call.followed):
+                self.read(tensor)
         numbers = self._number(call, labels, from_state=from_state)
+        for number in numbers[: 1 if call.name == "sort" else None] if passed else ():
+            self._counted[number] = list(passed)
         for output, label in () if effect is None else effect.counted:
             why = call.why("positions along this dim are counted")
             self._counted.setdefault(numbers[output], []).append((label, why))
@@ -294,6 +309,19 @@ class Recorder(TorchDispatchMode):
         for label, why in self._summed:
             self.algebra.pin_copies(label, why)
         self.sizes.finish()
+
+    def _positions_in(self, tensor: Tensor) -> Label | None:
+        """The label of the one dim along which a tensor's values are positions."""
+        found = self._counted.get(self.value_of(tensor), ())
+        return found[0][0] if len(found) == 1 else None
+
+    def _passed_on(self, call: Call) -> list[tuple[Label, Pin]]:
+        """The dims along which the outputs hold positions because the first argument does."""
+        name = next(iter(call.args), "")
+        if call.name not in PASSES or not isinstance(call.args[name], Tensor):
+            return []
+        call.positions(name)
+        return self._counted.get(self.value_of(call.args[name]), [])
 
     def read(self, tensor: Tensor) -> None:
         """Something reads a tensor: if it holds positions along a dim, that dim stays whole."""

@@ -93,6 +93,11 @@ class Call:
         where it was called by something else.
     is_state
         Whether a tensor is computed from parameters and buffers alone.
+    positions_in
+        The label of the dim along which a tensor's values are positions (the experts that a
+        router picks); None for any other tensor.
+    followed
+        Tensors of which the rule asked that: what else reads positions keeps their dim whole.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class Call:
         strides: tuple[int, ...] = (),
         given: Given | None = None,
         is_state: Callable[[Tensor], bool] = lambda tensor: False,
+        positions_in: Callable[[Tensor], Label | None] = lambda tensor: None,
     ) -> None:
         self.target = target
         self.args = args
@@ -115,6 +121,8 @@ class Call:
         self.strides = strides
         self.given = given
         self.is_state = is_state
+        self.followed: list[Tensor] = []
+        self._positions_in = positions_in
         self._labels_of = labels_of
 
     @property
@@ -130,6 +138,14 @@ class Call:
         """Labels of a tensor argument; of ``None`` an empty tuple."""
         value = self.args[name] if index is None else self.args[name][index]
         return () if value is None else self._labels_of(value)
+
+    def positions(self, name: str, index: int | None = None) -> Label | None:
+        """The label of the dim along which a tensor argument holds positions, which is followed."""
+        tensor = self.args[name] if index is None else self.args[name][index]
+        found = None if tensor is None else self._positions_in(tensor)
+        if found is not None:
+            self.followed.append(tensor)
+        return found
 
     def labels_of(self, tensor: Tensor) -> Labels:
         """Labels of any tensor that the forward holds."""

@@ -48,6 +48,8 @@ def run_on_kept(node: Node, bound: Mapping[str, Any], program: Program, kept: Ma
         arguments[name] = resize(value, program, kept)
     result = call_bound(node.target, arguments)
     leaves, spec = tree_flatten(result)
+    for output, label in node.effect.counted:
+        leaves[output] = _numbered(leaves[output], program.label(label), kept)
     numbers = iter(node.outputs)
     layouts = iter(_layouts(node, bound))
     spread = [
@@ -57,6 +59,13 @@ def run_on_kept(node: Node, bound: Mapping[str, Any], program: Program, kept: Ma
         for leaf in leaves
     ]
     return tree_unflatten(spread, spec)
+
+
+def _numbered(places: Tensor, label: Label | None, kept: Mask) -> Tensor:
+    """Positions among the kept ones as positions among all."""
+    if label is None:
+        return places
+    return torch.as_tensor(kept_positions(label, kept), device=places.device)[places]
 
 
 def _select(tensor: Tensor, dim: int, positions: Label) -> Tensor:

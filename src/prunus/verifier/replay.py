@@ -190,6 +190,7 @@ class Replay:
     def _result(self, node: Node, bound: dict[str, Any], silence: Silence) -> Any:
         """What an operator returns, with what it reads of removed units silenced."""
         if isinstance(silence, np.ndarray):
+            bound = self._silenced(node, bound, silence)
             result = run_on_kept(node, bound, self._program, silence)
             if result is not None:
                 return result
@@ -197,8 +198,6 @@ class Replay:
             return draw(node.target, bound, self._order[id(node)])
         if isinstance(silence, Tensor):
             bound = self._gated(node, bound, silence)
-        elif silence is not None:
-            bound = self._silenced(node, bound, silence)
         return _call_anyhow(node.target, bound)
 
     def _silenced(self, node: Node, bound: dict[str, Any], kept: Mask) -> dict[str, Any]:

@@ -95,26 +95,30 @@ def outer_product_and_sum(call: Call) -> Effect:
 def product_by_expert(call: Call) -> Effect:
     """Tokens (t, k), sorted by expert, times the weight (e, k, n) of the expert of each.
 
-    Kernels take rows of multiples of 16 bytes, so of other multiples in another type.
+    An expert that is removed gets no tokens: the kept ones' offsets say all.  Kernels take rows of
+    multiples of 16 bytes, so of other multiples in another type.
     """
     tokens, weights = call.labels("self"), call.labels("mat2")
     if len(tokens) != 2 or len(weights) != 3:
         call.pin_all("a grouped product of another kind than tokens by experts")
         return Effect(call.unlabelled())
-    for label in (tokens[0], weights[0], *(call.labels("offs") or ())):
-        call.pin(label, "tokens are counted off by expert")
+    call.pin(tokens[0], "tokens are counted off by expert")
+    if call.is_state(call.args["offs"]):
+        call.pin(weights[0], "offsets that are data")
+    experts = call.unify(weights[0], call.labels("offs")[0], "tokens are counted off by expert")
     inner = call.unify(tokens[1], weights[1], CONTRACTED)
     labels: Labels = (None, weights[2])
     if call.args.get("bias") is not None:
         bias = call.labels("bias")
-        call.pin(bias[0], "tokens are counted off by expert")
+        call.unify(experts, bias[0], "tokens are counted off by expert")
         labels = (None, call.unify(weights[2], bias[-1]))
     first, second = call.args["self"], call.args["mat2"]
     multiple = max(16 // first.element_size(), 1)
     return Effect(
         (labels,),
         contracted=((("self",), 1), (("mat2",), 1)),
-        produced=((("mat2",), 2),),
+        produced=((("mat2",), 0), (("mat2",), 2)),
+        mixing=((("mat2",), 0), (("offs",), 0)),
         spans=(((first.shape[0], None), (first.shape[1], inner), (second.shape[2], labels[1])),),
         aligned=((inner, multiple), (labels[1], multiple)),
     )

@@ -1,4 +1,8 @@
-"""Look-ups by index: the dim that is addressed stays whole, the others pass."""
+"""Look-ups by index: the dim that is addressed stays whole, the others pass.
+
+Where the index holds positions along another dim, as a router's choice among its experts does, the
+dim that it addresses is tied to that one instead: both lose the same positions.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,20 @@ from prunus.tracer.rules.view import wrap
 ADDRESSED = "positions along this dim are addressed by index"
 
 
+def address(call: Call, label: Label | None, name: str, index: int | None = None) -> Label | None:
+    """Tie a dim to the one along which an index holds positions, or pin it; returns its label."""
+    named = call.positions(name, index)
+    if named is None:
+        call.pin(label, ADDRESSED)
+        return None
+    return call.unify(label, named, "addressed by positions along another dim")
+
+
 @rule("embedding")
 def embedding(call: Call) -> Effect:
     """Rows of a table."""
     rows, columns = call.labels("weight")
-    call.pin(rows, ADDRESSED)
+    address(call, rows, "indices")
     return Effect(((*call.labels("indices"), columns),), produced=((("weight",), 1),))
 
 
@@ -39,7 +52,7 @@ def index_select(call: Call) -> Effect:
     labels = list(call.labels("self"))
     if labels:
         dim = wrap(call.args["dim"], len(labels))
-        call.pin(labels[dim], ADDRESSED)
+        address(call, labels[dim], "index")
         labels[dim] = next(iter(call.labels("index")), None)
     return Effect((tuple(labels),))
 
@@ -57,7 +70,7 @@ def gather(call: Call) -> Effect:
     labels: list[Label | None] = list(index)
     for d, (ours, theirs) in enumerate(zip(source, index, strict=True)):
         if d == dim:
-            call.pin(ours, ADDRESSED)
+            address(call, ours, "index")
         elif call.args["self"].shape[d] == call.args["index"].shape[d]:
             labels[d] = call.unify(ours, theirs)
         else:
@@ -103,8 +116,7 @@ def _address(call: Call) -> tuple[Labels, Labels]:
         for label in call.labels("indices", number):
             call.pin(label, ADDRESSED)
         for _ in range(item.dim() if boolean else 1):
-            call.pin(labels[dim], ADDRESSED)
-            labels[dim] = None
+            labels[dim] = address(call, labels[dim], "indices", number)
             dim += 1
     rest += labels[dim:]
     used = [number for number, item in enumerate(indices) if item is not None]
@@ -126,6 +138,10 @@ def scatter(call: Call) -> Effect:
     dim = wrap(call.args["dim"], len(shapes[0]))
     labels: list[Label | None] = []
     for d, column in enumerate(columns):
+        if d == dim and call.positions("index") is not None:
+            _keep(call, column[1:])
+            labels.append(address(call, column[0], "index"))
+            continue
         whole = d != dim and len({shape[d] for shape in shapes}) == 1
         labels.append((_join if whole else _keep)(call, column))
     return Effect((tuple(labels),))

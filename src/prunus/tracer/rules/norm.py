@@ -102,7 +102,16 @@ def softmax(call: Call) -> Effect:
     return Effect((labels,), mixing=mixing)
 
 
-@rule("cumsum", "cumprod", "logcumsumexp")
+@rule("cumsum")
+def running_sum(call: Call) -> Effect:
+    """Every position is the sum of those up to it, to which removed ones add nothing."""
+    labels = call.labels("self")
+    if not labels:
+        return Effect((labels,))
+    return Effect((labels,), contracted=((("self",), call.args["dim"] % len(labels)),))
+
+
+@rule("cumprod", "logcumsumexp")
 def cumulate(call: Call) -> Effect:
     """Every position sees those before it: the order matters, so the dim stays whole."""
     labels = list(call.labels("self"))

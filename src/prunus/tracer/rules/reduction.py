@@ -84,16 +84,50 @@ def largest(call: Call) -> Effect:
     labels[dim] = None
     if label is None:
         return Effect((tuple(labels),) * 2)
-    call.pin(label[: call.args["k"]], ENOUGH)
     return Effect(
         (tuple(labels),) * 2,
         mixing=((("self",), dim),),
+        at_least=((label, call.args["k"]),),
         counted=((1, label),),
         equations=stated_count(call, "topk"),
     )
 
 
-@rule("argmax", "argmin", "multinomial", "sort", "sort.stable", "argsort", "nonzero", "triu",
+@rule("argmax", "argmin")
+def extreme(call: Call) -> Effect:
+    """The place of the largest or smallest of the positions that are kept."""
+    labels = list(call.labels("self"))
+    dim = call.args["dim"]
+    if dim is None or not labels:
+        call.pin_all(COUNTED)
+        return Effect(call.unlabelled())
+    label = labels.pop(wrap(dim, len(labels)))
+    if call.args["keepdim"]:
+        labels.insert(wrap(dim, len(labels) + 1), None)
+    if label is None:
+        return Effect((tuple(labels),))
+    return Effect(
+        (tuple(labels),), mixing=((("self",), wrap(dim, call.args["self"].dim())),),
+        counted=((0, label),),
+    )  # fmt: skip
+
+
+@rule("histc")
+def histogram(call: Call) -> Effect:
+    """How often each position along a dim is among the values; of other values nothing is known."""
+    label, bins = call.positions("self"), call.args["bins"]
+    if label is None or bins != len(label) or (call.args["min"], call.args["max"]) != (0, bins - 1):
+        call.pin_all("values are counted off into bins")
+        if label is not None:
+            call.pin(label, COUNTED)
+        return Effect(call.unlabelled())
+    for own in call.labels("self"):
+        call.pin(own, COUNTED)
+    stated = None if call.given is None else expression_of(call.given.argument(1, "bins"))
+    return Effect(((label,),), equations=(((bins if stated is None else stated), bins, label),))
+
+
+@rule("multinomial", "sort", "sort.stable", "argsort", "nonzero", "triu",
       "tril", "triu_", "tril_", "cummax", "cummin")  # fmt: skip
 def counted(call: Call) -> Effect:
     """Positions along a dim are counted or compared: they must stay; other dims pass."""

@@ -235,7 +235,7 @@ def slice_(call: Call) -> Effect:
         bounds.append(_bound(call, stop, size, label))
     first = max((start or 0) + (size if (start or 0) < 0 else 0), 0)
     part = labels[dim] = label[first : first + call.outputs[0].shape[dim]]
-    return Effect((tuple(labels),), nonempty=(part,), equations=tuple(bounds))
+    return Effect((tuple(labels),), at_least=((part, 1),), equations=tuple(bounds))
 
 
 def _is_table(call: Call, size: int, *bounds: int | None) -> bool:
@@ -300,7 +300,7 @@ def split_with_sizes(call: Call) -> Effect:
         return Effect((tuple(labels),) * len(call.outputs))
     written = call.given.sizes(len(call.outputs)) if call.given is not None else None
     outputs: list[Labels] = []
-    pieces: list[Label] = []
+    pieces: list[tuple[Label, int]] = []
     equations: list[tuple[Expression, int, Label | None]] = []
     start = 0
     for index, out in enumerate(call.outputs):
@@ -309,9 +309,9 @@ def split_with_sizes(call: Call) -> Effect:
         start += size
         stated_size = expression_of(written[index]) if written is not None else None
         equations.append((size if stated_size is None else stated_size, size, piece))
-        pieces.append(piece)
+        pieces.append((piece, 1))
         outputs.append((*labels[:dim], piece, *labels[dim + 1 :]))
-    return Effect(tuple(outputs), nonempty=tuple(pieces), equations=tuple(equations))
+    return Effect(tuple(outputs), at_least=tuple(pieces), equations=tuple(equations))
 
 
 @rule("cat")

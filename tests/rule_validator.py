@@ -302,7 +302,7 @@ class Trial:
             strides=self._strides,
         )
         try:
-            values = Replay(SimpleNamespace(program=program), {}, originals).run(kept)  # type: ignore[arg-type]
+            values = Replay(SimpleNamespace(program=program, unit_count=0), {}, originals).run(kept)  # type: ignore[arg-type]
         except Exception as error:
             raise DisagreementError(
                 f"replayed, it raised {type(error).__name__}: {error}"

@@ -9,24 +9,136 @@ and share what their removal saves, until a width on which that depends changes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from prunus.graph.axis import Label, Mask
-from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import AtLeast
-from prunus.graph.polynomial import Polynomial
-from prunus.planner.positions import joined, read_positions
+from prunus.graph.coupling import CouplingGraph
+from prunus.graph.polynomial import Monomial, Polynomial
 
 Ints = NDArray[np.int64]
 Exact = NDArray[Any]
 """int64, or Python integers where a cost could overflow."""
 
 _OVERFLOW = 2**62
+
+
+def takers_of(label: Label, owner: Ints) -> tuple[Ints, Ints]:
+    """Owners at every position, ascending and each once after zeros, and how many they are.
+
+    >>> takers_of(np.array([[1, 2], [3, 0]]), np.array([0, 5, 5, 7]))
+    (array([[0, 5],
+           [0, 7]]), array([1, 1]))
+    """
+    found = np.sort(owner[label], axis=1)
+    found[:, 1:][found[:, 1:] == found[:, :-1]] = 0
+    found.sort(axis=1)
+    return found, (found > 0).sum(axis=1)
+
+
+class Positions:
+    """The positions of some dims, by the quanta without which they can't be kept.
+
+    A position that one quantum alone can take is *lone*, and only counted; of one that several
+    could take (head × dim) each taker is noted.
+
+    Parameters
+    ----------
+    labels
+        Of the dims.
+    owner
+        The quantum of every unit, 0 for units that are always kept.
+
+    Attributes
+    ----------
+    full
+        Positions of every dim while nothing is gone, shape ``(dims,)``.
+    lone
+        How many positions of each dim a quantum takes alone, shape ``(quanta + 1, dims)``.
+    shared
+        Which positions a quantum could take as well as others, ``(quanta + 1, positions)``.
+    shared_dim
+        The dim of every shared position.
+    """
+
+    def __init__(self, labels: Sequence[Label], owner: Ints) -> None:
+        lone, dims, takers, positions, shared_dims = ([np.zeros(0, np.int64)] for _ in range(5))
+        total = 0
+        for dim, label in enumerate(labels):
+            rows, several = takers_of(label, owner)
+            single = rows[several == 1].max(axis=1, initial=0)
+            lone.append(single)
+            dims.append(np.full(len(single), dim))
+            rows = rows[several > 1]
+            row, column = np.nonzero(rows)
+            takers.append(rows[row, column])
+            positions.append(row + total)
+            shared_dims.append(np.full(len(rows), dim))
+            total += len(rows)
+        count = int(owner.max(initial=0))
+        self.full = np.array([len(label) for label in labels], dtype=np.int64)
+        self.lone = _matrix(np.concatenate(lone), np.concatenate(dims), count, len(labels))
+        self.shared = _matrix(np.concatenate(takers), np.concatenate(positions), count, total)
+        self.shared_dim = np.concatenate(shared_dims)
+
+    def lone_of(self, quantum: int) -> tuple[Ints, Ints]:
+        """Dims, ascending, and how many positions of each the quantum takes alone."""
+        own = slice(*self.lone.indptr[quantum : quantum + 2])
+        return self.lone.indices[own].astype(np.int64), self.lone.data[own]
+
+    def shared_of(self, quantum: int) -> Ints:
+        """Positions that the quantum could take as well as others."""
+        found: Ints = self.shared.indices[slice(*self.shared.indptr[quantum : quantum + 2])]
+        return found
+
+    def gone(self, removed: Mask) -> Ints:
+        """How many of its takers are gone, for every shared position."""
+        return np.asarray(removed.astype(np.int64) @ self.shared)
+
+    def widths(self, removed: Mask) -> Ints:
+        """Positions of every dim that are left without the quanta of a mask."""
+        alone = removed.astype(np.int64) @ self.lone
+        dead = self.shared_dim[self.gone(removed) > 0]
+        return np.asarray(self.full - alone - np.bincount(dead, minlength=len(self.full)))
+
+    def orders(self, chains: Sequence[Ints], gates: Collection[int]) -> list[Ints]:
+        """The order of each chain in which what a dim needs at least is removed last.
+
+        (A dim that is wholly the chain's keeps a position: that of its most important quantum.)
+        ``gates`` keep their places.
+        """
+        dims = len(self.full)
+        home = np.full(self.lone.shape[0], -1)
+        place = np.zeros_like(home)
+        for n, chain in enumerate(chains):
+            home[chain], place[chain] = n, np.arange(len(chain))
+        entries = self.lone.tocoo()
+        inside = home[entries.row] >= 0
+        quantum, dim, times = (a[inside] for a in (entries.row, entries.col, entries.data))
+        pairs, which = np.unique(home[quantum] * dims + dim, return_inverse=True)
+        taken, last = np.zeros((2, len(pairs)), dtype=np.int64)
+        np.add.at(taken, which, times)
+        np.maximum.at(last, which, place[quantum])
+        whole = taken == self.full[pairs % dims]
+        late = [np.zeros(len(chain), dtype=np.bool_) for chain in chains]
+        for n, at in zip(pairs[whole] // dims, last[whole], strict=True):
+            late[n][at] = at > 0 or int(chains[n][0]) not in gates
+        return [np.argsort(own, kind="stable") for own in late]
+
+
+def _matrix(rows: Ints, columns: Ints, count: int, width: int) -> Any:
+    """How often a quantum stands with a column, without quantum 0."""
+    real = rows > 0
+    ones = np.ones(int(real.sum()), dtype=np.int64)
+    found = csr_array((ones, (rows[real], columns[real])), shape=(count + 1, width))
+    found.sum_duplicates()
+    return found
 
 
 @dataclass(eq=False, slots=True)
@@ -59,7 +171,7 @@ class CostState:
     names
         Which of them.
     owner
-        The quantum of every unit, shape ``(unit_count + 1,)``; 0 for units that always stay.
+        The quantum of every unit, shape ``(unit_count + 1,)``; 0 for units that are always kept.
         Quanta have the ids 1 … ``owner.max()``.
 
     Attributes
@@ -75,26 +187,24 @@ class CostState:
 
     def __init__(self, graph: CouplingGraph, names: Sequence[str], owner: Ints) -> None:
         labels = _watched(graph)
-        polynomials = self._polynomials = [graph.costs[name] for name in names]
+        self._polynomials = [graph.costs[name] for name in names]
         self._dims = len(labels)
         self.widths: Exact = np.array([len(label) for label in labels] + [1], dtype=np.int64)
-        if any(_bound(p, self.widths) >= _OVERFLOW for p in polynomials):
+        if any(_magnitude(p)(self.widths) >= _OVERFLOW for p in self._polynomials):
             self.widths = self.widths.astype(object)
-        self.costs = [p(self.widths[: self._dims]) for p in polynomials]
-        self._tables = [_table(p, self._dims, self.widths.dtype) for p in polynomials]
-        self._seen_by = [_index(table, self._dims) for _, table in self._tables]
+        self.costs = [p(self.widths) for p in self._polynomials]
+        self._tables = [_table(p, self._dims, self.widths.dtype) for p in self._polynomials]
         self._reaches: dict[bytes, Reach] = {}
-        self.positions = read_positions(labels, owner)
+        self.positions = Positions(labels, owner)
         self._gone = np.zeros(len(self.positions.shared_dim), dtype=np.int64)
         self._form_kinds()
         self._layouts: dict[int, tuple[Exact, Ints, Reach]] = {}
         self._memo: tuple[int, Exact, Reach] | None = None
 
     @property
-    def empty(self) -> list[int]:
-        """Dims that have no position left."""
-        found: list[int] = np.flatnonzero(self.widths <= 0).tolist()
-        return found
+    def empty(self) -> bool:
+        """Whether a dim has no position left."""
+        return bool((self.widths <= 0).any())
 
     @property
     def constants(self) -> list[Exact]:
@@ -107,7 +217,7 @@ class CostState:
         Quanta of no kind are alike if they take as many positions of the same dims, alone and
         with others; where two of them could take one position, none is like another.
         """
-        found = self._kind_of[chain].copy()
+        found = np.array([self._kind[quantum] for quantum in chain.tolist()])
         odd = np.flatnonzero(found < 0)
         positions = self.positions
         shared = joined(positions.shared_of(int(quantum)) for quantum in chain[odd])
@@ -119,7 +229,7 @@ class CostState:
                 lone = [part.tobytes() for part in positions.lone_of(quantum)]
                 key = *lone, positions.shared_dim[positions.shared_of(quantum)].tobytes()
             found[at] = -1 - known.setdefault(key, len(known))
-        return np.asarray(found)
+        return found
 
     def curve(self, quantum: int, count: int) -> tuple[NDArray[np.float64], Mask]:
         """By how much the costs change with 0 … ``count`` quanta like this one less.
@@ -132,30 +242,26 @@ class CostState:
         tuple
             Of shape ``(costs, count + 1)`` and ``(count + 1,)``.
         """
-        lone, times = self.positions.lone_of(quantum)
-        shared = self.positions.shared_dim[self.positions.shared_of(quantum)]
-        dims = np.union1d(lone, shared)
-        loss = np.zeros(len(dims) + 1)
-        np.add.at(loss, np.searchsorted(dims, lone), times)
-        np.add.at(loss, np.searchsorted(dims, shared), 1)
+        fixed, places, reach = self._layout(quantum)
+        loss = (fixed + np.bincount(places, minlength=len(fixed))).astype(np.float64)
         steps = np.arange(count + 1)[:, None]
         found = []
-        for constants, table, places in self.reach(dims).terms:
-            now, lost = self.widths[table].astype(np.float64), loss[places]
-            left = np.maximum(now - steps[:, :, None] * lost, 0).prod(axis=2)
+        for constants, table, own in reach.terms:
+            now = self.widths[table].astype(np.float64)
+            left = np.maximum(now - steps[:, :, None] * loss[own], 0).prod(axis=2)
             found.append(((left - now.prod(axis=1)) * constants.astype(np.float64)).sum(axis=1))
-        possible = (self.widths[dims] > steps * loss[:-1]).all(axis=1)
+        possible = (self.widths[reach.widths] > steps * loss[:-1]).all(axis=1)
         return np.array(found), np.asarray(possible, dtype=np.bool_)
 
     def savings(self, quantum: int) -> tuple[int, ...]:
         """What removing the quantum now saves, for every cost."""
         kind = self._kind[quantum]
-        if kind >= 0:
-            if self._dirty[kind]:
-                self._saved[kind] = self._difference(*self._kinds[kind])
-                self._dirty[kind] = False
-            return self._saved[kind]
-        return self._difference(*self._loss(quantum))
+        if kind < 0:
+            return self._difference(*self._loss(quantum))
+        if self._dirty[kind]:
+            self._saved[kind] = self._difference(*self._kinds[kind])
+            self._dirty[kind] = False
+        return self._saved[kind]
 
     def expenses(self, quantum: int) -> tuple[int, ...]:
         """What putting the removed quantum back now costs, for every cost."""
@@ -170,27 +276,20 @@ class CostState:
     def remove(self, quantum: int) -> None:
         """Take the quantum out."""
         saved = self.savings(quantum)
-        loss, reach = self._loss(quantum)
-        self._move(quantum, saved, loss, reach, 1)
+        self._move(quantum, saved, *self._loss(quantum), 1)
 
-    def price(self) -> None:
-        """Bring the costs up to date with the widths."""
-        widths = self.widths[: self._dims]
-        self.costs = [int(polynomial(widths)) for polynomial in self._polynomials]
-        self._dirty[:] = True
-        self._memo = None
+    def restore(self, quantum: int) -> None:
+        """Put a quantum back that was removed."""
+        loss, reach = self._loss(quantum, gone=1)
+        self._move(quantum, self._difference(-loss, reach), -loss, reach, -1)
 
     def assign(self, removed: Mask) -> None:
         """Let exactly the quanta of a mask be gone, shape ``(quanta + 1,)``."""
         self.widths[: self._dims] = self.positions.widths(removed)
         self._gone = self.positions.gone(removed)
-        self.price()
-
-    def restore(self, quantum: int) -> None:
-        """Put a quantum back that was removed."""
-        loss, reach = self._loss(quantum, gone=1)
-        saved = self._difference(-loss, reach)
-        self._move(quantum, saved, -loss, reach, -1)
+        self.costs = [polynomial(self.widths) for polynomial in self._polynomials]
+        self._dirty[:] = True
+        self._memo = None
 
     def _move(
         self, quantum: int, saved: tuple[int, ...], loss: Exact, reach: Reach, sign: int
@@ -201,7 +300,7 @@ class CostState:
         if self._kind[quantum] < 0:
             self._gone[self.positions.shared_of(quantum)] += sign
         if reach.stale is None:
-            reach.stale = np.unique(joined(self._dependents[int(w)] for w in reach.widths))
+            reach.stale = np.flatnonzero(self._depends[:, reach.widths].any(axis=1))
         self._dirty[reach.stale] = True
         self._memo = None
 
@@ -232,11 +331,11 @@ class CostState:
         return loss, reach
 
     def _layout(self, quantum: int) -> tuple[Exact, Ints, Reach]:
-        """For a quantum of no kind: its certain loss, and whose width each shared position is."""
+        """What a quantum takes alone, and of which width each of its shared positions is."""
         if quantum not in self._layouts:
             lone, times = self.positions.lone_of(quantum)
             dims = self.positions.shared_dim[self.positions.shared_of(quantum)]
-            reach = self.reach(np.union1d(lone, dims))
+            reach = self._reach(np.union1d(lone, dims))
             fixed: Exact = np.zeros(len(reach.widths) + 1, dtype=self.widths.dtype)
             fixed[np.searchsorted(reach.widths, lone)] = times
             self._layouts[quantum] = fixed, np.searchsorted(reach.widths, dims), reach
@@ -245,43 +344,45 @@ class CostState:
     def _form_kinds(self) -> None:
         """Number the kinds, and note on which widths the savings of each depend."""
         self._kinds: list[tuple[Exact, Reach]] = []
-        self._kind = [-1] * (self.positions.count + 1)
+        self._kind = [-1] * self.positions.lone.shape[0]
         number: dict[bytes, int] = {}
-        starts, shared = self.positions.lone_start, self.positions.shared_start
-        rows = np.ascontiguousarray(self.positions.lone[:, 1:])
-        raw = memoryview(rows.tobytes())
-        width = rows.itemsize * 2
-        for quantum in range(1, self.positions.count + 1):
-            if shared[quantum] != shared[quantum + 1]:
-                continue
-            key = bytes(raw[starts[quantum] * width : starts[quantum + 1] * width])
-            kind = number.setdefault(key, len(self._kinds))
-            self._kind[quantum] = kind
-            if kind == len(self._kinds):
-                lone, times = self.positions.lone_of(quantum)
-                loss = np.append(times, 0).astype(self.widths.dtype)
-                self._kinds.append((loss, self.reach(lone)))
-        self._kind_of = np.array(self._kind)
+        lone, shared = self.positions.lone, np.diff(self.positions.shared.indptr).tolist()
+        raw = memoryview(np.stack([lone.indices, lone.data], axis=1, dtype=np.int64).tobytes())
+        starts = (16 * lone.indptr.astype(np.int64)).tolist()
+        for quantum in range(1, len(self._kind)):
+            if not shared[quantum]:
+                key = bytes(raw[starts[quantum] : starts[quantum + 1]])
+                self._kind[quantum] = kind = number.setdefault(key, len(self._kinds))
+                if kind == len(self._kinds):
+                    dims, times = self.positions.lone_of(quantum)
+                    loss = np.append(times, 0).astype(self.widths.dtype)
+                    self._kinds.append((loss, self._reach(dims)))
         self._saved: list[tuple[int, ...]] = [()] * len(self._kinds)
         self._dirty = np.ones(len(self._kinds), dtype=np.bool_)
-        found: list[list[int]] = [[] for _ in range(self._dims)]
+        self._depends = np.zeros((len(self._kinds), self._dims + 1), dtype=np.bool_)
         for kind, (_, reach) in enumerate(self._kinds):
-            for dim in _depends_on(reach, self._dims).tolist():
-                found[dim].append(kind)
-        self._dependents = [np.array(kinds, dtype=np.int64) for kinds in found]
+            for _, table, places in reach.terms:
+                # Savings depend on all widths of a monomial but the only one that loses.
+                loses = places < len(reach.widths)
+                self._depends[kind, table[~loses | (loses.sum(axis=1, keepdims=True) > 1)]] = True
 
-    def reach(self, widths: Ints) -> Reach:
+    def _reach(self, widths: Ints) -> Reach:
         """The monomials that see some widths, given by ascending ids."""
         key = widths.tobytes()
         if key not in self._reaches:
             place = np.full(self._dims + 1, len(widths), dtype=np.int64)
             place[widths] = np.arange(len(widths))
             terms = []
-            for (constants, table), seen_by in zip(self._tables, self._seen_by, strict=True):
-                rows = np.unique(joined(seen_by[int(w)] for w in widths))
-                terms.append((constants[rows], table[rows], place[table[rows]]))
+            for constants, table in self._tables:
+                seen = (place[table] < len(widths)).any(axis=1)
+                terms.append((constants[seen], table[seen], place[table[seen]]))
             self._reaches[key] = Reach(widths, tuple(terms))
         return self._reaches[key]
+
+
+def joined(parts: Iterable[Ints]) -> Ints:
+    """All arrays one after the other; an empty one if there are none."""
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
 
 def _watched(graph: CouplingGraph) -> list[Label]:
@@ -297,15 +398,10 @@ def _watched(graph: CouplingGraph) -> list[Label]:
     return labels
 
 
-def _bound(polynomial: Polynomial, widths: Exact) -> int:
-    """No sum or product on the way to the polynomial's value is larger than this."""
-    total = abs(polynomial.fixed)
-    for term in polynomial.terms:
-        product = abs(term.constant)
-        for index in term.widths:
-            product *= int(widths[index])
-        total += product
-    return total
+def _magnitude(polynomial: Polynomial) -> Polynomial:
+    """No sum or product on the way to the polynomial's value is larger than this one's."""
+    terms = tuple(Monomial(abs(term.constant), term.widths) for term in polynomial.terms)
+    return Polynomial(abs(polynomial.fixed), terms)
 
 
 def _table(polynomial: Polynomial, dims: int, dtype: np.dtype[Any]) -> tuple[Exact, Ints]:
@@ -315,23 +411,3 @@ def _table(polynomial: Polynomial, dims: int, dtype: np.dtype[Any]) -> tuple[Exa
     for row, term in enumerate(terms):
         table[row, : len(term.widths)] = term.widths
     return np.array([term.constant for term in terms], dtype=dtype), table
-
-
-def _index(table: Ints, dims: int) -> list[Ints]:
-    """For every width the monomials in which it appears."""
-    found: list[list[int]] = [[] for _ in range(dims + 1)]
-    for row, widths in enumerate(table.tolist()):
-        for dim in set(widths):
-            found[dim].append(row)
-    return [np.array(rows, dtype=np.int64) for rows in found[:dims]]
-
-
-def _depends_on(reach: Reach, dims: int) -> Ints:
-    """Widths that change what is saved: all of a monomial but the only one that loses."""
-    found = []
-    for _, table, places in reach.terms:
-        loses = places < len(reach.widths)
-        others = ~loses | (loses.sum(axis=1, keepdims=True) > 1)
-        found.append(table[others])
-    widths = np.unique(joined(found))
-    return widths[widths < dims]

@@ -629,7 +629,7 @@ def test_exit_code_1_when_nothing_is_proven(net, tmp_path, capsys, monkeypatch, 
     monkeypatch.setattr("prunus.verify", pretend, raising=False)
     traced = prunus.verifier.verify.verify_traced
     monkeypatch.setattr(
-        "prunus.planner.verified.verify_traced",
+        "prunus.planner.planning.verify_traced",
         lambda *a, **k: replace(traced(*a, **k), verdict=verdict, rel_err=float("inf")),
     )
     files = [tmp_path / "w.st", tmp_path / "proof.json"]

@@ -24,7 +24,7 @@ from prunus.calibration.im2col import (
 from prunus.calibration.sites import Site
 from prunus.calibration.statistics import kept_units
 from prunus.graph.axis import Axis, kept_positions
-from prunus.planner.width_planning import plan_of_mask
+from prunus.planner.widths import plan_of_mask
 from prunus.recovery.compensate import repair_all
 
 CLOSE: Any = {"rtol": 1e-6, "atol": 1e-8}

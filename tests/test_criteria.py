@@ -18,6 +18,7 @@ from prunus.calibration.statistics import NEEDS
 from prunus.errors import DataError, ModelError, PlanError
 from prunus.graph.program import state_of
 from prunus.importance import importance, names, needs_of, score
+from prunus.planner import planning
 from tests.test_shrink import Comparing
 from tests.test_statistics import bert, tokens
 
@@ -166,7 +167,7 @@ def test_statistics_that_are_given_are_not_collected_again(monkeypatch) -> None:
     graph = prunus.trace(model, x)
     given = prunus.importance.collect(model, graph, [x], "activation")
     monkeypatch.setattr(
-        "prunus.planner.verified.gather", lambda *_, **__: pytest.fail("collected again")
+        "prunus.planner.planning.gather", lambda *_, **__: pytest.fail("collected again")
     )
     options = {"ratio": 0.3, "importance": "activation", "data": [x], "statistics": given}
     assert prunus.shrink(model, x, **options, each_group=False).certificate.verdict == "exact"
@@ -176,13 +177,13 @@ def test_calibration_does_not_stop_the_collector(monkeypatch) -> None:
     """A pass over data makes cycles, which nothing else frees."""
     model, x = net(), images()
     seen = []
-    real = prunus.importance.collect
+    real = planning.gather
 
     def collect(*args: Any, **kwargs: Any) -> Any:
         seen.append(gc.isenabled())
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("prunus.planner.width_planning.collect", collect)
+    monkeypatch.setattr(planning, "gather", collect)
     graph = prunus.trace(model, x)
     prunus.plan(graph, model, ratio=0.3, importance="taylor", data=[x])
     assert seen == [True]

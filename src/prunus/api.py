@@ -19,12 +19,11 @@ from prunus.graph.progress import Progress, following, shows
 from prunus.importance import needs_of
 from prunus.integrations.hf import example_inputs
 from prunus.integrations.hf_config import uniform
-from prunus.planner.depth_planning import refuse_statistics
 from prunus.planner.layers import name_layers
 from prunus.planner.option_values import Globs
 from prunus.planner.options import PlanKeywords, PlanOptions, takes_options
-from prunus.planner.verified import Restrict, plan_verified, rejected
-from prunus.planner.width_planning import plan_of_mask
+from prunus.planner.planning import Restrict, plan_verified, rejected
+from prunus.planner.widths import plan_of_mask
 from prunus.recovery import Recover, Step, check_recovery, cut_and_recover
 from prunus.structures.by_hand import Where, with_units, without_heads
 from prunus.surgeon.apply import cut
@@ -139,7 +138,6 @@ def shrink(
     args = positional(args)
     if asked.drops:
         refuse_quantized(model)
-        refuse_statistics(asked.statistics)
     with following(progress), entered_by(model, forward_fn):
         data = _batches_to_read(asked, recover)
         asked = replace(asked, data=data)

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from prunus.graph.axis import Label, Mask
-from prunus.graph.groups import AtLeast
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.groups import AtLeast
 from prunus.graph.polynomial import Monomial, Polynomial
 
 Ints = NDArray[np.int64]

@@ -9,8 +9,8 @@ the one is taken that costs the model least.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import inf, isfinite
 from typing import Any
 
@@ -18,17 +18,16 @@ import torch
 from torch import nn
 
 from prunus.calibration.batches import Batches
-from prunus.calibration.statistics import Statistics
 from prunus.errors import BudgetError, PlanError
 from prunus.graph.axis import Mask
-from prunus.graph.budget import Budget, seconds
+from prunus.graph.budget import seconds
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.planner.allocate import Selection
 from prunus.planner.clocks import Clock, Race
+from prunus.planner.options import PlanOptions
 from prunus.recovery import cut_and_recover
 from prunus.tracer.copies import duplicate
-from prunus.tracer.forward_fn import entered_by
 from prunus.tracer.inputs import rebuild_inputs
 
 MULTIPLES = (1, 8, 16, 32)
@@ -56,20 +55,34 @@ Build = Callable[[Mask], Plan]
 """The plan that keeps these units."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Trial:
-    """A plan that was cut and timed; the bound on MACs and the multiple that it was made for."""
+    """A plan that was cut and timed; the bound on MACs and the multiple that it was made for.
+
+    ``error`` is that of the outputs on the data after repair, where it was compared.
+    """
 
     selection: Selection
     plan: Plan
     macs: float
     multiple: int | None
     race: Race
+    error: float | None = None
 
     @property
     def retained(self) -> float:
         """The part of all importance that is kept."""
         return self.selection.retained or 0.0
+
+    @property
+    def ratio(self) -> float:
+        """The time as a part of the dense model's."""
+        return self.race.ratio
+
+    def record(self) -> dict[str, Any]:
+        """What was measured, as plain data."""
+        names = ("multiple", "macs", "ratio", "retained", "error")
+        return {name: getattr(self, name) for name in names}
 
 
 _Point = tuple[float, float | None]
@@ -79,14 +92,11 @@ _Point = tuple[float, float | None]
 def meet_time(
     graph: CouplingGraph,
     model: nn.Module,
-    budget: Budget,
+    asked: PlanOptions,
+    limits: Mapping[str, int],
     choose: Choose,
     build: Build,
-    *,
     multiples: Sequence[int | None],
-    data: Iterable[Any] | None = None,
-    statistics: Statistics | None = None,
-    seed: int = 0,
 ) -> tuple[Selection, dict[str, Any]]:
     """The units that are kept for a budget of latency, and what the plan records of the search.
 
@@ -94,20 +104,18 @@ def meet_time(
     ----------
     graph, model
         What was traced; the model is not modified, and never run: copies are.
-    budget
-        The bounds other than latency hold for every plan that is tried.
+    asked
+        With the budget, and the data if there are any: of the plans that meet the time the one is
+        taken whose outputs on the first of them, after repair, are nearest to the dense model's.
+        Without data, it is the one that keeps the most importance.
+    limits
+        The other bounds of the budget, which hold for every plan that is tried.
     choose
         From bounds and a multiple to the units that are kept.
     build
         From these to a plan.
     multiples
         Of widths; None stands for what the caller's ``round_to`` says.
-    data, statistics
-        Calibration batches, and what was collected of them: of the plans that meet the time the
-        one is taken whose outputs on the first of them, after repair, are nearest to the dense
-        model's.  Without them, it is the one that keeps the most importance.
-    seed
-        Of the inputs, which have the traced shapes.
 
     Raises
     ------
@@ -116,73 +124,74 @@ def meet_time(
     PlanError
         If the traced inputs are not described, or the timer returns no time.
     """
-    spec = graph.traced.get("inputs")
+    spec, budget = graph.traced.get("inputs"), asked.budget
+    assert budget is not None
     if spec is None:
         raise PlanError(
             "there are no inputs to time the model with",
             why="those of its trace can't be described as plain data",
             fix="trace it with tensors, numbers and containers of them",
         )
-    with entered_by(model, graph.forward_fn):
-        clock = Clock(budget.timer, model, rebuild_inputs(spec, model, seed=seed))
-        search = _Search(graph, budget, clock, choose, build)
-        for multiple in multiples:
-            search.bisect(multiple)
-        best = search.best_of_each(multiples)
-        errors: list[float] = []
-        if data is not None and len(best) > 1:
-            options: Any = {"statistics": statistics, "seed": seed}
-            batches = Batches(iter(data), _SAMPLES)
-            for trial in best:
-                small = duplicate(model)
-                _, steps = cut_and_recover(small, trial.plan, graph, batches, **options)
-                errors.append([step.error for step in steps if step.kept][-1])
-                del small
+    clock = Clock(budget.timer, model, rebuild_inputs(spec, model, seed=asked.seed))
+    search = _Search(budget.latency, clock, limits, graph.cost("macs"), choose, build)
+    for multiple in multiples:
+        search.bisect(multiple)
+    best = search.best_of_each()
+    if asked.data is not None and len(best) > 1:
+        batches = Batches(iter(asked.data), _SAMPLES)
+        for trial in best:
+            error = _error(model, trial.plan, graph, batches, asked)
+            trial.error = error if isfinite(error) else None
     chosen = max(best, key=lambda trial: trial.retained)
-    if errors and all(map(isfinite, errors)):
+    errors = [trial.error for trial in best if trial.error is not None]
+    if len(errors) == len(best):
         chosen = best[errors.index(min(errors))]
-    return chosen.selection, search.record(chosen, best, errors)
+    return chosen.selection, search.record(chosen)
 
 
+def _error(
+    model: nn.Module, plan: Plan, graph: CouplingGraph, data: Batches, asked: PlanOptions
+) -> float:
+    """The error of the outputs of a copy that is cut and repaired."""
+    _, steps = cut_and_recover(
+        *(duplicate(model), plan, graph, data), statistics=asked.statistics, seed=asked.seed
+    )
+    return [step.error for step in steps if step.kept][-1]
+
+
+@dataclass
 class _Search:
     """Plans that were cut and timed for bounds on MACs."""
 
-    def __init__(
-        self,
-        graph: CouplingGraph,
-        budget: Budget,
-        clock: Clock,
-        choose: Choose,
-        build: Build,
-    ) -> None:
-        self._bound, self._clock = budget.latency, clock
-        self._limits = {} if budget.counted is None else budget.counted.limits(graph)
-        self._dense_macs = graph.cost("macs")
-        self._choose, self._build = choose, build
-        self._trials: list[Trial] = []
-        self._floors: BudgetError | None = None
+    bound: float | str | None
+    clock: Clock
+    limits: Mapping[str, int]
+    dense_macs: int
+    choose: Choose
+    build: Build
+    trials: list[Trial] = field(default_factory=list)
+    floors: BudgetError | None = None
 
-    def best_of_each(self, multiples: Sequence[int | None]) -> list[Trial]:
-        """Of each multiple the plan that meets the time and keeps the most.
+    def best_of_each(self) -> list[Trial]:
+        """Of each multiple the plan that meets the time and keeps the most, none twice.
 
         Raises
         ------
         BudgetError
             If none of any multiple meets it.
         """
-        meeting = [trial for trial in self._trials if self._meets(trial)]
-        if not self._trials and self._floors is not None:
-            raise self._floors  # no bound on MACs goes with the others
-        if not meeting:
+        if not self.trials and self.floors is not None:
+            raise self.floors  # no bound on MACs goes with the others
+        best: dict[int | None, Trial] = {}
+        for trial in filter(self._meets, self.trials):
+            known = best.setdefault(trial.multiple, trial)
+            best[trial.multiple] = max(known, trial, key=lambda one: (one.retained, -one.ratio))
+        if not best:
             raise self._unreachable()
-        found: list[Trial] = []
-        for multiple in multiples:
-            own = [trial for trial in meeting if trial.multiple == multiple]
-            if own:
-                best = max(own, key=lambda trial: (trial.retained, -trial.race.ratio))
-                if not any((best.selection.kept == one.selection.kept).all() for one in found):
-                    found.append(best)
-        return found
+        found: dict[bytes, Trial] = {}
+        for trial in best.values():
+            found.setdefault(trial.selection.kept.tobytes(), trial)
+        return list(found.values())
 
     def bisect(self, multiple: int | None) -> None:
         """Move the bound on MACs until the time is the requested one, or no other is left."""
@@ -194,94 +203,80 @@ class _Search:
             if trial is None:
                 low = share, None
             elif self._meets(trial) and (
-                share >= 1 or trial.race.ratio >= self._wanted * (1 - TOLERANCE)
+                share >= 1 or trial.ratio >= self._wanted * (1 - TOLERANCE)
             ):
                 return
-            elif trial.race.ratio > self._wanted:
-                high = share, trial.race.ratio
+            elif trial.ratio > self._wanted:
+                high = share, trial.ratio
             else:
-                low = share, trial.race.ratio
+                low = share, trial.ratio
             if high[0] - low[0] < _NARROW * high[0]:
                 return
             share = _between(low, high, self._wanted)
 
     def _first_guess(self) -> float:
         """The bound that came nearest with another multiple; at first, time as MACs."""
-        if self._trials:
-            return min(self._trials, key=lambda t: abs(t.race.ratio - self._wanted)).macs
-        if self._limits or not isinstance(self._bound, float):
+        if self.trials:
+            return min(self.trials, key=lambda t: abs(t.ratio - self._wanted)).macs
+        if self.limits or not isinstance(self.bound, float):
             return 1.0  # may be fast enough by the other bounds, or as it is
-        return self._bound
+        return self.bound
 
     def _try(self, share: float, multiple: int | None) -> Trial | None:
         """Plan, cut and time; None where the floors don't allow the bound."""
-        most = int(share * self._dense_macs)
-        limits = {**self._limits, "macs": min(most, self._limits.get("macs", most))}
+        most = int(share * self.dense_macs)
+        limits = {**self.limits, "macs": min(most, self.limits.get("macs", most))}
         try:
-            chosen = self._choose(limits, multiple)
+            chosen = self.choose(limits, multiple)
         except BudgetError as error:
-            self._floors = error
+            self.floors = error
             return None
-        plan = self._build(chosen.kept)
-        same = [t.race for t in self._trials if (t.selection.kept == chosen.kept).all()]
-        wanted = self._wanted if self._trials else None
-        race = same[0] if same else self._clock.compare(plan, wanted)
+        plan = self.build(chosen.kept)
+        same = [t.race for t in self.trials if (t.selection.kept == chosen.kept).all()]
+        wanted = self._wanted if self.trials else None
+        race = same[0] if same else self.clock.compare(plan, wanted)
         trial = Trial(chosen, plan, share, multiple, race)
-        self._trials.append(trial)
+        self.trials.append(trial)
         return trial
 
     def _meets(self, trial: Trial) -> bool:
-        return trial.race.ratio <= self._wanted * (1 + TOLERANCE)
+        return trial.ratio <= self._wanted * (1 + TOLERANCE)
 
     @property
     def _wanted(self) -> float:
         """The requested time as a part of the dense model's."""
-        if not isinstance(self._bound, str):
-            return float(self._bound or 1.0)
-        return min(1.0, seconds(self._bound) / self._dense_seconds)
+        if not isinstance(self.bound, str):
+            return float(self.bound or 1.0)
+        return min(1.0, seconds(self.bound) / self._dense_seconds)
 
     @property
     def _dense_seconds(self) -> float:
-        times = sorted(trial.race.dense for trial in self._trials)
+        times = sorted(trial.race.dense for trial in self.trials)
         return times[len(times) // 2] if times else inf
 
-    def record(
-        self, chosen: Trial, compared: Sequence[Trial], errors: Sequence[float]
-    ) -> dict[str, Any]:
+    def record(self, chosen: Trial) -> dict[str, Any]:
         """What was measured, as plain data."""
-        found = {id(one): e for one, e in zip(compared, errors, strict=False) if isfinite(e)}
         return {
-            "clock": self._clock.name,
+            "clock": self.clock.name,
             "threads": torch.get_num_threads(),
             "dense_ms": 1e3 * chosen.race.dense,
             "rounds": chosen.race.rounds,
             "spread": chosen.race.spread,
-            **_describe(chosen, found.get(id(chosen))),
-            "trials": [_describe(trial, found.get(id(trial))) for trial in self._trials],
+            **chosen.record(),
+            "trials": [trial.record() for trial in self.trials],
         }
 
     def _unreachable(self) -> BudgetError:
-        fastest = min(self._trials, key=lambda trial: trial.race.ratio)
+        fastest = min(self.trials, key=lambda trial: trial.ratio)
         dense_ms = 1e3 * self._dense_seconds
-        floors = f"; {self._floors.what}; {self._floors.why}" if self._floors else ""
+        floors = f"; {self.floors.what}; {self.floors.why}" if self.floors else ""
         return BudgetError(
             f"no plan takes {self._wanted:.1%} of the dense model's {dense_ms:.4g} ms",
-            where=f"by the clock {self._clock.name}",
-            why=f"the fastest of {len(self._trials)} plans takes {fastest.race.ratio:.1%}, "
-            f"{dense_ms * fastest.race.ratio:.4g} ms ({_spell(fastest)}){floors}",
+            where=f"by the clock {self.clock.name}",
+            why=f"the fastest of {len(self.trials)} plans takes {fastest.ratio:.1%}, "
+            f"{dense_ms * fastest.ratio:.4g} ms ({_spell(fastest)}){floors}",
             fix="ask for no less than that, or lower the floors (max_ratio, min_width)",
         )
-
-
-def _describe(trial: Trial, error: float | None) -> dict[str, Any]:
-    """What was measured of a trial, as plain data."""
-    return {
-        "multiple": trial.multiple,
-        "macs": trial.macs,
-        "ratio": trial.race.ratio,
-        "retained": trial.retained,
-        "error": error,
-    }
 
 
 def _between(low: _Point, high: _Point, wanted: float) -> float:

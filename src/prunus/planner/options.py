@@ -284,6 +284,8 @@ class PlanOptions(ScoreOptions):
         self._check_amount()
         if self.ratio is not None:
             self._check_beside_ratio()
+        if self.drops:
+            self._check_beside_drops()
 
     def _check_amount(self) -> None:
         """Refuse a call that doesn't say how much to remove, or says it twice."""
@@ -315,6 +317,26 @@ class PlanOptions(ScoreOptions):
                 why="a ratio is taken from every group alike",
                 fix="give a budget, as budget=Budget(macs=0.5)",
             )
+
+    def _check_beside_drops(self) -> None:
+        """Refuse what was measured, or would be, on the model with all its blocks."""
+        if self.statistics is not None:
+            raise PlanError(
+                "statistics can't be given where blocks are dropped",
+                why="they were collected on the model that has these blocks",
+                fix="give data=, and they are collected on what is left",
+            )
+        if self.budget is not None and self.budget.latency is not None:
+            raise PlanError(
+                "a latency budget can't be combined with dropping blocks",
+                why="the clock compares with the model that has all its blocks",
+                fix="drop the blocks first (prunus.drop_layers), then plan what is left",
+            )
+
+    @property
+    def cuts_widths(self) -> bool:
+        """Whether more is asked than blocks to drop."""
+        return bool(self.budget or self.ratio or self.ratios or {*(self.remove or {})} - {LAYERS})
 
     @property
     def drops(self) -> bool:

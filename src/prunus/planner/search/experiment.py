@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,13 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
-from prunus.importance import Context, Importance, collect, name_of, needs_of, score
+from prunus.importance import Context, Importance, collect, name_of, needs_of
 from prunus.importance.torch_pruning import adapt
 from prunus.planner.allocate import select
 from prunus.planner.culprits import tell_groups, tell_pins
 from prunus.planner.filters import excluded_groups
 from prunus.planner.options import PlanOptions, ScoreOptions
-from prunus.planner.width_planning import plan_of_mask, plan_widths
+from prunus.planner.widths import plan_of_mask, plan_widths, score_units
 from prunus.surgeon.mask import mask
 
 Metric = Callable[[nn.Module], float]
@@ -53,16 +53,12 @@ class Experiment:
         """Score the units once."""
         asked.check()
         importance = adapt(asked.importance, model)
-        statistics, needs = asked.statistics, needs_of(importance)
-        if statistics is None and asked.data is not None and needs:
-            statistics = collect(
-                *(model, graph, asked.data, needs),
-                loss=asked.loss,
-                seed=asked.seed,
-                samples=asked.samples,
-            )
-        tensors, _ = state_of(model)
-        scores = score(graph, tensors, importance, seed=asked.seed, statistics=statistics)
+        needs = needs_of(importance)
+        if asked.statistics is None and asked.data is not None and needs:
+            options: Any = {"loss": asked.loss, "seed": asked.seed, "samples": asked.samples}
+            statistics = collect(model, graph, asked.data, needs, **options)
+            asked = replace(asked, statistics=statistics)
+        scores = score_units(graph, model, replace(asked, importance=importance))
 
         def settled(group: Group, _: Context) -> NDArray[np.float64]:
             return scores[group.units]
@@ -83,7 +79,7 @@ class Experiment:
     def plan(self, ratios: Mapping[str, float]) -> Plan:
         """The plan where groups lose these shares."""
         asked = PlanOptions(importance=self.importance, ratios=ratios)
-        return plan_widths(self.graph, self.model, asked, may_remove_nothing=True)
+        return plan_widths(self.graph, self.model, asked, {}, may_remove_nothing=True)
 
     def value(self, metric: Metric, kept: Mask, where: str) -> float:
         """The metric of the masked model, in eval mode; ``where`` names the plan in an error.

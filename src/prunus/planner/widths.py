@@ -1,0 +1,380 @@
+"""The plan of widths: scores, what a budget decides where nobody does, and a solver's choice.
+
+Kernels take multiples of 8 channels at a time: what a budget of MACs saves is not saved by the
+clock where widths are none.  So the widths of channels and FFNs are multiples of 8 unless somebody
+says otherwise.  But the bound comes first: where a step of 8 is too coarse to meet it as closely as
+any rounding does, the groups of which it is are rounded to less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from prunus.errors import BudgetError
+from prunus.graph.axis import Mask
+from prunus.graph.coupling import CouplingGraph
+from prunus.graph.plans import Plan
+from prunus.graph.polynomial import PEAK
+from prunus.graph.program import state_of
+from prunus.importance import score
+from prunus.importance.registry import is_comparable
+from prunus.importance.torch_pruning import adapt
+from prunus.planner.alignment import Default, RoundTo, wide_groups
+from prunus.planner.allocate import Selection, select
+from prunus.planner.culprits import nothing_removed
+from prunus.planner.filters import spread
+from prunus.planner.latency import MULTIPLES, meet_time
+from prunus.planner.option_values import check_share
+from prunus.planner.options import PlanOptions, ScoreOptions
+from prunus.planner.structure_ratios import GLOBAL_RATIO, check_counts, structure_ratios
+from prunus.structures import find_structures
+from prunus.surgeon.attributes import find_edits
+from prunus.tracer.trace import uncollected
+from prunus.verifier.other_ways import follow_other_ways
+
+MULTIPLE = 8
+"""Of which widths are multiples unless somebody says otherwise."""
+
+TOLERANCE = 0.02
+"""How far under its bound a cost may lie for the sake of that, as a part of the dense one."""
+
+AT_ONCE = 4
+"""How many moments are bounded at most in one go, where several are above the bound on memory."""
+
+_ROUNDED = ("channels", "ffn", "hidden", "other")
+"""Kinds of groups whose widths are rounded unless somebody says otherwise."""
+
+_STUCK = "it can't be cut to multiples"
+
+_SHAPING = ("scope", "normalise", "min_width", "max_ratio", "include", "exclude")
+"""Options that shape what a budget takes."""
+
+Scores = NDArray[np.float64]
+Limits = Mapping[str, int]
+"""The largest values of costs, by name."""
+
+
+def plan_widths(
+    graph: CouplingGraph,
+    model: nn.Module,
+    asked: PlanOptions,
+    hold: Mapping[str, str],
+    *,
+    limits: Limits | None = None,
+    dropped: Collection[str] = (),
+    may_remove_nothing: bool = False,
+) -> Plan:
+    """The plan of widths; see :func:`prunus.plan`.
+
+    Parameters
+    ----------
+    asked
+        With the statistics that the importance reads.
+    hold
+        Groups that are kept whole with the reason why each is, in place of ``asked.hold``.
+    limits
+        What is left of the budget of a model with all its blocks.
+    dropped
+        Blocks that the graph is without.
+    may_remove_nothing
+        Whether ratios too small to remove anything are taken for a request to remove nothing.
+    """
+    asked = replace(asked, importance=adapt(asked.importance, model), hold=tuple(hold))
+    counted = None if asked.budget is None else asked.budget.counted
+    if limits is None:
+        limits = {} if counted is None else counted.limits(graph)
+    scores = score_units(graph, model, asked)
+    for name in hold:
+        scores[graph.group(name).units] = np.inf
+    if asked.remove:
+        taken = structure_ratios(graph, scores, asked, hold, dropped)
+        asked = replace(asked, ratios={**(asked.ratios or {}), **taken})
+    request = _settle(graph, scores, asked, hold)
+    searched: dict[str, Any] = {}
+    with request.naming_floor():
+        if asked.budget is not None and asked.budget.latency is not None:
+            found, searched["latency"] = request.meet_time(model, limits)
+        else:
+            found = request.choose(limits)
+    check_counts(graph, asked, found.kept, dropped)
+    if found.kept.all() and not may_remove_nothing:
+        _refuse_nothing(graph, scores, asked, {**found.stopped, **hold})
+    origin = {
+        **request.record(found),
+        **searched,
+        "stopped": {**found.stopped, **dict.fromkeys(sorted(hold), "it is held")},
+        **{name: getattr(found, name) for name in ("retained", "bound")},
+        "traced": graph.traced,
+    }
+    chosen = plan_of_mask(graph, model, found.kept, origin)
+    parts = {c: (graph.cost(c), graph.cost(c, found.kept)) for c in limits if c not in chosen.costs}
+    chosen = replace(chosen, costs={**chosen.costs, **parts})
+    return follow_other_ways(chosen, graph, model, found.kept)
+
+
+def plan_of_mask(
+    graph: CouplingGraph, model: nn.Module, kept: Mask, origin: Mapping[str, Any]
+) -> Plan:
+    """The plan that keeps a mask's units, with the attributes that follow."""
+    chosen = Plan.from_mask(graph, kept, origin=origin)
+    return replace(chosen, edits=find_edits(model, graph, kept))
+
+
+def score_units(graph: CouplingGraph, model: nn.Module, asked: ScoreOptions) -> Scores:
+    """A score per unit, shape ``(unit_count + 1,)``."""
+    with uncollected():
+        tensors, _ = state_of(model)
+        return score(graph, tensors, asked.importance, seed=asked.seed, statistics=asked.statistics)
+
+
+def _settle(
+    graph: CouplingGraph, scores: Scores, asked: PlanOptions, hold: Mapping[str, str]
+) -> _Request:
+    """The options with what a budget decides where nobody does."""
+    given = spread(graph, asked.ratios or {}, "ratios", check_share)
+    capped = asked.budget is not None and asked.scope == "global" and asked.max_ratio is None
+    if asked.max_ratio is None:
+        free = {"*": GLOBAL_RATIO, **dict.fromkeys(given, 1.0)} if given else GLOBAL_RATIO
+        asked = replace(asked, max_ratio=free if capped else 1.0)
+    rounded: list[str] | None = None
+    if asked.budget is not None and asked.round_to is None:
+        kinds = {one.group: one.kind for one in find_structures(graph).structures}
+        rounded = [n for n, kind in kinds.items() if kind in _ROUNDED and n not in {*given, *hold}]
+    asked = replace(asked, round_to=asked.round_to or 1)
+    # Scores that are comparable as they are share a global budget out without normalising.
+    curves = asked.scope == "global" and is_comparable(asked.importance)
+    normalise = asked.normalise or ("none" if curves else "mean")
+    options = {name: getattr(asked, name) for name in _SHAPING} | {"normalise": normalise}
+    if asked.ratio is not None:
+        options["ratios"] = asked.ratio
+    elif asked.ratios is not None:
+        options["ratios"] = {name: share for name, share in given.items() if name not in hold}
+    return _Request(graph, scores, asked, {**options, "held": hold}, rounded, capped)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked of the solver.
+
+    Attributes
+    ----------
+    asked, options
+        What the plan records, and what the solver is told.
+    rounded
+        Names of the groups whose widths are rounded since nobody said otherwise; None where
+        ``asked.round_to`` decides.
+    capped
+        Whether groups lose at most :data:`GLOBAL_RATIO` since nobody said otherwise.
+    """
+
+    graph: CouplingGraph
+    scores: Scores
+    asked: PlanOptions
+    options: Mapping[str, Any]
+    rounded: Collection[str] | None
+    capped: bool
+
+    def select(self, limits: Limits, round_to: RoundTo) -> Selection:
+        """The units that are kept with such widths."""
+
+        def choose(graph: CouplingGraph, limits: Limits) -> Selection:
+            return select(graph, self.scores, limits, round_to=round_to, **self.options)
+
+        with uncollected():
+            if self.asked.ratio is not None:
+                return Selection(choose(self.graph, {}).kept)
+            return _hold_peak(self.graph, limits, choose)
+
+    def choose(self, limits: Limits) -> Selection:
+        """The units that are kept."""
+        if self.rounded is None:
+            return self.select(limits, self.asked.round_to or 1)
+        names = wide_groups(self.graph, self.rounded)
+        return choose_rounded(self.graph, limits, names, lambda each: self.select(limits, each))
+
+    def meet_time(self, model: nn.Module, limits: Limits) -> tuple[Selection, dict[str, Any]]:
+        """The units that are kept for a budget of latency, and what the plan records of it."""
+        graph, asked, rounded = self.graph, self.asked, self.rounded
+        fixed = {group.name: 1 for group in graph.groups if group.name not in (rounded or ())}
+
+        def choose(limits: Limits, multiple: int | None) -> Selection:
+            if multiple is None:
+                return self.select(limits, asked.round_to or 1)
+            return self.select(limits, {"*": multiple, **fixed})
+
+        found, record = meet_time(
+            *(graph, model, asked, limits, choose),
+            lambda kept: plan_of_mask(graph, model, kept, {"traced": graph.traced}),
+            (None,) if rounded is None else MULTIPLES,
+        )
+        names = wide_groups(graph, rounded or ())
+        # The bound on what is retained was that of the MACs, and says nothing of the time.
+        found = found._replace(bound=None, rounded=dict.fromkeys(names, record["multiple"]))
+        return found, record
+
+    @contextmanager
+    def naming_floor(self) -> Iterator[None]:
+        """Let a budget's refusal say of a floor that nobody asked for how to lift it."""
+        try:
+            yield
+        except BudgetError as error:
+            if not self.capped:
+                raise
+            raise BudgetError(
+                error.what,
+                where=error.where,
+                why=error.why,
+                fix=f"{error.fix}; scope='global' takes at most {GLOBAL_RATIO:g} of a group "
+                "unless you say otherwise: max_ratio=1.0 lifts that floor",
+            ) from error
+
+    def record(self, found: Selection) -> dict[str, Any]:
+        """What the plan says of its options, those included that nobody gave."""
+        decided = self.asked.record()
+        automatic = ["max_ratio"] if self.capped else []
+        if self.rounded is not None:
+            automatic.append("round_to")
+            most = max(found.rounded.values(), default=1)
+            names = wide_groups(self.graph, self.rounded)
+            finer = {n: found.rounded.get(n, 1) for n in names if found.rounded.get(n, 1) < most}
+            decided["round_to"] = {"*": most, **finer} if finer else most
+        return {**decided, "automatic": automatic} if automatic else decided
+
+
+def _refuse_nothing(
+    graph: CouplingGraph, scores: Scores, asked: PlanOptions, reasons: Mapping[str, str]
+) -> None:
+    """Refuse a ratio that removes nothing; a budget that removes nothing is met as it is."""
+    said = [] if asked.ratio is None else [f"ratio={asked.ratio:g}"]
+    if any(share > 0 for share in (asked.ratios or {}).values()):
+        said.append(f"ratios={dict(asked.ratios or {})}")
+    if said:
+        infinite = [g.name for g in graph.groups if not np.isfinite(scores[g.units]).any()]
+        found = {**dict.fromkeys(infinite, "its scores are infinite"), **reasons}
+        raise nothing_removed(graph, " and ".join(said), found)
+
+
+def _hold_peak(
+    graph: CouplingGraph,
+    limits: Limits,
+    choose: Callable[[CouplingGraph, Limits], Selection],
+) -> Selection:
+    """Choose what is kept under bounds of which one may be on the most that is alive at a moment.
+
+    That most is no polynomial, but the bytes of every moment are one.  So the worst moments are
+    bounded like any cost, and as long as others are above the bound then, these as well.
+    """
+    if PEAK not in limits:
+        return choose(graph, limits)
+    moments = graph.moments
+    named = {f"{PEAK} at {name}": polynomial for name, polynomial in moments.bytes.items()}
+    graph = replace(graph, width_labels=moments.labels, costs={**graph.costs, **named})
+    bounds = {name: limit for name, limit in limits.items() if name != PEAK}
+    found = choose(graph, bounds) if bounds else Selection(graph.all_kept)
+    while True:
+        values = {f"{PEAK} at {name}": v for name, v in moments.values(found.kept).items()}
+        above = [n for n, v in values.items() if v > limits[PEAK] and n not in bounds]
+        if not above:
+            return found
+        above.sort(key=lambda name: -values[name])
+        bounds |= dict.fromkeys(above[:AT_ONCE], limits[PEAK])
+        found = choose(graph, bounds)
+
+
+def choose_rounded(
+    graph: CouplingGraph,
+    limits: Limits,
+    names: Collection[str],
+    choose: Callable[[Default], Selection],
+) -> Selection:
+    """The choice of units with widths as coarse as the bounds allow.
+
+    Parameters
+    ----------
+    names
+        Groups that are rounded.
+    choose
+        Chooses under the bounds with these multiples.
+
+    Raises
+    ------
+    BudgetError
+        If the floors don't allow the budget without any rounding.
+    """
+    best: tuple[float, Selection] | None = None
+    for multiples in _attempts(graph, limits, names):
+        try:
+            found = _without_stuck(multiples, choose)
+        except BudgetError:
+            if not multiples:
+                raise
+            continue
+        spare = 0.0 if found.kept.all() else _spare(graph, limits, found.kept)
+        if best is None or spare < best[0]:
+            best = spare, found
+        if spare <= TOLERANCE:
+            break
+    assert best is not None, "the last attempt raises or finds"
+    return best[1]
+
+
+def _without_stuck(
+    multiples: Mapping[str, int], choose: Callable[[Default], Selection]
+) -> Selection:
+    """A choice in which no group is kept whole since it can't be cut to its multiple.
+
+    (Six blocks of eight channels make no multiple of 8 in fewer blocks, nor in smaller ones; but
+    one of 4.)
+    """
+    while True:
+        found = choose(Default(multiples))
+        stuck = {n for n, why in found.stopped.items() if n in multiples and _STUCK in why}
+        if not stuck:
+            return found._replace(rounded=multiples)
+        finer = {name: n // 2 if name in stuck else n for name, n in multiples.items()}
+        multiples = {name: n for name, n in finer.items() if n > 1}
+
+
+def _attempts(
+    graph: CouplingGraph, limits: Limits, names: Collection[str]
+) -> Iterator[Mapping[str, int]]:
+    """Multiples of all groups; finer and finer ones where a step is too coarse; none."""
+    finest = {name: _finest(graph, limits, name) for name in names}
+    multiple, tried = MULTIPLE, dict[str, int]()
+    while multiple > 1:
+        found = {name: max(multiple, least) for name, least in finest.items()}
+        if found and found != tried:
+            yield found
+        multiple, tried = multiple // 2, found
+    yield {name: least for name, least in finest.items() if least > 1}
+    if any(least > 1 for least in finest.values()):
+        yield {}
+
+
+def _finest(graph: CouplingGraph, limits: Limits, name: str) -> int:
+    """The largest multiple, a power of two, of which a step costs no more than the tolerance."""
+    units = graph.group(name).units
+    multiple = MULTIPLE
+    while multiple > 1:
+        kept = graph.all_kept
+        kept[units[:multiple]] = False
+        saved = (1 - graph.cost(cost, kept) / max(graph.cost(cost), 1) for cost in limits)
+        if max(saved, default=0.0) <= TOLERANCE:
+            break
+        multiple //= 2
+    return multiple
+
+
+def _spare(graph: CouplingGraph, limits: Limits, kept: Mask) -> float:
+    """Room under the tightest bound, as a part of the dense cost."""
+    rooms = (
+        (most - graph.cost(name, kept)) / max(graph.cost(name), 1) for name, most in limits.items()
+    )
+    return min(rooms, default=0.0)

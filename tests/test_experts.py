@@ -187,3 +187,50 @@ def test_positions_that_are_computed_with_keep_every_class(look_up: Any) -> None
     model = Chosen(look_up).eval()
     graph = prunus.trace(model, torch.randn(32, 6))
     assert Axis("router.weight", 0) not in graph.labels
+
+
+def contributions(model: nn.Module, path: str) -> dict[int, list[float]]:
+    """By expert the norms of what it adds to its tokens, each token and expert run alone."""
+    found: dict[int, list[float]] = {}
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    experts = model.get_submodule(path)
+    handle = experts.register_forward_pre_hook(lambda _, args: seen.append(args))
+    with torch.no_grad():
+        model(**CALL)
+        handle.remove()
+        ((hidden, chosen, weights),) = seen
+        for row, (own, shares) in enumerate(zip(chosen.tolist(), weights, strict=True)):
+            for expert, share in zip(own, shares, strict=True):
+                alone = experts(hidden[row : row + 1], torch.tensor([[expert]]), share[None, None])
+                found.setdefault(expert, []).append(float(alone.norm()))
+    return found
+
+
+@pytest.mark.parametrize("kernel", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_reap_is_the_mean_norm_of_what_an_expert_adds(family: str, kernel: str) -> None:
+    model = build(family)
+    graph = prunus.trace(model, kwargs=CALL)
+    model.config._experts_implementation = kernel
+    statistics = prunus.importance.collect(model, graph, [CALL], "routed")
+    tensors = dict(model.named_parameters())
+    scores = prunus.importance.score(graph, tensors, "reap", statistics=statistics)
+    for layer, name in enumerate(experts_of(graph)):
+        added = contributions(model, f"model.layers.{layer}.mlp.experts")
+        wanted = [np.mean(added.get(expert, [0.0])) for expert in range(8)]
+        np.testing.assert_allclose(scores[graph.group(name).units], wanted, rtol=1e-4)
+    others = [group for group in graph.groups if group.name not in experts_of(graph)]
+    assert all(np.isinf(scores[group.units]).all() for group in others)
+
+
+def test_shrink_removes_the_experts_that_add_least() -> None:
+    model = build("Qwen3Moe")
+    added = contributions(model, "model.layers.0.mlp.experts")
+    least = sorted(range(8), key=lambda expert: np.mean(added.get(expert, [0.0])))[:2]
+    small = prunus.shrink(
+        model, kwargs=CALL, remove={"experts": 0.25}, importance="reap", data=[CALL]
+    )
+    assert small.certificate is not None
+    assert small.certificate.verdict == "exact"
+    kept = small.plan.keep[Axis("model.layers.0.mlp.gate.weight", 0)]
+    assert sorted(set(range(8)) - set(map(int, kept))) == sorted(least)

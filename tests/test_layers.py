@@ -52,7 +52,7 @@ WITHIN = {
 
 CODE_LINES = {
     ".": 460,
-    "calibration": 1150,
+    "calibration": 1230,
     "checkpoint": 440,
     "cli": 1750,
     "graph": 1700,

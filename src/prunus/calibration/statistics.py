@@ -23,6 +23,7 @@ from prunus.calibration.batches import (
     samples_of,
 )
 from prunus.calibration.gradients import Contributions
+from prunus.calibration.routed import Routed
 from prunus.calibration.second_moments import Moments, fit_memory
 from prunus.calibration.sites import Read, Site, Sites, Watch, find_sites
 from prunus.calibration.targets import Loss, loss_of
@@ -43,16 +44,19 @@ NEEDS = {
     "head_gradient": "gradient of a gate on the unit, sample by sample",
     "activation": "what goes into the weights that read the unit",
     "second_moment": "mean and second moment of the columns that weights read",
+    "routed": "norms of what experts add to the tokens that the router sends them",
 }
 """What may be collected."""
 
 _UNITS = {
     "gradient": ("gradient", "gradient_squared", "fisher"),
     "head_gradient": ("head_gradient",),
+    "routed": ("routed", "routed_tokens"),
 }
 """What is summed up per unit for a need."""
 
-_GRADIENTS = frozenset(_UNITS)
+_GRADIENTS = frozenset({"gradient", "head_gradient"})
+_READ = frozenset({"activation", "second_moment"})
 
 
 @checks_options
@@ -73,7 +77,8 @@ class Statistics:
         ``T(s) = Σ w·∂L(s)/∂w`` over all weights that a unit owns and ``H(s)`` the gradient of a
         gate on it (:meth:`~prunus.calibration.gradients.Contributions.gated`) for sample s:
         ``"gradient"`` Σ T, ``"gradient_squared"`` Σ T², ``"fisher"`` ΣΣ (w·∂L/∂w)²,
-        ``"head_gradient"`` Σ |H|.
+        ``"head_gradient"`` Σ |H|, ``"routed"`` and ``"routed_tokens"`` the sums of
+        :class:`~prunus.calibration.routed.Routed`.
     sites
         One for each place where weights read units (need ``"activation"``, and for what
         :attr:`~prunus.calibration.sites.Site.moments` holds ``"second_moment"``).
@@ -129,7 +134,8 @@ def collect(
         Batches: a tensor, or a tuple or list ``(inputs, labels, …)``, or a mapping of keyword
         arguments (with ``labels``, if there are any).  Labels are needed for nothing.
     needs
-        Any of ``"gradient"``, ``"head_gradient"``, ``"activation"``, ``"second_moment"``.
+        Any of ``"gradient"``, ``"head_gradient"``, ``"activation"``, ``"second_moment"``,
+        ``"routed"``.
     loss
         ``(output, batch) → scalar`` of one sample, for the gradients.  Without it, the loss is
         the model's own ``.loss`` or the cross-entropy of the labels, or without labels of its own
@@ -371,11 +377,15 @@ class _Pass:
         self._watch: Watch | None = None
         names = [name for need, own in _UNITS.items() if need in needs for name in own]
         self._units = {name: np.zeros(graph.unit_count + 1) for name in names}
+        self._routed = Routed(graph, tensors) if "routed" in needs else None
+        if self._routed is not None:
+            routed = {"routed": self._routed.norms, "routed_tokens": self._routed.tokens}
+            self._units.update(routed)
         self._samples, self._losses = 0, 0.0
 
     def watch(self, stack: list[str]) -> None:
         """From now on look at what is read, where that is wanted."""
-        if self._needs - _GRADIENTS:
+        if self._needs & _READ:
             self._watch = Watch(self._sites, self._tensors, stack, self._hear)
 
     def _hear(self, site: Site, read: Read, part: tuple[int, int]) -> None:
@@ -386,8 +396,9 @@ class _Pass:
 
     def found(self) -> Statistics:
         """What was added up until now."""
-        loss = self._losses / max(self._samples, 1) if self._units else float("nan")
-        sites = self._sites.all if self._needs - _GRADIENTS else ()
+        graded = self._contributions is not None
+        loss = self._losses / max(self._samples, 1) if graded else float("nan")
+        sites = self._sites.all if self._needs & _READ else ()
         units = self._graph.unit_count
         described = (self._needs, units, self._samples, self._units, sites, loss)
         return Statistics(*described, tuple(self._outputs))
@@ -399,7 +410,7 @@ class _Pass:
         if self._watch is not None:
             self._watch.begin()
         with torch.set_grad_enabled(self._contributions is not None):
-            with self._watch or nullcontext():
+            with self._watch or nullcontext(), self._routed or nullcontext():
                 output = run_batch(self._model, batch)
             if self._contributions is None:
                 if len(self._outputs) < self._wanted.outputs:
@@ -438,5 +449,5 @@ class _Pass:
             "fisher": of.owned(squared),
             "head_gradient": np.abs(of.gated(plain)),
         }
-        for name, sums in self._units.items():
-            sums += found[name]
+        for name in found.keys() & self._units.keys():
+            self._units[name] += found[name]

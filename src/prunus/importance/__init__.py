@@ -5,6 +5,7 @@ from prunus.importance import calibrated as _calibrated
 from prunus.importance import magnitude as _magnitude
 from prunus.importance import obs as _obs
 from prunus.importance import random as _control
+from prunus.importance import routed as _routed
 from prunus.importance import structure as _structure
 from prunus.importance.influence import block_influence
 from prunus.importance.movement import Movement
@@ -32,4 +33,4 @@ __all__ = [
     "score",
 ]
 
-del _calibrated, _control, _magnitude, _obs, _structure
+del _calibrated, _control, _magnitude, _obs, _routed, _structure

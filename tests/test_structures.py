@@ -317,6 +317,7 @@ def alone() -> Iterator[Callable[..., None]]:
 
 
 WIDTHS = {"hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"}
+KV = {"num_key_value_heads"}
 LAYERS = {"num_hidden_layers"}
 
 
@@ -326,8 +327,8 @@ LAYERS = {"num_hidden_layers"}
         (llama, {"ratio": 0.4}, WIDTHS),
         (llama, {"ratio": 0.4, "drop": 1}, WIDTHS | LAYERS),
         (llama, {"drop": 1}, LAYERS),
-        (bert, {"ratio": 0.4, "drop": 1}, {"intermediate_size"} | LAYERS),
-        (vit, {"ratio": 0.4, "drop": 1}, {"intermediate_size"} | LAYERS),
+        (bert, {"ratio": 0.4, "drop": 1}, WIDTHS - KV | LAYERS),
+        (vit, {"ratio": 0.4, "drop": 1}, WIDTHS - KV | LAYERS),
     ],
 )
 def test_uniform_results_load_without_prunus(
@@ -376,8 +377,8 @@ def test_what_uniform_can_not_say_is_held_with_its_reason() -> None:
     shrunk = prunus.shrink(
         model, (), hf.example_inputs(model), ratio=0.4, mode="uniform", each_group=False
     )
-    heads = "bert.encoder.layer.0.attention.self.query.weight[0]"
-    assert "hidden ÷ heads" in shrunk.held[heads]
+    dims = "bert.encoder.layer.0.attention.self.query.weight[0]/2"
+    assert "hidden ÷ heads" in shrunk.held[dims]
     model = llama()
     shrunk = prunus.shrink(
         model, (), hf.example_inputs(model), ratio=0.4, mode="uniform", each_group=False

@@ -18,11 +18,11 @@ from prunus.graph.plans import Plan
 from prunus.graph.progress import Progress, following, shows
 from prunus.importance import needs_of
 from prunus.integrations.hf import example_inputs
-from prunus.integrations.hf_config import uniform
+from prunus.integrations.hf_config import Uniform
 from prunus.planner.layers import name_layers
 from prunus.planner.option_values import Globs
 from prunus.planner.options import PlanKeywords, PlanOptions, takes_options
-from prunus.planner.planning import Restrict, plan_verified, rejected
+from prunus.planner.planning import plan_verified, rejected
 from prunus.planner.widths import plan_of_mask
 from prunus.recovery import Recover, Step, check_recovery, cut_and_recover
 from prunus.structures.by_hand import Where, with_units, without_heads
@@ -142,16 +142,20 @@ def shrink(
         data = _batches_to_read(asked, recover)
         asked = replace(asked, data=data)
         graph = trace(model, args, kwargs, outputs=outputs)
+        library = None
+        if mode == "uniform":
+            library = Uniform(model, kwargs if kwargs and not args else example_inputs(model))
         planned = plan_verified(
             *(graph, model, args, dict(kwargs or {}), asked),
             verified=verified,
             each_group=each_group,
-            restrict=_restriction(mode, model, args, kwargs),
+            restrict=None if library is None else library.restrict,
             repair=recover not in ("none", "recalibrate"),
         )
         certificate = planned.certificate
+        accepted = planned.plan if library is None else library.accepted(planned.plan)
         chosen, steps = cut_and_recover(
-            *(model, planned.plan, planned.graph, None if recover == "none" else data),
+            *(model, accepted, planned.graph, None if recover == "none" else data),
             statistics=planned.statistics,
             method=recover,
             new_biases=mode == "free",  # a plain config can't say them
@@ -159,6 +163,8 @@ def shrink(
             check=certificate is None or certificate.verdict != "exact",
             seed=asked.seed,
         )
+        if library is not None:
+            library.state(model)
     samples = 0 if data is None else data.samples
     return Shrunk(model, graph, chosen, certificate, planned.held, steps, samples)
 
@@ -356,14 +362,6 @@ def _check_mode(mode: str) -> None:
     if mode not in get_args(Mode):
         known = ", ".join(map(repr, get_args(Mode)))
         raise PlanError(f"mode={mode!r} is none of {known}", fix="leave it out for 'free'")
-
-
-def _restriction(mode: Mode, model: nn.Module, args: Any, kwargs: Any) -> Restrict | None:
-    """What narrows the graph to what the mode can say."""
-    if mode == "free":
-        return None
-    inputs = kwargs if kwargs and not args else example_inputs(model)
-    return lambda graph: uniform(graph, model, inputs)
 
 
 def _inputs_of(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> tuple[Any, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -106,16 +108,18 @@ def form_groups(
 
 @dataclass(frozen=True, eq=False)
 class Lockstep:
-    """Sets of units that must all lose the same number of members.
+    """Sets of units that must all lose the same number of members, or numbers in proportion.
 
     ``kind`` says where it comes from: *balanced* (the blocks of a grouped convolution or of a
     group norm), *equal count* (one attribute governs several axes), *rep* (the query heads of
-    every KV group).  ``sets`` has shape ``(blocks, members)``, in positional order.
+    every KV group).  ``sets`` has shape ``(blocks, members)``, in positional order.  With
+    ``rates``, one per set, the numbers are in that proportion: a head and 64 of the hidden width.
     """
 
     kind: Literal["balanced", "equal count", "rep"]
     sets: tuple[NDArray[np.int64], ...]
     reason: str
+    rates: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +156,42 @@ class Rescale:
         return float(np.sqrt(kept[self.label].all(axis=1).sum() / len(self.label)))
 
 
-Constraint = Lockstep | AtLeast | Aligned
+@dataclass(frozen=True, eq=False)
+class Proportional:
+    """An integer that shrinks with sets of units: ``size`` × Π kept / members."""
+
+    name: str
+    size: int
+    sets: tuple[NDArray[np.int64], ...]
+
+    def of(self, kept: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+        """Its values for the numbers of units kept in each set; arrays of one shape.
+
+        >>> heads = Proportional("heads", 8, (np.arange(4), np.arange(2)))
+        >>> heads.of([np.array([3, 4]), np.array([1, 2])])
+        array([3, 8])
+        """
+        members = prod(len(units) for units in self.sets)
+        return np.asarray(self.size * prod(kept) // members, dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Divisible:
+    """A width of which another one has to be a divisor: hidden size and number of heads."""
+
+    width: Proportional
+    divisor: Proportional
+    reason: str
+
+    def holds(self, kept: Callable[[NDArray[np.int64]], NDArray[np.int64]]) -> Mask:
+        """Whether it holds, for the number of units kept in a set, or for arrays of numbers."""
+        width, divisor = (
+            one.of([kept(units) for units in one.sets]) for one in (self.width, self.divisor)
+        )
+        return np.asarray(width % np.maximum(divisor, 1) == 0)
+
+
+Constraint = Lockstep | AtLeast | Aligned | Divisible
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +222,13 @@ def find_violation(constraints: Iterable[Constraint], kept: Mask) -> str:
     for constraint in constraints:
         if isinstance(constraint, Lockstep):
             gone = [int((~kept[units]).sum()) for units in constraint.sets]
-            if len(set(gone)) > 1:
+            rates = constraint.rates or (1,) * len(gone)
+            if len({Fraction(n, rate) for n, rate in zip(gone, rates, strict=True)}) > 1:
                 return f"{constraint.reason}: {' and '.join(map(str, gone))} are removed"
+            continue
+        if isinstance(constraint, Divisible):
+            if not constraint.holds(lambda units: kept[units].sum()):
+                return constraint.reason
             continue
         stay = int(kept[constraint.label].all(axis=1).sum())
         if isinstance(constraint, AtLeast) and stay < constraint.least:

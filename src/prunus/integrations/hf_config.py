@@ -1,97 +1,291 @@
-"""Whether config.json can say what was cut, so that the unmodified library builds it.
+"""What a plain config.json can express, as constraints of a plan; the config of a result.
 
-Nothing is known of any architecture.  Integers of the config are changed in the proportion in
-which tensors shrank, as long as that brings the model that the library would build (on the meta
-device, which costs no memory) nearer to the cut one; what is found is accepted when all shapes
-agree, and when saved, when the outputs do.
+Nothing is known of any architecture.  Of each kind of structure (the FFN widths of a stack, its
+heads, the residual width) a part is removed on trial, and integers of the config are changed in the
+proportion in which tensors shrink, until the library builds that model and answers the same.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, islice
+from math import gcd
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from prunus.errors import ModelError, PlanError, checks_options
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.groups import Lockstep
+from prunus.graph.groups import Constraint, Divisible, Lockstep, Proportional
+from prunus.graph.plan_records import Edit, kind_of_edit
 from prunus.graph.plans import Plan
+from prunus.integrations.hf_library import (
+    Changes,
+    Library,
+    OtherAnswersError,
+    Pairs,
+    Place,
+    shapes_of,
+    unsaid,
+    write,
+)
 from prunus.planner.allocate import select
-from prunus.structures import Structure, find_structures
-from prunus.surgeon import apply
+from prunus.structures import find_structures
+from prunus.surgeon.apply import cut_own
 from prunus.surgeon.attributes import find_edits
+from prunus.surgeon.depth import without_blocks
+from prunus.surgeon.reach import (
+    holders_of,
+    own_copies,
+    own_dicts,
+    value_of,
+    write_attribute,
+)
 from prunus.surgeon.snapshot import applied_plan
-
-Shapes = Mapping[str, tuple[int, ...]]
-Pairs = frozenset[tuple[int, int]]
-"""Sizes before and after."""
-
-Place = tuple[str, ...]
-"""Names of nested configs and of an entry."""
-
-_BUILDS = 400
-"""Models that are built on the meta device, at most, before a search is given up."""
+from prunus.tracer.copies import duplicate
+from prunus.tracer.follow import is_config
+from prunus.verifier import randomize
 
 CLOSE = 1e-5
 """Largest relative difference between the outputs of the cut model and of the library's own."""
 
-_NAMED = 3
+_TRIALS = 6
+"""Numbers of units that are removed on trial before a kind is held."""
 
 
-@checks_options
-def uniform(
-    graph: CouplingGraph, model: nn.Module, kwargs: Mapping[str, Any]
-) -> tuple[CouplingGraph, dict[str, str]]:
-    """The graph, restricted to what config.json can say, and the groups to hold, with the reason.
+@dataclass(frozen=True, eq=False)
+class _Kind:
+    """Structures whose size one number of the config may state."""
 
-    Layers of one stack lose equally many units of a kind.  A kind is tried by taking half of its
-    units everywhere: where no change of the config makes the library build that model, it has to
-    stay whole.
+    name: str
+    groups: tuple[str, ...]
+    sets: tuple[NDArray[np.int64], ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.sets[0])
+
+
+@dataclass(frozen=True, eq=False)
+class _Expressed:
+    """Kinds that shrink in proportion, and the entries of the config that shrink with them."""
+
+    kinds: tuple[_Kind, ...]
+    places: frozenset[Place] = frozenset()
+
+    @property
+    def step(self) -> int:
+        """In how many steps all units go."""
+        return gcd(*(kind.size for kind in self.kinds))
+
+    @property
+    def tie(self) -> Lockstep:
+        sets = tuple(units for kind in self.kinds for units in kind.sets)
+        rates = tuple(len(units) // self.step for units in sets)
+        names = " and ".join(kind.name for kind in self.kinds)
+        reason = f"config.json has one number for the {names} of all layers"
+        return Lockstep("equal count", sets, reason, () if set(rates) == {1} else rates)
+
+
+class Uniform:
+    """The plans whose results a plain config.json describes.
+
+    Parameters
+    ----------
+    model, kwargs
+        A model of transformers, and inputs on which answers are compared.
     """
-    by_kind: dict[tuple[str, str], list[Structure]] = {}
+
+    def __init__(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+        self._model, self._kwargs = model, kwargs
+        self._known: dict[frozenset[str], list[_Expressed]] = {}
+        self._stated: Changes = {}
+
+    def restrict(self, graph: CouplingGraph) -> tuple[CouplingGraph, dict[str, str]]:
+        """The graph with what the config demands as constraints; groups to hold, with the reason.
+
+        Layers of one stack lose equally many units of a kind.  A kind that no change of the config
+        expresses alone is tried with another one in proportion: heads with the residual width,
+        where a head is hidden ÷ heads wide.  One that can't be expressed either way is held.
+        """
+        library = Library(self._model)
+        loud = duplicate(self._model)  # of untrained weights, wrong scales hardly move the answers
+        randomize(loud, (), self._kwargs)
+        found: list[_Expressed] = []
+        failed: dict[_Kind, str] = {}
+        for kind in _kinds(graph):
+            one = self._try(graph, library, loud, (kind,))
+            if isinstance(one, str):
+                failed[kind] = one
+            else:
+                found.append(one)
+        for pair in combinations(list(failed), 2):
+            one = self._try(graph, library, loud, pair) if failed.keys() >= {*pair} else ""
+            if not isinstance(one, str):
+                found.append(one)
+                failed = {kind: why for kind, why in failed.items() if kind not in pair}
+        self._known[frozenset(group.name for group in graph.groups)] = found
+        extra = (*(one.tie for one in found if len(one.tie.sets) > 1), *_rules(library, found))
+        held = {group: why for kind, why in failed.items() for group in kind.groups}
+        return replace(graph, constraints=(*graph.constraints, *extra)), held
+
+    def _try(
+        self, graph: CouplingGraph, library: Library, loud: nn.Module, kinds: tuple[_Kind, ...]
+    ) -> _Expressed | str:
+        """Which entries express that units of these kinds are removed, or why none do."""
+        one = _Expressed(kinds)
+        if any(len({len(units) for units in kind.sets}) > 1 for kind in kinds):
+            return "layers differ to begin with"
+        tied = replace(graph, constraints=(*graph.constraints, one.tie))
+        scores = np.full(graph.unit_count + 1, np.inf)
+        scores[np.concatenate(one.tie.sets)] = 1.0
+        reasons = []
+        for count in islice(_from_the_middle(one.step), _TRIALS):
+            kept = select(tied, scores, {}, ratios=count / one.step).kept
+            if kept.all() or len({kept[units].mean() for units in one.tie.sets}) > 1:
+                continue
+            try:
+                edits = find_edits(self._model, graph, kept)
+                trial = replace(Plan.from_mask(graph, kept), edits=edits)
+                cut = cut_own(trial, duplicate(loud, share=True))
+                changes = _search(library, cut, _pairs(trial), self._kwargs)
+            except OtherAnswersError as error:
+                return error.why
+            except (PlanError, ModelError) as error:
+                reasons.append(error.why or error.what)
+                continue
+            share = kept[one.tie.sets[0]].mean()
+            entries = library.entries()
+            moved = {place: new for place, new in changes.items() if new != entries[place]}
+            if all(abs(new - share * entries[place]) < 0.5 for place, new in moved.items()):
+                return replace(one, places=frozenset(moved))
+        return reasons[0] if reasons else "none can be removed in every layer"
+
+    def accepted(self, plan: Plan) -> Plan:
+        """The plan with all integers that state a width, once the library accepts its result.
+
+        The library builds the result from its config, with these shapes, and answers the same;
+        nothing of the model is changed.
+
+        Raises
+        ------
+        ModelError
+            If it does not.
+        """
+        cut = cut_own(plan, duplicate(self._model, share=True))
+        wanted = shapes_of(cut)
+        with without_blocks(self._model, plan.drops):
+            library = Library(self._model)
+            changes = self._changes(library, plan)
+            wrong = library.differences(changes, wanted)
+            if wrong is None or wrong:
+                raise unsaid(wrong or {}, wanted, [])
+            changes = library.without_needless(changes, wanted)
+            self._stated = {place: changes[place] for place in library.stated if place in changes}
+            edits = tuple(_follow(self._model, library.build(changes), plan.edits))
+        own_copies(cut, edits)
+        modules = dict(cut.named_modules(remove_duplicate=False))
+        for edit in edits:
+            write_attribute(modules[edit.module], edit.attribute, edit.after)
+        gap = library.gap(changes, cut, self._kwargs)
+        if gap > CLOSE:
+            raise unsaid({}, wanted, [gap])
+        return replace(plan, edits=(*plan.edits, *edits))
+
+    def state(self, model: nn.Module) -> None:
+        """Let the config of the cut model say what it left to be derived before."""
+        config: Any = model.config
+        for place, value in self._stated.items():
+            holder = config
+            for name in place[:-1]:
+                holder = getattr(holder, name)
+            kinds = [one for module in model.modules() for one in vars(module).values()
+                     if type(one) is type(holder)]  # fmt: skip
+            written = {id(vars(one)): vars(one) for one in [holder, *kinds]}
+            for attributes in own_dicts(model, written.values()).values():
+                attributes[place[-1]] = value
+
+    def _changes(self, library: Library, plan: Plan) -> dict[Place, int]:
+        """Values of the entries that follow what a plan removes."""
+        changes = {**library.stated}
+        entries = library.entries()
+        choices = {choice.name: choice for choice in plan.groups}
+        for one in self._known.get(frozenset(choices), ()):
+            choice = choices[one.kinds[0].groups[0]]
+            left = choice.size - len(choice.removed)
+            for place in one.places if left < choice.size else ():
+                changes[place] = changes.get(place, entries[place]) * left // choice.size
+        return changes
+
+
+def _kinds(graph: CouplingGraph) -> list[_Kind]:
+    """Structures of one kind and size in one stack, which lose equally many units."""
+    found: dict[tuple[str, str, int], list[str]] = {}
     for part in find_structures(graph).structures:
-        stack = part.layer.rpartition(".")[0]
-        by_kind.setdefault((part.kind, stack if part.layer else part.group), []).append(part)
-    held: dict[str, str] = {}
-    ties: list[Lockstep] = []
-    for (kind, _), parts in by_kind.items():
-        sets = tuple(graph.group(part.group).units for part in parts)
-        reason = f"config.json has one number for the {kind} of all layers"
-        unlike = len({len(units) for units in sets}) > 1
-        tied = replace(
-            graph, constraints=(*graph.constraints, Lockstep("equal count", sets, reason))
-        )
-        why = "layers differ to begin with" if unlike else _try(tied, model, sets, kwargs)
-        if why:
-            held.update((part.group, why) for part in parts)
-        elif len(sets) > 1:
-            ties.append(Lockstep("equal count", sets, reason))
-    return replace(graph, constraints=(*graph.constraints, *ties)), held
+        stack = part.layer.rpartition(".")[0] if part.layer else part.group
+        found.setdefault((part.kind, stack, part.size), []).append(part.group)
+    return [
+        _Kind(kind, tuple(names), tuple(graph.group(name).units for name in names))
+        for (kind, _, _), names in found.items()
+    ]
 
 
-def _try(
-    graph: CouplingGraph, model: nn.Module, sets: Iterable[Any], kwargs: Mapping[str, Any]
-) -> str:
-    """Why the config can't say that half of some units is gone; empty where it can."""
-    scores = np.full(graph.unit_count + 1, np.inf)
-    for units in sets:
-        scores[units] = 1.0
-    kept = select(graph, scores, {}, ratios=0.5).kept
-    if kept.all():
-        return "none can be removed in every layer"
-    try:
-        trial = Plan.from_mask(graph, kept)
-        cut = apply(replace(trial, edits=find_edits(model, graph, kept)), copy.deepcopy(model))
-        fitting_config(cut, kwargs)
-    except (PlanError, ModelError) as error:
-        return error.why or error.what
-    return ""
+def _from_the_middle(size: int) -> Iterator[int]:
+    """1 … size - 1, those near the half first.
+
+    >>> list(_from_the_middle(6))
+    [3, 2, 4, 1, 5]
+    """
+    yield from sorted(range(1, size), key=lambda count: (abs(2 * count - size), count))
+
+
+def _rules(library: Library, found: Sequence[_Expressed]) -> Iterator[Constraint]:
+    """What the library demands of entries that shrink apart."""
+    entries = library.entries()
+
+    def entry(place: Place) -> Proportional:
+        sets = tuple(one.kinds[0].sets[0] for one in found if place in one.places)
+        return Proportional(place[-1], entries[place], sets)
+
+    for multiple, divisor in sorted(library.divisors()):
+        width, by = entry(multiple), entry(divisor)
+        if [*map(id, width.sets)] != [*map(id, by.sets)]:
+            reason = f"{library.name} demands a {width.name} that is a multiple of its {by.name}"
+            yield Divisible(width, by, reason)
+
+
+def _follow(model: nn.Module, built: nn.Module, known: Sequence[Edit]) -> Iterator[Edit]:
+    """Integers of modules and configs that the library sets otherwise when it builds the result."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    seen = {_holder(modules[edit.module], edit.attribute) for edit in known}
+    for path, theirs in built.named_modules(remove_duplicate=False):
+        for attribute, value in _settings(vars(theirs)):
+            before = value_of(modules[path], attribute)
+            after = tuple(value) if isinstance(value, list) else value
+            if before is None or before == after or not kind_of_edit(attribute, before, after):
+                continue
+            holder = _holder(modules[path], attribute)
+            if holder not in seen:
+                seen.add(holder)
+                yield Edit(path, attribute, before, after)
+
+
+def _holder(module: nn.Module, attribute: str) -> tuple[int, str]:
+    """Which entry of which object it is: modules may share a config."""
+    return id(holders_of(module, attribute)[-1]), attribute.rpartition(".")[2]
+
+
+def _settings(attributes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in attributes.items():
+        if name.startswith("_"):
+            continue
+        if is_config(value) and prefix.count(".") < 3:
+            yield from _settings(vars(value), f"{prefix}{name}.")
+        elif type(value) in (int, tuple, list):
+            yield f"{prefix}{name}", value
 
 
 @checks_options
@@ -110,123 +304,19 @@ def fitting_config(model: nn.Module, kwargs: Mapping[str, Any]) -> Any:
         how far its answers are off.
     """
     plan = applied_plan(model)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    search = _Search(model, wanted, frozenset() if plan is None else _pairs(plan), kwargs)
-    return search.run()
+    library = Library(model)
+    changes = _search(library, model, frozenset() if plan is None else _pairs(plan), kwargs)
+    for place, value in changes.items():
+        write(library.config, place, value)
+    return library.config
 
 
-class _Search:
-    """Changes integers of a copy of the config until the library builds what was cut."""
-
-    def __init__(
-        self, model: nn.Module, wanted: Shapes, pairs: Pairs, kwargs: Mapping[str, Any]
-    ) -> None:
-        self._model, self._wanted, self._pairs, self._kwargs = model, wanted, pairs, kwargs
-        self._kind: Any = type(model)
-        self._config = copy.deepcopy(model.config)
-        self._builds = _BUILDS
-        self._gaps: list[float] = []
-
-    def run(self) -> Any:
-        wrong = self._differences()
-        if wrong is None:
-            raise ModelError(f"{self._kind.__name__} can't be built from its config")
-        changed = self._descend(wrong, {})
-        if changed is None:
-            raise _unsaid(wrong, self._wanted, self._gaps)
-        for place, value in changed.items():
-            _write(self._config, place, value)
-        return self._config
-
-    def _descend(
-        self, wrong: Mapping[str, Any], chosen: Mapping[Place, int]
-    ) -> dict[Place, int] | None:
-        """Values for entries, each changed once, the most helpful first; dead ends are left."""
-        if not wrong:
-            self._gaps.append(compare_answers(self._model, self._config, self._kwargs))
-            return dict(chosen) if self._gaps[-1] <= CLOSE else None
-        trials: list[tuple[int, Place, int, dict[str, Any]]] = []
-        for place, value in _candidates(self._config, self._pairs):
-            if place in chosen or not self._builds:
-                continue
-            self._builds -= 1
-            with _set(self._config, place, value):
-                left = self._differences()
-            if left is not None and len(left) < len(wrong):
-                trials.append((len(left), place, value, left))
-        for _, place, value, wrong in sorted(trials, key=lambda trial: trial[:3]):
-            with _set(self._config, place, value):
-                found = self._descend(wrong, {**chosen, place: value})
-            if found is not None:
-                return found
-        return None
-
-    def _differences(self) -> dict[str, Any] | None:
-        """Tensors that the library would build otherwise, with its shapes; None if it fails."""
-        try:
-            with torch.device("meta"):
-                built = self._kind(copy.deepcopy(self._config))
-        except Exception:  # whatever a constructor says of an inconsistent config
-            return None
-        state = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
-        found: dict[str, Any] = {n: s for n, s in state.items() if self._wanted.get(n) != s}
-        return found | {name: None for name in self._wanted if name not in state}
-
-
-def _unsaid(wrong: Mapping[str, Any], wanted: Shapes, gaps: Sequence[float]) -> ModelError:
-    stated = [
-        f"{name} would be {list(shape) if shape else 'missing'}"
-        f" and is {list(wanted[name]) if name in wanted else 'gone'}"
-        for name, shape in list(wrong.items())[:_NAMED]
-    ]
-    more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
-    why = (
-        f"with other integers in it the shapes agree and the outputs differ by {min(gaps):.1e}: "
-        "something is computed from them that the cut model has kept, a scale or frequencies"
-        if gaps
-        else f"with what it says {'; '.join(stated)}{more}, and no other integers in it make these "
-        "right: a size that is computed from others, as hidden ÷ heads, can't change alone"
+def _search(
+    library: Library, cut: nn.Module, pairs: Pairs, kwargs: Mapping[str, Any]
+) -> dict[Place, int]:
+    return library.search(
+        shapes_of(cut), pairs, lambda changes: library.gap(changes, cut, kwargs), CLOSE
     )
-    return ModelError(
-        "config.json can't describe the cut model",
-        why=why,
-        fix='save it with mode="free", or shrink with mode="uniform"',
-    )
-
-
-def _candidates(config: Any, pairs: Pairs) -> Iterator[tuple[Place, int]]:
-    """Integers of the config and what they may become."""
-    for place, value in _integers(config):
-        changed = {
-            value * after // before
-            for before, after in pairs
-            if before % value == 0 and value * after % before == 0
-        }
-        yield from ((place, new) for new in sorted(changed - {value, 0}))
-
-
-def _integers(config: Any, place: Place = ()) -> Iterator[tuple[Place, int]]:
-    for name, value in vars(config).items():
-        if type(value) is int and value > 1:
-            yield (*place, name), value
-        elif hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            yield from _integers(value, (*place, name))
-
-
-@contextmanager
-def _set(config: Any, place: Place, value: int) -> Iterator[None]:
-    before = dict(_integers(config))[place]
-    _write(config, place, value)
-    try:
-        yield
-    finally:
-        _write(config, place, before)
-
-
-def _write(config: Any, place: Place, value: int) -> None:
-    for name in place[:-1]:
-        config = getattr(config, name)
-    setattr(config, place[-1], value)
 
 
 def _pairs(plan: Plan) -> Pairs:
@@ -236,25 +326,3 @@ def _pairs(plan: Plan) -> Pairs:
     }
     groups = {(choice.size, choice.size - len(choice.removed)) for choice in plan.groups}
     return frozenset((a, b) for a, b in dims | groups if 0 < b < a)
-
-
-@checks_options
-def compare_answers(model: nn.Module, config: Any, kwargs: Mapping[str, Any]) -> float:
-    """How far the answers are off of what the library builds from a config, with these weights."""
-    kind: Any = type(model)
-    own = kind(copy.deepcopy(config)).to(dtype=model.dtype).eval()
-    own.load_state_dict(model.state_dict())
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            answers = [_floats(one(**kwargs)) for one in (model, own)]
-    finally:
-        model.train(training)
-    pairs = zip(*answers, strict=True)
-    return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs)
-
-
-def _floats(output: Any) -> list[torch.Tensor]:
-    values = output.values() if isinstance(output, Mapping) else output
-    return [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()]

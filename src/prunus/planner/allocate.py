@@ -17,8 +17,9 @@ from prunus.errors import PlanError
 from prunus.graph.axis import Mask
 from prunus.graph.budget import Budget
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.groups import AtLeast
+from prunus.graph.groups import AtLeast, Divisible
 from prunus.planner.alignment import RoundTo
+from prunus.planner.divisible import Attempt, choose_divisible
 from prunus.planner.filters import excluded_groups, first_fitting, spread
 from prunus.planner.fixed_ratios import choose_fixed
 from prunus.planner.limits import find_stops
@@ -169,16 +170,29 @@ def select(
         )
     said = {"min_width": min_width, "max_ratio": max_ratio, "round_to": round_to, "ratios": ratios}
     floors = _floors(graph, min_width, max_ratio, said)
-    removal = Removal(graph, quanta, limits, floors, _ranks(graph, quanta, scope))
-    if ratios is not None:
-        given = spread(graph, ratios, "ratios", check_share)
-        fixed = choose_fixed(graph, quanta, given, exactly=exactly)
-        removal.settle(*fixed, exactly=exactly)
-    lost = None
-    if scope == "global":
-        lost = solve(removal, quanta)
-    else:
+    ranks = _ranks(graph, quanta, scope)
+    given = {} if ratios is None else spread(graph, ratios, "ratios", check_share)
+    taken, settled = choose_fixed(graph, quanta, given, exactly=exactly)
+
+    def attempt(counts: Mapping[int, int]) -> Attempt:
+        """Plan with so many quanta of some chains removed, whatever ratios say of them."""
+        other = set().union(*(quanta.chains[n].tolist() for n in counts))
+        fixed = [q for n, count in counts.items() for q in quanta.chains[n][:count].tolist()]
+        removal = Removal(graph, quanta, limits, floors, ranks)
+        if settled or counts:
+            left = [quantum for quantum in taken if quantum not in other]
+            removal.settle([*left, *fixed], settled.union(counts), exactly=exactly)
+        if scope == "global":
+            return Attempt(removal, solve(removal, quanta))
         removal.descend()
+        return Attempt(removal, None)
+
+    asked = {n: len(set(taken).intersection(quanta.chains[n].tolist())) for n in settled}
+    removal, lost = choose_divisible(
+        [rule for rule in graph.constraints if isinstance(rule, Divisible)],
+        *(quanta, attempt, asked if exactly else {}),
+        by_score=scope == "global",
+    )
     kept = quanta.kept(removal.removed)
     known = np.isfinite(weights)
     total = float(weights[known].sum()) or 1.0

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from math import gcd, lcm
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,22 +46,26 @@ def merge_locksteps(locksteps: Sequence[Lockstep]) -> tuple[Tie, ...]:
     (1, 1, 2)
     >>> merge_locksteps([pairs, across])[0].conflict
     'group norm; convolution'
+    >>> wide = Lockstep("equal count", (np.array([1, 2, 3, 4]), np.array([5, 6])), "n", (2, 1))
+    >>> merge_locksteps([pairs, wide])[0].rates
+    (1, 1, 1)
     """
     sets, members = _distinct(locksteps)
     if not sets:
         return ()
     overlaps = _overlaps(sets)
-    links = [*overlaps, *((found[0], other) for found in members for other in found[1:])]
+    links = [*overlaps, *((a, b) for found in members for a, b in pairwise(found))]
     component = _components(links, len(sets))
-    tangled = {int(component[a]) for a, _ in overlaps}
     locksteps_in: dict[int, list[int]] = {}
     for n, found in enumerate(members):
-        locksteps_in.setdefault(int(component[found[0]]), []).append(n)
+        locksteps_in.setdefault(int(component[next(iter(found))]), []).append(n)
+    uneven = {int(component[a]) for a, _ in overlaps}
+    uneven |= {index for index, own in locksteps_in.items() if any(locksteps[n].rates for n in own)}
     ties = []
     for index, own in locksteps_in.items():
         ids = list(dict.fromkeys(s for n in own for s in members[n]))
         rates: dict[int, int] | None = dict.fromkeys(ids, 1)
-        if index in tangled:
+        if index in uneven:
             rates = _finest(sets, [members[n] for n in own])
         if rates is None:
             reasons = "; ".join(dict.fromkeys(locksteps[n].reason for n in own))
@@ -68,21 +75,21 @@ def merge_locksteps(locksteps: Sequence[Lockstep]) -> tuple[Tie, ...]:
     return tuple(ties)
 
 
-def _distinct(locksteps: Sequence[Lockstep]) -> tuple[list[Ints], list[list[int]]]:
-    """The different sets, without the units that always stay, and each lockstep's choice."""
+def _distinct(locksteps: Sequence[Lockstep]) -> tuple[list[Ints], list[dict[int, int]]]:
+    """The different sets, without the units that always stay; each lockstep's, with their rates."""
     ids: dict[bytes, int] = {}
     sets: list[Ints] = []
-    members: list[list[int]] = []
+    members: list[dict[int, int]] = []
     for lockstep in locksteps:
-        found: list[int] = []
-        for units in lockstep.sets:
+        found: dict[int, int] = {}
+        rates = lockstep.rates or (1,) * len(lockstep.sets)
+        for units, rate in zip(lockstep.sets, rates, strict=True):
             units = units[units > 0]
             key = np.sort(units).tobytes()
             if key not in ids:
                 ids[key] = len(sets)
                 sets.append(units)
-            if ids[key] not in found:
-                found.append(ids[key])
+            found[ids[key]] = rate
         members.append(found)
     return sets, members
 
@@ -103,7 +110,7 @@ def _components(links: Sequence[tuple[int, int]], size: int) -> Ints:
     return np.asarray(connected_components(edges, directed=False)[1], dtype=np.int64)
 
 
-def _finest(sets: Sequence[Ints], members: Sequence[Sequence[int]]) -> dict[int, int] | None:
+def _finest(sets: Sequence[Ints], members: Sequence[Mapping[int, int]]) -> dict[int, int] | None:
     """The sets of which all others are unions, with their rates; None if there are none such."""
     ids = sorted({s for found in members for s in found}, key=lambda s: (len(sets[s]), s))
     home: dict[int, int] = {}
@@ -121,20 +128,18 @@ def _finest(sets: Sequence[Ints], members: Sequence[Sequence[int]]) -> dict[int,
     rates = {s: 1 for s in ids if parts[s] == [s]}
     for _ in range(len(ids)):
         before = dict(rates)
-        if not all(_raise(rates, found, parts) for found in members):
-            return None
+        for found in members:
+            _raise(rates, found, parts)
         if rates == before:
             return rates
     return None
 
 
-def _raise(rates: dict[int, int], sets: Sequence[int], parts: Mapping[int, list[int]]) -> bool:
-    """Raise the rates of parts until these sets lose equally many; False where they can't."""
-    loss = {s: sum(rates[part] for part in parts[s]) for s in sets}
-    most = max(loss.values())
-    if any(most % lost for lost in loss.values()):
-        return False
-    for s, lost in loss.items():
+def _raise(rates: dict[int, int], found: Mapping[int, int], parts: Mapping[int, list[int]]) -> None:
+    """Raise the rates of parts until the sets of a lockstep lose in its proportion."""
+    steps = {s: Fraction(sum(rates[part] for part in parts[s]), rate) for s, rate in found.items()}
+    most = Fraction(lcm(*(n.numerator for n in steps.values())),
+                    gcd(*(n.denominator for n in steps.values())))  # fmt: skip
+    for s, step in steps.items():
         for part in parts[s]:
-            rates[part] = max(rates[part], rates[part] * most // lost)
-    return True
+            rates[part] = max(rates[part], int(rates[part] * most / step))

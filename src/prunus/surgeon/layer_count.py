@@ -249,14 +249,14 @@ def _build(owner: nn.Module, config: Any) -> nn.Module | None:
         ]
         if len(required) != 1:
             return None
-        with same_draws(), torch.device("meta"), _silence():
+        with same_draws(), torch.device("meta"), silence():
             return kind(copy.deepcopy(config))
     except Exception:  # a constructor may raise anything: then nothing is known of it
         return None
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Without warnings of what a constructor thinks of a config that is only tried."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -1,0 +1,111 @@
+"""Uniform plans: the config's constraints are part of the solver, and the live model follows."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import prunus
+from prunus.errors import BudgetError, PrunusError
+from prunus.graph.groups import Divisible, Lockstep, Proportional, find_violation
+from prunus.integrations import hf
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8,
+         "intermediate_size": 160, "vocab_size": 100}  # fmt: skip
+ENDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+
+
+def build(name: str, **more: Any) -> Any:
+    torch.manual_seed(0)
+    head = {"Bert": "ForMaskedLM", "ViT": "ForImageClassification"}.get(name, "ForCausalLM")
+    sizes = {**SMALL, **({"image_size": 32, "patch_size": 8} if name == "ViT" else {}), **more}
+    if name == "ViT":
+        del sizes["vocab_size"]
+    suffix = "TextConfig" if name == "Gemma3" else "Config"
+    config = getattr(transformers, name + suffix)(**sizes)
+    return getattr(transformers, name + head)(config).eval()
+
+
+def shrink(model: Any, **options: Any) -> Any:
+    inputs = hf.example_inputs(model)
+    return prunus.shrink(model, (), inputs, mode="uniform", each_group=False, **options)
+
+
+def test_a_width_that_another_has_to_divide() -> None:
+    hidden, heads = np.arange(1, 13), np.arange(13, 17)
+    rule = Divisible(Proportional("h", 12, (hidden,)), Proportional("n", 4, (heads,)), "h % n")
+    kept = np.ones(17, dtype=bool)
+    assert find_violation([rule], kept) == ""
+    kept[[1, 2]] = False  # 10 % 4
+    assert find_violation([rule], kept) == "h % n"
+    kept[[13, 14]] = False  # 10 % 2
+    assert find_violation([rule], kept) == ""
+
+
+def test_locksteps_in_proportion() -> None:
+    rule = Lockstep("equal count", (np.arange(1, 9), np.arange(9, 11)), "four to one", (4, 1))
+    kept = np.ones(11, dtype=bool)
+    kept[[1, 2, 3, 4]] = False
+    assert "four to one" in find_violation([rule], kept)
+    kept[9] = False
+    assert find_violation([rule], kept) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("Llama", {"num_key_value_heads": 4}), ("Bert", {}), ("ViT", {}),
+     ("Gemma3", {"num_key_value_heads": 4, "head_dim": 16, **ENDS})],
+)  # fmt: skip
+def test_the_live_model_is_one_that_the_library_builds(
+    name: str, more: Any, tmp_path: Path
+) -> None:
+    model = build(name, **more)
+    shrink(model, budget=prunus.Budget(params=0.6), drop=1, importance="random")
+    again = type(model)(copy.deepcopy(model.config))
+    for path, module in model.named_modules():
+        theirs = again.get_submodule(path)
+        for attribute, value in vars(theirs).items():
+            if type(value) in (int, tuple):
+                assert vars(module)[attribute] == value, f"{path}.{attribute}"
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    inputs = hf.example_inputs(model, seed=3)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, loaded(**inputs).logits)
+
+
+def test_generate_follows() -> None:
+    model = build("Llama", num_key_value_heads=4, **ENDS)
+    shrink(model, ratio=0.3, drop=1)
+    ids = torch.arange(5)[None]
+    answers = [
+        model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cache)
+        for cache in (True, False)
+    ]
+    assert torch.equal(*answers)
+
+
+def test_what_can_not_be_had_is_refused_before_anything_is_cut() -> None:
+    model = build("Llama", num_key_value_heads=4)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(BudgetError):
+        shrink(model, budget=prunus.Budget(params=0.0005))
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert model.config.hidden_size == 64
+
+
+def test_heads_that_the_config_can_not_divide_by() -> None:
+    model = build("Gemma3", num_key_value_heads=4, head_dim=16, **ENDS)
+    with pytest.raises(PrunusError, match=r"can be combined(.|\n)*multiple of its num_attention"):
+        shrink(model, remove={"kv_groups": 1})
+    assert model.config.num_key_value_heads == 4
+    assert shrink(model, remove={"kv_groups": 2}).certificate.verdict == "exact"
+    assert model.config.num_attention_heads == 4

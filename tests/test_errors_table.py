@@ -150,7 +150,7 @@ SHRINK = "shrink @net.py:net --macs 0.5"
 # Command (@ is the folder of files), exit code, and what is said.
 COMMANDS = [
     # arguments
-    ("shrink @net.py:net", 2, "give a budget: --macs, --params, --bytes, --activation"),
+    ("shrink @net.py:net", 2, "give a budget: --params, --macs, --bytes, --activation"),
     ("shrink @net.py:net --macs 2.5", 2, "2.5 is no budget"),
     (f"{SHRINK} --mean 1,x", 2, "'1,x' is no list of numbers"),
     (f"{SHRINK} --samples 0", 2, "no whole number from 1 on"),

@@ -54,7 +54,7 @@ CODE_LINES = {
     ".": 460,
     "calibration": 1230,
     "checkpoint": 440,
-    "cli": 1750,
+    "cli": 1690,
     "graph": 1730,
     "importance": 750,
     "integrations": 580,

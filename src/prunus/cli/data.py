@@ -46,12 +46,10 @@ def _batches(options: argparse.Namespace, loaded: Loaded) -> Iterable[Any]:
     path = Path(reference)
     if path.is_dir():
         return _image_batches(path, options, loaded)
-    if path.suffix in (".npz", ".txt") and not path.is_file():
-        raise DataError(f"there is no file {path}")
-    if path.suffix == ".npz":
-        return _array_batches(path)
-    if path.suffix == ".txt":
-        return _text_batches(path, options, loaded)
+    if path.suffix in (".npz", ".txt"):
+        if not path.is_file():
+            raise DataError(f"there is no file {path}")
+        return _array_batches(path) if path.suffix == ".npz" else _texts(path, options, loaded)
     if ".py" not in reference:
         raise DataError(
             f"{reference} is no calibration data"
@@ -85,9 +83,9 @@ class _Images:
     def __iter__(self) -> Iterator[Tensor]:
         files = iter(self.files)
         while batch := list(islice(files, _BATCH)):
-            yield torch.stack([self._read(file) for file in batch])
+            yield torch.stack([self.read(file) for file in batch])
 
-    def _read(self, file: Path) -> Tensor:
+    def read(self, file: Path) -> Tensor:
         pillow, fitting = require("PIL.Image", "images"), require("PIL.ImageOps", "images")
         channels, height, width = self.shape
         try:
@@ -103,22 +101,27 @@ class _Images:
 
 def _image_batches(folder: Path, options: argparse.Namespace, loaded: Loaded) -> _Images:
     require("PIL.Image", "images")
-    endings = tuple(pattern.removeprefix("*") for pattern in IMAGES)
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in endings and f.is_file())
-    if not files:
-        raise DataError(
-            f"there are no images in {folder}",
-            why=f"files that end in {', '.join(endings)} are taken for images",
-        )
+    files = _images_in(folder)[: options.samples]
     shape = _image_shape(loaded)
     mean = _per_channel(options.mean or loaded.source.mean or (0.0,), shape[0], "--mean")
     std = _per_channel(options.std or loaded.source.std or (1.0,), shape[0], "--std")
     if not bool((std > 0).all()):
         raise DataError("--std has a number that is not above zero", fix="give one above zero")
-    found = _Images(files[: options.samples], shape, mean, std)
-    for file in found.files:  # what can't be read is told before the work, not after it
-        found._read(file)
+    found = _Images(files, shape, mean, std)
+    for file in files:  # what can't be read is told before the work, not after it
+        found.read(file)
     return found
+
+
+def _images_in(folder: Path) -> list[Path]:
+    kinds = [pattern.removeprefix("*") for pattern in IMAGES]
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in kinds and f.is_file())
+    if not files:
+        raise DataError(
+            f"there are no images in {folder}",
+            why=f"files that end in {', '.join(kinds)} are taken for images",
+        )
+    return files
 
 
 def _image_shape(loaded: Loaded) -> tuple[int, int, int]:
@@ -143,47 +146,39 @@ def _per_channel(values: Sequence[float], channels: int, option: str) -> Tensor:
     return torch.tensor(values).expand(channels).reshape(-1, 1, 1)
 
 
-def _array_batches(path: Path) -> list[Tensor]:
+def _array_batches(path: Path) -> Sequence[Tensor]:
     """Batches of the array ``inputs``, or of the only one; float64 becomes float32."""
+    name, array = _array_in(path)
+    if array.ndim == 0 or array.dtype.kind not in "fi" or not len(array):
+        none = array.ndim > 0 and not len(array)
+        raise DataError(
+            f"the array {name!r} is {array.dtype} of shape {array.shape}",
+            where=str(path),
+            why="it has no samples" if none else "it is fed in batches along its first dim",
+            fix="save floats, or ids as signed integers, prepared as the model wants them",
+        )
+    single = array.astype(np.float32) if array.dtype == np.float64 else array
+    return list(torch.from_numpy(single).split(_BATCH))
+
+
+def _array_in(path: Path) -> tuple[str, np.ndarray[Any, Any]]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             names = list(arrays.files)
-            chosen = "inputs" if "inputs" in names else names[0] if len(names) == 1 else ""
-            array = arrays[chosen] if chosen else None
+            chosen = ["inputs"] if "inputs" in names else names
+            if len(chosen) == 1:
+                return chosen[0], arrays[chosen[0]]
     except Exception as error:  # numpy, zipfile and zlib have many ways to say it
         raise DataError(f"{path} can't be read", why=f"{type(error).__name__}: {error}") from error
-    if array is None:
-        raise DataError(
-            f"{path} has several arrays and none is called 'inputs'",
-            why=f"it has {', '.join(names)}" if names else "it is empty",
-            fix="save it with numpy.savez(file, inputs=…)",
-        )
-    if array.ndim == 0 or array.dtype.kind not in "fi":
-        raise DataError(
-            f"the array {chosen!r} is {array.dtype} of shape {array.shape}",
-            where=str(path),
-            why="it is fed to the model as it is, in batches along its first dim",
-            fix="save floats, or ids as signed integers, prepared as the model wants them",
-        )
-    if array.dtype == np.float64:
-        array = array.astype(np.float32)
-    if not len(array):
-        raise DataError(f"the array {chosen!r} is empty", where=str(path), why="it has no samples")
-    return list(torch.from_numpy(array).split(_BATCH))
+    raise DataError(
+        f"{path} has several arrays and none is called 'inputs'",
+        why=f"it has {', '.join(names)}" if names else "it is empty",
+        fix="save it with numpy.savez(file, inputs=…)",
+    )
 
 
-def _text_batches(
-    path: Path, options: argparse.Namespace, loaded: Loaded
-) -> list[dict[str, Tensor]]:
+def _texts(path: Path, options: argparse.Namespace, loaded: Loaded) -> list[dict[str, Tensor]]:
     """Batches of ids and attention masks, one text a line."""
-    place = options.tokenizer or loaded.source.folder
-    if place is None or not Path(place).is_dir():
-        raise DataError(
-            "a text file needs a tokenizer",
-            where=str(path),
-            why=f"there is no folder {place}" if place else "only an hf: model brings one along",
-            fix="give --tokenizer FOLDER, written by save_pretrained()",
-        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -191,28 +186,25 @@ def _text_batches(
     lines = [line for line in text.splitlines() if line.strip()][: options.samples]
     if not lines:
         raise DataError(f"there is no text in {path}", why="it has no line that is not blank")
-    tokenizer = _tokenizer_in(Path(place))
-    step = _LINES if tokenizer.pad_token is not None else 1
+    tokenizer = _tokenizer(path, options.tokenizer or loaded.source.folder)
+    padding = tokenizer.pad_token is not None
+    step = _LINES if padding else 1
+    how = {"padding": padding, "truncation": True, "max_length": _TOKENS}
     return [
-        dict(
-            tokenizer(
-                lines[start : start + step],
-                return_tensors="pt",
-                padding=step > 1,
-                truncation=True,
-                max_length=_TOKENS,
-            )
-        )
+        dict(tokenizer(lines[start : start + step], return_tensors="pt", **how))
         for start in range(0, len(lines), step)
     ]
 
 
-def _tokenizer_in(place: Path) -> Any:
+def _tokenizer(path: Path, place: Any) -> Any:
     """The tokenizer of a folder, which pads with its end of text if with nothing else."""
-    transformers = require("transformers", "hf")
     fix = "give --tokenizer FOLDER, written by save_pretrained()"
-    if not any(next(place.glob(pattern), None) for pattern in TOKENIZERS):
+    if place is None or not Path(place).is_dir():
+        why = f"there is no folder {place}" if place else "only an hf: model brings one along"
+        raise DataError("a text file needs a tokenizer", where=str(path), why=why, fix=fix)
+    if not any(next(Path(place).glob(pattern), None) for pattern in TOKENIZERS):
         raise DataError(f"there is no tokenizer in {place}", why="its files are missing", fix=fix)
+    transformers = require("transformers", "hf")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             place, local_files_only=True, trust_remote_code=False

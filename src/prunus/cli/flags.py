@@ -16,16 +16,15 @@ from prunus.cli.values import (
     count,
     new_file,
     new_picture,
+    number,
     numbers,
     old_file,
-    ratio,
     scope,
     shape,
-    share,
     stream,
 )
 from prunus.errors import PlanError
-from prunus.graph.budget import TIMERS, Budget
+from prunus.graph.budget import COSTS, TIMERS, Budget
 from prunus.planner.option_values import Normalise
 from prunus.planner.options import PlanOptions, texts_of
 
@@ -54,32 +53,23 @@ DATA is one of
 
 RECOVERIES = ("auto", "none", "recalibrate", "bias", "least_squares", "sequential")
 
-COSTS = ("macs", "params", *SIZES, "latency")
-
 _OF_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "ratios": {"metavar": "GLOB=R,…", "type": by_glob(share, single=False)},
+    "ratios": {"metavar": "GLOB=R,…", "type": by_glob(number, single=False)},
     "drop": {"metavar": "N|NAME", "type": block, "action": "append"},
     "importance": {"metavar": "NAME"},
     "scope": {"metavar": "SCOPE|GLOB,…", "type": scope},
     "normalise": {"choices": get_args(Normalise)},
     "round_to": {"metavar": "N|GLOB=N,…", "type": by_glob(count)},
     "min_width": {"metavar": "N|GLOB=N,…", "type": by_glob(count)},
-    "max_ratio": {"metavar": "R|GLOB=R,…", "type": by_glob(ratio)},
+    "max_ratio": {"metavar": "R|GLOB=R,…", "type": by_glob(number)},
     "include": {"metavar": "GLOB", "action": "append"},
     "exclude": {"metavar": "GLOB", "action": "append"},
 }
 """Options of a plan that have a flag, with how it is read; names, defaults and help are theirs."""
 
 _BY_TABLE = (
-    "ratios",
-    "drop",
-    "scope",
-    "normalise",
-    "round_to",
-    "min_width",
-    "max_ratio",
-    "latency",
-)
+    "ratios", "drop", "scope", "normalise", "round_to", "min_width", "max_ratio", "latency",
+)  # fmt: skip
 """Options that say how much every group loses, as a table of sensitivities does."""
 
 
@@ -249,17 +239,34 @@ def add_files(parser: argparse.ArgumentParser, files: Mapping[str, str]) -> None
 
 def choice_of(options: argparse.Namespace) -> dict[str, Any]:
     """The options of a plan; :class:`PlanError` where flags contradict one another."""
+    chosen = {name: getattr(options, name) for name in (*_OF_OPTIONS, "seed")}
+    chosen["budget"] = _budget(options)
     if options.sensitivity is not None:
         _check_beside_table(options)
-    chosen = {name: getattr(options, name) for name in (*_OF_OPTIONS, "seed")}
-    blocks = [entry for entry in options.drop if isinstance(entry, int)]
-    if blocks and len(options.drop) > 1:
-        raise PlanError(
-            "--drop has a number and is given more than once",
-            why="a number is how many blocks are dropped, whichever they are",
-            fix="give one number, or names only",
-        )
-    return {**chosen, "budget": budget_of(options), "drop": blocks[0] if blocks else options.drop}
+        chosen["ratios"] = {}  # which the table will say
+    if len(options.drop) == 1 and isinstance(options.drop[0], int):
+        chosen["drop"] = options.drop[0]
+    if chosen["budget"] is None and chosen["ratios"] is None and not options.drop:
+        raise PlanError(f"give a budget: {', '.join(map(_spell, COSTS))}", fix="--macs 0.5, say")
+    PlanOptions(**chosen).check()
+    return chosen
+
+
+def _budget(options: argparse.Namespace) -> Budget | None:
+    bounds = {n: getattr(options, n) for n in COSTS if getattr(options, n) is not None}
+    within: dict[str, dict[str, Any]] = {}
+    for glob, text in options.within:
+        name, _, value = text.partition("=")
+        try:
+            within.setdefault(glob, {})[name] = bound(name)(value)
+        except argparse.ArgumentTypeError as error:
+            fix = "write it as: --within layer4 macs=0.3"
+            raise PlanError(str(error), where=f"--within {glob} {text}", fix=fix) from None
+    if options.latency is not None:
+        bounds["timer"] = options.backend
+    if not bounds and not within:
+        return None
+    return Budget(**bounds, within={glob: Budget(**inner) for glob, inner in within.items()})
 
 
 def _check_beside_table(options: argparse.Namespace) -> None:
@@ -271,35 +278,6 @@ def _check_beside_table(options: argparse.Namespace) -> None:
             why="what every group loses is read from the table",
             fix="leave out one or the other; --include and --exclude choose rows of the table",
         )
-
-
-def budget_of(options: argparse.Namespace) -> Budget | None:
-    """The budget; None where ratios, a table or blocks to drop alone say how much is removed."""
-    bounds = {n: getattr(options, n) for n in COSTS if getattr(options, n) is not None}
-    within: dict[str, dict[str, Any]] = {}
-    for glob, text in options.within:
-        within.setdefault(glob, {}).update(_bound_within(glob, text))
-    if bounds or within:
-        clock = {} if options.latency is None else {"timer": options.backend}
-        return Budget(**bounds, **clock, within={g: Budget(**b) for g, b in within.items()})
-    if options.ratios is None and options.sensitivity is None and not options.drop:
-        raise PlanError(f"give a budget: {', '.join(map(_spell, COSTS))}", fix="--macs 0.5, say")
-    return None
-
-
-def _bound_within(glob: str, text: str) -> dict[str, Any]:
-    """The bound of ``--within GLOB COST=N``."""
-    name, equals, value = text.partition("=")
-    if not equals or name not in COSTS[:-1]:
-        raise PlanError(
-            f"--within {glob} {text} bounds no cost",
-            why=f"costs are {', '.join(COSTS[:-1])}",
-            fix=f"write --within {glob} macs=0.3, say",
-        )
-    try:
-        return {name: bound(name)(value)}
-    except argparse.ArgumentTypeError as error:
-        raise PlanError(str(error), where=f"--within {glob} {text}") from None
 
 
 def _spell(name: str) -> str:

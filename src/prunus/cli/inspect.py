@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunus.cli import flags
 from prunus.cli.answer import answer, follow, head
-from prunus.cli.values import axis, new_file
+from prunus.cli.values import new_file
 from prunus.errors import first_names
 
 if TYPE_CHECKING:
@@ -23,12 +23,9 @@ def add_parser(verbs: Any) -> None:
         "--explain",
         nargs=2,
         metavar="AXIS",
-        type=axis,
         help="the shortest chain of operators that ties two axes, as conv1.weight[0]",
     )
-    parser.add_argument(
-        "--why-pinned", metavar="AXIS", type=axis, help="every pin that reaches an axis"
-    )
+    parser.add_argument("--why-pinned", metavar="AXIS", help="every pin that reaches an axis")
     parser.add_argument(
         "--dot", metavar="FILE", type=new_file, help="write the graph in the DOT language"
     )
@@ -36,57 +33,40 @@ def add_parser(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Trace the model and print what was found."""
-    import prunus
     from prunus.cli.models import load_model
     from prunus.files import replace_file
+    from prunus.report import tables
     from prunus.report.console import show
-    from prunus.report.tables import describe_graph
 
     with follow(options) as step:
         step("building the model")
         loaded = load_model(options)
         step("tracing")
-        graph = prunus.trace(loaded.model, loaded.args, loaded.kwargs, outputs=options.outputs)
-    answers = _answer(graph, options)
+        graph = loaded.trace(options)
+    document = {**head(options), **tables.describe_graph(graph)}
+    shown: list[Any] = []
+    if options.explain:
+        a, b = map(graph.axis, options.explain)
+        chain = graph.explain(a, b)
+        document["explain"] = [tables.describe_coupling(link) for link in chain]
+        tied = [f"{a} and {b} are tied by {len(chain)} operators:", tables.chain_table(a, chain)]
+        shown += tied if chain else [f"Nothing ties {a} and {b}."]
+    if options.why_pinned:
+        axis = graph.axis(options.why_pinned)
+        pins = graph.why_pinned(axis)
+        document["why_pinned"] = [tables.describe_pin(*pin) for pin in pins]
+        pinned = [f"{axis} is pinned:", tables.pins_table(pins)]
+        shown += pinned if pins else [f"All of {axis} can be pruned."]
     if options.dot:
         replace_file(options.dot, lambda draft: draft.write_text(graph.dot(), encoding="utf-8"))
 
     def tell() -> None:
-        show(*(answers["shown"] or _overview(graph, options.model)))
+        show(*(shown or _overview(graph, options.model)))
         if options.dot:
             show(f"wrote {options.dot}")
 
-    document = {**head(options), **describe_graph(graph), **answers["json"]}
     answer(options, document, tell)
     return 0
-
-
-def _answer(graph: CouplingGraph, options: argparse.Namespace) -> dict[str, Any]:
-    """What ``--explain`` and ``--why-pinned`` ask for, as data and for the eye."""
-    from prunus.report import tables
-    from prunus.report.tables import describe_coupling, describe_pin
-
-    data: dict[str, Any] = {}
-    shown: list[Any] = []
-    if options.explain:
-        a, b = options.explain
-        chain = graph.explain(a, b)
-        data["explain"] = [describe_coupling(link) for link in chain]
-        shown += (
-            [f"{a} and {b} are tied by {len(chain)} operators:", tables.chain_table(a, chain)]
-            if chain
-            else [f"Nothing ties {a} and {b}."]
-        )
-    if options.why_pinned:
-        axis = options.why_pinned
-        pins = graph.why_pinned(axis)
-        data["why_pinned"] = [describe_pin(*pin) for pin in pins]
-        shown += (
-            [f"{axis} is pinned:", tables.pins_table(pins)]
-            if pins
-            else [f"All of {axis} can be pruned."]
-        )
-    return {"json": data, "shown": shown}
 
 
 def _overview(graph: CouplingGraph, name: str) -> list[Any]:
@@ -94,34 +74,23 @@ def _overview(graph: CouplingGraph, name: str) -> list[Any]:
     from prunus.report import tables
     from prunus.structures import find_structures
 
-    costs = ", ".join(
-        f"{spell_count(graph.cost(c))} {c}" for c in sorted(graph.costs, reverse=True)
-    )
+    layers = tables.layers_table(find_structures(graph))
+    costs = (f"{spell_count(graph.cost(c))} {c}" for c in sorted(graph.costs, reverse=True))
     shown: list[Any] = [
-        f"{name}: {costs} for the example inputs",
+        f"{name}: {', '.join(costs)} for the example inputs",
         f"{graph.unit_count:,} units in {len(graph.groups)} groups; "
         f"kept outputs: {first_names(graph.kept_outputs)}",
         "",
-        *_as_a_person(tables.layers_table(find_structures(graph))),
+        *([] if layers is None else [layers, ""]),
         tables.groups_table(graph),
         tables.pins_table(graph.pins),
     ]
     if graph.unknown:
         shown.append("Operators without a rule; whatever they touch is pinned:")
         for operator, calls in sorted(graph.unknown.items()):
+            namespace, _, rule = operator.removesuffix(".default").partition(".")
+            rule = rule if namespace == "aten" else f"{namespace}::{rule}"
             shown.append(f"  {operator}, {calls} ×; its rule would begin with")
-            shown.append(f'      @rule("{_rule_name(operator)}")')
+            shown.append(f'      @rule("{rule}")')
         shown.append("A rule is one function in a file of src/prunus/tracer/rules; see README.md.")
     return shown
-
-
-def _as_a_person(table: Any) -> list[Any]:
-    """A transformer as people think of it, before the list of its groups."""
-    return [] if table is None else [table, ""]
-
-
-def _rule_name(operator: str) -> str:
-    """``"aten.add.Tensor"`` as a rule spells it: ``"add.Tensor"``; others ``"lib::name"``."""
-    namespace, _, name = operator.partition(".")
-    name = name.removesuffix(".default")
-    return name if namespace == "aten" else f"{namespace}::{name}"

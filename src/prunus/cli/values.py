@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from prunus.errors import BudgetError, FileError
 from prunus.files import check_target
-from prunus.graph.budget import Budget
-from prunus.planner.option_values import ScopeName
+from prunus.graph.budget import COSTS, Budget
 
 T = TypeVar("T")
 
@@ -62,8 +61,7 @@ def _split(text: str) -> list[str]:
 
 
 count = _reader(int, "whole number from 1 on", lambda value: value >= 1)
-ratio = _reader(float, "number in (0, 1]", lambda value: 0 < value <= 1)
-share = _reader(float, "number in [0, 1)", lambda value: 0 <= value < 1)
+number = _reader(float, "number")
 numbers = _reader(
     lambda text: tuple(map(float, _split(text))), "list of numbers; write it as 0.485,0.456,0.406"
 )
@@ -101,11 +99,7 @@ def scope(text: str) -> str | list[str]:
     >>> scope("global"), scope("backbone.*,head.*")
     ('global', ['backbone.*', 'head.*'])
     """
-    if text in get_args(ScopeName):
-        return text
-    if not any(sign in text for sign in "*?[,."):
-        raise argparse.ArgumentTypeError(f"{text!r} is not local, isomorphic, global, or a glob")
-    return _split(text)
+    return _split(text) if any(sign in text for sign in "*?[,.") else text
 
 
 def block(text: str) -> int | str:
@@ -128,6 +122,9 @@ def bound(cost: str) -> Callable[[str], float | int | str]:
             Budget(**{cost: value})  # type: ignore[arg-type]
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        except TypeError:
+            names = ", ".join(COSTS)
+            raise argparse.ArgumentTypeError(f"{cost!r} is no cost; costs are {names}") from None
         except BudgetError as error:
             message = f"{text} is no budget: {error.why}; {error.fix}"
             raise argparse.ArgumentTypeError(message) from None
@@ -145,16 +142,6 @@ def _amount(text: str, cost: str) -> float | int | str:
     if sized is None or cost not in SIZES or sized[2].lower() not in _UNITS:
         raise ValueError(text)
     return round(float(sized[1]) * _UNITS[sized[2].lower()])
-
-
-def axis(text: str) -> Any:
-    """Read ``"layer1.0.conv1.weight[0]"``; without brackets it is dim 0."""
-    from prunus.graph.axis import Axis
-
-    tensor, bracket, dim = text.removesuffix("]").partition("[")
-    if bracket and not (dim.isascii() and dim.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no axis; write it as conv1.weight[0]")
-    return Axis(tensor, int(dim or 0))
 
 
 def old_file(text: str) -> Path:

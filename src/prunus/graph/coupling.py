@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -268,7 +269,7 @@ class CouplingGraph:
 
         A string may leave out the dim, which is then 0: ``"layer1.0.conv1.weight"``.
         """
-        source, target = self._find(a), self._find(b)
+        source, target = self.axis(a), self.axis(b)
         try:
             path = nx.shortest_path(self.network, source, target)
         except nx.NetworkXNoPath:
@@ -280,7 +281,7 @@ class CouplingGraph:
 
     def why_pinned(self, axis: Axis | str) -> tuple[tuple[Axis, Pin], ...]:
         """Every pin that reaches the axis, nearest first; empty if all of it is prunable."""
-        start = self._find(axis)
+        start = self.axis(axis)
         label = self.labels.get(start)
         if label is not None and (label > 0).any(axis=1).all():
             return ()
@@ -307,14 +308,24 @@ class CouplingGraph:
                 lines.append(f'  "{edge[0]}" -- "{edge[1]}" [label="{edge[2]}"];')
         return "\n".join([*lines, "}"])
 
-    def _find(self, axis: Axis | str) -> Axis:
-        if isinstance(axis, str):
-            tensor, _, dim = axis.partition("[")
-            axis = Axis(tensor, int(dim.rstrip("]") or 0)) if dim else Axis(tensor, 0)
-        axis = Axis(self.aliases.get(axis.tensor, axis.tensor), axis.dim)
+    def axis(self, name: Axis | str) -> Axis:
+        """The axis of that name, ``"layer1.0.conv1.weight[0]"``; without brackets it is dim 0.
+
+        Tied tensors go by their first name.
+
+        Raises
+        ------
+        PlanError
+            If the model has no such axis.
+        """
+        wanted = name
+        if isinstance(name, str):
+            dim = re.search(r"\[(\d+)\]$", name)
+            name = Axis(name[: dim.start()], int(dim[1])) if dim else Axis(name, 0)
+        axis = Axis(self.aliases.get(name.tensor, name.tensor), name.dim)
         if axis not in self.network:
             raise PlanError(
-                f"the model has no axis {axis}",
+                f"the model has no axis {wanted}",
                 why=f"it has {len(self.shapes)} tensors; an axis is a tensor's name and a dim",
                 fix='write it as "layer1.0.conv1.weight[0]"',
             )

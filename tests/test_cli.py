@@ -639,9 +639,9 @@ def test_exit_code_1_when_nothing_is_proven(net, tmp_path, capsys, monkeypatch, 
         return replace(real(*args, **kwargs), verdict=verdict, rel_err=float("inf"))
 
     monkeypatch.setattr("prunus.verify", pretend, raising=False)
-    traced = prunus.verifier.verify.verify_traced
+    traced = prunus.verifier.verify.verify
     monkeypatch.setattr(
-        "prunus.planner.planning.verify_traced",
+        "prunus.planner.planning.verify",
         lambda *a, **k: replace(traced(*a, **k), verdict=verdict, rel_err=float("inf")),
     )
     files = [tmp_path / "w.st", tmp_path / "proof.json"]

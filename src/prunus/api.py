@@ -34,7 +34,7 @@ from prunus.tracer.inputs import positional
 from prunus.tracer.trace import trace
 from prunus.verifier.judgement import Certificate
 from prunus.verifier.other_ways import follow_other_ways
-from prunus.verifier.verify import verify_traced
+from prunus.verifier.verify import verify
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -343,7 +343,7 @@ def _cut(
     plan = follow_other_ways(plan, graph, model, kept)
     certificate = None
     if verified and plan.keep:
-        certificate = verify_traced(plan, model, args, kwargs, seed=seed, graph=graph)
+        certificate = verify(plan, model, args, kwargs, seed=seed, graph=graph)
         if certificate.verdict == "inexact":
             raise rejected(certificate)
     cut(plan, model, optimizer=optimizer)

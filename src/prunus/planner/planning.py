@@ -37,7 +37,7 @@ from prunus.tracer.rerun import DRAWS
 from prunus.tracer.trace import trace
 from prunus.tracer.wrappers import unwraps
 from prunus.verifier.judgement import Certificate
-from prunus.verifier.verify import verify_traced
+from prunus.verifier.verify import verify
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -261,7 +261,7 @@ class _Task:
         self, chosen: Plan, graph: CouplingGraph | None, *, each_group: bool = False
     ) -> Certificate:
         """The verdict on a plan; ``graph`` is that of the model without its blocks, if known."""
-        return verify_traced(
+        return verify(
             *(chosen, self.model, self.args, self.kwargs),
             each_group=each_group,
             seed=self.asked.seed,

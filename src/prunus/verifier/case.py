@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -51,10 +51,11 @@ def tolerance(dtype: torch.dtype) -> float:
     return TOLERANCE.get(dtype, TOLERANCE[torch.float32])
 
 
+@dataclass(eq=False)
 class Case:
     """A plan for a model, and inputs on which the two are compared.
 
-    Parameters
+    Attributes
     ----------
     plan
         The plan.
@@ -67,39 +68,34 @@ class Case:
         What both are called with.
     outputs
         Names or globs of the outputs that are compared, as in :func:`prunus.trace`.
-    graph
+    traced
         A trace of ``original`` on these inputs, where there is one.
     on
         The inputs and the weights in words, for the certificate: ``"given inputs, own weights"``.
     seed
         Of the order that units take.
+    gradients
+        By unit, if they were taken.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        original: nn.Module,
-        source: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        *,
-        outputs: Any = None,
-        graph: CouplingGraph | None = None,
-        on: str = "",
-        seed: int = 0,
-    ) -> None:
-        self.plan, self.original, self.source = plan, original, source
-        self.args, self.kwargs, self.outputs, self.on = args, kwargs, outputs, on
-        self.seed = seed
-        self.gradients: Tensor | None = None  # by unit, if they were taken
-        self._drawn: list[Drawn] = []
-        self._drawn_dense: list[Drawn] = []
-        if graph is not None:
-            self.graph = graph
+    plan: Plan
+    original: nn.Module
+    source: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: Any = None
+    traced: CouplingGraph | None = None
+    on: str = ""
+    seed: int = 0
+    gradients: Tensor | None = field(default=None, init=False)
+    _drawn: list[Drawn] = field(default_factory=list, init=False)
+    _drawn_dense: list[Drawn] = field(default_factory=list, init=False)
 
     @cached_property
     def graph(self) -> CouplingGraph:
         """The trace of the model at full size."""
+        if self.traced is not None:
+            return self.traced
         with self.blaming_the_model():
             return trace(self.original, self.args, self.kwargs, outputs=self.outputs)
 
@@ -125,7 +121,17 @@ class Case:
         """The program of a graph on these inputs."""
         leaves = tree_leaves((self.args, self.kwargs))
         inputs = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
-        return Replay(graph, state_of(self.original)[0], inputs)
+        return Replay(graph, self.state[0], inputs)
+
+    @cached_property
+    def state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors of the model at full size (:func:`prunus.graph.program.state_of`)."""
+        return state_of(self.original)
+
+    @cached_property
+    def pruned_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The same of the pruned model."""
+        return state_of(self.pruned)
 
     @cached_property
     def dense(self) -> dict[str, Tensor]:
@@ -224,27 +230,31 @@ class Case:
             self.graph.program, self._drawn, lambda label: kept_positions(label, self.kept)
         )
 
-    @contextmanager
-    def blaming_the_model(self) -> Iterator[None]:
-        """What goes wrong within is no fault of the plan.
+    def blaming_the_model(self) -> AbstractContextManager[None]:
+        """What goes wrong within is no fault of the plan."""
+        return blaming_the_model(self.on)
 
-        Raises
-        ------
-        VerifyError
-            In place of whatever the model's own forward raises.
-        """
-        try:
-            yield
-        except PrunusError:
-            raise
-        except Exception as error:  # a forward may raise anything
-            raise VerifyError(
-                "the model itself does not run, before anything is removed",
-                where=find_line(error),
-                why=f"{type(error).__name__}: {error}",
-                fix="give inputs that it takes: args= and kwargs=; this was on "
-                f"{self.on or 'these inputs'}",
-            ) from error
+
+@contextmanager
+def blaming_the_model(on: str) -> Iterator[None]:
+    """What goes wrong within is no fault of a plan; ``on`` says which inputs the model gets.
+
+    Raises
+    ------
+    VerifyError
+        In place of whatever the model's own forward raises.
+    """
+    try:
+        yield
+    except PrunusError:
+        raise
+    except Exception as error:  # a forward may raise anything
+        raise VerifyError(
+            "the model itself does not run, before anything is removed",
+            where=find_line(error),
+            why=f"{type(error).__name__}: {error}",
+            fix=f"give inputs that it takes: args= and kwargs=; this was on {on or 'these inputs'}",
+        ) from error
 
 
 @contextmanager

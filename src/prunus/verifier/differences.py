@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from prunus.graph.axis import Axis
 from prunus.graph.expressions import other_paths, solve
 from prunus.graph.plan_records import CLASS
-from prunus.graph.program import state_of, stored
+from prunus.graph.program import stored
 from prunus.tracer.renormalised import find_weight_norms, norms_of
 from prunus.tracer.trace import quiet_run
 from prunus.tracer.wrappers import scripted
@@ -111,16 +111,14 @@ _ROUNDED = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, tor
 
 def other_ties(case: Case) -> str:
     """A tensor of two names in one of the models only; empty if there is none."""
-    for one, other in set(state_of(case.original)[1].items()) ^ set(
-        state_of(case.pruned)[1].items()
-    ):
+    for one, other in set(case.state[1].items()) ^ set(case.pruned_state[1].items()):
         return f"{one} and {other} are one tensor in one of the models only"
     return ""
 
 
 def other_tensors(case: Case) -> str:
     """What the surgeon did to a tensor beside slicing it; empty if nothing."""
-    before, after = state_of(case.original)[0], state_of(case.pruned)[0]
+    before, after = case.state[0], case.pruned_state[0]
     forgotten, factors = _forgotten(case), _made_up(case, before, after)
     kept = _kept(case)
     compared = {name: tensor for name, tensor in before.items() if name not in forgotten}

@@ -7,7 +7,7 @@ they are; a difference in float32 that may be rounding is looked at again in flo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -120,7 +120,7 @@ STRUCTURE: tuple[Callable[[Case], str], ...] = (
 
 @dataclass(frozen=True)
 class Judgement:
-    """Of one case: the error in ``dtype``, and why it is not exact.
+    """The largest relative error of the outputs in ``dtype``, and why a case is not exact.
 
     ``rel_err32`` is the error in float32 where float64 showed that it is rounding.
     """
@@ -136,9 +136,23 @@ class Judgement:
         return not self.reason and self.rel_err <= tolerance(self.dtype)
 
 
-def judge(case: Case) -> Judgement:
-    """The pruned model against the masked original, with the attention fast path off."""
-    return _settle(case, compare(case))
+def judge(case: Case, *, fast_path: bool = False) -> Judgement:
+    """The pruned model's own forward, against the replay with units silenced.
+
+    Whether a difference in float32 is rounding shows in float64.
+
+    Raises
+    ------
+    PrunusError
+        If the masked original can't be computed, the plan can't be applied, or the model itself
+        does not run on these inputs either.
+    """
+    found = _compare(case, case.masked, fast_path)
+    if not found.reason and not found.exact and found.dtype == torch.float32:
+        double = error_in_float64(case, found.rel_err)
+        if double is not None:
+            return Judgement(double, torch.float64, "", found.rel_err)
+    return found
 
 
 def judge_as_users_run(case: Case, fast_path: bool) -> Judgement:
@@ -147,26 +161,13 @@ def judge_as_users_run(case: Case, fast_path: bool) -> Judgement:
     Where the attention fast path changes what the model answers, both ways are compared.
     """
     consistent = other_positions(case)
+    found = None
     if fast_path_matters(case, fast_path):
-        found = _settle(case, compare_on_fast_path(case))
-        if found.exact:
-            found = judge(case)
-    else:
-        found = _settle(case, compare(case, fast_path=fast_path))
-    reason = consistent or found.reason
-    for check in STRUCTURE:
-        reason = reason or check(case)
-    return Judgement(found.rel_err, found.dtype, reason, found.rel_err32)
-
-
-def _settle(case: Case, compared: Comparison) -> Judgement:
-    """Whether a difference in float32 is rounding shows in float64."""
-    error, dtype = compared.rel_err, case.dtype
-    if not compared.reason and dtype == torch.float32 and error > tolerance(dtype):
-        double = error_in_float64(case, error)
-        if double is not None:
-            return Judgement(double, torch.float64, "", error)
-    return Judgement(error, dtype, compared.reason)
+        found, fast_path = _judge_on_fast_path(case), False
+    if found is None or found.exact:
+        found = judge(case, fast_path=fast_path)
+    reasons = (reason for check in STRUCTURE if (reason := check(case)))
+    return replace(found, reason=consistent or found.reason or next(reasons, ""))
 
 
 def largest_errors(judged: Sequence[Judgement]) -> tuple[torch.dtype, float, float | None]:
@@ -179,30 +180,8 @@ def largest_errors(judged: Sequence[Judgement]) -> tuple[torch.dtype, float, flo
     return dtype, error, max(one.rel_err32 or one.rel_err for one in judged)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The largest relative error of the outputs; ``reason`` where there was nothing to compare."""
-
-    rel_err: float
-    reason: str = ""
-
-
-def compare(case: Case, *, fast_path: bool = False) -> Comparison:
-    """The pruned model's own forward on the case's inputs, against the replay with units silenced.
-
-    Raises
-    ------
-    PrunusError
-        If the masked original can't be computed, the plan can't be applied, or the model itself
-        does not run on these inputs either.
-    """
-    return compare_with(case.masked, case, fast_path=fast_path)
-
-
-def compare_with(
-    masked: Mapping[str, Tensor], case: Case, *, fast_path: bool = False
-) -> Comparison:
-    """The same against outputs of a masked original that was computed in another way."""
+def _compare(case: Case, masked: Mapping[str, Tensor], fast_path: bool) -> Judgement:
+    """The pruned model's own forward beside outputs of a masked original."""
     try:
         answer = case.run(case.pruned, fast_path=True) if fast_path else case.answer
     except PrunusError:
@@ -210,12 +189,13 @@ def compare_with(
     except Exception as failure:  # the pruned model's own forward may raise anything
         with case.blaming_the_model():
             case.run(case.original, fast_path=fast_path)
-        return Comparison(
+        return Judgement(
             float("inf"),
+            case.dtype,
             f"the pruned model's forward raised {type(failure).__name__} "
             f"at {find_line(failure)}: {failure}",
         )
-    return Comparison(relative_error(masked, answer))
+    return Judgement(relative_error(masked, answer), case.dtype)
 
 
 DOUBTFUL = 1e-2
@@ -236,8 +216,8 @@ def error_in_float64(case: Case, error: float) -> float | None:
     try:
         if error >= DOUBTFUL and error >= AMPLIFIED * relative_error(wide.masked, case.masked):
             return None
-        found = Judgement(compare(wide).rel_err, wide.dtype, other_positions(wide))
-        same = not any(check(wide) for check in (stale_attribute, other_count))
+        found = _compare(wide, wide.masked, fast_path=False)
+        same = not any(check(wide) for check in (other_positions, stale_attribute, other_count))
     except Exception:  # an operator, or the cut model's forward, may insist on its type
         return None
     return found.rel_err if same and found.exact and wide.dtype == torch.float64 else None
@@ -250,7 +230,15 @@ def _in_double(case: Case) -> Case | None:
         source = original if case.source is case.original else duplicate(case.source).double()
         args, kwargs = to_double((case.args, case.kwargs))
         outputs = case.graph.kept_outputs
-        wide = Case(case.plan, original, source, args, kwargs, outputs=outputs)
+        wide = replace(
+            case,
+            original=original,
+            source=source,
+            args=args,
+            kwargs=kwargs,
+            outputs=outputs,
+            traced=None,
+        )
         same = [n.target for n in wide.graph.program.nodes] == [
             n.target for n in case.graph.program.nodes
         ]
@@ -274,7 +262,7 @@ def fast_path_matters(case: Case, enabled: bool) -> bool:
     return not relative_error(outputs, fast) <= tolerance(case.dtype)
 
 
-def compare_on_fast_path(case: Case) -> Comparison:
+def _judge_on_fast_path(case: Case) -> Judgement:
     """The pruned model on the fast path, against the original there with its units zeroed.
 
     Zeroing every row and column of a removed unit is the masked original where nothing mixes the
@@ -282,22 +270,23 @@ def compare_on_fast_path(case: Case) -> Comparison:
     """
     mixed = [group.name for group in case.touched if group.mixing]
     if mixed:
-        return Comparison(
+        return Judgement(
             float("inf"),
+            case.dtype,
             "the model answers otherwise on PyTorch's attention fast path (padded positions are "
             f"zero there), which can't be verified where a norm reads the units of {mixed[0]}; "
             + _FIX,
         )
     zeroed = case.run(_zeroed(case), fast_path=True)
     outputs = {name: zeroed[name] for name in case.graph.kept_outputs}
-    found = compare_with(outputs, case, fast_path=True)
-    if found.reason or found.rel_err <= tolerance(case.dtype):
+    found = _compare(case, outputs, fast_path=True)
+    if found.reason or found.exact:
         return found
-    return Comparison(
-        found.rel_err,
-        "on PyTorch's attention fast path the model answers otherwise (padded positions are zero "
-        f"there), and the pruned one does not follow: the outputs differ by {found.rel_err:.1e}; "
-        + _FIX,
+    return replace(
+        found,
+        reason="on PyTorch's attention fast path the model answers otherwise (padded positions are "
+        f"zero there), and the pruned one does not follow: the outputs differ by "
+        f"{found.rel_err:.1e}; {_FIX}",
     )
 
 

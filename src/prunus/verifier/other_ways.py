@@ -249,13 +249,14 @@ def _agrees(
     module: nn.Module, call: _Call, way: str, values: Mapping[str, int] | None = None
 ) -> bool:
     """Whether a copy of the module, with other integers in it, answers the same that way."""
+    folds = "forward" not in way  # it changes the module's tensors, or returns a folded one
     try:
-        trial = duplicate(module)
+        trial = duplicate(module, share=not folds)
         for attribute, value in (values or {}).items():
             write_attribute(trial, attribute, value)
         with quiet_run(trial):
             run = getattr(trial, way)
-            if "forward" not in way:  # it folds the module, or returns a folded one
+            if folds:
                 made = run()
                 run = made if isinstance(made, nn.Module) else trial
             answer = answer_of(run(*_copied(call.args), **_copied(call.kwargs)))
@@ -271,27 +272,20 @@ def _values(
 
     An integer with which the way agrees as it is keeps its value.
     """
-    names = _mentioned(type(module), way)
-    read = [one for one in asked if one.attribute.partition("[")[0] in names]
-    choices = [(*one.after, one.before) for one in read]
-    for chosen in islice(product(*choices), MOST_TRIALS):
+    mentioned = _mentioned(type(module), way)
+    read = [one for one in asked if one.attribute.partition("[")[0] in mentioned]
+    present = {one.attribute: read_attribute(module, one.attribute) for one in read}
+    for chosen in islice(product(*((*one.after, one.before) for one in read)), MOST_TRIALS):
         values = {one.attribute: value for one, value in zip(read, chosen, strict=True)}
+        if values == present:  # with which the way went wrong
+            continue
         if _agrees(module, call, way, values) and _agrees(module, call, "forward", values):
-            values = _nearest_to_present(module, call, way, values)
+            for name in values if len(values) > 1 else ():  # nearest to the present ones
+                trial = {**values, name: present[name]}
+                if trial != values and _agrees(module, call, way, trial):
+                    values = trial
             return [(one, values[one.attribute]) for one in read]
     return []
-
-
-def _nearest_to_present(
-    module: nn.Module, call: _Call, way: str, values: dict[str, int]
-) -> dict[str, int]:
-    """The values, with what the module has now wherever the way agrees with that as well."""
-    for attribute, value in values.items():
-        present = read_attribute(module, attribute)
-        trial = {**values, attribute: present}
-        if present != value and _agrees(module, call, way, trial):
-            values = trial
-    return values
 
 
 def breaks_in_training(case: Case) -> str:

@@ -46,12 +46,8 @@ def shape_of(value: Any) -> str:
     return "×".join(map(str, value.shape)) or "scalar"
 
 
-@dataclass(frozen=True)
-class _Change:
-    """Sizes of dims that take the place of others, and of what tensors."""
-
-    what: str
-    apply: Callable[[Tensor], Tensor]
+_Change = tuple[str, Callable[[Tensor], Tensor]]
+"""What of the shape changes, and how a tensor does."""
 
 
 def other_inputs(
@@ -74,11 +70,11 @@ def other_inputs(
         changes = [one for one in (size, None if listed or not samples else batch) if one]
 
         def change(leaf: Any) -> Any:
-            for one in changes if isinstance(leaf, Tensor) else ():
-                leaf = one.apply(leaf)
+            for _, apply in changes if isinstance(leaf, Tensor) else ():
+                leaf = apply(leaf)
             return leaf
 
-        said = [one.what for one in changes]
+        said = [what for what, _ in changes]
         given, named = tree_map(change, args), tree_map(change, kwargs)
         if listed and samples:
             given = tuple(map(_other_list, given))
@@ -107,25 +103,20 @@ def _other_batch(tensors: Sequence[Tensor]) -> _Change:
     one step reads no recurrent weight.
     """
     main = main_tensor(tensors)
-    count = main.shape[0]
-    tokens = main.dim() == 2 and not main.is_floating_point()
+    count, tokens = main.shape[0], main.dim() == 2 and not main.is_floating_point()
+    after = 1 if count > 1 else 2
     if count > 1 and (main.dim() == 3 or tokens):
-        fewer = 2 if count > 2 else 3
-        return _Change(f"batch {fewer}", lambda t: _with_samples(t, count, fewer))
+        after = 2 if count > 2 else 3
 
     def apply(tensor: Tensor) -> Tensor:
         if not tensor.dim() or tensor.shape[0] != count:
             return tensor
-        if count > 1:
-            return tensor[:1]
-        moved = tensor.is_floating_point() and tensor.dim() > 1
-        return torch.cat([tensor, tensor.roll(1, -1) if moved else tensor])
+        other = extended(tensor, 0, after)
+        if count == 1 and tensor.is_floating_point() and tensor.dim() > 1:
+            other[1] = tensor[0].roll(1, -1)
+        return other
 
-    return _Change("batch 1" if count > 1 else "batch 2", apply)
-
-
-def _with_samples(tensor: Tensor, before: int, after: int) -> Tensor:
-    return extended(tensor, 0, after) if tensor.dim() and tensor.shape[0] == before else tensor
+    return f"batch {after}", apply
 
 
 def _other_sizes(
@@ -142,7 +133,7 @@ def _resolutions(sides: tuple[int, int]) -> Iterator[_Change]:
     for factor in (0.5, 1.5) if min(sides) > SMALL else (1.5, 0.5):
         after = (_scaled(sides[0], factor), _scaled(sides[1], factor))
         if after != sides and min(after) > 0:
-            yield _Change(f"resolution {after[0]}×{after[1]}", _resized(sides, after))
+            yield f"resolution {after[0]}×{after[1]}", _resized(sides, after)
 
 
 def _lengths(sequence: Tensor, dim: int, lengths: Sequence[int]) -> Iterator[_Change]:
@@ -151,7 +142,7 @@ def _lengths(sequence: Tensor, dim: int, lengths: Sequence[int]) -> Iterator[_Ch
     beyond = [max(n, longer) for n in sorted(lengths) if n > length]
     for other in dict.fromkeys([*beyond, longer, (length + 1) // 2]):
         if other != length and other > 1:
-            yield _Change(f"length {other}", _relengthed(sequence, dim, other))
+            yield f"length {other}", _relengthed(sequence, dim, other)
 
 
 def _sequences(tensors: Sequence[Tensor]) -> list[tuple[Tensor, int]]:

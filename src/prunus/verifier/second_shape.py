@@ -8,7 +8,7 @@ take another path.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,10 @@ from prunus.tracer.outputs import answer_of
 from prunus.tracer.rerun import tied_nodes
 from prunus.tracer.sources import find_line
 from prunus.tracer.trace import quiet_run
-from prunus.verifier.case import Case, tolerance
+from prunus.verifier.case import Case
 from prunus.verifier.depth import compare_depth
 from prunus.verifier.differences import other_path, other_positions
-from prunus.verifier.judgement import Comparison, compare, error_in_float64
+from prunus.verifier.judgement import Judgement, judge
 from prunus.verifier.second_inputs import Inputs, other_inputs, shape_of
 
 MOST_TRIES = 6
@@ -76,29 +76,30 @@ def compare_elsewhere(case: Case) -> Elsewhere:
     """
     near, far = find_thresholds(case.graph)
     traced = as_traced(case.args, case.kwargs)
-    found: list[tuple[Case, Comparison | Exception]] = []
+    found: list[tuple[Case, Judgement | Exception]] = []
     second, why = _first_taken(
         case, [n + 1 for n in near], lambda inputs: _compared_at(case, inputs, found)
     )
     if second is None:
         return Elsewhere(0.0, "", (traced, why))
-    other, compared = found[-1]
+    other, judged = found[-1]
     try:
-        if isinstance(compared, Exception):
-            raise compared
-        reason = _other_couplings(other) or other_path(other)
+        if isinstance(judged, Exception):
+            raise judged
+        reason = _other_couplings(other) or other_path(other) or judged.reason
     except Exception as failure:
         return Elsewhere(0.0, "", (traced, f"not compared at {second}: {failure}"))
-    error, reason = _settled(other, compared, reason)
+    if not reason and not judged.exact:
+        reason = f"the outputs differ by {judged.rel_err:.1e}"
     if not reason:
         second, reason = _far(case, far) or (second, "")
-    lines = (traced, *_also("" if reason else str(second)), *_also(why))
     said = f"at {second}: {reason}" if reason else ""
-    return Elsewhere(error, said, lines, tuple(other.graph.traced["unread"]))
+    lines = filter(None, (traced, "" if reason else str(second), why))
+    return Elsewhere(judged.rel_err, said, tuple(lines), tuple(other.graph.traced["unread"]))
 
 
 def _compared_at(
-    case: Case, inputs: Inputs, found: list[tuple[Case, Comparison | Exception]]
+    case: Case, inputs: Inputs, found: list[tuple[Case, Judgement | Exception]]
 ) -> str:
     """Compare on other inputs where the model takes them; why they are refused, if they are."""
     other = _at(case, inputs)
@@ -109,24 +110,12 @@ def _compared_at(
     try:
         if answer and not tied_nodes(other.graph.program):
             other.answer = answer
-        found.append((other, compare(other)))
+        found.append((other, judge(other)))
         said = _no_answer(case, inputs, other.masked)
     except Exception as failure:  # what a model does at another shape may be beyond the tracer
         found.append((other, failure))
         said = "not compared"
     return said and _refusal(case.original, case, inputs)
-
-
-def _settled(case: Case, compared: Comparison, reason: str) -> tuple[float, str]:
-    """The error, in float64 where that shows it to be rounding, and what is wrong."""
-    error, limit = compared.rel_err, tolerance(case.dtype)
-    reason = reason or compared.reason
-    if not reason and error > limit:
-        double = error_in_float64(case, error)
-        error = error if double is None else min(double, limit)
-    if not reason and not error <= limit:
-        reason = f"the outputs differ by {error:.1e}"
-    return error, reason
 
 
 def depth_elsewhere(original: nn.Module, without: nn.Module, case: Case) -> Elsewhere:
@@ -142,7 +131,7 @@ def depth_elsewhere(original: nn.Module, without: nn.Module, case: Case) -> Else
     return Elsewhere(
         depth.rel_err,
         f"at {second}: {depth.wrong}" if depth.wrong else "",
-        (traced, str(second), *_also(why)),
+        tuple(filter(None, (traced, str(second), why))),
     )
 
 
@@ -183,10 +172,6 @@ def _asked(model: nn.Module, case: Case, inputs: Inputs) -> tuple[dict[str, Tens
     return found, _no_answer(case, inputs, found)
 
 
-def _also(why: str) -> tuple[str, ...]:
-    return (why,) if why else ()
-
-
 def _no_answer(case: Case, inputs: Inputs, found: Mapping[str, Tensor]) -> str:
     """Why outputs say nothing, though the model ran; empty if they do.
 
@@ -208,9 +193,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _at(case: Case, inputs: Inputs) -> Case:
-    other = Case(
-        case.plan, case.original, case.source, inputs.args, inputs.kwargs, outputs=case.outputs
-    )
+    other = replace(case, args=inputs.args, kwargs=inputs.kwargs, traced=None)
     other.pruned = case.pruned
     return other
 

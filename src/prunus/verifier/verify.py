@@ -28,7 +28,15 @@ from prunus.tracer.precision import full_precision
 from prunus.tracer.rerun import say_draws, tied_nodes
 from prunus.tracer.trace import forget_caches, uncollected
 from prunus.tracer.wrappers import unwraps
-from prunus.verifier.case import MOVED, Case, each_alone, open_gates, pays, renormalised_groups
+from prunus.verifier.case import (
+    MOVED,
+    Case,
+    blaming_the_model,
+    each_alone,
+    open_gates,
+    pays,
+    renormalised_groups,
+)
 from prunus.verifier.depth import compare_depth
 from prunus.verifier.differences import parameter_count
 from prunus.verifier.judgement import (
@@ -65,6 +73,7 @@ def verify(
     outputs: Any = None,
     forward_fn: ForwardFn | None = None,
     seed: int = 0,
+    graph: CouplingGraph | None = None,
 ) -> Certificate:
     """Cut a copy of the model, run its own forward, and compare with the masked original.
 
@@ -85,6 +94,8 @@ def verify(
         Also remove every touched group alone, and list those whose removal moves nothing.
     forward_fn
         What the model was traced with, where that was not its forward; a plan only says which.
+    graph
+        A trace of the model on these inputs, without the blocks that the plan drops, to save one.
 
     Returns
     -------
@@ -94,39 +105,12 @@ def verify(
         else *inexact*.  Depth amplifies rounding: outputs that differ by more than 1e-4 in
         float32, and by less than 1e-2, are compared again in float64 where the model runs in it.
     """
-    return verify_traced(
-        plan,
-        model,
-        args,
-        kwargs,
-        randomised=randomise,
-        each_group=each_group,
-        outputs=outputs,
-        forward_fn=forward_fn,
-        seed=seed,
-    )
-
-
-def verify_traced(
-    plan: Plan,
-    model: nn.Module,
-    args: Any = None,
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    randomised: bool = True,
-    each_group: bool = True,
-    outputs: Any = None,
-    forward_fn: ForwardFn | None = None,
-    seed: int = 0,
-    graph: CouplingGraph | None = None,
-) -> Certificate:
-    """What :func:`verify` does; ``graph`` is a trace of the model, without the dropped blocks."""
     args, kwargs, given = _inputs(plan, model, args, kwargs, seed)
     check_model(plan, model, state_of(model)[0])
     fast_path, wanted = torch.backends.mha.get_fastpath_enabled(), outputs or _kept_outputs(plan)
     task = _Task(plan, args, kwargs, given, wanted, each_group, seed, fast_path)
     with entered_as_traced(model, plan.traced, forward_fn), full_precision(), uncollected():
-        return _verify(task, model, graph, randomised=randomised)
+        return _verify(task, model, graph, randomised=randomise)
 
 
 def _verify(
@@ -134,14 +118,17 @@ def _verify(
 ) -> Certificate:
     original = duplicate(model, share=True)  # entered as the model is
     forget_caches(original, task.args, task.kwargs)
+    graph = None if task.plan.biases else graph  # which was traced without them
     if task.plan.drops:
         return _verify_depth(task, original, graph, randomised=randomised)
-    graph = None if task.plan.biases else graph  # which was traced without them
     case = task.case(original, original, graph, "own weights")
     own = _check_own(task, case)
     if randomised:
-        del case.pruned, original  # at most two copies of the model are alive at a time
-        case = _randomised(task, case)
+        for name in ("pruned", "pruned_state"):  # at most two copies are alive at a time
+            vars(case).pop(name, None)
+        del original
+        model, known = _randomised_copy(task, case.original, case.graph, gated=pays(case))
+        case = _with_weights(task, case.graph, model, model, known)
     return _certify(task, own, case)
 
 
@@ -172,7 +159,7 @@ class _Task:
             self.args,
             self.kwargs,
             outputs=self.outputs,
-            graph=graph,
+            traced=graph,
             on=f"{self.given}, {weights}",
             seed=self.seed,
         )
@@ -198,21 +185,19 @@ def _inputs(
     return args, kwargs, f"{given} ({', '.join(shapes)})" if shapes else given
 
 
-def _randomised(task: _Task, own: Case) -> Case:
-    """The same with weights of which every one matters."""
-    gated = task.each_group and pays(own)
-    model, known = _randomised_copy(task, own.original, own.graph, gated=gated)
-    return _with_weights(task, own.graph, model, model, known)
-
-
 def _randomised_copy(
     task: _Task, own: nn.Module, graph: CouplingGraph | None, *, gated: bool = False
 ) -> tuple[nn.Module, Known]:
     """A copy with random weights in place of constant ones, and what is known of it."""
     model = duplicate(own)
-    with task.case(own, own, None, "randomised weights").blaming_the_model():
+    with blaming_the_model(f"{task.given}, randomised weights"):
         known = randomise_weights(
-            model, task.args, task.kwargs, seed=task.seed, graph=graph, gated=gated
+            model,
+            task.args,
+            task.kwargs,
+            seed=task.seed,
+            graph=graph,
+            gated=gated and task.each_group,
         )
     return model, known
 
@@ -255,7 +240,6 @@ def _verify_depth(
     certificate = _certify_depth(task, pairs)
     if certificate.verdict == "inexact" or not (task.plan.keep or task.plan.edits):
         return certificate
-    graph = None if task.plan.biases else graph
     case = task.case(pairs[0][1], pairs[0][0], graph, "own weights")
     own_weights = _check_own(task, case)
     if randomised:
@@ -275,7 +259,7 @@ def _verify_depth(
 
 def _certify_depth(task: _Task, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> Certificate:
     """Models beside themselves without the blocks; the last pair also shows what moved."""
-    with task.case(pairs[0][0], pairs[0][0], None, "own weights").blaming_the_model():
+    with blaming_the_model(f"{task.given}, own weights"):
         compared = [
             compare_depth(
                 model,
@@ -319,21 +303,16 @@ class _Own:
     case_on: str
     graph: CouplingGraph
     judgement: Judgement
-    training: str
     stale: tuple[str, ...]
     params: tuple[int, int]
 
 
 def _check_own(task: _Task, case: Case) -> _Own:
     judgement = judge_as_users_run(case, task.fast_path)
-    return _Own(
-        case.on,
-        case.graph,
-        judgement,
-        "" if judgement.reason else breaks_in_training(case),
-        stale_integers(case),
-        (case.graph.cost("params"), parameter_count(case.pruned)),
-    )
+    if not judgement.reason:
+        judgement = replace(judgement, reason=breaks_in_training(case))
+    params = case.graph.cost("params"), parameter_count(case.pruned)
+    return _Own(case.on, case.graph, judgement, stale_integers(case), params)
 
 
 def _certify(task: _Task, own: _Own, main: Case) -> Certificate:
@@ -375,7 +354,6 @@ def _what_is_wrong(own: _Own, main: Case, judged: Sequence[Judgement]) -> tuple[
         *(one.reason for one in judged),
         "" if main.exchanged <= INTERCHANGEABLE else NOT_INTERCHANGEABLE,
         "" if main.follows else NOT_THE_MODEL,
-        own.training,
     ]
     reason = next(filter(None, reasons), "")
     if reason or not all(one.exact for one in judged):

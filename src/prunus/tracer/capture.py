@@ -1,8 +1,7 @@
 """Run the model's forward once and record every operator with the labels it leaves.
 
-Operators run on fake tensors: nothing is computed, and Python control flow just runs.  Small
-tensors of known content (anchors, strides, index tables) are computed beside them, so that
-``.item()`` can answer.  Where that is not enough, the run is repeated on real tensors.
+Operators run on fake tensors: nothing is computed, and Python control flow just runs.  Where that
+is not enough, the run is repeated on real tensors.
 """
 
 from __future__ import annotations
@@ -14,17 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils._pytree import tree_leaves
 
 from prunus.graph.axis import Axis, Label
 from prunus.graph.groups import Pin
 from prunus.graph.program import Effect, Labels, Node, Program, Ref
-from prunus.tracer.fakes import Fakes
+from prunus.tracer.fakes import Fakes, Shadows, storage_of
 from prunus.tracer.follow import Follow
 from prunus.tracer.labels import Algebra
 from prunus.tracer.outside import Watch
@@ -35,9 +33,6 @@ from prunus.tracer.softmax_scale import Attention
 from prunus.tracer.sources import find_source
 from prunus.tracer.units import Lifetimes, Resolver
 from prunus.tracer.wrappers import refuse_nested
-
-SHADOW_LIMIT = 1 << 16
-"""Tensors of at most this many elements are also computed for real when their content is known."""
 
 PASSIVE = {
     "prim::device",
@@ -106,10 +101,9 @@ class Recorder(TorchDispatchMode):
         self.run = Run(watch.add, apart=apart)
         self._fakes = None if real else Fakes(watch)
         self._values: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._shadows = WeakIdKeyDictionary()
-        self._stale: set[int] = set()
+        self._shadows = Shadows()
         self._names = {id(tensor): name for name, tensor in state.items()}
-        self._storages = {_storage(tensor): name for name, tensor in state.items()}
+        self._storages = {storage_of(tensor): name for name, tensor in state.items()}
         self._shapes = {name: tensor.shape for name, tensor in state.items()}
         self._by_name: dict[str, int] = {}
 
@@ -117,8 +111,8 @@ class Recorder(TorchDispatchMode):
         """An input as the forward will see it; its dims are never pruned."""
         if self._fakes is not None:
             fake = self._fakes.of(tensor.detach())
-            if tensor.numel() <= SHADOW_LIMIT and not tensor.is_floating_point():
-                self._shadows[fake] = tensor.detach()
+            if tensor.numel() <= Shadows.LARGEST and not tensor.is_floating_point():
+                self._shadows.keep(fake, tensor.detach())
             tensor = fake
         else:
             tensor = tensor.detach().clone()
@@ -145,8 +139,8 @@ class Recorder(TorchDispatchMode):
     def _name_of(self, tensor: Tensor) -> str | None:
         """The name of a tensor of state, or of the one whose memory it is as a whole."""
         name = self._names.get(id(tensor))
-        if name is None and not _is_fake(tensor):
-            found = self._storages.get(_storage(tensor))
+        if name is None and not isinstance(tensor, FakeTensor):
+            found = self._storages.get(storage_of(tensor))
             if found is not None and tensor.shape == self._shapes[found]:
                 name = found
         return name
@@ -167,7 +161,7 @@ class Recorder(TorchDispatchMode):
         self._fakes = None
         self.follow.arrays.clear()
         self._values.clear()
-        self._shadows.clear()
+        self._shadows = Shadows()
 
     def number_of(self, tensor: Tensor | None) -> int | None:
         """The number of a value that is known already; None for any other."""
@@ -184,27 +178,18 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func._schema.name in PASSIVE:
             return self._passive(func, args, kwargs)
-        known = self._run_shadow(func, args, kwargs)
+        known = None if self._fakes is None else self._shadows.run(func, args, kwargs)
         strides = _strides(args[0]) if args else ()
         out = self._run(func, args, kwargs)
         self._record(func, bind(func, args, kwargs), out, strides)
-        if known is None and func._schema.is_mutable:
-            self._stale.update(_storage(t) for t in tree_leaves((args, kwargs)) if _is_fake(t))
-        elif known is not None:
-            self._keep_shadows(out, known)
+        self._shadows.ran(func, (args, kwargs), out, known)
         return out
-
-    def _keep_shadows(self, out: Any, known: Any) -> None:
-        """What was computed for real stands beside what was recorded."""
-        for tensor, shadow in zip(tree_leaves(out), tree_leaves(known), strict=False):
-            if isinstance(tensor, Tensor) and isinstance(shadow, Tensor):
-                self._shadows[tensor] = shadow
 
     def _passive(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """What leaves no trace: questions about a tensor, and values that are known."""
         if func._schema.name == "aten::_local_scalar_dense":
             self.read(args[0])
-            shadow = self._shadow(args[0])
+            shadow = self._shadows.of(args[0])
             if shadow is not None:
                 with unset_fake_temporarily():
                     return shadow.item()
@@ -385,70 +370,10 @@ class Recorder(TorchDispatchMode):
         self._values[id(tensor)] = weakref.ref(tensor), number
         return number
 
-    def _shadow(self, tensor: Any) -> Any:
-        if _is_fake(tensor):
-            shadow = self._shadows.get(tensor) if self._shadows else None
-            return None if shadow is None or _storage(tensor) in self._stale else shadow
-        small = tensor.numel() <= SHADOW_LIMIT and tensor.device.type != "meta"
-        return tensor if small and not isinstance(tensor, nn.Parameter) else None
-
-    def _is_known(self, value: Any) -> bool:
-        return not isinstance(value, Tensor) or self._shadow(value) is not None
-
-    def _run_shadow(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
-        """The real result, where all tensors that go in are small and known; else None."""
-        if self._fakes is None or not all(map(self._is_known, args)):
-            return None
-        leaves = tree_leaves((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        shadows = {id(tensor): self._shadow(tensor) for tensor in tensors}
-        own = func._schema.is_mutable and any(shadows[id(t)] is t for t in tensors)
-        if own or not all(map(self._is_known, tensors)) or not _has_values(func, kwargs):
-            return None
-        if not tensors and not _small_factory(func, leaves):
-            return None
-
-        def real(leaf: Any) -> Any:
-            return shadows[id(leaf)] if isinstance(leaf, Tensor) else leaf
-
-        try:
-            with unset_fake_temporarily():
-                return func(*tree_map(real, args), **tree_map(real, kwargs))
-        except (RuntimeError, NotImplementedError, IndexError, ValueError):
-            return None
-
 
 def _strides(value: Any) -> tuple[int, ...]:
     dense = isinstance(value, Tensor) and value.layout == torch.strided
     return value.stride() if dense else ()
-
-
-def _is_fake(value: Any) -> bool:
-    return isinstance(value, torch._subclasses.FakeTensor)
-
-
-def _storage(tensor: Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return id(tensor)
-
-
-def _has_values(func: OpOverload, kwargs: Any) -> bool:
-    """Whether the result of an operator is the same in every run, and holds values at all."""
-    device = kwargs.get("device")
-    meta = device is not None and torch.device(device).type == "meta"
-    return not meta and torch.Tag.nondeterministic_seeded not in func.tags
-
-
-def _small_factory(func: OpOverload, leaves: list[Any]) -> bool:
-    if "empty" in func._schema.name:
-        return False
-    sizes = [abs(leaf) for leaf in leaves if isinstance(leaf, (int, float)) and leaf]
-    product = 1.0
-    for size in sizes:
-        product *= size
-    return product <= SHADOW_LIMIT
 
 
 def _refer(value: Any, number: Callable[[Tensor], int]) -> Any:

@@ -3,22 +3,27 @@
 PyTorch's fake mode alone takes some 200 µs for an operator, and ten times that for one that gets
 a real tensor.  So tensors are converted once, and an operator that is met again with arguments
 of the same shapes is not asked again.
+
+Small tensors of known content (anchors, strides, index tables) are computed beside their fakes,
+so that ``.item()`` can answer.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.weak import WeakIdKeyDictionary
 
 from prunus.tracer.outside import Watch
 from prunus.tracer.precision import alone
@@ -27,6 +32,8 @@ _PLAIN = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 }  # fmt: skip
+
+_KINDS = (FakeTensor, nn.Parameter, Tensor)
 
 _NOT_BY_SHAPE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
@@ -60,18 +67,18 @@ class Fakes:
 
     def run(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """What an operator returns for the fakes of its arguments."""
-        args = [self._all_of(value) for value in args]
         if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
             return args[0].fake_device
-        kwargs = {name: self._all_of(value) for name, value in kwargs.items()}
         key = _key_of(func, args, kwargs)
         layouts = self._results.get(key)
         if layouts is None and func is torch.ops.aten.native_batch_norm.default:
             layouts = _batch_norm_in_eval(args)
         if layouts is None:
+            args = [self._all_of(value) for value in args]
+            kwargs = {name: self._all_of(value) for name, value in kwargs.items()}
             return self._ask(func, args, kwargs, key)
         if not layouts:
-            return args[0]
+            return self.of(args[0])
         outputs = tuple(map(self._make, layouts))
         return outputs if len(outputs) > 1 else outputs[0]
 
@@ -87,7 +94,7 @@ class Fakes:
         return result
 
     def _convert(self, tensor: Tensor) -> Tensor:
-        if type(tensor) in (Tensor, nn.Parameter) and _is_plain(tensor):
+        if type(tensor) in _KINDS and _is_plain(tensor):
             return self._make(_layout_of(tensor))
         fake: Tensor = self._mode.from_tensor(tensor)
         self.watch.add(fake)
@@ -138,6 +145,71 @@ class FakeRun(TorchDispatchMode):
         return self._fakes.run(func, args, kwargs or {})
 
 
+class Shadows:
+    """The content of small tensors, by their fakes."""
+
+    LARGEST = 1 << 16
+    """The most elements that a tensor has whose content is computed."""
+
+    def __init__(self) -> None:
+        self._known = WeakIdKeyDictionary()
+        self._stale: set[int] = set()
+
+    def keep(self, fake: Tensor, tensor: Tensor) -> None:
+        """What is known of a fake tensor."""
+        self._known[fake] = tensor
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """The content of a tensor: itself if it is real and small; None where it isn't known."""
+        if isinstance(tensor, FakeTensor):
+            known: Tensor | None = self._known.get(tensor) if self._known else None
+            return None if known is None or storage_of(tensor) in self._stale else known
+        small = tensor.numel() <= self.LARGEST and tensor.device.type != "meta"
+        return tensor if small and not isinstance(tensor, nn.Parameter) else None
+
+    def run(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        """The real result, where all tensors that go in are small and known; else None."""
+        if any(isinstance(value, Tensor) and self.of(value) is None for value in args):
+            return None
+        leaves, spec = tree_flatten((args, kwargs))
+        known = [(leaf, self.of(leaf)) for leaf in leaves if isinstance(leaf, Tensor)]
+        own = func._schema.is_mutable and any(shadow is leaf for leaf, shadow in known)
+        if own or any(shadow is None for _, shadow in known) or not _has_values(func, kwargs):
+            return None
+        if not known and not self._is_small_factory(func, leaves):
+            return None
+        real = [self.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(real, spec)
+        try:
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        except (RuntimeError, NotImplementedError, IndexError, ValueError):
+            return None
+
+    def ran(self, func: OpOverload, inputs: Any, out: Any, known: Any) -> None:
+        """What an operator returned, beside what :meth:`run` did; else it is stale."""
+        if known is not None:
+            for tensor, shadow in zip(tree_leaves(out), tree_leaves(known), strict=False):
+                if isinstance(tensor, Tensor) and isinstance(shadow, Tensor):
+                    self._known[tensor] = shadow
+        elif func._schema.is_mutable:
+            written = (leaf for leaf in tree_leaves(inputs) if isinstance(leaf, FakeTensor))
+            self._stale.update(map(storage_of, written))
+
+    def _is_small_factory(self, func: OpOverload, leaves: list[Any]) -> bool:
+        if "empty" in func._schema.name:
+            return False
+        sizes = (abs(leaf) for leaf in leaves if isinstance(leaf, (int, float)) and leaf)
+        return bool(prod(sizes) <= self.LARGEST)
+
+
+def _has_values(func: OpOverload, kwargs: Any) -> bool:
+    """Whether the result of an operator is the same in every run, and holds values at all."""
+    device = kwargs.get("device")
+    meta = device is not None and torch.device(device).type == "meta"
+    return not meta and torch.Tag.nondeterministic_seeded not in func.tags
+
+
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is strided, fills a storage of its own, and has no lazy bits."""
     if tensor.layout != torch.strided or tensor.dtype not in _PLAIN or tensor.is_neg():
@@ -159,13 +231,13 @@ def _layouts_of(result: Any, args: Any, kwargs: Any, key: Any) -> tuple[_Layout,
     tensors = result if isinstance(result, tuple) else (result,)
     if not all(isinstance(tensor, FakeTensor) and _is_plain(tensor) for tensor in tensors):
         return None
-    given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-    if not given.isdisjoint(map(_storage, tensors)):
+    given = {storage_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+    if not given.isdisjoint(map(storage_of, tensors)):
         return None
     return tuple(map(_layout_of, tensors))
 
 
-def _batch_norm_in_eval(args: list[Any]) -> tuple[_Layout, ...] | None:
+def _batch_norm_in_eval(args: Sequence[Any]) -> tuple[_Layout, ...] | None:
     """What PyTorch takes 3 ms to find for every new shape; None for what this doesn't cover."""
     data, training = args[0], args[5]
     if training or not _is_plain(data) or not _is_dense(data):
@@ -180,8 +252,12 @@ def _is_dense(tensor: Tensor) -> bool:
     )
 
 
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+def storage_of(tensor: Tensor) -> int:
+    """Equal for tensors of one memory."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return id(tensor)
 
 
 @functools.lru_cache(1 << 12)
@@ -199,7 +275,7 @@ def _goes_by_shape(func: OpOverload) -> bool:
     )
 
 
-def _key_of(func: OpOverload, args: list[Any], kwargs: dict[str, Any]) -> Any:
+def _key_of(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Equal for calls that return the same shapes; None where that can't be told."""
     if not _goes_by_shape(func):
         return None
@@ -214,7 +290,8 @@ def _key_of(func: OpOverload, args: list[Any], kwargs: dict[str, Any]) -> Any:
 
 def _part_of(value: Any) -> Any:
     if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.dtype not in _PLAIN or value.is_neg():
+        known = type(value) in _KINDS and value.layout == torch.strided
+        if not known or value.dtype not in _PLAIN or value.is_neg():
             raise ValueError("not a plain tensor")
         return (tuple(value.shape), value.stride(), value.dtype, value.device)
     if isinstance(value, (list, tuple)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -170,9 +170,44 @@ class Call:
             for label in self._labels_of(tensor):
                 self.pin(label, reason)
 
+    def keep(self, labels: Sequence[Label | None], dims: Iterable[int], reason: str) -> Labels:
+        """Keep every position of some dims; returns the labels without theirs."""
+        chosen = list(dict.fromkeys(dim % len(labels) for dim in dims)) if labels else []
+        for dim in chosen:
+            self.pin(labels[dim], reason)
+        return tuple(None if dim in chosen else label for dim, label in enumerate(labels))
+
+    def join(self, labels: Sequence[Label | None]) -> Label | None:
+        """Tie dims of the same size; returns the label of all."""
+        joined, *others = labels
+        for other in others:
+            joined = self.unify(joined, other)
+        return joined
+
+    def split(
+        self, label: Label | None, sizes: tuple[int, int], reason: str, *, pinned: int
+    ) -> Label | None:
+        """One of two dims into which a dim is viewed, of which the other, ``pinned``, is kept."""
+        parts = self.algebra.split(label, sizes, self.why(reason))
+        self.pin(parts[pinned], reason)
+        return parts[1 - pinned]
+
+    def give_up(self, reason: str) -> Effect:
+        """Keep every position of every dim of every tensor."""
+        self.pin_all(reason)
+        return Effect(self.unlabelled())
+
     def unlabelled(self) -> tuple[Labels, ...]:
         """Outputs of which nothing is prunable."""
         return tuple((None,) * output.dim() for output in self.outputs)
+
+    def given_to(self, *names: str) -> Given | None:
+        """What the forward wrote, if the function around the call is one of these."""
+        return self.given if self.given is not None and self.given.name in names else None
+
+    def inner_name(self, kind: str) -> str:
+        """A name for dims that the call makes, as no tensor of state has them."""
+        return f"{kind} in {self.context.module or 'model'} #{self.algebra.count}"
 
 
 def tensors_in(args: Mapping[str, Any]) -> Iterator[tuple[Path, Tensor]]:

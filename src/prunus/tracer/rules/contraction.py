@@ -100,8 +100,7 @@ def product_by_expert(call: Call) -> Effect:
     """
     tokens, weights = call.labels("self"), call.labels("mat2")
     if len(tokens) != 2 or len(weights) != 3:
-        call.pin_all("a grouped product of another kind than tokens by experts")
-        return Effect(call.unlabelled())
+        return call.give_up("a grouped product of another kind than tokens by experts")
     call.pin(tokens[0], "tokens are counted off by expert")
     if call.is_state(call.args["offs"]):
         call.pin(weights[0], "offsets that are data")
@@ -175,12 +174,9 @@ def distances(call: Call) -> Effect:
     lead: list[Label | None] = []
     for dim in range(len(call.outputs[0].shape) - 2):
         at = dim - len(call.outputs[0].shape)
-        pairs = [(own[at], shape[at]) for own, shape in zip((first, second), shapes, strict=True)
-                 if -at <= len(shape) and shape[at] > 1]  # fmt: skip
-        label = pairs[0][0] if pairs else None
-        for other, _ in pairs[1:]:
-            label = call.unify(label, other)
-        lead.append(label)
+        met = [own[at] for own, shape in zip((first, second), shapes, strict=True)
+               if -at <= len(shape) and shape[at] > 1]  # fmt: skip
+        lead.append(call.join(met) if met else None)
     labels: Labels = (*lead, first[-2], second[-2])
     dims = tuple(len(shape) - 1 for shape in shapes)
     return Effect(
@@ -196,8 +192,7 @@ def distance(call: Call) -> Effect:
     """The norm of a difference: removed positions of both add nothing."""
     first, second = call.labels("self"), call.labels("other")
     if call.args["self"].shape != call.args["other"].shape:
-        call.pin_all("positions of one tensor meet a stretched one")
-        return Effect(call.unlabelled())
+        return call.give_up("positions of one tensor meet a stretched one")
     for one, other in zip(first, second, strict=True):
         call.unify(one, other)
     places = tuple(((name,), dim) for name in ("self", "other") for dim in range(len(first)))
@@ -243,17 +238,16 @@ def convolution(call: Call) -> Effect:
     )
 
 
-GROUPS_AT = {"conv1d": 6, "conv2d": 6, "conv3d": 6, "conv_transpose1d": 6,
-             "conv_transpose2d": 6, "conv_transpose3d": 6}  # fmt: skip
-"""Functions around a convolution, with the position at which they take the number of groups."""
+AROUND = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+"""Functions around a convolution, which take the number of groups as their seventh argument."""
 
 
 def _stated_groups(call: Call, channels: Label | None) -> Equations:
     """The number of groups as the forward wrote it: that of the blocks of channels."""
-    groups = call.args["groups"]
-    if groups == 1 or channels is None or call.given is None or call.given.name not in GROUPS_AT:
+    groups, given = call.args["groups"], call.given_to(*AROUND)
+    if groups == 1 or channels is None or given is None:
         return ()
-    written = expression_of(call.given.argument(GROUPS_AT[call.given.name], "groups"))
+    written = expression_of(given.argument(6, "groups"))
     if written is None:
         return ()
     why = call.why("a grouped convolution keeps its blocks equal")
@@ -295,22 +289,13 @@ def _transposed(call: Call, channels: Label | None, weight: Labels, groups: int)
 
 
 def _macs(call: Call, out: Labels) -> tuple[tuple[int, Label | None], ...]:
-    """Batch × out channels × in channels per group × kernel × the positions it is applied to."""
-    weight = call.args["weight"]
-    kernel = prod(weight.shape[2:])
-    if call.args["transposed"]:
-        applied = prod(call.args["input"].shape[2:])
-        batch = (call.args["input"].shape[0], out[0])
-        return (
-            batch,
-            (weight.shape[0], call.labels("weight")[0]),
-            (weight.shape[1], call.labels("weight")[1]),
-            (kernel * applied, None),
-        )
-    result = call.outputs[0]
+    """Batch × channels of the weight × kernel × the positions it is applied to."""
+    weight, labels = call.args["weight"], call.labels("weight")
+    moved = call.args["transposed"]
+    applied = call.args["input"] if moved else call.outputs[0]
     return (
-        (result.shape[0], out[0]),
-        (weight.shape[0], out[1]),
-        (weight.shape[1], call.labels("weight")[1]),
-        (kernel * prod(result.shape[2:]), None),
+        (applied.shape[0], out[0]),
+        (weight.shape[0], labels[0] if moved else out[1]),
+        (weight.shape[1], labels[1]),
+        (prod(weight.shape[2:]) * prod(applied.shape[2:]), None),
     )

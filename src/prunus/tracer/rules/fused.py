@@ -106,14 +106,12 @@ def gru_cell(call: Call) -> Effect:
 def _join_gates(call: Call, state: str, count: int) -> tuple[Label | None, Label | None]:
     """The labels of batch and hidden width: a hidden unit owns a place in each of its gates."""
     batch, hidden = call.labels(state)
-    rows = call.args[state].shape[1]
-    why = call.why("the gates of a cell keep their places")
+    sizes = count, call.args[state].shape[1]
     for name in ("input_gates", "hidden_gates", "input_bias", "hidden_bias"):
         if call.args.get(name) is None:
             continue
         *lead, gates = call.labels(name)
-        gate, column = call.algebra.split(gates, (count, rows), why)
-        call.pin(gate, why.reason)
+        column = call.split(gates, sizes, "the gates of a cell keep their places", pinned=0)
         hidden = call.unify(hidden, column)
         for label in lead:
             batch = call.unify(batch, label)

@@ -12,7 +12,6 @@ from torch import Tensor
 from prunus.graph.axis import Label
 from prunus.graph.program import Effect, Labels
 from prunus.tracer.registry import Call, rule
-from prunus.tracer.rules.view import wrap
 
 ADDRESSED = "positions along this dim are addressed by index"
 
@@ -51,9 +50,8 @@ def index_select(call: Call) -> Effect:
     """Chosen positions of one dim."""
     labels = list(call.labels("self"))
     if labels:
-        dim = wrap(call.args["dim"], len(labels))
-        address(call, labels[dim], "index")
-        labels[dim] = next(iter(call.labels("index")), None)
+        address(call, labels[call.args["dim"]], "index")
+        labels[call.args["dim"]] = next(iter(call.labels("index")), None)
     return Effect((tuple(labels),))
 
 
@@ -66,7 +64,7 @@ def gather(call: Call) -> Effect:
         return Effect((index,))
     if not source:
         return Effect(call.unlabelled())
-    dim = wrap(call.args["dim"], len(source))
+    dim = call.args["dim"] % len(source)
     labels: list[Label | None] = list(index)
     for d, (ours, theirs) in enumerate(zip(source, index, strict=True)):
         if d == dim:
@@ -132,45 +130,28 @@ def scatter(call: Call) -> Effect:
     names = [name for name in ("self", "index", "src") if isinstance(call.args.get(name), Tensor)]
     shapes = [call.args[name].shape for name in names]
     if len({len(shape) for shape in shapes}) > 1:  # a scalar stands for a single position
-        call.pin_all(ADDRESSED)
-        return Effect(call.unlabelled())
+        return call.give_up(ADDRESSED)
     columns = zip(*(call.labels(name) for name in names), strict=True)
-    dim = wrap(call.args["dim"], len(shapes[0]))
+    dim = call.args["dim"] % max(len(shapes[0]), 1)
     labels: list[Label | None] = []
     for d, column in enumerate(columns):
         if d == dim and call.positions("index") is not None:
-            _keep(call, column[1:])
+            call.keep(column[1:], range(len(column) - 1), ADDRESSED)
             labels.append(address(call, column[0], "index"))
             continue
         whole = d != dim and len({shape[d] for shape in shapes}) == 1
-        labels.append((_join if whole else _keep)(call, column))
+        labels.append(call.join(column) if whole else None)
+        call.keep(column, () if whole else range(len(column)), ADDRESSED)
     return Effect((tuple(labels),))
-
-
-def _join(call: Call, column: Labels) -> Label | None:
-    joined = column[0]
-    for other in column[1:]:
-        joined = call.unify(joined, other)
-    return joined
-
-
-def _keep(call: Call, column: Labels) -> None:
-    for label in column:
-        call.pin(label, ADDRESSED)
 
 
 @rule("index_fill.int_Scalar", "index_fill_.int_Scalar", "index_fill.int_Tensor",
       "index_fill_.int_Tensor")  # fmt: skip
 def index_fill(call: Call) -> Effect:
     """Chosen positions of one dim get one number."""
-    labels = list(call.labels("self"))
     for label in call.labels("index"):
         call.pin(label, ADDRESSED)
-    if labels:
-        dim = wrap(call.args["dim"], len(labels))
-        call.pin(labels[dim], ADDRESSED)
-        labels[dim] = None
-    return Effect((tuple(labels),))
+    return Effect((call.keep(call.labels("self"), (call.args["dim"],), ADDRESSED),))
 
 
 @rule("masked_scatter", "masked_scatter_")
@@ -192,8 +173,7 @@ def masked_scatter(call: Call) -> Effect:
         and tuple(call.args["self"].shape) == tuple(shape)
     )
     if not rows:
-        call.pin_all("entries are counted through a mask")
-        return Effect(call.unlabelled())
+        return call.give_up("entries are counted through a mask")
     for label in (*labels[:-1], *call.labels("mask")[:-1], *call.labels("source")[:-1]):
         call.pin(label, "entries are counted through a mask")
     column = call.unify(labels[-1], call.labels("source")[-1])
@@ -204,14 +184,12 @@ def masked_scatter(call: Call) -> Effect:
 @rule("segment_reduce")
 def segments(call: Call) -> Effect:
     """Segments of one dim, each reduced; the others pass."""
-    labels = list(call.labels("data"))
-    axis = wrap(call.args["axis"], len(labels))
+    labels = call.labels("data")
+    axis = call.args["axis"] % len(labels)
     for name in ("lengths", "indices", "offsets"):
         for label in call.labels(name):
             call.pin(label, "a dim is cut into segments")
-    for label in labels[: axis + 1]:
-        call.pin(label, "a dim is cut into segments")
-    return Effect(((*(None,) * (axis + 1), *labels[axis + 1 :]),))
+    return Effect((call.keep(labels, range(axis + 1), "a dim is cut into segments"),))
 
 
 @rule("bucketize.Tensor", "searchsorted.Tensor")
@@ -222,8 +200,7 @@ def bucket(call: Call) -> Effect:
         call.pin(label, "boundaries are searched in order")
     if call.args[boundaries].dim() == 1:
         return Effect((call.labels("self"),))
-    call.pin_all("boundaries are searched in order")
-    return Effect(call.unlabelled())
+    return call.give_up("boundaries are searched in order")
 
 
 @rule("index_add", "index_add_", "index_copy", "index_copy_", "index_reduce", "index_reduce_")
@@ -233,9 +210,8 @@ def index_write(call: Call) -> Effect:
     for label in call.labels("index"):
         call.pin(label, ADDRESSED)
     if not labels or len(labels) != len(source):
-        call.pin_all(ADDRESSED)
-        return Effect(call.unlabelled())
-    dim = wrap(call.args["dim"], len(labels))
+        return call.give_up(ADDRESSED)
+    dim = call.args["dim"] % len(labels)
     for d, (ours, theirs) in enumerate(zip(labels, source, strict=True)):
         if d != dim:
             labels[d] = call.unify(ours, theirs)

@@ -57,8 +57,7 @@ def group_norm(call: Call) -> Effect:
     for name in ("weight", "bias"):
         if call.args[name] is not None:
             labels[1] = call.unify(labels[1], call.labels(name)[0])
-    for label in labels[2:]:
-        call.pin(label, "normalised over space")
+    call.keep(labels, range(2, len(labels)), "normalised over space")
     sizes = (groups, channels // groups)
     block, column = call.algebra.split(labels[1], sizes, call.why("normalised in equal blocks"))
     mixing: tuple[Place, ...] = ()
@@ -77,9 +76,8 @@ def group_norm(call: Call) -> Effect:
 
 def _stated_groups(call: Call, groups: int, block: Label | None) -> Equations:
     """The number of groups, where the forward wrote it; a module's own follows its weight."""
-    if call.given is None or call.given.name != "group_norm" or groups == 1:
-        return ()
-    return ((call.given.expression(groups), groups, block),)
+    given = call.given_to("group_norm")
+    return () if given is None or groups == 1 else ((given.expression(groups), groups, block),)
 
 
 @rule("_weight_norm_interface")
@@ -114,12 +112,7 @@ def running_sum(call: Call) -> Effect:
 @rule("cumprod", "logcumsumexp")
 def cumulate(call: Call) -> Effect:
     """Every position sees those before it: the order matters, so the dim stays whole."""
-    labels = list(call.labels("self"))
-    if labels:
-        dim = call.args["dim"] % len(labels)
-        call.pin(labels[dim], "summed up in order")
-        labels[dim] = None
-    return Effect((tuple(labels),))
+    return Effect((call.keep(call.labels("self"), (call.args["dim"],), "summed up in order"),))
 
 
 OBSERVED = (

@@ -56,7 +56,7 @@ def passes(call: Call) -> Effect:
       "randint_like")  # fmt: skip
 def alike(call: Call) -> Effect:
     """As large as another tensor, with nothing of its content."""
-    name = f"{call.name} in {call.context.module or 'model'} #{call.algebra.count}"
+    name = call.inner_name(call.name)
     labels: list[Label | None] = []
     for dim, own in enumerate(call.labels("self")):
         if own is not None:
@@ -67,21 +67,9 @@ def alike(call: Call) -> Effect:
     return Effect((tuple(labels),))
 
 
-FACTORIES = frozenset(
-    (
-        "zeros",
-        "ones",
-        "full",
-        "empty",
-        "rand",
-        "randn",
-        "normal",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty",
-    )
-)
+FACTORIES = ("zeros", "ones", "full", "empty", "rand", "randn", "normal", "new_zeros", "new_ones",
+             "new_full", "new_empty")  # fmt: skip
+"""Functions that are given the sizes of what they make."""
 
 
 @rule("zeros", "ones", "full", "empty.memory_format", "empty_strided", "new_zeros", "new_ones",
@@ -92,10 +80,10 @@ def elastic(call: Call) -> Effect:
 
     A size that the forward's code writes as a number stays what it is.
     """
-    name = f"{call.name} in {call.context.module or 'model'} #{call.algebra.count}"
+    name = call.inner_name(call.name)
     out = call.outputs[0]
-    given = call.given if call.given is not None and call.given.name in FACTORIES else None
-    written = given.sizes(out.dim()) if given is not None else None
+    given = call.given_to(*FACTORIES)
+    written = None if given is None else given.sizes(out.dim())
     labels: list[Label | None] = []
     equations = []
     for dim, size in enumerate(out.shape):

@@ -11,7 +11,6 @@ from prunus.graph.program import Effect, Equations, Place
 from prunus.tracer.provenance import expression_of
 from prunus.tracer.registry import Call, rule
 from prunus.tracer.rules.pointwise import broadcast
-from prunus.tracer.rules.view import wrap
 
 
 @rule("mean", "mean.dim", "sum", "sum.dim_IntList", "prod", "prod.dim_int", "amax", "amin", "max",
@@ -51,9 +50,9 @@ def _reduced(call: Call, ndim: int) -> set[int]:
     """The dims that a reduction names: all of them where it names none."""
     dim: Any = call.args.get("dim")
     if isinstance(dim, int):
-        return {wrap(dim, ndim)}
+        dim = [dim]
     every = dim is None or (not dim and call.name not in ("all", "any"))
-    return {wrap(d, ndim) for d in (range(ndim) if every else dim)}
+    return {d % max(ndim, 1) for d in (range(ndim) if every else dim)}
 
 
 ENOUGH = "there have to be as many positions as are asked for"
@@ -67,9 +66,8 @@ def indices_among(call: Call) -> list[int]:
 
 def stated_count(call: Call, *names: str) -> Equations:
     """``k`` as the forward wrote it: as many positions come out whatever is removed."""
-    if call.given is None or call.given.name not in names:
-        return ()
-    written = expression_of(call.given.argument(1, "k"))
+    given = call.given_to(*names)
+    written = None if given is None else expression_of(given.argument(1, "k"))
     return () if written is None or isinstance(written, int) else ((written, call.args["k"], None),)
 
 
@@ -79,9 +77,8 @@ def largest(call: Call) -> Effect:
     labels = list(call.labels("self"))
     if not labels:
         return Effect(call.unlabelled())
-    dim = wrap(call.args["dim"], len(labels))
-    label = labels[dim]
-    labels[dim] = None
+    dim = call.args["dim"] % len(labels)
+    label, labels[dim] = labels[dim], None
     if label is None:
         return Effect((tuple(labels),) * 2)
     return Effect(
@@ -99,17 +96,14 @@ def extreme(call: Call) -> Effect:
     labels = list(call.labels("self"))
     dim = call.args["dim"]
     if dim is None or not labels:
-        call.pin_all(COUNTED)
-        return Effect(call.unlabelled())
-    label = labels.pop(wrap(dim, len(labels)))
+        return call.give_up(COUNTED)
+    dim %= len(labels)
+    label = labels.pop(dim)
     if call.args["keepdim"]:
-        labels.insert(wrap(dim, len(labels) + 1), None)
+        labels.insert(dim, None)
     if label is None:
         return Effect((tuple(labels),))
-    return Effect(
-        (tuple(labels),), mixing=((("self",), wrap(dim, call.args["self"].dim())),),
-        counted=((0, label),),
-    )  # fmt: skip
+    return Effect((tuple(labels),), mixing=((("self",), dim),), counted=((0, label),))
 
 
 @rule("histc")
@@ -117,10 +111,8 @@ def histogram(call: Call) -> Effect:
     """How often each position along a dim is among the values; of other values nothing is known."""
     label, bins = call.positions("self"), call.args["bins"]
     if label is None or bins != len(label) or (call.args["min"], call.args["max"]) != (0, bins - 1):
-        call.pin_all("values are counted off into bins")
-        if label is not None:
-            call.pin(label, COUNTED)
-        return Effect(call.unlabelled())
+        call.pin(label, COUNTED)
+        return call.give_up("values are counted off into bins")
     for own in call.labels("self"):
         call.pin(own, COUNTED)
     stated = None if call.given is None else expression_of(call.given.argument(1, "bins"))
@@ -133,14 +125,11 @@ def counted(call: Call) -> Effect:
     """Positions along a dim are counted or compared: they must stay; other dims pass."""
     labels = call.labels("self")
     dims = _counted_dims(call, len(labels))
-    for d in dims:
-        call.pin(labels[d], COUNTED)
-    rest = tuple(None if d in dims else label for d, label in enumerate(labels))
+    rest = call.keep(labels, dims, COUNTED)
     passed = tuple(label for d, label in enumerate(labels) if d not in dims)
     by_rank = {len(passed): passed, len(rest): rest}
     if any(out.dim() not in by_rank for out in call.outputs):
-        for label in labels:
-            call.pin(label, COUNTED)
+        call.keep(labels, range(len(labels)), COUNTED)
     return Effect(tuple(by_rank.get(out.dim(), (None,) * out.dim()) for out in call.outputs))
 
 
@@ -151,7 +140,7 @@ def _counted_dims(call: Call, ndim: int) -> set[int]:
     dim = call.args.get("dim", -1)
     if call.name == "nonzero" or dim is None:
         return set(range(ndim))
-    return {ndim - 1, ndim - 2} if call.name.startswith("tri") else {wrap(dim, ndim)}
+    return {ndim - 1, ndim - 2} if call.name.startswith("tri") else {dim % max(ndim, 1)}
 
 
 @rule("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d",
@@ -169,18 +158,15 @@ def spatial(call: Call) -> Effect:
     name = call.target._schema.arguments[0].name
     labels = call.labels(name)
     rank = next(int(digit) for digit in call.name if digit.isdigit())
-    for label in labels[len(labels) - rank :]:
-        call.pin(label, "space is read in windows")
+    call.keep(labels, range(-rank, 0), "space is read in windows")
     lead = labels[: len(labels) - rank]
     if "grid" in call.args:
-        batch, *rest = call.labels("grid")
-        for label in rest:
-            call.pin(label, "positions to sample at")
-        lead = (call.unify(lead[0], batch), *lead[1:])
+        grid = call.labels("grid")
+        call.keep(grid, range(1, len(grid)), "positions to sample at")
+        lead = (call.unify(lead[0], grid[0]), *lead[1:])
     if "indices" in call.args:  # positions within the plane of each channel
         own = call.labels("indices")
-        for label in own[len(lead) :]:
-            call.pin(label, "space is read in windows")
+        call.keep(own, range(-rank, 0), "space is read in windows")
         lead = tuple(call.unify(one, other) for one, other in zip(lead, own, strict=False))
     return Effect(tuple((*lead, *(None,) * rank) for _ in call.outputs))
 
@@ -206,16 +192,6 @@ def loss(call: Call) -> Effect:
 def renorm(call: Call) -> Effect:
     """Slices along a dim, each scaled by its own norm, which is that of the kept positions."""
     labels = call.labels("self")
-    own = wrap(call.args["dim"], len(labels))
+    own = call.args["dim"] % len(labels)
     mixing: tuple[Place, ...] = tuple((("self",), d) for d in range(len(labels)) if d != own)
     return Effect((labels,), mixing=mixing)
-
-
-@rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
-def fourier(call: Call) -> Effect:
-    """Every frequency is a sum over all positions, in their places."""
-    labels = list(call.labels("self"))
-    for dim in call.args["dim"]:
-        call.pin(labels[wrap(dim, len(labels))], "positions along this dim are transformed")
-        labels[wrap(dim, len(labels))] = None
-    return Effect((tuple(labels),))

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from prunus.errors import PlanError
 from prunus.graph.plans import Plan
 from prunus.surgeon.switches import Switches, signals_deferred
-from prunus.tracer.contents import Contents, is_odd
 from prunus.tracer.follow import is_config
 from prunus.tracer.precision import LOCK
+from prunus.tracer.quiet import Contents, is_odd
 from prunus.tracer.wrappers import unwraps
 
 

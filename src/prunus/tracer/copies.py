@@ -12,7 +12,7 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
@@ -198,9 +198,6 @@ class _Copier:
         self._kept.append(value)
         return made
 
-    def _tensor(self, value: Tensor) -> Tensor:
-        return self._make(value, self._memo)
-
     def _foreign(self, value: nn.Module) -> nn.Module:
         """A module that is none of the model's: its attributes are copied, its memory is shared."""
         before, self._make = self._make, _alias
@@ -250,9 +247,6 @@ class _Copier:
         made.extend(self._copy(item) for item in value)
         return made
 
-    def _array(self, value: Any) -> Any:
-        return value.copy()
-
     def _method(self, value: Any) -> Any:
         function, bound = self._copy(value.__func__), self._copy(value.__self__)
         if function is value.__func__ and bound is value.__self__:
@@ -274,10 +268,8 @@ class _Copier:
         names = self._renamed(value)
         defaults = self._copy(value.__defaults__)
         named = self._copy(value.__kwdefaults__)
-        if (
-            not any((value.__closure__, names, vars(value), named))
-            and defaults is value.__defaults__
-        ):
+        changed = (value.__closure__, names, vars(value), named)
+        if not any(changed) and defaults is value.__defaults__:
             return value
         closure = value.__closure__ or ()
         cells = tuple(
@@ -291,24 +283,17 @@ class _Copier:
         vars(made).pop("__wrapped__", None)
         for name, item in vars(value).items():
             vars(made)[name] = self._copy(item)
-        self._fill_cells(closure, cells)
+        for cell, new in zip(closure, cells, strict=True):  # last: it may close over itself
+            if content_of(new) is UNSET and content_of(cell) is not UNSET:
+                new.cell_contents = self._copy(cell.cell_contents)
         return made
 
-    def _fill_cells(self, closure: Iterable[Any], cells: Iterable[Any]) -> None:
-        """Last, since a function may close over itself."""
-        for cell, new in zip(closure, cells, strict=True):
-            if _is_empty(new) and not _is_empty(cell):
-                new.cell_contents = self._copy(cell.cell_contents)
-
     def _namespace(self, space: dict[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
-        made = self._memo.get(id(space))
-        if made is None:
-            made = self._keep(space, dict(space))
+        made: dict[str, Any] = self._memo.get(id(space)) or self._keep(space, dict(space))
         for name, value in names.items():
             if made.get(name) is value:
                 made[name] = self._copy(value)
-        renamed: dict[str, Any] = made
-        return renamed
+        return made
 
     def _renamed(self, function: Any) -> dict[str, Any]:
         """The global variables of a function by which it comes to modules of the model."""
@@ -359,7 +344,7 @@ class _Copier:
 
 _MAKERS: tuple[tuple[Any, Callable[[_Copier, Any], Any]], ...] = (
     (_ATOMS, lambda copier, value: value),
-    (Tensor, _Copier._tensor),
+    (Tensor, lambda copier, value: copier._make(value, copier._memo)),
     (nn.Module, _Copier._foreign),
     (dict, _Copier._dict),
     (list, _Copier._list),
@@ -370,7 +355,7 @@ _MAKERS: tuple[tuple[Any, Callable[[_Copier, Any], Any]], ...] = (
     (types.MethodType, _Copier._method),
     (functools.partial, _Copier._partial),
     (weakref.ReferenceType, _Copier._reference),
-    (np.ndarray, _Copier._array),
+    (np.ndarray, lambda copier, value: value.copy()),
 )
 
 
@@ -399,21 +384,17 @@ def _shallow(value: Made) -> Made:
 
 
 def _slots_of(value: Any) -> list[str]:
-    return [
-        name
-        for kind in type(value).__mro__
-        for name in _listed(vars(kind).get("__slots__"))
-        if name not in ("__dict__", "__weakref__") and hasattr(value, name)
-    ]
+    declared = (vars(kind).get("__slots__") or () for kind in type(value).__mro__)
+    named = (name for own in declared for name in ([own] if isinstance(own, str) else own))
+    return [n for n in named if n not in ("__dict__", "__weakref__") and hasattr(value, n)]
 
 
-def _listed(slots: Any) -> Any:
-    return (slots,) if isinstance(slots, str) else slots or ()
+UNSET: Any = object()
 
 
-def _is_empty(cell: Any) -> bool:
+def content_of(cell: types.CellType) -> Any:
+    """The value of a closure's variable; ``UNSET`` before it is assigned."""
     try:
-        cell.cell_contents  # noqa: B018
+        return cell.cell_contents
     except ValueError:
-        return True
-    return False
+        return UNSET

@@ -16,13 +16,14 @@ import inspect
 import types
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence
+from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from prunus.tracer.copies import globals_of, names_in
+from prunus.tracer.copies import UNSET, content_of, globals_of, names_in
 from prunus.tracer.follow import PLAIN
 from prunus.tracer.provenance import Mark, Provenance
 
@@ -34,9 +35,8 @@ NESTED = 256
 
 _CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict, Counter)
 """Types whose contents can be read and put back; a subclass may answer with something else."""
-_MISSING: Any = object()
 
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made, which can be changed
 
 
 class Outside:
@@ -76,7 +76,7 @@ class Outside:
             if present is not value:
                 _set(space, name, value)
         for cell, value in self._cells:
-            if value is not _MISSING and _inside(cell) is not value:
+            if value is not UNSET and content_of(cell) is not value:
                 cell.cell_contents = value
         self._forget((FakeTensor, Provenance))
         for container, content in self._contents.values():
@@ -147,7 +147,7 @@ class Outside:
         for item in bound:
             self._remember(item)
         called: list[tuple[Any, type]] = [(item, owner) for item in filter(callable, bound)]
-        self._cells += [(cell, _inside(cell)) for cell in function.__closure__ or ()]
+        self._cells += [(cell, content_of(cell)) for cell in function.__closure__ or ()]
         for name, found in globals_of(function):
             called += self._class(found, seen) if isinstance(found, type) else []
             called += self._variable(space, name, found, owner)
@@ -159,7 +159,8 @@ class Outside:
         if id(kind) in seen:
             return []
         seen.add(id(kind))
-        if _is_torch(kind.__module__) or issubclass(kind, nn.Module) or not _is_open(kind):
+        is_open = kind.__flags__ & _HEAP_TYPE
+        if _is_torch(kind.__module__) or issubclass(kind, nn.Module) or not is_open:
             return []
         return [(memo, kind) for memo in self._attributes(kind)]
 
@@ -227,54 +228,36 @@ def _unwrap(value: Any) -> Iterator[Any]:
 
 def _bound_to(function: Any) -> Iterator[Any]:
     """What a function refers to beside its module's variables."""
-    found = (_inside(cell) for cell in function.__closure__ or ())
-    yield from (value for value in found if value is not _MISSING)
+    found = (content_of(cell) for cell in function.__closure__ or ())
+    yield from (value for value in found if value is not UNSET)
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
     if vars(function):
         yield vars(function)
 
 
-def _inside(cell: types.CellType) -> Any:
-    """The value of a closure's variable."""
-    try:
-        return cell.cell_contents
-    except ValueError:  # it was not set yet
-        return _MISSING
-
-
 def _values_of(container: Any) -> Any:
     return list(container.values()) if type(container) is dict else container
 
 
-def _is_open(kind: type) -> bool:
-    """Whether attributes of the class can be set: not so of those written in C."""
-    return bool(kind.__flags__ & _HEAP_TYPE)
-
-
 def restore_content(container: Any, content: Any) -> None:
     """Let a container hold the very same entries as before; it stays the same object."""
-    if _same(container, content):
+    if _ids_in(container) == _ids_in(content):
         return
-    if isinstance(container, list):
+    if isinstance(container, MutableSequence) and not isinstance(container, deque):
         container[:] = content
         return
     container.clear()
     (container.extend if isinstance(container, deque) else container.update)(content)
 
 
-def _same(container: Any, content: Any) -> bool:
-    """Whether it holds the very same entries; they are compared by identity."""
-    if isinstance(container, dict):
-        keys, values = list(container), list(container.values())
-        return list(map(id, keys)) == list(map(id, content)) and list(map(id, values)) == list(
-            map(id, content.values())
-        )
-    return list(map(id, container)) == list(map(id, content))
+def _ids_in(container: Any) -> list[int]:
+    values = container.values() if isinstance(container, dict) else ()
+    return list(map(id, chain(container, values)))
 
 
 def _get(space: Any, name: str) -> Any:
-    return (space if isinstance(space, dict) else vars(space)).get(name, _MISSING)
+    return (space if isinstance(space, dict) else vars(space)).get(name, UNSET)
 
 
 def _set(space: Any, name: str, value: Any) -> None:
@@ -371,10 +354,26 @@ def _release(survivors: list[Any], before: Spaces, *, frames: bool) -> bool:
 
 
 def _remove(holder: Any, targets: set[int], was: Mapping[str, Any], owner: Any) -> bool:
-    if isinstance(holder, (dict, MutableMapping)):
+    """Take targets out of what holds them; whether any was in there."""
+    if isinstance(holder, MutableMapping):
         return _forget(holder, targets, was, owner)
-    remove = next((act for kinds, act in _REMOVERS if isinstance(holder, kinds)), None)
-    return remove is not None and remove(holder, targets)
+    if isinstance(holder, (MutableSequence, set)):
+        kept = [item for item in holder if id(item) not in targets]
+        if len(kept) == len(holder):
+            return False
+        restore_content(holder, kept)
+    elif isinstance(holder, LRU):
+        holder.cache_clear()
+    elif isinstance(holder, types.CellType):
+        del holder.cell_contents
+    elif isinstance(holder, types.FrameType):
+        try:  # it lives on where a module that it imported has kept its traceback
+            holder.clear()
+        except RuntimeError:  # it still runs
+            return False
+    else:
+        return False
+    return True
 
 
 def _owners(holders: list[Any]) -> dict[int, Any]:
@@ -396,49 +395,3 @@ def _forget(holder: Any, targets: set[int], was: Mapping[str, Any], owner: Any) 
         else:
             holder.pop(key, None)
     return bool(keys)
-
-
-def _drop(holder: Any, targets: set[int]) -> bool:
-    kept = [item for item in holder if id(item) not in targets]
-    fewer = len(kept) < len(holder)
-    if fewer and isinstance(holder, deque):
-        holder.clear()
-        holder.extend(kept)
-    elif fewer:
-        holder[:] = kept
-    return fewer
-
-
-def _discard(holder: Any, targets: set[int]) -> bool:
-    gone = [item for item in holder if id(item) in targets]
-    for item in gone:
-        holder.discard(item)
-    return bool(gone)
-
-
-def _clear(holder: Any, targets: set[int]) -> bool:
-    holder.cache_clear()
-    return True
-
-
-def _empty(holder: Any, targets: set[int]) -> bool:
-    del holder.cell_contents
-    return True
-
-
-def _finish(holder: Any, targets: set[int]) -> bool:
-    """A frame that has run lives on where a module that it imported has kept its traceback."""
-    try:
-        holder.clear()
-    except RuntimeError:  # it still runs
-        return False
-    return True
-
-
-_REMOVERS: tuple[tuple[Any, Callable[[Any, set[int]], bool]], ...] = (
-    (LRU, _clear),
-    ((list, deque, MutableSequence), _drop),
-    (set, _discard),
-    (types.CellType, _empty),
-    (types.FrameType, _finish),
-)

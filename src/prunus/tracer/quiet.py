@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +26,9 @@ from prunus.graph.program import modules_in
 from prunus.tracer.follow import marked_objects
 from prunus.tracer.outside import Outside, restore_content
 from prunus.tracer.precision import alone, same_draws
+
+SMALL = 1 << 18
+"""Bytes of a memory that a run of ours looks after; the observers of QAT write to less."""
 
 
 @contextmanager
@@ -56,10 +60,10 @@ def quiet_run(model: nn.Module, *, users_own: bool = False, copies: bool = True)
     """
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
-    restored: list[_Snapshot | _Buffers | Outside] = [*map(_Snapshot, modules)]
+    restored: list[_Snapshot | Contents | Outside] = [*map(_Snapshot, modules)]
     settings = [(values, dict(values)) for values in marked_objects(modules)]
     if not users_own:
-        restored += [_Buffers(modules), Outside(model)]
+        restored += [Contents(modules, SMALL), Outside(model)]
     try:
         if copies and not users_own and not isinstance(model, torch.jit.ScriptModule):
             model.register_forward_pre_hook(_copy_inputs, prepend=True, with_kwargs=True)
@@ -150,37 +154,67 @@ def plain_kernels() -> Iterator[None]:
             torch._C._set_cudnn_enabled(cudnn)
 
 
-class _Buffers:
-    """Small buffers that a forward may write to even in eval mode, as the observers of QAT do.
+_KINDS = (Tensor, nn.Parameter)
+"""Classes of tensors that are one array in one storage, if they are strided."""
 
-    Embeddings with ``max_norm`` write their weight.
+
+class Contents:
+    """What is in the memory of a model's buffers and tensor attributes, as it is now.
+
+    Of parameters only those are copied that PyTorch's own forwards write (embeddings with
+    ``max_norm``): no other module changes a weight by being run.
+
+    Parameters
+    ----------
+    largest
+        The most bytes of a memory that is looked at.
     """
 
-    LARGEST = 1 << 16
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        found: dict[int, Tensor] = {}
-        for module in modules:
-            found.update({id(one): one for one in module._buffers.values() if one is not None})
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-                found[id(module.weight)] = module.weight
-        self._saved = [(one, one.detach().clone()) for one in found.values() if self._is_saved(one)]
-
-    def _is_saved(self, tensor: Tensor) -> bool:
-        small = tensor.layout == torch.strided and tensor.numel() <= self.LARGEST
-        return small and not tensor.is_inference() and not tensor.is_meta
+    def __init__(self, modules: Iterable[nn.Module], largest: float = math.inf) -> None:
+        found = (storage for storage in _storages(modules) if storage.nbytes() <= largest)
+        self._saved = [(storage, storage.clone()) for storage in found]
 
     def restore(self) -> None:
-        """Put back the values of those that were written to.
+        """Put the bytes back where any was changed; may be called again."""
+        for storage, values in self._saved:
+            if storage.nbytes() != values.nbytes():  # the observers of QAT resize their buffers
+                storage.resize_(values.nbytes())
+            elif torch.equal(_bytes(storage), _bytes(values)):
+                continue
+            storage.copy_(values)
 
-        Fused observers don't count up the version of what they write.
-        """
-        with torch.no_grad():
-            for buffer, value in self._saved:
-                if not torch.equal(buffer, value):
-                    if buffer.shape != value.shape:
-                        buffer.resize_(value.shape)
-                    buffer.copy_(value)
+
+def _storages(modules: Iterable[nn.Module]) -> Iterator[Any]:
+    seen: set[int] = set()
+    for module in modules:
+        for tensor in _written(module):
+            if type(tensor) not in _KINDS or tensor.is_meta or is_odd(tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in seen:
+                seen.add(storage._cdata)
+                yield storage
+
+
+def _bytes(storage: Any) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _written(module: nn.Module) -> Iterator[Tensor]:
+    """Tensors of one module, also those in its lists and dicts, that a forward may write into."""
+    parameters = () if vars(module).get("max_norm") is None else module._parameters.values()
+    yield from (one for one in (*module._buffers.values(), *parameters) if one is not None)
+    for value in vars(module).values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple, dict)):
+            items = value.values() if isinstance(value, dict) else value
+            yield from (item for item in items if type(item) is Tensor)
+
+
+def is_odd(tensor: Tensor) -> bool:
+    """Whether it is not one strided array in one storage."""
+    return tensor.layout != torch.strided or tensor.is_nested
 
 
 class _Snapshot:

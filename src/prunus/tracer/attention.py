@@ -114,6 +114,13 @@ def score_weights(program: Program) -> frozenset[str]:
     return frozenset(filter(None, (made.get(flow.maker[number], "") for number in sources)))
 
 
+def find_queries(program: Program) -> Iterator[tuple[Node, Ref]]:
+    """Every fused attention and every softmax of an attention, with the queries behind it."""
+    for node, scores, values in _attentions(_Flow(program)):
+        for product in scores[:1]:
+            yield node, node.args["query"] if values is node else _operands(product)[0]
+
+
 class Weighing(NamedTuple):
     """A product of attention probabilities with values, whose last dims are those of the heads."""
 
@@ -197,18 +204,8 @@ class _Flow(Dataflow):
 
     def products_before(self, softmax: Node) -> list[Node]:
         """Products of two activations from which a softmax comes without another in between."""
-        found: list[Node] = []
-        queue, seen = [softmax], {softmax}
-        while queue and len(seen) < _FAR:
-            for value in read_by(queue.pop(0)):
-                node = self.maker.get(value)
-                if node is None or node in seen:
-                    continue
-                seen.add(node)
-                if self._multiplies(node):
-                    found.append(node)
-                elif not contracts(node):
-                    queue.append(node)
+        ends = (self.maker.get(n) for value in read_by(softmax) for n in self.sources(value))
+        found = {node for node in ends if node is not None and self._multiplies(node)}
         return sorted(found, key=self.place.__getitem__)
 
     def product_after(self, softmax: Node) -> Node | None:

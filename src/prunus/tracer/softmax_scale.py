@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from prunus.graph.groups import Pin
 from prunus.graph.program import Node, Program, Ref
+from prunus.tracer.attention import find_queries
 from prunus.tracer.dataflow import Dataflow, name_of
 from prunus.tracer.registry import call_bound
 
@@ -86,11 +88,11 @@ class Fold:
 
     def targets(self, query: int) -> Targets | None:
         """What to multiply so that the query is multiplied; None if it isn't linear in weights."""
-        found: Targets = {}
-        index = self._columns(query)
-        if index is None:
+        columns = self._columns(query)
+        if columns is None:
             return None
-        for name, dim, positions in index:
+        found: Targets = {}
+        for name, dim, positions in columns:
             found.setdefault((name, dim), set()).update(_present(positions))
         return found
 
@@ -101,19 +103,17 @@ class Fold:
         """
         if not all(attention.alone for attention in attentions):
             return False
-        self._met.clear()
-        for attention in attentions:
-            self._columns(attention.query)
         queries = {attention.query for attention in attentions}
-        inside = {index for attention in attentions for index in attention.nodes}
-        path = frozenset(self._met)
-        names = {name for name, _ in targets}
-        starts = [value for value, name in self._state.items() if name in names]
-        for value in {*starts, *path}:
-            skipped = inside if value in queries else ()
-            if self._leaves(value, path, targets, skipped):
-                return False
-        return True
+        inside = frozenset(chain.from_iterable(attention.nodes for attention in attentions))
+        self._met.clear()
+        for query in queries:
+            self._columns(query)
+        path, names = frozenset(self._met), {name for name, _ in targets}
+        starts = {value for value, name in self._state.items() if name in names}
+        return not any(
+            self._leaves(value, path, targets, inside if value in queries else ())
+            for value in starts | path
+        )
 
     def _leaves(
         self, value: int, path: frozenset[int], targets: Targets, skipped: Container[int]
@@ -260,18 +260,15 @@ def find_rescales(
         None stands for a query that is not linear in weights, or whose weights have other uses.
     """
     fold = Fold(flow)
-    known = {index for attention in attended for index in attention.nodes}
-    attentions = [*attended, *(one for one in _unscaled(flow) if one.nodes.start not in known)]
+    known = frozenset(chain.from_iterable(attention.nodes for attention in attended))
+    own = [one for one in _unscaled(flow) if one.nodes.start not in known]
     alike: dict[Fixed | None, list[Attention]] = {}
-    wanted: dict[Fixed | None, Targets | None] = {}
-    for attention in attentions:
+    for attention in (*attended, *own):
         targets = fold.targets(attention.query)
-        fixed = None if targets is None else _fix(targets)
-        alike.setdefault(fixed, []).append(attention)
-        wanted[fixed] = targets
+        alike.setdefault(None if targets is None else _fix(targets), []).append(attention)
     for fixed, found in alike.items():
-        targets = wanted[fixed]
-        fits = targets is not None and fold.serves_only(found, targets)
+        targets = {(name, dim): set(at) for name, dim, at in fixed or ()}
+        fits = fixed is not None and fold.serves_only(found, targets)
         yield from ((attention, fixed if fits else None) for attention in found)
 
 
@@ -288,40 +285,12 @@ def _fix(targets: Targets) -> Fixed:
     return tuple((name, dim, tuple(sorted(at))) for (name, dim), at in targets.items())
 
 
-def find_attentions(program: Program) -> dict[int, Fixed]:
-    """Attentions by the position of their operator: what multiplies the logits.
-
-    Fused ones, and softmax over products of two computed tensors; the keys are positions of the
-    fused operator or of the softmax.
-    """
+def find_attentions(program: Program) -> dict[Node, Fixed]:
+    """What multiplies the logits of every attention, by its softmax or its fused operator."""
     flow = Dataflow(program)
     fold = Fold(flow)
-    found: dict[int, Fixed] = {}
-    for index, node in enumerate(program.nodes):
-        query = _query_of(node, flow)
-        targets = None if query is None else fold.targets(query)
-        if targets:
-            found[index] = _fix(targets)
-    return found
-
-
-def _query_of(node: Node, flow: Dataflow) -> int | None:
-    """The value number of the query behind a fused attention or a softmax, if it is one."""
-    name = name_of(node)
-    if "scaled_dot_product" in name:
-        return int(node.args["query"].value)
-    if name not in ("_softmax", "_safe_softmax"):
-        return None
-    maker = flow.maker.get(node.args["self"].value)
-    while maker is not None:
-        name = name_of(maker)
-        if name in ("bmm", "baddbmm"):
-            return int(maker.args["batch1" if name == "baddbmm" else "self"].value)
-        if name not in _VIEWS | _SAME | {"masked_fill", "where", "masked_fill_"}:
-            return None
-        reference = maker.args.get("self")
-        maker = flow.maker.get(reference.value) if isinstance(reference, Ref) else None
-    return None
+    targets = {node: fold.targets(query.value) for node, query in find_queries(program)}
+    return {node: _fix(found) for node, found in targets.items() if found}
 
 
 def _rearrange(node: Node, given: list[Tensor]) -> Any:

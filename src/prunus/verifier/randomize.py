@@ -255,7 +255,7 @@ def _sharpen(
     ones have become; the weights, which gradients need as they were, follow at the end.
     """
     graph = trace(model, args, kwargs) if graph is None else graph
-    attentions = {graph.program.nodes[n]: t for n, t in find_attentions(graph.program).items()}
+    attentions = find_attentions(graph.program)
     if not attentions:
         return False, Known()
     state, _ = state_of(model)

@@ -16,8 +16,7 @@ from prunus.calibration.statistics import kept_units
 from prunus.graph.program import state_of
 from prunus.recovery.attention_rows import find_products, find_values
 from prunus.recovery.compensate import repair_all
-from prunus.recovery.queries_keys import best_products, mix_products
-from prunus.recovery.values import turn_values
+from prunus.recovery.head_dims import best_products, mix_products, turn_values
 
 HEADS, DIM, WIDTH = 3, 8, 20
 

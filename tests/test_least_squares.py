@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunus.calibration.cross import Pairing
-from prunus.calibration.second_moments import Moments, fit_memory
+from prunus.calibration.moments import Moments, Pairing, fit_memory
 from prunus.errors import DataError
 from prunus.recovery.least_squares import fold, ridge_of, solve_ridge
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import prunus
 from prunus.graph.program import state_of
-from prunus.importance.reconstruction import RIDGE, Reconstruction, removal_order
+from prunus.importance.obs import RIDGE, Reconstruction, removal_order
 from prunus.importance.registry import Scores, score
 
 UNITS, EACH, OUTPUTS, ROWS = 5, 2, 3, 60

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import prunus
-from prunus.calibration.cross import CrossMoments
+from prunus.calibration.moments import CrossMoments
 from prunus.calibration.statistics import kept_units
 from prunus.errors import DataError, ModelError, PlanError
 from prunus.graph.axis import Axis

@@ -21,7 +21,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunus.calibration.im2col import Window, columns_of, window_of
-from prunus.calibration.second_moments import Moments
+from prunus.calibration.moments import Moments
 from prunus.errors import DataError
 from prunus.graph.axis import Label
 from prunus.graph.coupling import CouplingGraph

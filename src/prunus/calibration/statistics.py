@@ -22,11 +22,10 @@ from prunus.calibration.batches import (
     run_batch,
     samples_of,
 )
-from prunus.calibration.gradients import Contributions
+from prunus.calibration.gradients import Contributions, Loss, loss_of
+from prunus.calibration.moments import Moments, fit_memory
 from prunus.calibration.routed import Routed
-from prunus.calibration.second_moments import Moments, fit_memory
 from prunus.calibration.sites import Read, Site, Sites, Watch, find_sites
-from prunus.calibration.targets import Loss, loss_of
 from prunus.errors import DataError, ModelError, PlanError, checks_options
 from prunus.graph.axis import Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
@@ -139,7 +138,7 @@ def collect(
     loss
         ``(output, batch) → scalar`` of one sample, for the gradients.  Without it, the loss is
         the model's own ``.loss`` or the cross-entropy of the labels, or without labels of its own
-        answer; :func:`prunus.calibration.targets.loss_of` has it in full.  A language model gets
+        answer; :func:`prunus.calibration.gradients.loss_of` has it in full.  A language model gets
         its next-token loss from ``{"input_ids": ids, "labels": ids}``.
     split
         Whether dim 0 of a batch counts samples.  Gradients are then taken sample by sample, so

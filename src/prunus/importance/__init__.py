@@ -4,11 +4,9 @@ from prunus.calibration.statistics import Statistics, collect
 from prunus.importance import calibrated as _calibrated
 from prunus.importance import magnitude as _magnitude
 from prunus.importance import obs as _obs
-from prunus.importance import random as _control
 from prunus.importance import routed as _routed
-from prunus.importance import structure as _structure
+from prunus.importance.calibrated import Movement
 from prunus.importance.influence import block_influence
-from prunus.importance.movement import Movement
 from prunus.importance.registry import (
     Context,
     Importance,
@@ -33,4 +31,4 @@ __all__ = [
     "score",
 ]
 
-del _calibrated, _control, _magnitude, _obs, _routed, _structure
+del _calibrated, _magnitude, _obs, _routed

@@ -43,7 +43,7 @@ from prunus.planner.option_values import (
 )
 
 if TYPE_CHECKING:
-    from prunus.calibration.targets import Loss
+    from prunus.calibration.gradients import Loss
     from prunus.importance import Importance, Statistics
 
 Call = TypeVar("Call", bound=Callable[..., Any])

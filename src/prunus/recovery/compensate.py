@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration.batches import Batches
-from prunus.calibration.cross import OwnMoments
+from prunus.calibration.moments import OwnMoments
 from prunus.calibration.sites import find_sites
 from prunus.calibration.statistics import Statistics, collect, kept_units
 from prunus.errors import DataError, PlanError, checks_options
@@ -23,8 +23,8 @@ from prunus.graph.program import state_of
 from prunus.graph.progress import Progress, following
 from prunus.recovery.attention_rows import find_values
 from prunus.recovery.consumers import Consumer, find_consumers, new_biases_of
+from prunus.recovery.head_dims import Mixed, Turned, mix_products, turn_values
 from prunus.recovery.least_squares import Method
-from prunus.recovery.queries_keys import Mixed, mix_products
 from prunus.recovery.refit import (
     Options,
     Repair,
@@ -36,7 +36,6 @@ from prunus.recovery.refit import (
     stay_of,
 )
 from prunus.recovery.sequential import repair_in_order
-from prunus.recovery.values import Turned, turn_values
 from prunus.surgeon.apply import cut
 from prunus.surgeon.depth import without_blocks
 from prunus.surgeon.snapshot import Snapshot, all_or_nothing, own_data
@@ -97,7 +96,7 @@ def compensate(
     Every weight that reads removed units gets the weights with which the kept units say
     best, in the least squares on calibration data, what all of them said (see
     :mod:`prunus.recovery.least_squares`).  Where heads lose dims of queries and keys, those that
-    stay become the best subspace for their products (:mod:`prunus.recovery.queries_keys`).  No
+    stay become the best subspace for their products (:mod:`prunus.recovery.head_dims`).  No
     labels are needed and nothing is trained.  It happens in place and either as a whole or not at
     all.
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunus.calibration.cross import Pairing
+from prunus.calibration.moments import Pairing
 
 ATTEMPTS = 8
 """Times that the ridge is raised tenfold before the eigenvalues are taken."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunus.calibration.cross import CrossMoments, OwnMoments
 from prunus.calibration.im2col import matrix_of, weight_of
+from prunus.calibration.moments import CrossMoments, OwnMoments
 from prunus.calibration.sites import Site
 from prunus.graph.axis import Mask, kept_positions
 from prunus.recovery.consumers import Consumer, Place

@@ -22,9 +22,8 @@ from torch._ops import OpOverload
 from torch.nn import functional as F
 
 from prunus.calibration.batches import count_samples, no_data, run_batch
-from prunus.calibration.cross import CrossMoments, OwnMoments, fit_pairs
 from prunus.calibration.lanes import END, Lane
-from prunus.calibration.second_moments import Moments, nothing_seen
+from prunus.calibration.moments import CrossMoments, Moments, OwnMoments, fit_pairs, nothing_seen
 from prunus.calibration.sites import Read, Site, Sites, Watch, find_sites, storage_of
 from prunus.calibration.statistics import WIDEST, as_traced, check_traced, kept_units
 from prunus.errors import DataError
@@ -34,8 +33,8 @@ from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
 from prunus.graph.progress import counted
 from prunus.recovery.consumers import Consumer, find_changed, find_consumers, new_biases_of
+from prunus.recovery.head_dims import Mixed
 from prunus.recovery.norms import batch_norms, check_finite
-from prunus.recovery.queries_keys import Mixed
 from prunus.recovery.refit import (
     Options,
     Repaired,

@@ -26,8 +26,8 @@ from prunus.graph.groups import AtLeast, Constraint, Lockstep, form_groups
 from prunus.graph.polynomial import Monomial, Polynomial, measure_widths
 from prunus.planner import allocate as planner
 from prunus.planner.allocate import normalised
+from prunus.planner.chains import merge_locksteps
 from prunus.planner.cost import CostState
-from prunus.planner.lockstep import merge_locksteps
 
 
 def select(*args, **options) -> np.ndarray:

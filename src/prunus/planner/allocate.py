@@ -18,11 +18,9 @@ from prunus.graph.axis import Mask
 from prunus.graph.budget import Budget
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import AtLeast, Divisible
-from prunus.planner.alignment import RoundTo
 from prunus.planner.divisible import Attempt, choose_divisible
 from prunus.planner.filters import excluded_groups, first_fitting, spread
 from prunus.planner.fixed_ratios import choose_fixed
-from prunus.planner.limits import find_stops
 from prunus.planner.option_values import (
     Globs,
     Normalise,
@@ -33,8 +31,9 @@ from prunus.planner.option_values import (
     check_share,
 )
 from prunus.planner.removal import Floors, Removal
+from prunus.planner.rounding import RoundTo
 from prunus.planner.solve import solve
-from prunus.planner.steps import Quanta, form_quanta
+from prunus.planner.steps import Quanta, find_stops, form_quanta
 
 Scores = NDArray[np.float64]
 
@@ -116,7 +115,7 @@ def select(
         numbers by globs.
     round_to
         Every dim of a contraction that is cut becomes a multiple of this; one number, or numbers
-        by kind of layer and by globs: see :func:`~prunus.planner.alignment.aligned_labels`.  A
+        by kind of layer and by globs: see :func:`~prunus.planner.rounding.aligned_labels`.  A
         group for which there is no such cut stays as it is.
     include, exclude
         Globs over the names of groups and of the tensors on their axes.

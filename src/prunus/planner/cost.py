@@ -9,7 +9,7 @@ and share what their removal saves, until a width on which that depends changes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,10 @@ class Positions:
         found: Ints = self.shared.indices[slice(*self.shared.indptr[quantum : quantum + 2])]
         return found
 
+    def dims_shared(self, quantum: int) -> Ints:
+        """The dims of these positions."""
+        return self.shared_dim[self.shared_of(quantum)]
+
     def gone(self, removed: Mask) -> Ints:
         """How many of its takers are gone, for every shared position."""
         return np.asarray(removed.astype(np.int64) @ self.shared)
@@ -143,17 +147,11 @@ def _matrix(rows: Ints, columns: Ints, count: int, width: int) -> Any:
 
 @dataclass(eq=False, slots=True)
 class Reach:
-    """The monomials that see some widths.
+    """The monomials that see some widths, given by ascending ids.
 
-    Attributes
-    ----------
-    widths
-        Ids of the widths, ascending.
-    terms
-        For each cost: the constants, the widths of every monomial, and for each of these its
-        place in ``widths`` (or ``len(widths)`` if it isn't one of them).
-    stale
-        The kinds whose savings change with these widths.
+    ``terms`` has for each cost the constants, the widths of every monomial, and for each of these
+    its place in ``widths`` (or ``len(widths)`` if it isn't one of them); ``stale`` the kinds whose
+    savings change with these widths.
     """
 
     widths: Ints
@@ -218,17 +216,15 @@ class CostState:
         with others; where two of them could take one position, none is like another.
         """
         found = np.array([self._kind[quantum] for quantum in chain.tolist()])
-        odd = np.flatnonzero(found < 0)
-        positions = self.positions
-        shared = joined(positions.shared_of(int(quantum)) for quantum in chain[odd])
+        positions, odd = self.positions, chain[found < 0]
+        shared = positions.shared[odd].indices
         apart = len(np.unique(shared)) == len(shared)
+        keys: list[Any] = odd.tolist()
+        if apart:
+            taken = ((*positions.lone_of(n), positions.dims_shared(n)) for n in keys)
+            keys = [tuple(part.tobytes() for part in parts) for parts in taken]
         known: dict[Any, int] = {}
-        for at, quantum in zip(odd.tolist(), chain[odd].tolist(), strict=True):
-            key: Any = quantum
-            if apart:
-                lone = [part.tobytes() for part in positions.lone_of(quantum)]
-                key = *lone, positions.shared_dim[positions.shared_of(quantum)].tobytes()
-            found[at] = -1 - known.setdefault(key, len(known))
+        found[found < 0] = [-1 - known.setdefault(key, len(known)) for key in keys]
         return found
 
     def curve(self, quantum: int, count: int) -> tuple[NDArray[np.float64], Mask]:
@@ -236,11 +232,7 @@ class CostState:
 
         Also returns whether every dim keeps a position then.  Positions that several quanta could
         take are taken to be there.
-
-        Returns
-        -------
-        tuple
-            Of shape ``(costs, count + 1)`` and ``(count + 1,)``.
+        Shapes are ``(costs, count + 1)`` and ``(count + 1,)``.
         """
         fixed, places, reach = self._layout(quantum)
         loss = (fixed + np.bincount(places, minlength=len(fixed))).astype(np.float64)
@@ -334,7 +326,7 @@ class CostState:
         """What a quantum takes alone, and of which width each of its shared positions is."""
         if quantum not in self._layouts:
             lone, times = self.positions.lone_of(quantum)
-            dims = self.positions.shared_dim[self.positions.shared_of(quantum)]
+            dims = self.positions.dims_shared(quantum)
             reach = self._reach(np.union1d(lone, dims))
             fixed: Exact = np.zeros(len(reach.widths) + 1, dtype=self.widths.dtype)
             fixed[np.searchsorted(reach.widths, lone)] = times
@@ -378,11 +370,6 @@ class CostState:
                 terms.append((constants[seen], table[seen], place[table[seen]]))
             self._reaches[key] = Reach(widths, tuple(terms))
         return self._reaches[key]
-
-
-def joined(parts: Iterable[Ints]) -> Ints:
-    """All arrays one after the other; an empty one if there are none."""
-    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
 
 def _watched(graph: CouplingGraph) -> list[Label]:

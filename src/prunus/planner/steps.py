@@ -9,12 +9,11 @@ from math import lcm
 import numpy as np
 from numpy.typing import NDArray
 
-from prunus.graph.axis import Mask
+from prunus.graph.axis import Label, Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.groups import Lockstep
-from prunus.planner.alignment import RoundTo, aligned_labels
-from prunus.planner.lockstep import Tie, merge_locksteps
-from prunus.planner.rounding import Chain, Cut, align
+from prunus.graph.groups import Group
+from prunus.planner.chains import form_chains
+from prunus.planner.rounding import Cut, RoundTo, align, aligned_labels
 
 Ints = NDArray[np.int64]
 
@@ -77,27 +76,22 @@ def form_quanta(
 ) -> Quanta:
     """Quanta of all groups but the ``excluded`` ones (name → reason); inf units never leave."""
     untouched = dict(excluded)
-    conflicts, chains = _form_chains(graph, scores, untouched)
-    live = [group for group in graph.groups if group.name not in untouched]
+    chains, conflicts = form_chains(graph, scores, untouched)
     labels = aligned_labels(graph, untouched, round_to)
-    cuts = align(chains, labels, graph.unit_count)
+    cuts = [cut for cut in align(chains, labels, graph.unit_count) if cut.step]
     owner, ordered, gates = _number(cuts, graph.unit_count)
     group_of = np.full(graph.unit_count + 1, -1, dtype=np.int64)
     for n, group in enumerate(graph.groups):
         group_of[group.units] = n
+        if group.name not in untouched and (reason := _why_whole(group, scores, owner, labels)):
+            untouched[group.name] = reason
     count = int(owner.max(initial=0))
     finite = np.where(owner > 0, scores, 0.0)
     share = _share(owner, group_of)
-    for group in live:
-        if not np.isfinite(scores[group.units]).any():
-            untouched[group.name] = "kept whole: its scores are infinite"
-        elif not owner[group.units].any():
-            needed = lcm(*(n for label, n in labels if np.isin(group.units, label).any()))
-            untouched[group.name] = f"it can't be cut to multiples of {needed}"
     return Quanta(
         owner=owner,
         chains=tuple(ordered),
-        totals=tuple(cut.chain.total for cut in cuts if cut.step),
+        totals=tuple(cut.chain.total for cut in cuts),
         gates=frozenset(gates),
         sizes=np.bincount(owner[1:], minlength=count + 1),
         scores=np.bincount(owner, weights=finite, minlength=count + 1).astype(np.float64),
@@ -109,43 +103,16 @@ def form_quanta(
     )
 
 
-def _form_chains(
-    graph: CouplingGraph, scores: NDArray[np.float64], untouched: dict[str, str]
-) -> tuple[list[str], list[Chain]]:
-    """A chain per tie of locksteps, and one per group for the rest of its units."""
-    ties = merge_locksteps([c for c in graph.constraints if isinstance(c, Lockstep)])
-    conflicts = []
-    for tie in ties:
-        if tie.conflict:
-            units = np.concatenate(tie.sets)
-            names = [g.name for g in graph.groups if np.isin(g.units, units).any()]
-            untouched.update(dict.fromkeys(names, f"locksteps contradict: {tie.conflict}"))
-            conflicts.append(f"{', '.join(names)} ({tie.conflict})")
-    free, tied = np.zeros((2, graph.unit_count + 1), dtype=np.bool_)
-    for group in graph.groups:
-        free[group.units] = group.name not in untouched and np.isfinite(scores[group.units])
-    chains = []
-    for tie in ties:
-        tied[np.concatenate(tie.sets)] = True
-        chains.append(_chain_of_tie(tie, free, scores))
-    for group in graph.groups:
-        own = group.units[~tied[group.units]]
-        chains.append(Chain(_ascending(own[free[own]], scores)[:, None], len(own)))
-    return conflicts, [chain for chain in chains if chain.rows.size]
-
-
-def _chain_of_tie(tie: Tie, free: Mask, scores: NDArray[np.float64]) -> Chain:
-    rows = [_ascending(units[free[units]], scores) for units in tie.sets]
-    length = min(len(row) // rate for row, rate in zip(rows, tie.rates, strict=True))
-    parts = [
-        row[: length * rate].reshape(length, rate)
-        for row, rate in zip(rows, tie.rates, strict=True)
-    ]
-    return Chain(np.concatenate(parts, axis=1), sum(len(units) for units in tie.sets))
-
-
-def _ascending(units: Ints, scores: NDArray[np.float64]) -> Ints:
-    return units[np.argsort(scores[units], kind="stable")]
+def _why_whole(
+    group: Group, scores: NDArray[np.float64], owner: Ints, labels: Sequence[tuple[Label, int]]
+) -> str:
+    """Why no unit of a group may leave; empty where one may."""
+    if not np.isfinite(scores[group.units]).any():
+        return "kept whole: its scores are infinite"
+    if owner[group.units].any():
+        return ""
+    needed = lcm(*(n for label, n in labels if np.isin(group.units, label).any()))
+    return f"it can't be cut to multiples of {needed}"
 
 
 def _number(cuts: Sequence[Cut], unit_count: int) -> tuple[Ints, list[Ints], set[int]]:
@@ -156,8 +123,6 @@ def _number(cuts: Sequence[Cut], unit_count: int) -> tuple[Ints, list[Ints], set
     gates: set[int] = set()
     following = 1
     for cut in cuts:
-        if not cut.step:
-            continue
         ids: list[Ints] = []
         if cut.first or cut.joint >= 0:
             gate = joints.get(cut.joint, following)
@@ -193,3 +158,51 @@ def _pairs(share: Ints, count: int) -> tuple[tuple[tuple[int, int], ...], ...]:
         one = single.setdefault((group, units), ((group, units),))
         shares[quantum] = shares[quantum] + one if shares[quantum] else one
     return tuple(shares)
+
+
+def find_stops(
+    graph: CouplingGraph, quanta: Quanta, removed: Mask, floors: Sequence[int]
+) -> dict[str, str]:
+    """Names of the groups that can lose no more, with the reason; of the others nothing is said.
+
+    Parameters
+    ----------
+    quanta, removed
+        What may leave, and which of it is gone, shape ``(quanta + 1,)``.
+    floors
+        Units that every group keeps at least.
+    """
+    found = dict(quanta.untouched)
+    kept = quanta.kept(removed)
+    left = [int(kept[group.units].sum()) for group in graph.groups]
+    steps = _next_steps(quanta, removed)
+    for number, group in enumerate(graph.groups):
+        if group.name not in found:
+            reason = _reason(number, steps.get(number, []), left, floors)
+            found |= {group.name: reason} if reason else {}
+    return {group.name: found[group.name] for group in graph.groups if group.name in found}
+
+
+def _reason(
+    number: int, ahead: Sequence[Mapping[int, int]], left: Sequence[int], floors: Sequence[int]
+) -> str:
+    """Why a group can lose no more; empty where it can."""
+    if not ahead:
+        return "the rest of it is kept whole"
+    if all(left[number] - shares[number] < floors[number] for shares in ahead):
+        step = min(shares[number] for shares in ahead)
+        in_steps = f", and goes in steps of {step}" if step > 1 else ""
+        return f"it keeps {floors[number]} at least{in_steps}"
+    stuck = all(any(left[g] - n < floors[g] for g, n in shares.items()) for shares in ahead)
+    return "it is tied to a group that can lose no more" if stuck else ""
+
+
+def _next_steps(quanta: Quanta, removed: Mask) -> dict[int, list[dict[int, int]]]:
+    """For every group the next quantum of each of its chains: units by group's number."""
+    steps: dict[int, list[dict[int, int]]] = {}
+    for chain in quanta.chains:
+        there = np.flatnonzero(~removed[chain])
+        shares = dict(quanta.shares[int(chain[there[0]])]) if len(there) else {}
+        for number in shares:
+            steps.setdefault(number, []).append(shares)
+    return steps

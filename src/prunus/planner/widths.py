@@ -26,13 +26,13 @@ from prunus.graph.program import state_of
 from prunus.importance import score
 from prunus.importance.registry import is_comparable
 from prunus.importance.torch_pruning import adapt
-from prunus.planner.alignment import Default, RoundTo, wide_groups
 from prunus.planner.allocate import Selection, select
 from prunus.planner.culprits import nothing_removed
 from prunus.planner.filters import spread
 from prunus.planner.latency import MULTIPLES, meet_time
 from prunus.planner.option_values import check_share
 from prunus.planner.options import PlanOptions, ScoreOptions
+from prunus.planner.rounding import Default, RoundTo, wide_groups
 from prunus.planner.structure_ratios import GLOBAL_RATIO, check_counts, structure_ratios
 from prunus.structures import find_structures
 from prunus.surgeon.attributes import find_edits

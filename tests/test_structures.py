@@ -362,7 +362,7 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monk
     hf.save(model, tmp_path, mode="uniform")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def fail(folder: str) -> None:
+    def fail(folder: str, **_: Any) -> None:
         (Path(folder) / "model.safetensors").write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import prunus
-from prunus.errors import BudgetError, PrunusError
+from prunus.cli import main
+from prunus.errors import BudgetError, ModelError, PrunusError
 from prunus.graph.groups import Divisible, Lockstep, Proportional, find_violation
 from prunus.integrations import hf
 
@@ -109,3 +110,76 @@ def test_heads_that_the_config_can_not_divide_by() -> None:
     assert model.config.num_key_value_heads == 4
     assert shrink(model, remove={"kv_groups": 2}).certificate.verdict == "exact"
     assert model.config.num_attention_heads == 4
+
+
+def test_a_free_cut_is_not_written_as_a_plain_folder(tmp_path: Path) -> None:
+    model = build("Llama", num_key_value_heads=4)
+    inputs = hf.example_inputs(model)
+    prunus.shrink(model, (), inputs, ratio=0.3, recover="none", each_group=False)
+    for one in (model, copy.deepcopy(model)):
+        with pytest.raises(ModelError, match=r"can't be loaded(.|\n)*hf\.save\(model, folder\)"):
+            one.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+    torch.save(model, tmp_path / "whole.pt")
+    torch.load(tmp_path / "whole.pt", weights_only=False)
+    hf.save(model, tmp_path / "free")
+    again = hf.load(tmp_path / "free")
+    with pytest.raises(ModelError, match="can't be loaded"):
+        again.save_pretrained(tmp_path / "plain")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, again(**inputs).logits)
+    prunus.drop_layers(build("Bert"), [1]).model.save_pretrained(tmp_path / "fewer")
+
+
+@pytest.mark.parametrize("mode", ["free", "uniform"])
+def test_load_reads_what_save_writes(mode: Any, tmp_path: Path) -> None:
+    build("Llama", num_key_value_heads=4, **ENDS).save_pretrained(tmp_path / "dense")
+    dtype = torch.bfloat16  # but frequencies of positions stay float32
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)
+    model.generation_config.max_new_tokens = 3
+    inputs = hf.example_inputs(model)
+    prunus.shrink(model, (), inputs, ratio=0.3, mode=mode, recover="none", each_group=False)
+    hf.save(model, tmp_path / "small", mode=mode)
+    again = hf.load(tmp_path / "small")
+    assert again.dtype == torch.bfloat16
+    assert not again.training
+    assert again.generation_config.max_new_tokens == 3
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, again(**inputs).logits)
+
+
+def test_weights_in_several_files_replace_those_that_were_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("Llama", num_key_value_heads=4)
+    model.save_pretrained(tmp_path)
+    shrink(model, ratio=0.3)
+    monkeypatch.setattr(hf, "SHARD", "100KB")
+    hf.save(model, tmp_path, mode="uniform")
+    assert not (tmp_path / "model.safetensors").exists()
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    inputs = hf.example_inputs(model)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, hf.load(tmp_path)(**inputs).logits)
+
+
+def test_from_folder_to_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense, small = tmp_path / "dense", tmp_path / "small"
+    build("Llama", num_key_value_heads=4, **ENDS).save_pretrained(dense)
+    (dense / "tokenizer.json").write_text("{}")
+    (dense / "README.md").write_text("# A model\n")
+    (dense / "pytorch_model.bin").write_text("old")
+    command = ["shrink", f"hf:{dense}", "--mode", "uniform", "--params", "0.7"]
+    assert main([*command, "--out", str(small)]) == 0
+    assert f"wrote out: {small}" in capsys.readouterr().out
+    assert {path.name for path in small.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"
+    }  # fmt: skip
+    card = (small / "README.md").read_text()
+    assert card.startswith("# A model\n")
+    assert "from_pretrained" in card
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(small)
+    assert loaded.num_parameters() <= 0.7 * hf.load(dense).num_parameters()
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "small"}
+    assert main(["shrink", "zoo:lenet5", "--mode", "uniform", "--params", "0.7"]) == 2
+    assert "for models of transformers" in capsys.readouterr().err

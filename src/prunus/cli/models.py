@@ -7,8 +7,7 @@ import difflib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,7 +181,9 @@ def _from_folder(place: str, options: argparse.Namespace) -> Source:
 
     def build() -> nn.Module:
         safe = _has_safetensors(folder, options)
-        with _without_bars():  # they would run into ours
+        if safe and hf.has_plan(folder):
+            return hf.load(folder)
+        with hf.without_bars():
             model: nn.Module = kind.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, use_safetensors=safe
             )
@@ -209,18 +210,6 @@ def _from_folder(place: str, options: argparse.Namespace) -> Source:
     found = json.loads(images.read_text(encoding="utf-8")) if images.is_file() else {}
     mean, std = found.get("image_mean"), found.get("image_std")
     return Source(build, bare, examples, mean, std, folder, shapes_examples=True)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    bars = require("transformers", "hf").utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
 
 
 def _has_safetensors(folder: Path, options: argparse.Namespace) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from prunus.cli import NOT_VERIFIED, flags
 from prunus.cli.answer import answer, follow, head
 from prunus.cli.plan import by_table, remarks
-from prunus.errors import first_names, require
+from prunus.errors import FileError, ModelError, first_names, require
 
 if TYPE_CHECKING:
     from prunus import Plan
@@ -30,6 +30,13 @@ def add_parser(verbs: Any) -> None:
     flags.add_model(parser)
     flags.add_choice(parser)
     flags.add_cut(parser)
+    parser.add_argument(
+        "--mode",
+        choices=("free", "uniform"),
+        default="free",
+        help="uniform, for hf: models: only what a plain config.json can express is removed, and "
+        "--out is a folder for from_pretrained, with the tokenizer and model card of the original",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -41,6 +48,7 @@ def run(options: argparse.Namespace) -> int:
     chosen = flags.choice_of(options)
     budget = chosen["budget"]
     check_picture(options)
+    _check_mode(options)
     with follow(options) as step:
         step("building the model")
         loaded = load_model(options)
@@ -56,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
             loaded.kwargs,
             outputs=options.outputs,
             verified=not options.no_verify,
+            mode=options.mode,
             recover=options.recover,
             **chosen,
         )
@@ -68,6 +77,18 @@ def run(options: argparse.Namespace) -> int:
         step("writing")
         write(options, loaded, small.plan, small.certificate, document)
     return finish(options, small.plan, small.certificate, document)
+
+
+def _check_mode(options: argparse.Namespace) -> None:
+    """Refuse early what planning or writing would refuse late."""
+    if options.mode == "uniform" and not options.model.startswith("hf:"):
+        raise ModelError(
+            "--mode uniform is for models of transformers",
+            where=options.model,
+            fix="give hf:FOLDER, or leave out --mode",
+        )
+    if options.mode == "uniform" and options.out and options.out.is_file():
+        raise FileError(f"{options.out} is a file", why="--mode uniform writes a folder")
 
 
 def check_picture(options: argparse.Namespace) -> None:
@@ -109,10 +130,17 @@ def write(
 ) -> None:
     """Write the files that were asked for, and note them; the model only if it was cut."""
     import prunus
+    from prunus.integrations import hf
     from prunus.report.console import write_json
 
+    def write_model(path: str) -> None:
+        if getattr(options, "mode", "free") == "uniform":
+            hf.save(loaded.model, path, mode="uniform", source=loaded.source.folder)
+        else:
+            prunus.save(loaded.model, path, plan=plan)
+
     writers: dict[str, Any] = {
-        "out": lambda path: prunus.save(loaded.model, path, plan=plan),
+        "out": write_model,
         "plan": plan.save,
         "certificate": lambda path: write_json(document["certificate"], path),
         "picture": lambda path: prunus.report.draw_channels(plan, path, title=options.model),
@@ -146,7 +174,7 @@ def finish(
             fix = leave if hasattr(options, "exclude") else f"plan anew, and {leave}"
             show_certificate(certificate, f"no model was written; {fix}")
         for name, reason in document.get("held", {}).items():
-            show(f"{name} is kept whole, since its cut failed verification: {reason}")
+            show(f"{name} is kept whole: {reason}")
         if document["recovery"]:
             show(tell_recovery(document["recovery"]))
         show(*(f"wrote {name}: {path}" for name, path in document["files"].items()))

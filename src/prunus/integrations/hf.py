@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -15,16 +16,28 @@ from torch import nn
 
 from prunus.checkpoint import load as load_file
 from prunus.checkpoint import save as save_file
-from prunus.errors import FormatError, ModelError, checks_options, require
-from prunus.files import replace_file
+from prunus.checkpoint.container import open_container
+from prunus.errors import FileError, FormatError, ModelError, checks_options, require
 from prunus.integrations.hf_config import fitting_config
-from prunus.surgeon.snapshot import all_or_nothing, config_before
+from prunus.surgeon.snapshot import all_or_nothing, applied_plan, config_before
 
 TOKENS = 16
 """Length of an example text."""
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
+CARD = "README.md"
+
+SHARD = "5GB"
+"""Weights of more than this are written to several files."""
+
+_READ_FIRST = ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin*")
+"""Weights that ``from_pretrained`` finds in a folder."""
+
+_NOT_COPIED = (".*", "*.safetensors", "*.index.json", "*.bin", "*.h5", "*.msgpack", "*.onnx",
+               "*.pt", "*.pth", "*.gguf", "*.ckpt", "*.py")  # fmt: skip
+"""Files of a source folder that are weights, code or hidden."""
 
 
 @checks_options
@@ -90,16 +103,21 @@ def save(
     folder: str | os.PathLike[str],
     *,
     mode: Literal["free", "uniform"] = "free",
+    source: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write a pruned model of transformers to a folder.
+    """Write a pruned model of transformers to a folder, all of it or nothing.
 
     Parameters
     ----------
     mode
         ``"free"``: config.json of the architecture as it was, and one safetensors file with the
         weights and the plan, for :func:`load`.  ``"uniform"``: config.json of the smaller
-        architecture and plain weights, for ``from_pretrained`` of the unmodified library; possible
-        where the config can say every width, which is verified before anything is written.
+        architecture and plain weights (several files above 5 GB), for ``from_pretrained`` of the
+        unmodified library; possible where the config can express every width, which is verified
+        before anything is written.
+    source
+        The folder that the model was read from: its tokenizer, preprocessor and model card are
+        copied, and the card says what was done.
 
     Raises
     ------
@@ -107,21 +125,51 @@ def save(
         For a model that is none of transformers, or one that config.json can't describe; the
         message names the tensors that the library would build with other shapes.
     """
-    place = Path(folder)
     _refuse_others(model)
-    if mode == "uniform":
-        smaller = fitting_config(model, example_inputs(model))
-        place.mkdir(parents=True, exist_ok=True)
-        with _config_instead(model, smaller), TemporaryDirectory(dir=place) as draft:
-            model.save_pretrained(draft)  # type: ignore[operator]
-            for path in sorted(Path(draft).iterdir(), key=lambda path: path.name == CONFIG):
-                os.replace(path, place / path.name)  # the config last: it says what the rest is
-        return
-    place.mkdir(parents=True, exist_ok=True)
-    save_file(model, place / WEIGHTS)
-    whole = {**config_before(model).to_dict(), "architectures": [type(model).__name__]}
-    text = json.dumps(whole, indent=2)
-    replace_file(place / CONFIG, lambda draft: draft.write_text(text + "\n", encoding="utf-8"))
+    kind: Any = model
+    config = fitting_config(model, example_inputs(model)) if mode == "uniform" else None
+    with new_folder(Path(folder)) as draft:
+        if config is not None:
+            with _config_instead(model, config), without_bars():
+                kind.save_pretrained(draft, max_shard_size=SHARD)
+        else:
+            save_file(model, draft / WEIGHTS)
+            before = {**config_before(model).to_dict(), "architectures": [type(model).__name__]}
+            text = json.dumps(before, indent=2) + "\n"
+            (draft / CONFIG).write_text(text, encoding="utf-8")
+            if kind.can_generate():
+                kind.generation_config.save_pretrained(draft)
+        if source is not None:
+            _copy_beside(Path(source), draft)
+            with (draft / CARD).open("a", encoding="utf-8") as card:
+                card.write(_describe(model, mode))
+
+
+@contextmanager
+def new_folder(place: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its place when it is whole.
+
+    Where there is one already, its files are replaced one by one, config.json last; weights of
+    other names are removed.
+    """
+    draft = place.with_name(f".prunus-{secrets.token_hex(6)}")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        if not place.exists() or not any(place.iterdir()):
+            os.replace(draft, place)
+            return
+        names = sorted(os.listdir(draft), key=lambda name: name == CONFIG)
+        for name in names[:-1]:
+            os.replace(draft / name, place / name)
+        for path in [path for kind in _READ_FIRST for path in place.glob(kind)]:
+            if path.name not in names:
+                path.unlink(missing_ok=True)
+        os.replace(draft / CONFIG, place / CONFIG)
+    except OSError as error:
+        raise FileError(f"{place} can't be written", why=error.strerror or str(error)) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 @checks_options
@@ -135,13 +183,63 @@ def load(folder: str | os.PathLike[str]) -> nn.Module:
     """
     place = Path(folder)
     config, kind = read_config(place)
-    if not (place / WEIGHTS).is_file():
+    if not any(place.glob("*.safetensors")):
         raise FormatError(
             f"there is no {WEIGHTS}", where=str(place), fix="give the folder that save() wrote"
         )
-    made = kind.config_class.from_dict(config)
-    model: nn.Module = load_file(place / WEIGHTS, build=lambda: kind(made).eval())
-    return model
+    model: Any
+    if not has_plan(place):
+        options = {"local_files_only": True, "use_safetensors": True, "dtype": "auto"}
+        with without_bars():
+            model = kind.from_pretrained(place, **options).eval()
+    else:
+        made = kind.config_class.from_dict(config)
+        model = load_file(place / WEIGHTS, build=lambda: kind(made).eval())
+        if (place / GENERATION).is_file():
+            model.generation_config = type(model.generation_config).from_pretrained(place)
+    return model  # type: ignore[no-any-return]
+
+
+def has_plan(folder: Path) -> bool:
+    """Whether a folder has weights and a plan for the architecture that its config describes."""
+    if not (folder / WEIGHTS).is_file():
+        return False
+    with open_container(folder / WEIGHTS) as container:
+        return "prunus" in container.metadata
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without the library's progress bars, which would run into ours."""
+    logging = require("transformers", "hf").utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _copy_beside(source: Path, draft: Path) -> None:
+    """Copy what a folder has beside the weights and configs of a model."""
+    for path in sorted(source.iterdir()):
+        taken = (draft / path.name).exists() or any(map(path.match, _NOT_COPIED))
+        if path.is_file() and not taken:
+            shutil.copyfile(path, draft / path.name)
+
+
+def _describe(model: nn.Module, mode: str) -> str:
+    """What was done to a model, for its card."""
+    plan = applied_plan(model)
+    how = "from_pretrained" if mode == "uniform" else "prunus.integrations.hf.load"
+    lines = ["", "## Pruning", "", f"Pruned with Prunus; it loads with `{how}`."]
+    if plan is not None:
+        lines += ["", "| | before | after |", "|---|---:|---:|"]
+        lines += [f"| {n} | {a:,} | {b:,} |" for n, (a, b) in sorted(plan.costs.items())]
+        if plan.drops:
+            lines += ["", f"Dropped layers: {', '.join(plan.drops)}."]
+    return "\n".join([*lines, ""])
 
 
 @checks_options

@@ -108,8 +108,11 @@ class Library:
         """The largest relative difference to the answers of a model with the same tensors."""
         device = next(cut.parameters()).device
         with same_draws(), torch.device(device), silence():
-            own = self.kind(self.config_with(changes)).to(dtype=cut.dtype).eval()
-        own.load_state_dict(cut.state_dict())
+            own = self.kind(self.config_with(changes)).eval()
+        own.load_state_dict(cut.state_dict(), assign=True)
+        for name, buffer in cut.named_buffers():  # a state dict lacks those of frequencies
+            path, _, last = name.rpartition(".")
+            own.get_submodule(path)._buffers[last] = own.get_buffer(name).to(buffer.dtype)
         training = cut.training
         cut.eval()
         try:

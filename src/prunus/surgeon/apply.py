@@ -22,6 +22,7 @@ from prunus.graph.program import state_of
 from prunus.surgeon.depth import drop_blocks, find_places
 from prunus.surgeon.optimizer_state import forget_dropped, slice_state, write_state
 from prunus.surgeon.reach import check_edit, own_copies, write_attribute
+from prunus.surgeon.saving import guard_saving
 from prunus.surgeon.snapshot import all_or_nothing, copy_config, remember, replace_data
 from prunus.surgeon.tensors import add_biases, fit_plan, make_up, slice_tensor
 from prunus.tracer.caches import drop_caches
@@ -129,6 +130,7 @@ def cut(
     _renew(model.modules())
     warn_of_wrappers(model)
     remember(model, whole, config)
+    guard_saving(model)
 
 
 def _slice(

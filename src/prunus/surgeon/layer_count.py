@@ -189,13 +189,13 @@ def _proven(
     If no choice of entries does that, those with which it would at least have as many layers;
     none if there are none.  None where the owner can't be built from its config.
     """
-    dense = _build(owner, config)
+    dense = build_from(owner, config)
     if dense is None or _length(dense, stack) != stack.length:
         return None
     wanted = stack.shapes_after(_shapes_of(dense))
     second: Sequence[_Entry] = ()
     for choice in islice(_choices(holders, stack), _MOST_BUILDS):
-        built = _build(owner, _changed(config, choice, stack))
+        built = build_from(owner, _changed(config, choice, stack))
         if built is not None and _shapes_of(built) == wanted:
             return choice
         if built is not None and _length(built, stack) == stack.length - len(stack.gone):
@@ -237,7 +237,7 @@ def _places(stack: _Stack, key: str, value: Any) -> list[int]:
     return [place for place, item in enumerate(value) if stack.counted_by(item)]
 
 
-def _build(owner: nn.Module, config: Any) -> nn.Module | None:
+def build_from(owner: nn.Module, config: Any) -> nn.Module | None:
     """A module of the owner's class, made from a config alone, without values."""
     kind = type(owner)
     try:

@@ -17,6 +17,7 @@ from prunus.graph.program import state_of
 from prunus.surgeon.apply import cut_own
 from prunus.surgeon.depth import drop_blocks
 from prunus.surgeon.reach import OF_EVERY_MODULE
+from prunus.surgeon.saving import guard_saving
 from prunus.surgeon.snapshot import Applied, copy_config, set_applied
 from prunus.surgeon.tensors import add_biases, is_continuous
 
@@ -102,6 +103,7 @@ def restore(model: nn.Module, tensors: Tensors, plan: Plan | None) -> None:
         target.checked |= essence.shapes.keys()
         cut_own(essence, model)
         set_applied(model, Applied((plan,), config))
+        guard_saving(model)
     target.fill(plan)
 
 

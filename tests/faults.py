@@ -993,7 +993,7 @@ def comparison_always_content(inject: Injector) -> None:
 
 @fault(ZeroInit, by="unverified")
 def network_does_not_listen(inject: Injector) -> None:
-    for home, name in ((oracle, "randomise_weights"), (_pipeline(), "randomize")):
+    for home, name in ((oracle, "randomize"), (_pipeline(), "randomize")):
         inject.function(home, name, lambda right, *args, **kwargs: Known())
 
 

@@ -27,7 +27,7 @@ from prunus.tracer.trace import trace
 from prunus.verifier.case import gradients_of
 from prunus.verifier.judgement import DOUBTFUL
 from prunus.verifier.permutation import relative_error
-from prunus.verifier.randomize import randomise, randomize
+from prunus.verifier.randomize import randomize
 from prunus.verifier.replay import Replay
 from prunus.verifier.verify import verify
 from tests import faults
@@ -408,7 +408,7 @@ def test_what_randomise_returns_is_what_the_model_answers() -> None:
         nn.Conv2d(3, 8, 3), norms[0], nn.ReLU(), nn.Conv2d(8, 6, 3), norms[1], nn.Flatten(1)
     ).eval()
     x = torch.randn(2, 3, 8, 8)
-    answer = randomise(model, (x,), {}).answer
+    answer = randomize(model, (x,), {}).answer
     assert answer is not None
     assert all(norm.running_mean.any() for norm in norms)
     torch.testing.assert_close(answer["output"], model(x))
@@ -437,7 +437,7 @@ def test_gradients_of_the_sharpening_run_are_those_of_the_sharpened_model(shared
     model, x = Attention(shared).eval(), torch.randn(2, 5, 8)
     before = model.layers[0]["q"].weight.clone()
     graph = trace(model, x)
-    known = randomise(model, (x,), {}, graph=graph, gated=True)
+    known = randomize(model, (x,), {}, graph=graph, gated=True)
     assert not torch.allclose(before, model.layers[0]["q"].weight)
     if shared:
         assert known.gradients is None

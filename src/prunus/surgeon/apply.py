@@ -20,7 +20,7 @@ from prunus.graph.plan_records import Renaming
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
 from prunus.surgeon.depth import drop_blocks, find_places
-from prunus.surgeon.optimizer_state import forget_dropped, slice_state, write_state
+from prunus.surgeon.optimizer_state import slice_state, write_state
 from prunus.surgeon.reach import check_edit, own_copies, write_attribute
 from prunus.surgeon.saving import guard_saving
 from prunus.surgeon.snapshot import all_or_nothing, copy_config, remember, replace_data
@@ -126,7 +126,6 @@ def cut(
         _check_outputs(plan, model)
     if optimizer is not None:
         write_state(moments)
-        forget_dropped(optimizer, before, model)
     _renew(model.modules())
     warn_of_wrappers(model)
     remember(model, whole, config)
@@ -254,26 +253,20 @@ def _swap(
 
 
 def _check_outputs(plan: Plan, model: nn.Module) -> None:
-    """Run the smaller model on fake tensors, real ones where it reads values."""
+    """Run the smaller model, and compare the shapes of what it answers."""
     traced = plan.traced
     if traced is None or traced.inputs is None:
         return
-    spec, expected = traced.inputs, traced.outputs
-    shapes: dict[str, list[int]] = {}
-    meta = any(parameter.device.type == "meta" for parameter in model.parameters())
-    for fake in (True, False):
-        args, kwargs = rebuild_inputs(spec, model, varied=False)  # a run may change them
-        try:
-            shapes = output_shapes(model, args, kwargs, fake=fake)
-            break
-        except Exception as error:
-            if not fake or meta:
-                raise ApplyError(
-                    "the smaller model does not run",
-                    why=f"its own forward raised {type(error).__name__}: {error}",
-                    fix="the model was put back; verify() finds the group that is to blame",
-                ) from error
-    for name, shape in expected.items():
+    args, kwargs = rebuild_inputs(traced.inputs, model, varied=False)
+    try:
+        shapes = output_shapes(model, args, kwargs)
+    except Exception as error:  # the user's forward may raise anything
+        raise ApplyError(
+            "the smaller model does not run",
+            why=f"its own forward raised {type(error).__name__}: {error}",
+            fix="the model was put back; verify() finds the group that is to blame",
+        ) from error
+    for name, shape in traced.outputs.items():
         if shapes.get(name) != list(shape):
             raise ApplyError(
                 f"output {name!r} has shape {shapes.get(name)}, it should be {list(shape)}",
@@ -282,18 +275,23 @@ def _check_outputs(plan: Plan, model: nn.Module) -> None:
             )
 
 
-def output_shapes(model: nn.Module, args: Any, kwargs: Any, *, fake: bool) -> dict[str, list[int]]:
-    """Shapes by name; a copy runs, and no fake tensor is left anywhere."""
-    if not fake:
-        return _run_shapes(duplicate(model), args, kwargs, nullcontext())
+def output_shapes(model: nn.Module, args: Any, kwargs: Any) -> dict[str, list[int]]:
+    """Shapes by name; a copy runs on fake tensors, none of which is left anywhere.
+
+    On real ones where the forward reads values.
+    """
     run = FakeRun()
     watch = run.watch
     try:
         with unlogged():
             return _run_shapes(stand_in(model).model, args, kwargs, run)
+    except Exception:  # a forward may raise anything
+        if any(parameter.device.type == "meta" for parameter in model.parameters()):
+            raise
     finally:
         del run  # which holds the fakes that it has made
         watch.settle()
+    return _run_shapes(duplicate(model), args, kwargs, nullcontext())
 
 
 def _run_shapes(

@@ -2,7 +2,8 @@
 
 Integers that number the layers of a list are renumbered where they index a cache, and only there.
 A forward that computes with such a number (every second layer has a window) would change with it,
-which need not show on an example: so the code that reads it is looked at."""
+which need not show on an example: so the code that reads it is looked at.
+"""
 
 from __future__ import annotations
 

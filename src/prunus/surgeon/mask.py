@@ -7,20 +7,19 @@ read a removed unit are zeroed there, and operators that mix positions see the k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from prunus.errors import ApplyError, checks_options
-from prunus.graph.axis import Axis, Label, Mask, kept_positions
+from prunus.graph.axis import Label, Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.program import Node, Program, state_of
@@ -102,24 +101,17 @@ def _silenced(plan: Plan, model: nn.Module, traces: dict[Any, CouplingGraph]) ->
         return ordinary
 
     def silence(args: Any, kwargs: Any) -> None:
-        if not plan.keep:  # blocks are gone, and all that is left stays
-            with _paused(handles):
-                _check_runs(model, args, kwargs)
-            running.enter_context(quiet_run(model, users_own=True))
-            return
         key = str(tree_map(_signature, (args, kwargs)))
-        if plan.drops and key not in traces:
-            with _paused(handles):
+        with _paused(handles):
+            if plan.drops and key not in traces:
                 _check_runs(model, args, kwargs)
-        if key not in traces:
-            with _paused(handles):
+            if plan.keep and key not in traces:  # else blocks are gone, and all that is left stays
                 traces[key] = trace(model, args, kwargs, real=True)
-        found = traces[key]
-        kept = found.mask_from_positions(kept_axes(plan))
-        _check_same(plan, dict(found.positions(kept)))
+        silencing = plan.keep and _silencer(plan, traces[key])
         running.enter_context(quiet_run(model, users_own=True))
-        running.enter_context(plain_kernels())
-        running.enter_context(Silencer(found.program, kept))
+        if silencing:
+            running.enter_context(plain_kernels())
+            running.enter_context(silencing)
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         nonlocal depth
@@ -139,22 +131,20 @@ def _silenced(plan: Plan, model: nn.Module, traces: dict[Any, CouplingGraph]) ->
 
 def _check_runs(model: nn.Module, args: Any, kwargs: Any) -> None:
     """Refuse a model that can't do without the blocks that are gone; what runs is a copy."""
-    for fake in (True, False):
-        try:
-            output_shapes(model, args, kwargs, fake=fake)
-        except Exception as error:  # a forward may raise anything
-            if not fake:
-                raise ApplyError(
-                    "the model does not run without the blocks that the plan drops",
-                    why=f"its own forward raised {type(error).__name__}: {error}",
-                    fix="drop blocks of `prunus.trace(model, inputs).blocks`, and check the inputs",
-                ) from error
-        else:
-            return
+    try:
+        output_shapes(model, args, kwargs)
+    except Exception as error:  # a forward may raise anything
+        raise ApplyError(
+            "the model does not run without the blocks that the plan drops",
+            why=f"its own forward raised {type(error).__name__}: {error}",
+            fix="drop blocks of `prunus.trace(model, inputs).blocks`, and check the inputs",
+        ) from error
 
 
-def _check_same(plan: Plan, implied: Mapping[Axis, NDArray[np.int64]]) -> None:
-    """Refuse inputs for which the model couples other positions than when the plan was made."""
+def _silencer(plan: Plan, found: CouplingGraph) -> Silencer:
+    """Refuses inputs for which the model couples other positions than when the plan was made."""
+    kept = found.mask_from_positions(kept_axes(plan))
+    implied = dict(found.positions(kept))
     for axis in (*plan.keep, *implied):
         if list(plan.keep.get(axis, ())) != list(implied.get(axis, ())):
             raise ApplyError(
@@ -162,6 +152,7 @@ def _check_same(plan: Plan, implied: Mapping[Axis, NDArray[np.int64]]) -> None:
                 why="its forward takes another path than with the inputs that were traced",
                 fix="evaluate the pruned model itself",
             )
+    return Silencer(found.program, kept)
 
 
 class Silencer(TorchDispatchMode):

@@ -35,8 +35,12 @@ _CODES = (torch.uint8, torch.int8)
 """Of states that are stored in 8 bits, block by block."""
 
 
+_GONE = object()
+"""In the place of a value: the entry goes."""
+
+
 class Change(NamedTuple):
-    """An entry of a state, and its later value; without one, all entries go."""
+    """An entry of a state, and its later value; without a key, all entries go."""
 
     holder: Any
     key: Any
@@ -88,6 +92,7 @@ def slice_state(
     changes: list[Change] = []
     for one in found:
         changes += _Slicer(one, kept, gone).changes()
+        changes += _without(one, gone)
     return changes
 
 
@@ -96,22 +101,22 @@ def write_state(changes: Sequence[Change]) -> None:
     for holder, key, value in changes:
         if key is None:
             holder.clear()
+        elif value is _GONE:
+            holder.pop(key, None)  # a wrapper has the state of the optimizer inside
         elif isinstance(holder, (dict, list)):
             holder[key] = value
         else:
             setattr(holder, key, value)
 
 
-def forget_dropped(optimizer: Any, before: Sequence[nn.Parameter], model: nn.Module) -> None:
-    """Take parameters that the model no longer has out of an optimizer, with their state."""
-    left = {id(parameter) for parameter in model.parameters()}
-    gone = {id(parameter) for parameter in before} - left
-    for one in _optimizers(optimizer) if gone else ():
-        for group in one.param_groups:  # in place: an optimizer may keep the list elsewhere as well
-            group["params"][:] = [p for p in group["params"] if id(p) not in gone]
-        for parameter in list(one.state):
-            if id(parameter) in gone:
-                del one.state[parameter]
+def _without(optimizer: Any, gone: Collection[int]) -> Iterator[Change]:
+    """Parameters that leave, with their state; in place, since lists may be kept elsewhere too."""
+    for group in optimizer.param_groups if gone else ():
+        left = [parameter for parameter in group["params"] if id(parameter) not in gone]
+        yield Change(group["params"], slice(None), left)
+    for parameter in optimizer.state:
+        if id(parameter) in gone:
+            yield Change(optimizer.state, parameter, _GONE)
 
 
 def _optimizers(optimizer: Any) -> Iterator[Any]:

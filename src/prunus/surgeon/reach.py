@@ -4,7 +4,8 @@ A path starts at an entry of the module's own ``__dict__`` that PyTorch doesn't 
 and leads through lists, tuples, dicts and plain settings objects (configs).  Nothing on the way is
 called: no property, no ``__getattr__``, no ``__setattr__``; classes, functions, modules, loggers
 and tensors are nobody's settings.  Objects that are to be edited become the model's own first: two
-models may share a config."""
+models may share a config.
+"""
 
 from __future__ import annotations
 

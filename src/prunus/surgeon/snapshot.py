@@ -1,6 +1,7 @@
 """A model as it is at one moment, and the rule that a call changes all of it or nothing.
 
-Which plans a model has been cut by is remembered here, not on the model, as long as it lives."""
+Which plans a model has been cut by is remembered here, not on the model, as long as it lives.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What a plan does to single tensors: which of them fit it, slices, magnitudes of weight norms.
 
-Layers without a bias may get one that is zero, so that it can take up a constant."""
+Layers without a bias may get one that is zero, so that it can take up a constant.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ Everything is made when it is first asked for, and once: a forward or a replay t
 read is run a single time.  One backward pass tells of most groups at once whether removing each
 moves the outputs: every contraction over a unit reads it through a gate, and the gradient of the
 outputs by the gates is, to first order, what removal does.  Only the groups of which that says too
-little are removed, one at a time."""
+little are removed, one at a time.
+"""
 
 from __future__ import annotations
 

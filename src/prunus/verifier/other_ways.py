@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, product
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,9 +23,9 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plan_records import Edit
 from prunus.graph.plans import Plan
 from prunus.surgeon.apply import cut_own
+from prunus.surgeon.attributes import Unread, find_unread, head_counts, unexplained
 from prunus.surgeon.reach import read_attribute, write_attribute
-from prunus.surgeon.unread import Unread, find_unread, head_counts, unexplained
-from prunus.tracer.copies import duplicate
+from prunus.tracer.copies import duplicate, names_in
 from prunus.tracer.forward_fn import entered_by
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.outputs import answer_of
@@ -147,17 +147,10 @@ def _mentioned(kind: type, way: str) -> set[str]:
         function = inspect.getattr_static(kind, pending.pop(), None)
         function = getattr(function, "__func__", getattr(function, "fget", function))
         if isinstance(function, FunctionType):
-            fresh = set(_names_in(inspect.unwrap(function).__code__)) - names
+            fresh = set(names_in(inspect.unwrap(function).__code__)) - names
             names |= fresh
             pending += [name for name in fresh if hasattr(kind, name)]
     return names
-
-
-def _names_in(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names_in(constant)
 
 
 def _try_edits(

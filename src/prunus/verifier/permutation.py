@@ -2,7 +2,8 @@
 
 A third instrument, which judges the labels themselves.  It needs neither mask nor replay nor
 cut: the user's model answers twice, the second time with its units in another order.  It holds
-under norms, softmax and means over channels.  Random numbers of a forward move along."""
+under norms, softmax and means over channels.  Random numbers of a forward move along.
+"""
 
 from __future__ import annotations
 
@@ -161,60 +162,46 @@ def exchange_error(
     before
         What the model answers, where that is known and draws no random numbers.
     """
-    pair = _Pair(graph, _permute(graph, groups, seed))
-    single = pair.error(model, args, kwargs, before)
+    place = _permute(graph, groups, seed)
+    single = relative_error(*_pair(graph, place, model, args, kwargs, before))
     if single <= limit:
         return single
     try:
-        double = duplicate(model).double()
-        exact = pair.run(double, *to_double((tuple(args), dict(kwargs))))
-        known = all(bool(exact[0][name].isfinite().all()) for name in graph.kept_outputs)
+        wide = to_double((tuple(args), dict(kwargs)))
+        exact = _pair(graph, place, duplicate(model).double(), *wide)
+        known = all(bool(tensor.isfinite().all()) for tensor in exact[0].values())
     except (RuntimeError, TypeError):
         known = False
-    if not known:  # a forward that insists on its own type, or overflows in another
-        return single
-    return relative_error({name: exact[0][name] for name in graph.kept_outputs}, exact[1])
+    # Else the forward insists on its own type, or overflows in another.
+    return relative_error(*exact) if known else single
 
 
-class _Pair:
-    """Runs a model and the same with its units in another order; random numbers move along."""
+def _pair(
+    graph: CouplingGraph,
+    place: Places,
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any],
+    before: Mapping[str, Tensor] | None = None,
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """The kept outputs of a model, and the same with its units in another order.
 
-    def __init__(self, graph: CouplingGraph, place: Places) -> None:
-        self._graph = graph
-        self._random = bool(tied_nodes(graph.program))
-        self._place = place
+    Random numbers move along; ``before`` are the outputs, where they are known.
+    """
 
-    def error(
-        self,
-        model: nn.Module,
-        args: Any,
-        kwargs: Mapping[str, Any],
-        before: Mapping[str, Tensor] | None,
-    ) -> float:
-        """How far the outputs are apart; ``before`` are those of the model, if they are known."""
-        before, after = self.run(model, args, kwargs, None if self._random else before)
-        return relative_error({name: before[name] for name in self._graph.kept_outputs}, after)
-
-    def run(
-        self,
-        model: nn.Module,
-        args: Any,
-        kwargs: Mapping[str, Any],
-        before: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """The outputs before and after."""
-        draws = Draws(self._graph.program)
-        if before is None:
-            with quiet_run(model), draws if self._random else nullcontext():
-                before = answer_of(model(*args, **kwargs))
-        draws = Draws(self._graph.program, draws.drawn, self._order)
-        tied = draws if self._random else nullcontext()
-        with _exchanged(self._graph, model, self._place), quiet_run(model), tied:
-            return before, answer_of(model(*args, **kwargs))
-
-    def _order(self, label: Label) -> Places:
-        take = _take(label, self._place)
+    def order(label: Label) -> Places:
+        take = _take(label, place)
         return np.arange(len(label)) if take is None else take
+
+    random = bool(tied_nodes(graph.program))
+    draws = Draws(graph.program)
+    if before is None or random:
+        with quiet_run(model), draws if random else nullcontext():
+            before = answer_of(model(*args, **kwargs))
+    moved = Draws(graph.program, draws.drawn, order) if random else nullcontext()
+    with _exchanged(graph, model, place), quiet_run(model), moved:
+        after = answer_of(model(*args, **kwargs))
+    return {name: before[name] for name in graph.kept_outputs}, after
 
 
 def to_double(values: Any) -> Any:

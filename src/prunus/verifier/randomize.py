@@ -36,18 +36,6 @@ SMALL = 0.1
 """A constant parameter below this is a switched-off branch, not a scale."""
 
 
-@checks_options
-def randomize(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *, seed: int = 0) -> None:
-    """Fill what initialisation left constant and randomise batch statistics, in place.
-
-    Constant weights become random, constant scales are drawn from [0.5, 1.5], constant biases
-    from N(0, 0.1²); faint weights are made louder.  Batch norms get the statistics of the
-    example inputs, perturbed.  Queries are multiplied until attention logits have a standard
-    deviation of at least 1.
-    """
-    randomise(model, args, kwargs, seed=seed)
-
-
 @dataclass(frozen=True)
 class Known:
     """What is known of a model once its weights are random.
@@ -65,7 +53,8 @@ class Known:
     replayed: dict[str, Tensor] | None = None
 
 
-def randomise(
+@checks_options
+def randomize(
     model: nn.Module,
     args: Any,
     kwargs: Mapping[str, Any],
@@ -74,7 +63,12 @@ def randomise(
     graph: CouplingGraph | None = None,
     gated: bool = False,
 ) -> Known:
-    """What :func:`randomize` does.
+    """Fill what initialisation left constant and randomise batch statistics, in place.
+
+    Constant weights become random, constant scales are drawn from [0.5, 1.5], constant biases
+    from N(0, 0.1²); faint weights are made louder.  Batch norms get the statistics of the
+    example inputs, perturbed.  Queries are multiplied until attention logits have a standard
+    deviation of at least 1.
 
     Parameters
     ----------

@@ -50,8 +50,7 @@ from prunus.verifier.judgement import (
 )
 from prunus.verifier.other_ways import breaks_in_training, stale_integers
 from prunus.verifier.permutation import INTERCHANGEABLE, relative_error
-from prunus.verifier.randomize import Known
-from prunus.verifier.randomize import randomise as randomise_weights
+from prunus.verifier.randomize import Known, randomize
 from prunus.verifier.second_shape import NOWHERE, Elsewhere, compare_elsewhere, depth_elsewhere
 
 NOT_INTERCHANGEABLE = "units of one group are not interchangeable: a coupling is missing"
@@ -191,7 +190,7 @@ def _randomised_copy(
     """A copy with random weights in place of constant ones, and what is known of it."""
     model = duplicate(own)
     with blaming_the_model(f"{task.given}, randomised weights"):
-        known = randomise_weights(
+        known = randomize(
             model,
             task.args,
             task.kwargs,

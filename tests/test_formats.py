@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import prunus
-from prunus.checkpoint.document import SCHEMA
+from prunus.checkpoint.model_file import SCHEMA
 from prunus.errors import FormatError, PlanError
 from prunus.graph.plan_json import VERSION
 from prunus.graph.plans import Plan

@@ -28,7 +28,7 @@ import models_zoo
 import prunus
 from prunus import files
 from prunus.checkpoint import container
-from prunus.checkpoint.load import without_values
+from prunus.checkpoint.model_file import without_values
 from prunus.errors import ApplyError, FileError, FormatError, ModelError, PlanError, PrunusError
 from prunus.graph.plan_records import Edit
 from prunus.graph.plans import Plan
@@ -660,7 +660,7 @@ import resource, sys
 import torch
 from torch import nn
 import prunus
-from prunus.checkpoint.load import read_file
+from prunus.checkpoint.model_file import read_file
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -53,7 +53,7 @@ WITHIN = {
 CODE_LINES = {
     ".": 460,
     "calibration": 1230,
-    "checkpoint": 440,
+    "checkpoint": 400,
     "cli": 1700,
     "graph": 1730,
     "importance": 750,

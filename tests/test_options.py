@@ -13,7 +13,7 @@ from torch import nn
 import prunus
 from prunus.errors import PlanError, checks_options
 from prunus.importance import torch_pruning
-from prunus.integrations import hf, hf_config
+from prunus.integrations import hf
 from prunus.planner.options import PlanKeywords, PlanOptions, ScoreKeywords, ScoreOptions, texts_of
 
 SOURCE = Path(prunus.__file__).parent
@@ -48,7 +48,7 @@ CALLS = [
     *(prunus.importance.collect, prunus.importance.block_influence, prunus.importance.Movement),
     *(prunus.recovery.compensate, prunus.recovery.recalibrate, prunus.recovery.Compensation),
     *(prunus.Plan.save, prunus.Plan.load),
-    *(hf.example_inputs, hf.save, hf.load, hf_config.uniform, torch_pruning.TorchPruning),
+    *(hf.example_inputs, hf.save, hf.load, torch_pruning.TorchPruning),
 ]
 
 

@@ -52,30 +52,34 @@ def checks_options(
         _check_methods(call)
         return call
     signature = inspect.signature(call)
-    parameters = dict(signature.parameters)
-    if options_of is not None:
-        (rest,) = (p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD)
-        del parameters[rest]
-        taken = inspect.signature(options_of).parameters.values()
-        more = {p.name: p for p in taken if p.kind is p.KEYWORD_ONLY}
-        parameters = {**parameters, **{n: p for n, p in more.items() if n not in parameters}}
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    parameters = _with_options(signature, options_of)
+    kinds = {p.name: p.kind for p in parameters}
+    open_ended = inspect.Parameter.VAR_KEYWORD in kinds.values()
     fixed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
-    known = {p.name for p in parameters.values() if p.kind not in fixed}
+    known = {option for option, kind in kinds.items() if kind not in fixed}
     called = name or call.__name__
 
     @functools.wraps(call)
     def checked(*args: Any, **options: Any) -> Any:
-        if options and not open_ended:
-            for option in options:
-                if option not in known:
-                    raise _unexpected(called, option, known)
+        for option in () if open_ended else options:
+            if option not in known:
+                raise _unexpected(called, option, known)
         return call(*args, **options)
 
-    checked.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=list(parameters.values())
-    )
+    checked.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return checked  # type: ignore[return-value]
+
+
+def _with_options(
+    signature: inspect.Signature, options_of: Callable[..., Any] | None
+) -> list[inspect.Parameter]:
+    """The parameters, the keyword-only ones of ``options_of`` in place of ``**options``."""
+    named = signature.parameters
+    if options_of is None:
+        return list(named.values())
+    own = [p for p in named.values() if p.kind is not p.VAR_KEYWORD]
+    more = inspect.signature(options_of).parameters.values()
+    return own + [p for p in more if p.kind is p.KEYWORD_ONLY and p.name not in named]
 
 
 def _check_methods(kind: type) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from prunus.graph.axis import Axis, Label, Mask, Role
+from prunus.graph.axis import Axis, Label, Mask, Role, kept_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +121,14 @@ class Lockstep:
     reason: str
     rates: tuple[int, ...] = ()
 
+    def violation(self, kept: Mask) -> str:
+        """How a selection breaks it; empty if it doesn't."""
+        gone = [int((~kept[units]).sum()) for units in self.sets]
+        rates = self.rates or (1,) * len(gone)
+        if len({Fraction(n, rate) for n, rate in zip(gone, rates, strict=True)}) <= 1:
+            return ""
+        return f"{self.reason}: {' and '.join(map(str, gone))} are removed"
+
 
 @dataclass(frozen=True, eq=False)
 class AtLeast:
@@ -130,6 +138,13 @@ class AtLeast:
     reason: str
     least: int = 1
 
+    def violation(self, kept: Mask) -> str:
+        """How a selection breaks it; empty if it doesn't."""
+        left = len(kept_positions(self.label, kept))
+        if left >= self.least:
+            return ""
+        return f"{self.reason}: {left} would be kept, and at least {self.least} are"
+
 
 @dataclass(frozen=True, eq=False)
 class Aligned:
@@ -138,6 +153,12 @@ class Aligned:
     label: Label
     multiple: int
     reason: str
+
+    def violation(self, kept: Mask) -> str:
+        """How a selection breaks it; empty if it doesn't."""
+        left = len(kept_positions(self.label, kept))
+        fits = left % self.multiple == 0
+        return "" if fits else f"{self.reason}: {left} is no multiple of {self.multiple}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +174,7 @@ class Rescale:
 
     def factor(self, kept: Mask) -> float:
         """What to multiply by; 1 if the dim stays whole."""
-        return float(np.sqrt(kept[self.label].all(axis=1).sum() / len(self.label)))
+        return float(np.sqrt(len(kept_positions(self.label, kept)) / len(self.label)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +211,10 @@ class Divisible:
         )
         return np.asarray(width % np.maximum(divisor, 1) == 0)
 
+    def violation(self, kept: Mask) -> str:
+        """How a selection breaks it; empty if it doesn't."""
+        return "" if self.holds(lambda units: kept[units].sum()) else self.reason
+
 
 Constraint = Lockstep | AtLeast | Aligned | Divisible
 
@@ -219,20 +244,4 @@ def find_violation(constraints: Iterable[Constraint], kept: Mask) -> str:
     >>> find_violation([halves], np.array([True, False, True, True, True]))
     'two groups: 1 and 0 are removed'
     """
-    for constraint in constraints:
-        if isinstance(constraint, Lockstep):
-            gone = [int((~kept[units]).sum()) for units in constraint.sets]
-            rates = constraint.rates or (1,) * len(gone)
-            if len({Fraction(n, rate) for n, rate in zip(gone, rates, strict=True)}) > 1:
-                return f"{constraint.reason}: {' and '.join(map(str, gone))} are removed"
-            continue
-        if isinstance(constraint, Divisible):
-            if not constraint.holds(lambda units: kept[units].sum()):
-                return constraint.reason
-            continue
-        stay = int(kept[constraint.label].all(axis=1).sum())
-        if isinstance(constraint, AtLeast) and stay < constraint.least:
-            return f"{constraint.reason}: {stay} would be kept, and at least {constraint.least} are"
-        if isinstance(constraint, Aligned) and stay % constraint.multiple:
-            return f"{constraint.reason}: {stay} is no multiple of {constraint.multiple}"
-    return ""
+    return next(filter(None, (constraint.violation(kept) for constraint in constraints)), "")

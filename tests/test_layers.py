@@ -64,7 +64,7 @@ CODE_LINES = {
     "structures": 460,
     "surgeon": 2210,
     "tracer": 6720,
-    "verifier": 2420,
+    "verifier": 2295,
 }
 """Caps of code lines (no docstrings, comments, blank lines) by package, ``.`` for loose files.
 

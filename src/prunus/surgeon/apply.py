@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -305,3 +306,11 @@ def _run_shapes(
 def kept_axes(plan: Plan) -> dict[Axis, Any]:
     """The plan's positions as arrays."""
     return {axis: np.asarray(stay, dtype=np.int64) for axis, stay in plan.keep.items()}
+
+
+def differing_axes(plan: Plan, implied: Mapping[Axis, NDArray[np.int64]]) -> Iterator[Axis]:
+    """Where a plan keeps other positions than those that follow from the units it keeps."""
+    for axis in dict.fromkeys((*plan.keep, *implied)):
+        asked, want = plan.keep.get(axis), implied.get(axis)
+        if asked is None or want is None or not np.array_equal(np.asarray(asked), want):
+            yield axis

@@ -23,7 +23,7 @@ from prunus.graph.axis import Label, Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.program import Node, Program, state_of
-from prunus.surgeon.apply import check_model, kept_axes, output_shapes
+from prunus.surgeon.apply import check_model, differing_axes, kept_axes, output_shapes
 from prunus.surgeon.depth import without_blocks
 from prunus.surgeon.tensors import fit_plan, with_biases
 from prunus.tracer.adapters import adapted
@@ -145,13 +145,12 @@ def _silencer(plan: Plan, found: CouplingGraph) -> Silencer:
     """Refuses inputs for which the model couples other positions than when the plan was made."""
     kept = found.mask_from_positions(kept_axes(plan))
     implied = dict(found.positions(kept))
-    for axis in (*plan.keep, *implied):
-        if list(plan.keep.get(axis, ())) != list(implied.get(axis, ())):
-            raise ApplyError(
-                f"for these inputs the model couples {axis} in another way",
-                why="its forward takes another path than with the inputs that were traced",
-                fix="evaluate the pruned model itself",
-            )
+    for axis in differing_axes(plan, implied):
+        raise ApplyError(
+            f"for these inputs the model couples {axis} in another way",
+            why="its forward takes another path than with the inputs that were traced",
+            fix="evaluate the pruned model itself",
+        )
     return Silencer(found.program, kept)
 
 

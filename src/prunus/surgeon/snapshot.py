@@ -43,11 +43,6 @@ _APPLIED: WeakKeyDictionary[nn.Module, Applied] = WeakKeyDictionary()
 """A copy of a model is another model, of which nothing is known."""
 
 
-def applied_to(model: nn.Module) -> Applied | None:
-    """What was applied to a model; None if nothing was."""
-    return _APPLIED.get(model)
-
-
 def set_applied(model: nn.Module, applied: Applied | None) -> None:
     """What is to be known of a model, instead of what was."""
     if applied is None:
@@ -183,7 +178,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, optimizer: Any = None) -> None:
         self._model = model
-        self._applied: Applied | None = applied_to(model)
+        self._applied: Applied | None = _APPLIED.get(model)
         self._modules = [(module, type(module)) for module in model.modules()]
         walk = _Walk()
         for module, _ in self._modules:

@@ -9,7 +9,7 @@ little are removed, one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,13 +25,13 @@ from prunus.graph.axis import Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
 from prunus.graph.plans import Plan
-from prunus.graph.program import Node, state_of
+from prunus.graph.program import state_of
 from prunus.surgeon.apply import cut_own
 from prunus.tracer.copies import duplicate
 from prunus.tracer.dataflow import Dataflow
 from prunus.tracer.outputs import answer_of
 from prunus.tracer.renormalised import find_renormalised, names_of
-from prunus.tracer.rerun import is_free, tied_nodes
+from prunus.tracer.rerun import tied_nodes
 from prunus.tracer.sources import find_line
 from prunus.tracer.trace import quiet_run, trace
 from prunus.verifier.permutation import (
@@ -137,20 +137,12 @@ class Case:
     @cached_property
     def dense(self) -> dict[str, Tensor]:
         """Outputs of the traced program with every unit kept."""
-        return self.replay.run(self.graph.all_kept, self._remember_in(self._drawn_dense))
+        return self.replay.run(self.graph.all_kept, self._drawn_dense)
 
     @cached_property
     def masked(self) -> dict[str, Tensor]:
         """Outputs of the masked original."""
-        return self.replay.run(self.kept, self._remember_in(self._drawn))
-
-    @staticmethod
-    def _remember_in(drawn: list[Drawn]) -> Callable[[Node, list[Tensor], Any], None]:
-        def remember(node: Node, before: list[Tensor], result: Any) -> None:
-            outcome = [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-            drawn.append(Drawn([] if is_free(node.target) else before, outcome))
-
-        return remember
+        return self.replay.run(self.kept, self._drawn)
 
     @cached_property
     def whole(self) -> dict[str, Tensor]:
@@ -165,24 +157,17 @@ class Case:
         Beside the traced program, where that shows it: then the program computes what the model
         does as well, and the model is not run a second time for that.
         """
-        if "whole" not in vars(self) and not tied_nodes(self.graph.program):
-            error = self._exchange_error(self.dense, float("inf"))
-            if error <= INTERCHANGEABLE:
-                return error
-        return self._exchange_error(self.whole, INTERCHANGEABLE)
 
-    def _exchange_error(self, before: Mapping[str, Tensor], limit: float) -> float:
-        with self.blaming_the_model():
-            return exchange_error(
-                self.graph,
-                self.original,
-                self.touched,
-                self.args,
-                self.kwargs,
-                seed=self.seed,
-                limit=limit,
-                before=before,
-            )
+        def error(before: Mapping[str, Tensor], limit: float) -> float:
+            inputs = self.original, self.touched, self.args, self.kwargs
+            with self.blaming_the_model():
+                return exchange_error(self.graph, *inputs, self.seed, limit, before)
+
+        if "whole" not in vars(self) and not tied_nodes(self.graph.program):
+            beside = error(self.dense, float("inf"))
+            if beside <= INTERCHANGEABLE:
+                return beside
+        return error(self.whole, INTERCHANGEABLE)
 
     @property
     def follows(self) -> bool:

@@ -21,6 +21,7 @@ from prunus.graph.axis import Axis
 from prunus.graph.expressions import other_paths, solve
 from prunus.graph.plan_records import CLASS
 from prunus.graph.program import stored
+from prunus.surgeon.apply import differing_axes
 from prunus.tracer.renormalised import find_weight_norms, norms_of
 from prunus.tracer.trace import quiet_run
 from prunus.tracer.wrappers import scripted
@@ -45,12 +46,9 @@ def other_positions(case: Case, *, elsewhere: bool = False) -> str:
     ``elsewhere``: the case's inputs are others than the plan's.  What they leave unused is then
     no contradiction: a recurrent weight reads only zeros in the first of one step.
     """
-    keep, implied = case.plan.keep, dict(case.graph.positions(case.kept))
-    for axis in (*keep, *implied):
-        asked, want = keep.get(axis), implied.get(axis)
-        if elsewhere and want is None and _is_unused(case, axis):
-            continue
-        if asked is None or want is None or list(asked) != list(want):
+    implied = dict(case.graph.positions(case.kept))
+    for axis in differing_axes(case.plan, implied):
+        if not (elsewhere and axis not in implied and _is_unused(case, axis)):
             return f"the plan keeps other positions on {axis} than its couplings demand"
     return ""
 
@@ -119,15 +117,15 @@ def other_ties(case: Case) -> str:
 def other_tensors(case: Case) -> str:
     """What the surgeon did to a tensor beside slicing it; empty if nothing."""
     before, after = case.state[0], case.pruned_state[0]
-    forgotten, factors = _forgotten(case), _made_up(case, before, after)
-    kept = _kept(case)
+    forgotten, kept = _forgotten(case), _kept(case)
+    factors = _factors(case, before, after, kept)
     compared = {name: tensor for name, tensor in before.items() if name not in forgotten}
     for name, tensor in compared.items():
         if name not in after:
             return f"the pruned model has no {name}"
-        own = kept.get(name, {})
+        expected = _sliced(tensor, kept.get(name, {}))
         reason = _other_kind(case, name, tensor, after[name]) or _other_values(
-            case, name, tensor, after[name], own, factors.get(name)
+            case, name, expected, after[name], factors.get(name)
         )
         if reason:
             return f"{name} {reason}"
@@ -168,27 +166,30 @@ def _other_kind(case: Case, name: str, before: Tensor, after: Tensor) -> str:
     return ""
 
 
+def _sliced(tensor: Tensor, kept: Mapping[int, Sequence[int]]) -> Tensor:
+    """The kept positions of a tensor, which may be one without values to slice."""
+    sliced = tensor.detach()
+    for dim, stay in kept.items() if _has_values(tensor) else ():
+        index = torch.as_tensor(np.asarray(stay, dtype=np.int64), device=tensor.device)
+        sliced = sliced.index_select(dim, index)
+    return sliced
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+
+
 def _other_values(
-    case: Case,
-    name: str,
-    before: Tensor,
-    after: Tensor,
-    kept: Mapping[int, Sequence[int]],
-    made_up: Tensor | None,
+    case: Case, name: str, expected: Tensor, after: Tensor, factors: Tensor | None
 ) -> str:
-    if before.layout != torch.strided or before.is_meta or before.is_quantized:
+    if not _has_values(expected):
         return ""
-    expected = before.detach()
-    for dim, stay in kept.items():
-        index = torch.as_tensor(np.asarray(stay, dtype=np.int64), device=before.device)
-        expected = expected.index_select(dim, index)
     if expected.shape != after.shape:
         return f"has the shape {tuple(after.shape)}, not {tuple(expected.shape)}"
-    if _order(before) != _order(after):
+    if _order(case.state[0][name]) != _order(after):
         return "lies in memory in another order of its dims"
     if name in case.replay.writes:
         return ""  # statistics of an observer, say, which the runs since have changed
-    factors = _factors(case, name, expected, kept, made_up)
     return "" if _equal(expected, after.detach(), factors) else "has other values than it had"
 
 
@@ -204,42 +205,34 @@ def _equal(expected: Tensor, after: Tensor, factors: Tensor | None) -> bool:
 
 def _factors(
     case: Case,
-    name: str,
-    expected: Tensor,
-    kept: Mapping[int, Sequence[int]],
-    made_up: Tensor | None,
-) -> Tensor | None:
-    """The factors on the kept positions, of the plan or a weight norm; None without any."""
-    found = made_up
-    for scaling in case.plan.scalings:
-        if scaling.tensor != name:
-            continue
-        size = case.plan.shapes[name][scaling.dim]
-        own = torch.ones(size, dtype=torch.float64)
-        own[list(scaling.positions)] = scaling.factor
-        own = own[list(kept.get(scaling.dim, range(size)))].to(expected.device)
-        shape = [-1 if dim == scaling.dim else 1 for dim in range(expected.dim())]
-        found = own.reshape(shape) if found is None else found * own.reshape(shape)
-    return found
-
-
-def _made_up(
-    case: Case, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    kept: Mapping[str, Mapping[int, Sequence[int]]],
 ) -> dict[str, Tensor]:
-    """What magnitudes of weight norms are multiplied by, whose directions became shorter."""
+    """What kept positions were multiplied by: by the plan, or since a direction became shorter.
+
+    The magnitude of a weight norm makes up for what its direction loses.
+    """
     found: dict[str, Tensor] = {}
     for norm in find_weight_norms(case.original, dict(before)):
-        name = norm.magnitude
-        if norm.direction not in after or name not in after:
+        name, direction = norm.magnitude, norm.direction
+        if (
+            not {direction, name} <= after.keys()
+            or before[direction].shape == after[direction].shape
+        ):
             continue
-        if before[norm.direction].shape != after[norm.direction].shape:
-            whole = norms_of(before[norm.direction], norm.dim)
-            for axis, stay in case.plan.keep.items():
-                if axis == Axis(norm.direction, norm.dim):
-                    index = torch.as_tensor(np.asarray(stay, dtype=np.int64), device=whole.device)
-                    whole = whole.index_select(norm.dim, index)
-            ratio = norms_of(after[norm.direction], norm.dim) / whole
-            found[name] = ratio.nan_to_num(1.0, 1.0).reshape(after[name].shape)
+        whole, own = norms_of(before[direction], norm.dim), kept.get(direction, {})
+        whole = _sliced(whole, {dim: stay for dim, stay in own.items() if dim == norm.dim})
+        ratio = norms_of(after[direction], norm.dim) / whole
+        found[name] = ratio.nan_to_num(1.0, 1.0).reshape(after[name].shape)
+    for scaling in case.plan.scalings:
+        name, dim = scaling.tensor, scaling.dim
+        factors = torch.ones(case.plan.shapes[name][dim], dtype=torch.float64)
+        factors[list(scaling.positions)] = scaling.factor
+        shape = [-1 if own == dim else 1 for own in range(before[name].dim())]
+        own = {dim: kept[name][dim]} if dim in kept.get(name, {}) else {}
+        scaled = _sliced(factors.reshape(shape), own).to(before[name].device)
+        found[name] = found[name] * scaled if name in found else scaled
     return found
 
 

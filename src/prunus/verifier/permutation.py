@@ -144,10 +144,9 @@ def exchange_error(
     groups: Iterable[Group],
     args: Any,
     kwargs: Mapping[str, Any],
-    *,
-    seed: int = 0,
-    limit: float = 0.0,
-    before: Mapping[str, Tensor] | None = None,
+    seed: int,
+    limit: float,
+    before: Mapping[str, Tensor],
 ) -> float:
     """How much the kept outputs change when the units of the groups take another order.
 
@@ -160,7 +159,7 @@ def exchange_error(
         A change above this is measured again in float64 where the model can run in it, since
         another order rounds differently and depth amplifies it.
     before
-        What the model answers, where that is known and draws no random numbers.
+        What the model answers; it runs anew where it draws random numbers.
     """
     place = _permute(graph, groups, seed)
     single = relative_error(*_pair(graph, place, model, args, kwargs, before))

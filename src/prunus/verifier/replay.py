@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
 
 from prunus.errors import PrunusError, VerifyError
 from prunus.graph.axis import Label, Mask, kept_positions
@@ -24,12 +25,11 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.graph.program import Node, Program, Ref, refs_in
 from prunus.tracer.precision import same_draws
 from prunus.tracer.registry import call_bound
-from prunus.tracer.rerun import copy_of, draw, lay, run_on_kept, tied_nodes
+from prunus.tracer.rerun import copy_of, draw, is_free, lay, run_on_kept, tied_nodes
+from prunus.verifier.permutation import Drawn
 
 Silence = Mask | Tensor | None
 """Which units are kept, or a gate for each unit, by which what reads it is multiplied; or none."""
-
-Watch = Callable[[Node, list[Tensor], Any], None]
 
 Alter = Callable[[Node, dict[str, Any]], None]
 """Called with every operator that runs, and its arguments by name, which it may replace."""
@@ -57,15 +57,15 @@ class Replay:
         return frozenset(state[number] for number in self._written if number in state)
 
     def run(
-        self, kept: Mask, watch: Watch | None = None, alter: Alter | None = None
+        self, kept: Mask, drawn: list[Drawn] | None = None, alter: Alter | None = None
     ) -> dict[str, Tensor]:
         """Outputs by name, with the given units kept.
 
-        ``watch`` is called with every random operator, what went in, and what it drew; every run
-        draws the same (:mod:`prunus.tracer.rerun`).
+        Every random operator is noted in ``drawn``; every run draws the same
+        (:mod:`prunus.tracer.rerun`).
         """
         with torch.no_grad():
-            return self._run(None if kept.all() else kept, watch, alter)
+            return self._run(None if kept.all() else kept, drawn, alter)
 
     def run_gated(self, alter: Alter | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """A gate of one for every unit, (units + 1,), and the outputs as functions of them.
@@ -98,11 +98,11 @@ class Replay:
                 yield index, self._outputs(own)
 
     def _run(
-        self, silence: Silence, watch: Watch | None, alter: Alter | None = None
+        self, silence: Silence, drawn: list[Drawn] | None, alter: Alter | None = None
     ) -> dict[str, Tensor]:
         values = self._start()
         with same_draws():
-            self._advance(values, range(len(self._program.nodes)), silence, watch, alter)
+            self._advance(values, range(len(self._program.nodes)), silence, drawn, alter)
         return self._outputs(values)
 
     def _start(self) -> dict[int, Any]:
@@ -125,7 +125,7 @@ class Replay:
         values: dict[int, Any],
         indices: Iterable[int],
         silence: Silence,
-        watch: Watch | None = None,
+        drawn: list[Drawn] | None = None,
         alter: Alter | None = None,
     ) -> None:
         """Run some of the operators."""
@@ -135,7 +135,7 @@ class Replay:
                 bound = {name: _fetch(value, values) for name, value in node.args.items()}
                 if alter is not None:
                     alter(node, bound)
-                self._step(node, bound, values, silence, watch)
+                self._step(node, bound, values, silence, drawn)
             for number in self._last_use.get(index, ()):
                 values.pop(number, None)
 
@@ -162,15 +162,14 @@ class Replay:
         bound: dict[str, Any],
         values: dict[int, Any],
         silence: Silence,
-        watch: Watch | None,
+        drawn: list[Drawn] | None,
     ) -> None:
-        if watch is None or id(node) not in self._order:
-            result = self._result(node, bound, silence)
-        else:
-            before = copy_of(bound)
-            result = self._result(node, bound, silence)
-            watch(node, before, result)
-        tensors = [t for t in _leaves(result) if isinstance(t, Tensor)]
+        noted = drawn is not None and id(node) in self._order
+        before = copy_of(bound) if noted and not is_free(node.target) else []
+        result = self._result(node, bound, silence)
+        tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        if drawn is not None and noted:
+            drawn.append(Drawn(before, [tensor.clone() for tensor in tensors]))
         if len(tensors) != len(node.outputs):
             raise VerifyError(
                 f"{node.target} gives {len(tensors)} tensors, and gave {len(node.outputs)} before",
@@ -345,9 +344,3 @@ def _fetch(value: Any, values: Mapping[int, Any]) -> Any:
     if isinstance(value, (list, tuple)):
         return [_fetch(item, values) for item in value]
     return value
-
-
-def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, (list, tuple)):
-        return [leaf for item in value for leaf in _leaves(item)]
-    return [value]

@@ -35,15 +35,9 @@ class Inputs:
     kwargs: dict[str, Any]
 
     def __str__(self) -> str:
-        shapes = (shape_of(leaf) for leaf in tree_leaves((self.args, self.kwargs)))
-        return f"{self.what}: {', '.join(filter(None, shapes))}"
-
-
-def shape_of(value: Any) -> str:
-    """``2×3×224×224`` of a tensor; empty for anything else."""
-    if not isinstance(value, Tensor):
-        return ""
-    return "×".join(map(str, value.shape)) or "scalar"
+        tensors = [t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+        shapes = ("×".join(map(str, tensor.shape)) or "scalar" for tensor in tensors)
+        return f"{self.what}: {', '.join(shapes)}"
 
 
 _Change = tuple[str, Callable[[Tensor], Tensor]]

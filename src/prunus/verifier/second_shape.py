@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.expressions import Attribute, Expression, Width
@@ -26,7 +25,7 @@ from prunus.verifier.case import Case
 from prunus.verifier.depth import compare_depth
 from prunus.verifier.differences import other_path, other_positions
 from prunus.verifier.judgement import Judgement, judge
-from prunus.verifier.second_inputs import Inputs, other_inputs, shape_of
+from prunus.verifier.second_inputs import Inputs, other_inputs
 
 MOST_TRIES = 6
 """Shapes that are tried; a model refuses most of them at once."""
@@ -75,26 +74,25 @@ def compare_elsewhere(case: Case) -> Elsewhere:
     refuses them, or where they can't be compared.
     """
     near, far = find_thresholds(case.graph)
-    traced = as_traced(case.args, case.kwargs)
     found: list[tuple[Case, Judgement | Exception]] = []
     second, why = _first_taken(
         case, [n + 1 for n in near], lambda inputs: _compared_at(case, inputs, found)
     )
     if second is None:
-        return Elsewhere(0.0, "", (traced, why))
+        return Elsewhere(0.0, "", (why,))
     other, judged = found[-1]
     try:
         if isinstance(judged, Exception):
             raise judged
         reason = _other_couplings(other) or other_path(other) or judged.reason
     except Exception as failure:
-        return Elsewhere(0.0, "", (traced, f"not compared at {second}: {failure}"))
+        return Elsewhere(0.0, "", (f"not compared at {second}: {failure}",))
     if not reason and not judged.exact:
         reason = f"the outputs differ by {judged.rel_err:.1e}"
     if not reason:
         second, reason = _far(case, far) or (second, "")
     said = f"at {second}: {reason}" if reason else ""
-    lines = filter(None, (traced, "" if reason else str(second), why))
+    lines = filter(None, ("" if reason else str(second), why))
     return Elsewhere(judged.rel_err, said, tuple(lines), tuple(other.graph.traced["unread"]))
 
 
@@ -120,10 +118,9 @@ def _compared_at(
 
 def depth_elsewhere(original: nn.Module, without: nn.Module, case: Case) -> Elsewhere:
     """Compare a model without blocks with the one that skips them, on one more shape."""
-    traced = as_traced(case.args, case.kwargs)
     second, why = _first_taken(case, (), lambda inputs: _refusal(original, case, inputs))
     if second is None:
-        return Elsewhere(0.0, "", (traced, why))
+        return Elsewhere(0.0, "", (why,))
     names = case.plan.drops
     depth = compare_depth(
         original, without, names, second.args, second.kwargs, outputs=case.outputs, each=False
@@ -131,14 +128,8 @@ def depth_elsewhere(original: nn.Module, without: nn.Module, case: Case) -> Else
     return Elsewhere(
         depth.rel_err,
         f"at {second}: {depth.wrong}" if depth.wrong else "",
-        tuple(filter(None, (traced, str(second), why))),
+        tuple(filter(None, (str(second), why))),
     )
-
-
-def as_traced(args: object, kwargs: object) -> str:
-    """The line for the example inputs."""
-    shapes = (shape_of(leaf) for leaf in tree_leaves((args, kwargs)))
-    return f"as traced: {', '.join(filter(None, shapes))}"
 
 
 def _first_taken(

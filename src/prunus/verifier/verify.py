@@ -290,7 +290,7 @@ def _certify_depth(task: _Task, pairs: Sequence[tuple[nn.Module, nn.Module]]) ->
         params=(parameter_count(pairs[0][0]), parameter_count(pairs[0][1])),
         outputs=tuple(depth.outputs),
         reason=reason,
-        inputs=(*(f"{task.given}, {kind}" for kind in weights), *elsewhere.inputs[1:]),
+        inputs=(*(f"{task.given}, {kind}" for kind in weights), *elsewhere.inputs),
         unread=task.plan.traced.unread if task.plan.traced else (),
     )
 
@@ -342,7 +342,7 @@ def _certify(task: _Task, own: _Own, main: Case) -> Certificate:
         stale=own.stale,
         reason=reason,
         rel_err32=None if single is None else max(single, elsewhere.rel_err),
-        inputs=(*dict.fromkeys((own.case_on, main.on)), *elsewhere.inputs[1:]),
+        inputs=(*dict.fromkeys((own.case_on, main.on)), *elsewhere.inputs),
         unread=elsewhere.still(own.graph.traced["unread"]),
     )
 

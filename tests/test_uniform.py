@@ -183,3 +183,12 @@ def test_from_folder_to_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "small"}
     assert main(["shrink", "zoo:lenet5", "--mode", "uniform", "--params", "0.7"]) == 2
     assert "for models of transformers" in capsys.readouterr().err
+
+
+def test_widths_are_multiples_where_nobody_says_otherwise() -> None:
+    model = build("Llama", num_key_value_heads=4, hidden_size=128, intermediate_size=352)
+    shrink(model, remove={"ffn": 0.3, "hidden": 0.2})
+    assert (model.config.hidden_size, model.config.intermediate_size) == (96, 240)
+    model = build("Llama", num_key_value_heads=4, hidden_size=128, intermediate_size=352)
+    shrink(model, remove={"ffn": 101})
+    assert model.config.intermediate_size == 251

@@ -216,7 +216,20 @@ class Divisible:
         return "" if self.holds(lambda units: kept[units].sum()) else self.reason
 
 
-Constraint = Lockstep | AtLeast | Aligned | Divisible
+@dataclass(frozen=True, eq=False)
+class Preferred:
+    """A group whose width should be a multiple of a number wherever a budget allows it."""
+
+    group: str
+    multiple: int
+    reason: str
+
+    def violation(self, kept: Mask) -> str:
+        """Nothing: what is preferred is not demanded."""
+        return ""
+
+
+Constraint = Lockstep | AtLeast | Aligned | Divisible | Preferred
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from torch import nn
 
 from prunus.errors import ModelError, PlanError, checks_options
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.groups import Constraint, Divisible, Lockstep, Proportional
+from prunus.graph.groups import Constraint, Divisible, Lockstep, Preferred, Proportional
 from prunus.graph.plan_records import Edit, kind_of_edit
 from prunus.graph.plans import Plan
 from prunus.integrations.hf_library import (
@@ -51,6 +51,9 @@ from prunus.verifier import randomize
 
 CLOSE = 1e-5
 """Largest relative difference between the outputs of the cut model and of the library's own."""
+
+MULTIPLE = 16
+"""Of which the hidden and FFN widths are multiples wherever a budget allows it."""
 
 _TRIALS = 6
 """Numbers of units that are removed on trial before a kind is held."""
@@ -128,7 +131,11 @@ class Uniform:
                 found.append(one)
                 failed = {kind: why for kind, why in failed.items() if kind not in pair}
         self._known[frozenset(group.name for group in graph.groups)] = found
-        extra = (*(one.tie for one in found if len(one.tie.sets) > 1), *_rules(library, found))
+        extra = (
+            *(one.tie for one in found if len(one.tie.sets) > 1),
+            *_rules(library, found),
+            *_preferred(found),
+        )
         held = {group: why for kind, why in failed.items() for group in kind.groups}
         return replace(graph, constraints=(*graph.constraints, *extra)), held
 
@@ -255,6 +262,16 @@ def _rules(library: Library, found: Sequence[_Expressed]) -> Iterator[Constraint
         if [*map(id, width.sets)] != [*map(id, by.sets)]:
             reason = f"{library.name} demands a {width.name} that is a multiple of its {by.name}"
             yield Divisible(width, by, reason)
+
+
+def _preferred(found: Sequence[_Expressed]) -> Iterator[Preferred]:
+    """Multiples of 16 for hidden and FFN widths, of less where they are below 128."""
+    for kind in (kind for one in found for kind in one.kinds if kind.name in ("hidden", "ffn")):
+        multiple = MULTIPLE
+        while multiple > 1 and kind.size < 8 * multiple:
+            multiple //= 2
+        why = "kernels are fast at multiples of 16"
+        yield from (Preferred(name, multiple, why) for name in kind.groups if multiple > 1)
 
 
 def _follow(model: nn.Module, built: nn.Module, known: Sequence[Edit]) -> Iterator[Edit]:

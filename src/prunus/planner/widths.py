@@ -20,6 +20,7 @@ from torch import nn
 from prunus.errors import BudgetError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.groups import Preferred
 from prunus.graph.plans import Plan
 from prunus.graph.polynomial import PEAK
 from prunus.graph.program import state_of
@@ -35,6 +36,7 @@ from prunus.planner.options import PlanOptions, ScoreOptions
 from prunus.planner.rounding import Default, RoundTo, wide_groups
 from prunus.planner.structure_ratios import GLOBAL_RATIO, check_counts, structure_ratios
 from prunus.structures import find_structures
+from prunus.structures.amounts import units_asked
 from prunus.surgeon.attributes import find_edits
 from prunus.tracer.trace import uncollected
 from prunus.verifier.other_ways import follow_other_ways
@@ -96,7 +98,9 @@ def plan_widths(
     if asked.remove:
         taken = structure_ratios(graph, scores, asked, hold, dropped)
         asked = replace(asked, ratios={**(asked.ratios or {}), **taken})
-    request = _settle(graph, scores, asked, hold)
+    wanted = units_asked(graph, asked.remove or {}, dropped).values()
+    shares = {name for groups in wanted for name, one in groups.items() if not one.counted}
+    request = _settle(graph, scores, asked, hold, shares)
     searched: dict[str, Any] = {}
     with request.naming_floor():
         if asked.budget is not None and asked.budget.latency is not None:
@@ -135,7 +139,11 @@ def score_units(graph: CouplingGraph, model: nn.Module, asked: ScoreOptions) -> 
 
 
 def _settle(
-    graph: CouplingGraph, scores: Scores, asked: PlanOptions, hold: Mapping[str, str]
+    graph: CouplingGraph,
+    scores: Scores,
+    asked: PlanOptions,
+    hold: Mapping[str, str],
+    shares: Collection[str],
 ) -> _Request:
     """The options with what a budget decides where nobody does."""
     given = spread(graph, asked.ratios or {}, "ratios", check_share)
@@ -144,9 +152,11 @@ def _settle(
         free = {"*": GLOBAL_RATIO, **dict.fromkeys(given, 1.0)} if given else GLOBAL_RATIO
         asked = replace(asked, max_ratio=free if capped else 1.0)
     rounded: list[str] | None = None
-    if asked.budget is not None and asked.round_to is None:
+    preferred = _preferred(graph)
+    if (asked.budget is not None or preferred) and asked.round_to is None:
         kinds = {one.group: one.kind for one in find_structures(graph).structures}
-        rounded = [n for n, kind in kinds.items() if kind in _ROUNDED and n not in {*given, *hold}]
+        open_ = {n for n, kind in kinds.items() if kind in _ROUNDED and n not in {*given, *hold}}
+        rounded = [n for n in kinds if n in open_ or (n in preferred and n in shares)]
     asked = replace(asked, round_to=asked.round_to or 1)
     # Scores that are comparable as they are share a global budget out without normalising.
     curves = asked.scope == "global" and is_comparable(asked.importance)
@@ -346,16 +356,22 @@ def _attempts(
     graph: CouplingGraph, limits: Limits, names: Collection[str]
 ) -> Iterator[Mapping[str, int]]:
     """Multiples of all groups; finer and finer ones where a step is too coarse; none."""
-    finest = {name: _finest(graph, limits, name) for name in names}
-    multiple, tried = MULTIPLE, dict[str, int]()
+    preferred = _preferred(graph)
+    finest = {name: 1 if name in preferred else _finest(graph, limits, name) for name in names}
+    multiple, tried = max(preferred.values(), default=MULTIPLE), dict[str, int]()
     while multiple > 1:
-        found = {name: max(multiple, least) for name, least in finest.items()}
+        found = {name: max(min(multiple, preferred.get(name, MULTIPLE)), least)
+                 for name, least in finest.items()}  # fmt: skip
         if found and found != tried:
             yield found
         multiple, tried = multiple // 2, found
     yield {name: least for name, least in finest.items() if least > 1}
     if any(least > 1 for least in finest.values()):
         yield {}
+
+
+def _preferred(graph: CouplingGraph) -> dict[str, int]:
+    return {one.group: one.multiple for one in graph.constraints if isinstance(one, Preferred)}
 
 
 def _finest(graph: CouplingGraph, limits: Limits, name: str) -> int:

@@ -13,7 +13,7 @@ from prunus.checkpoint.model_file import SCHEMA
 from prunus.errors import FormatError, PlanError
 from prunus.graph.plan_json import VERSION
 from prunus.graph.plans import Plan
-from prunus.planner.search.sensitivity_table import Sensitivity
+from prunus.planner.search.sensitivity import Sensitivity
 from tests.format_models import MODELS, sample
 
 FIRST = Path(__file__).parent / "fixtures" / "v1"

@@ -18,7 +18,7 @@ from torch import nn
 import prunus
 from prunus.cli import main
 from prunus.errors import BudgetError, DataError, FormatError, MissingExtraError, PlanError
-from prunus.planner.search.sensitivity_table import Sensitivity
+from prunus.planner.search.sensitivity import Sensitivity
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
 

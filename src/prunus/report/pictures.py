@@ -12,7 +12,7 @@ from prunus.errors import checks_options, require
 from prunus.files import replace_file
 from prunus.graph.plan_records import GroupChoice
 from prunus.graph.plans import Plan
-from prunus.planner.search.sensitivity_table import Sensitivity
+from prunus.planner.search.sensitivity import Sensitivity
 
 KEPT, REMOVED, TEXT = "#2a6fbb", "#f0b27a", "#333333"
 

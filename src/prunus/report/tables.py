@@ -15,7 +15,7 @@ from prunus.graph.coupling import Coupling, CouplingGraph
 from prunus.graph.groups import Group, Lockstep, Pin
 from prunus.graph.plan_records import spell_count
 from prunus.graph.plans import Plan
-from prunus.planner.search.sensitivity_table import Sensitivity
+from prunus.planner.search.sensitivity import Sensitivity
 from prunus.structures import Anatomy, Kind, Layer, find_structures
 
 

@@ -95,27 +95,23 @@ class Experiment:
         with mask(plan, self.model, forward_fn=forward_fn, traces=self._traces), torch.no_grad():
             self.model.eval()
             try:
-                found = metric(self.model)
+                found: Any = metric(self.model)
             finally:
                 for module, mode in modes.items():
                     module.training = mode
         try:
             value = float(found)
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"the metric returned a {type(found).__name__}",
-                where=where,
-                why="it has to be a number, of which more is better",
-                fix="return float(…)",
-            ) from error
-        if not math.isfinite(value):
-            raise DataError(
-                f"the metric returned {value}",
-                where=where,
-                why="numbers that are not finite can't be compared",
-                fix="bound it: return -min(loss, 1e6), say",
-            )
-        return value
+        except (TypeError, ValueError):
+            value = math.nan
+        if math.isfinite(value):
+            return value
+        kind = f"{value}" if isinstance(found, (int, float)) else f"a {type(found).__name__}"
+        raise DataError(
+            f"the metric returned {kind}",
+            where=where,
+            why="it has to be a finite number, of which more is better",
+            fix="return float(…), bounded: -min(loss, 1e6), say",
+        )
 
     def rows(self, ratios: Sequence[float]) -> dict[str, float]:
         """Groups that can lose units, each with the largest of the ratios that it can lose.

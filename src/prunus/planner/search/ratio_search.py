@@ -18,7 +18,7 @@ from prunus.planner.culprits import tell_pins
 from prunus.planner.filters import excluded_groups
 from prunus.planner.options import ScoreKeywords, ScoreOptions, takes_options
 from prunus.planner.search.experiment import Experiment, Metric, check_ratios
-from prunus.planner.search.sensitivity_table import Sensitivity
+from prunus.planner.search.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -91,26 +91,18 @@ def plan_by_sensitivity(
     asked = ScoreOptions(**options)
     experiment = Experiment.of(graph, model, asked)
     left_out = excluded_groups(graph, asked.include, asked.exclude)
-    table = replace(
-        table,
-        sizes={name: size for name, size in table.sizes.items() if name not in left_out},
-        tolerated={name: most for name, most in table.tolerated.items() if name not in left_out},
-    )
-    if budget is None:
-        return experiment.plan(_tolerated(table))
-    values = [v for curve in table.curves.values() for v in curve.values() if v is not None]
-    most = max(table.dense - min(values, default=table.dense), 0.0)
-    return experiment.plan(_meet(experiment, budget, lambda t: table.ratios_at(t * most)))
-
-
-def _tolerated(table: Sensitivity) -> Mapping[str, float]:
+    sizes = {name: size for name, size in table.sizes.items() if name not in left_out}
+    if budget is not None:
+        table = replace(table, sizes=sizes)
+        most = table.dense - table.least
+        return experiment.plan(_meet(experiment, budget, lambda t: table.ratios_at(t * most)))
     if not table.tolerated:
         raise PlanError(
             "nothing says how much to remove",
             why="there is no budget, and the table has no tolerated shares",
             fix="give a budget, or measure the table with a tolerance",
         )
-    return table.tolerated
+    return experiment.plan({name: s for name, s in table.tolerated.items() if name in sizes})
 
 
 @takes_options(ScoreOptions)

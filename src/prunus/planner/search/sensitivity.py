@@ -1,27 +1,205 @@
-"""How much a metric falls when one group loses units, cell by cell, resumably."""
+"""How much a metric falls when one group loses units: a table, its file, and its measurement."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 from torch import nn
 
-from prunus.errors import FormatError, PlanError
-from prunus.files import check_target
+from prunus.errors import FormatError, PlanError, checks_options
+from prunus.files import check_target, replace_file
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.progress import Progress, following
 from prunus.importance import name_of
 from prunus.planner.options import ScoreKeywords, ScoreOptions, takes_options
 from prunus.planner.search.experiment import Experiment, Metric, check_ratios
-from prunus.planner.search.sensitivity_table import Sensitivity, check_loss, units_at
 from prunus.tracer.wrappers import unwraps
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+FORMAT, VERSION = "prunus sensitivity", 2
+
+READABLE = (1, 2)
+"""Version 1 says the same."""
+
+
+Units = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Head(msgspec.Struct, frozen=True):
+    format: Any
+    version: Any
+
+
+class _Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    units: Units
+    metric: dict[Units, float | None]
+
+
+class _Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: str
+    version: int
+    origin: dict[str, Any]
+    dense: float
+    ratios: tuple[float, ...]
+    tolerance: float | None
+    tolerated: dict[str, float]
+    groups: tuple[_Group, ...]
+
+
+@checks_options
+@dataclass(frozen=True)
+class Sensitivity:
+    """A metric by group and by the units that the group has lost, everything else whole.
+
+    Attributes
+    ----------
+    dense
+        The metric of the whole model; more is better.
+    ratios
+        The ratios of the table, ascending.
+    sizes
+        Units of every group of the table, in the model's order.  Groups that lose units together
+        are one row, that of the first.
+    curves
+        Group → number of units asked to go → metric; None where the group can't lose as many.
+        Beside the ratios' own numbers, those that the search for a tolerated loss looked at.
+    tolerated
+        Group → the largest share found by which the metric falls by at most ``tolerance``; empty
+        if that was not asked for.
+    tolerance
+        The loss of the metric that is tolerated; None if that was not asked for.
+    origin
+        What the numbers were made with: the importance, the seed and a fingerprint of weights and
+        scores.
+    """
+
+    dense: float
+    ratios: tuple[float, ...]
+    sizes: Mapping[str, int]
+    curves: Mapping[str, Mapping[int, float | None]]
+    tolerated: Mapping[str, float] = field(default_factory=dict)
+    tolerance: float | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def value(self, group: str, ratio: float) -> float | None:
+        """The metric of a cell; None where the group can't lose as many units.
+
+        >>> one = Sensitivity(0.9, (0.5,), {"a": 4}, {"a": {0: 0.9, 2: 0.7}})
+        >>> one.value("a", 0.5)
+        0.7
+        """
+        return self.curves[group].get(units_at(self.sizes[group], ratio))
+
+    @property
+    def least(self) -> float:
+        """The least metric of the table, no more than that of the whole model."""
+        values = [v for curve in self.curves.values() for v in curve.values() if v is not None]
+        return min([self.dense, *values])
+
+    def ratios_at(self, loss: float) -> dict[str, float]:
+        """For every group the largest share by which the metric falls by at most ``loss``.
+
+        Between the numbers of units that were measured the metric is taken for a straight line;
+        the first time that it falls below the bound decides.  It is what
+        :func:`prunus.plan` takes as ``ratios``.
+
+        Raises
+        ------
+        PlanError
+            If the loss is negative or no number.
+
+        Examples
+        --------
+        >>> one = Sensitivity(0.9, (0.5,), {"a": 4}, {"a": {0: 0.9, 2: 0.7}})
+        >>> round(one.ratios_at(0.1)["a"], 3), one.ratios_at(1.0)
+        (0.25, {'a': 0.5})
+        """
+        check_loss(loss, "loss")
+        return {
+            group: _crossing(self.curves[group], self.dense - loss) / size
+            for group, size in self.sizes.items()
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON; what stands there is the old table or this one, never half of it."""
+        document = _Document(
+            *(FORMAT, VERSION, dict(self.origin), self.dense, self.ratios, self.tolerance),
+            dict(self.tolerated),
+            tuple(_Group(n, size, dict(self.curves[n])) for n, size in self.sizes.items()),
+        )
+        text = msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n"
+        replace_file(path, lambda draft: draft.write_bytes(text))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Sensitivity:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        FormatError
+            If it is something else, or of another version.
+        """
+        try:
+            content = Path(path).read_bytes()
+            head = msgspec.json.decode(content, type=_Head)
+            if head.format != FORMAT or head.version not in READABLE:
+                raise ValueError(f"it is {head.format!r} version {head.version!r}")
+            document = msgspec.json.decode(content, type=_Document)
+        except (OSError, ValueError, RecursionError) as error:  # msgspec's own are ValueErrors
+            raise FormatError(
+                f"{path} is no table of sensitivities that can be read",
+                why=f"{type(error).__name__}: {error}",
+                fix="give a file that sensitivity(path=…) wrote, or remove it to start anew",
+            ) from error
+        return cls(
+            *(document.dense, document.ratios),
+            sizes={group.name: group.units for group in document.groups},
+            curves={group.name: group.metric for group in document.groups},
+            **{name: getattr(document, name) for name in ("tolerated", "tolerance", "origin")},
+        )
+
+
+def check_loss(loss: object, option: str) -> None:
+    """Refuse a tolerated loss that is none."""
+    if not isinstance(loss, (int, float)) or not math.isfinite(loss) or loss < 0:
+        raise PlanError(
+            f"{option}={loss!r} is no loss of a metric",
+            why="it is by how much the metric may fall, where more is better",
+            fix=f"give a number from 0 on: {option}=0.01, say",
+        )
+
+
+def units_at(size: int, ratio: float) -> int:
+    """The whole number of units that is nearest to a share.
+
+    >>> units_at(10, 0.25), units_at(8, 0.5)
+    (3, 4)
+    """
+    return math.floor(ratio * size + 0.5)
+
+
+def _crossing(curve: Mapping[int, float | None], bound: float) -> float:
+    """How many units can go before the curve first falls below the bound."""
+    last, before = 0, math.inf
+    for units in sorted(curve):
+        value = curve[units]
+        if value is None:
+            break
+        if value < bound:
+            share = 0.0 if before == math.inf else (before - bound) / (before - value)
+            return last + (units - last) * share
+        last, before = units, value
+    return last
+
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -103,13 +281,9 @@ def sensitivity(
         rows = experiment.rows(ratios)
         dense = experiment.value(metric, graph.all_kept, "the whole model")
         table = _begin(experiment, dense, ratios, rows, path)
-
-        def report(text: str) -> None:
-            done = sum(len(curve) - 1 for curve in table.curves.values())
-            tell(text, done, len(rows) * len(ratios) if tolerance is None else None)
-
-        report(f"the whole model: {dense:.6g}")
-        cells = _Cells(experiment, metric, table, path, report)
+        total = len(rows) * len(ratios) if tolerance is None else None
+        cells = _Cells(experiment, metric, table, path, tell, total)
+        cells.report(f"the whole model: {dense:.6g}")
         for name in rows:
             for ratio in ratios:
                 cells.measure(name, units_at(table.sizes[name], ratio))
@@ -145,49 +319,47 @@ def _begin(
     return Sensitivity(dense, ratios, sizes, known, origin=origin)
 
 
+@dataclass(frozen=True)
 class _Cells:
     """Measures cells into the curves of a table, and keeps its file up to date."""
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        metric: Metric,
-        table: Sensitivity,
-        path: str | Path | None,
-        tell: Callable[[str], None],
-    ) -> None:
-        self._experiment, self._metric, self._table = experiment, metric, table
-        self._path, self._tell = path, tell
+    experiment: Experiment
+    metric: Metric
+    table: Sensitivity
+    path: str | Path | None
+    tell: Progress
+    total: int | None
+
+    def report(self, text: str) -> None:
+        """What was measured, and how many cells are done."""
+        self.tell(text, sum(len(curve) - 1 for curve in self.table.curves.values()), self.total)
 
     def measure(self, name: str, units: int) -> float | None:
         """The metric where so many units of a group are asked to go; None where they can't."""
-        curve = self._table.curves[name]
+        curve: Any = self.table.curves[name]
         if units not in curve:
-            assert isinstance(curve, dict)
             curve[units] = value = self._evaluate(name, units)
-            if self._path is not None:
-                self._table.save(self._path)
+            if self.path is not None:
+                self.table.save(self.path)
             said = "can't go" if value is None else f"{value:.6g}"
-            self._tell(f"{name} without {units} of {self._table.sizes[name]}: {said}")
-        return curve[units]
+            self.report(f"{name} without {units} of {self.table.sizes[name]}: {said}")
+        return curve[units]  # type: ignore[no-any-return]
 
     def _evaluate(self, name: str, units: int) -> float | None:
-        if units >= self._table.sizes[name]:
-            return None
         try:
-            kept = self._experiment.kept({name: units / self._table.sizes[name]})
+            kept = self.experiment.kept({name: units / self.table.sizes[name]})
         except PlanError:  # the scores are there already: what is left to refuse is this ratio
             return None
         if kept.all():
-            return self._table.dense
-        return self._experiment.value(self._metric, kept, f"{name} without {units} units")
+            return self.table.dense
+        return self.experiment.value(self.metric, kept, f"{name} without {units} units")
 
     def search(self, name: str, tolerance: float, most: float) -> float:
         """The largest share, of those up to ``most``, that a bisection finds to be tolerated."""
-        size, bound = self._table.sizes[name], self._table.dense - tolerance
+        size, bound = self.table.sizes[name], self.table.dense - tolerance
         low, high = 0, units_at(size, most) + 1
-        for units in sorted(units for units in self._table.curves[name] if units < high):
-            value = self._table.curves[name][units]
+        for units in sorted(units for units in self.table.curves[name] if units < high):
+            value = self.table.curves[name][units]
             if value is None or value < bound:
                 high = units
                 break

@@ -14,7 +14,8 @@ import prunus
 from prunus.errors import PlanError, checks_options
 from prunus.importance import torch_pruning
 from prunus.integrations import hf
-from prunus.planner.options import PlanKeywords, PlanOptions, ScoreKeywords, ScoreOptions, texts_of
+from prunus.planner.option_values import texts_of
+from prunus.planner.options import PlanKeywords, PlanOptions, ScoreKeywords, ScoreOptions
 
 SOURCE = Path(prunus.__file__).parent
 

@@ -20,8 +20,8 @@ from prunus.importance import needs_of
 from prunus.integrations.hf import example_inputs
 from prunus.integrations.hf_config import Uniform
 from prunus.planner.layers import name_layers
-from prunus.planner.option_values import Globs
-from prunus.planner.options import PlanKeywords, PlanOptions, takes_options
+from prunus.planner.option_values import Globs, takes_options
+from prunus.planner.options import PlanKeywords, PlanOptions
 from prunus.planner.planning import plan_verified, rejected
 from prunus.planner.widths import plan_of_mask
 from prunus.recovery import Recover, Step, check_recovery, cut_and_recover

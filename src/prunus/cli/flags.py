@@ -25,8 +25,8 @@ from prunus.cli.values import (
 )
 from prunus.errors import PlanError
 from prunus.graph.budget import COSTS, TIMERS, Budget
-from prunus.planner.option_values import Normalise
-from prunus.planner.options import PlanOptions, texts_of
+from prunus.planner.option_values import Normalise, texts_of
+from prunus.planner.options import PlanOptions
 
 MODEL_HELP = """\
 MODEL is one of

@@ -1,13 +1,20 @@
-"""What the value of an option can be: its type, and a check that says what is wrong with it."""
+"""Fields of an options record: what a value can be, and signature and documentation read off."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import field, fields
+from functools import partial
+from inspect import cleandoc
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from textwrap import indent
+from typing import Any, Literal, TypeVar, get_args
 
-from prunus.errors import PlanError, PrunusError
+from prunus.errors import PlanError, PrunusError, checks_options
 from prunus.graph.budget import Budget
+
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 Globs = str | Sequence[str]
 Drop = int | str | Sequence[str]
@@ -111,3 +118,72 @@ def check_each(option: str, values: Any, check: Callable[[str, Any], None]) -> N
             raise PlanError(f"{glob!r} is no glob", where=f"{option}=", fix="write a string")
         check(f"{option}[{glob!r}]", value)
     return None
+
+
+def option(
+    default: Any,
+    fits: Callable[[Any], bool] = is_anything,
+    wanted: str = "",
+    *,
+    recorded: bool = False,
+    beside_ratio: Any = ...,
+) -> Any:
+    """A field of an options record, whose docstring says what it means.
+
+    Parameters
+    ----------
+    fits, wanted
+        Whether a value can be one, unless it is the default; and in words what it must be.
+    recorded
+        Whether a plan says what it was.
+    beside_ratio
+        The value that says nothing beside ``ratio``, for an option that shapes what a budget takes.
+    """
+    metadata = {
+        "fits": fits,
+        "wanted": wanted,
+        "recorded": recorded,
+        "beside_ratio": beside_ratio,
+    }
+    return field(default=default, metadata=metadata)
+
+
+def takes_options(record: type[Any]) -> Callable[[Call], Call]:
+    """Let a public function take the options of a record: its signature, checks and docstring.
+
+    The parameter ``**options`` becomes the fields of the record in the signature, an unknown option
+    is refused before anything else, and ``**options`` in the docstring becomes what they mean.
+    """
+
+    def decorate(call: Call) -> Call:
+        checked = partial(checks_options, options_of=record)(call)
+        if call.__doc__:  # there is none under python -OO
+            checked.__doc__ = call.__doc__.replace(
+                "    **options\n", indent(describe_options(record), "    ") + "\n"
+            )
+        return checked
+
+    return decorate
+
+
+def describe_options(record: type[Any]) -> str:
+    """The options as the section of a numpydoc docstring."""
+    texts = texts_of(record)
+    parts = []
+    for one in fields(record):
+        text = indent(texts.get(one.name, ""), "    ")
+        parts.append(f"{one.name} : {one.type}, default {one.default!r}\n{text}")
+    return "\n".join(parts)
+
+
+def texts_of(record: type[Any]) -> dict[str, str]:
+    """What each option means, by its name, as the docstring of the record says.
+
+    The first paragraph of each is the help of its flag on the command line.
+    """
+    found: dict[str, str] = {}
+    for one in reversed(record.__mro__):
+        section = cleandoc(one.__doc__ or "").partition("Attributes\n----------\n")[2]
+        parts = re.split(r"^(\w+)\n", section, flags=re.MULTILINE)
+        found |= {name: cleandoc(text) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+    return found

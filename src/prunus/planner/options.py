@@ -11,15 +11,11 @@ is quick.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from functools import partial
-from inspect import cleandoc
-from textwrap import indent
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from prunus.errors import PlanError, checks_options
+from prunus.errors import PlanError
 from prunus.graph.amounts import LAYERS, Remove, check_remove
 from prunus.graph.budget import Budget
 from prunus.planner.option_values import (
@@ -32,50 +28,19 @@ from prunus.planner.option_values import (
     check_ratio,
     check_scope,
     check_share,
-    is_anything,
     is_batches,
     is_bool,
     is_drop,
     is_names,
     is_real,
     is_whole,
+    option,
     spell_budget,
 )
 
 if TYPE_CHECKING:
     from prunus.calibration.gradients import Loss
     from prunus.importance import Importance, Statistics
-
-Call = TypeVar("Call", bound=Callable[..., Any])
-
-
-def option(
-    default: Any,
-    fits: Callable[[Any], bool] = is_anything,
-    wanted: str = "",
-    *,
-    recorded: bool = False,
-    beside_ratio: Any = ...,
-) -> Any:
-    """A field of an options record, whose docstring says what it means.
-
-    Parameters
-    ----------
-    fits, wanted
-        Whether a value can be one, unless it is the default; and in words what it must be.
-    recorded
-        Whether a plan says what it was.
-    beside_ratio
-        The value that says nothing beside ``ratio``, for an option that shapes what a budget takes.
-    """
-    metadata = {
-        "fits": fits,
-        "wanted": wanted,
-        "recorded": recorded,
-        "beside_ratio": beside_ratio,
-    }
-    return field(default=default, metadata=metadata)
-
 
 _GLOBS = "a glob over names of groups and their tensors, or a list of globs"
 
@@ -398,44 +363,3 @@ class PlanKeywords(ScoreKeywords, total=False):
     hold: Collection[str]
     drop: Drop
     protect_ends: bool
-
-
-def takes_options(record: type[ScoreOptions]) -> Callable[[Call], Call]:
-    """Let a public function take the options of a record: its signature, checks and docstring.
-
-    The parameter ``**options`` becomes the fields of the record in the signature, an unknown option
-    is refused before anything else, and ``**options`` in the docstring becomes what they mean.
-    """
-
-    def decorate(call: Call) -> Call:
-        checked = partial(checks_options, options_of=record)(call)
-        if call.__doc__:  # there is none under python -OO
-            checked.__doc__ = call.__doc__.replace(
-                "    **options\n", indent(describe_options(record), "    ") + "\n"
-            )
-        return checked
-
-    return decorate
-
-
-def describe_options(record: type[ScoreOptions]) -> str:
-    """The options as the section of a numpydoc docstring."""
-    texts = texts_of(record)
-    parts = []
-    for one in fields(record):
-        text = indent(texts.get(one.name, ""), "    ")
-        parts.append(f"{one.name} : {one.type}, default {one.default!r}\n{text}")
-    return "\n".join(parts)
-
-
-def texts_of(record: type[ScoreOptions]) -> dict[str, str]:
-    """What each option means, by its name, as the docstring of the record says.
-
-    The first paragraph of each is the help of its flag on the command line.
-    """
-    found: dict[str, str] = {}
-    for one in reversed(record.__mro__):
-        section = cleandoc(one.__doc__ or "").partition("Attributes\n----------\n")[2]
-        parts = re.split(r"^(\w+)\n", section, flags=re.MULTILINE)
-        found |= {name: cleandoc(text) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
-    return found

@@ -26,7 +26,8 @@ from prunus.importance import Statistics, needs_of
 from prunus.importance.influence import block_influence
 from prunus.planner.culprits import find_culprits, tell_groups
 from prunus.planner.layers import drops_asked
-from prunus.planner.options import PlanKeywords, PlanOptions, takes_options
+from prunus.planner.option_values import takes_options
+from prunus.planner.options import PlanKeywords, PlanOptions
 from prunus.planner.widths import plan_of_mask, plan_widths
 from prunus.recovery import LOOKED_AT
 from prunus.surgeon.depth import without_blocks

@@ -16,7 +16,8 @@ from prunus.graph.plans import Plan
 from prunus.graph.progress import Progress, following
 from prunus.planner.culprits import tell_pins
 from prunus.planner.filters import excluded_groups
-from prunus.planner.options import ScoreKeywords, ScoreOptions, takes_options
+from prunus.planner.option_values import takes_options
+from prunus.planner.options import ScoreKeywords, ScoreOptions
 from prunus.planner.search.experiment import Experiment, Metric, check_ratios
 from prunus.planner.search.sensitivity import Sensitivity
 

@@ -17,7 +17,8 @@ from prunus.files import check_target, replace_file
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.progress import Progress, following
 from prunus.importance import name_of
-from prunus.planner.options import ScoreKeywords, ScoreOptions, takes_options
+from prunus.planner.option_values import takes_options
+from prunus.planner.options import ScoreKeywords, ScoreOptions
 from prunus.planner.search.experiment import Experiment, Metric, check_ratios
 from prunus.tracer.wrappers import unwraps
 

@@ -127,19 +127,23 @@ def merge_locksteps(locksteps: Sequence[Lockstep]) -> tuple[Tie, ...]:
         root = component[next(iter(found))]
         together.setdefault(root, []).append(n)
         uneven |= {root} if locksteps[n].rates else set()
-    ties = []
-    for root, own in together.items():
-        chosen = [members[n] for n in own]
-        rates: dict[int, int] | None = dict.fromkeys((s for ids in chosen for s in ids), 1)
-        units = np.unique(np.concatenate([sets[s] for s in rates or ()]))
-        if root in uneven:
-            rates = _finest(sets, chosen)
-        if rates is None:
-            reasons = "; ".join(dict.fromkeys(locksteps[n].reason for n in own))
-            ties.append(Tie((units,), (1,), reasons))
-        else:
-            ties.append(Tie(tuple(sets[s] for s in rates), tuple(rates.values())))
-    return tuple(ties)
+    return tuple(
+        _tie(sets, [members[n] for n in own], root in uneven, [locksteps[n].reason for n in own])
+        for root, own in together.items()
+    )
+
+
+def _tie(
+    sets: Sequence[Ints], members: Sequence[Mapping[int, int]], uneven: bool, reasons: Sequence[str]
+) -> Tie:
+    """What locksteps imply that share sets or units."""
+    rates: dict[int, int] | None = {s: 1 for found in members for s in found}
+    units = np.unique(np.concatenate([sets[s] for s in rates or ()]))
+    if uneven:
+        rates = _finest(sets, members)
+    if rates is None:
+        return Tie((units,), (1,), "; ".join(dict.fromkeys(reasons)))
+    return Tie(tuple(sets[s] for s in rates), tuple(rates.values()))
 
 
 def _distinct(locksteps: Sequence[Lockstep]) -> tuple[list[Ints], list[dict[int, int]]]:

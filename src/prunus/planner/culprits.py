@@ -78,23 +78,26 @@ def tell_pins(graph: CouplingGraph, axes: Iterable[Axis] | None = None) -> list[
     by_reason: dict[tuple[str, str], list[tuple[Axis, Pin]]] = {}
     for axis, pin in pins:
         by_reason.setdefault((pin.reason, pin.operator), []).append((axis, pin))
-    size = {name: prod(shape) for name, shape in graph.shapes.items()}  # of values in it none
-    weight = {
-        key: sum(size.get(axis.tensor, 0) for axis in {axis for axis, _ in entries})
-        for key, entries in by_reason.items()
-    }
-    order = sorted(by_reason, key=lambda key: -weight[key])
-    lines = []
-    for key in order[:_REASONS]:
-        entries = by_reason[key]
-        names = list(dict.fromkeys(str(axis) for axis, _ in entries))
-        places = len({(pin.module, pin.source) for _, pin in entries})
-        more = f", and in {places - 1} more places" if places > 1 else ""
-        lines.append(f"{_some(names, 'axis')} pinned: {entries[0][1]}{more}")
-    left = sum(len(by_reason[key]) for key in order[_REASONS:])
+
+    def weight(entries: Sequence[tuple[Axis, Pin]]) -> int:
+        # Of values in it a tensor that the graph doesn't know has none.
+        shapes = (graph.shapes.get(axis.tensor, (0,)) for axis in {axis for axis, _ in entries})
+        return sum(map(prod, shapes))
+
+    ordered = sorted(by_reason.values(), key=lambda entries: -weight(entries))
+    lines = [_tell_pin(entries) for entries in ordered[:_REASONS]]
+    left = sum(map(len, ordered[_REASONS:]))
     if left:
-        lines.append(f"{left} pins more, of {len(order) - _REASONS} other reasons")
+        lines.append(f"{left} pins more, of {len(ordered) - _REASONS} other reasons")
     return lines
+
+
+def _tell_pin(entries: Sequence[tuple[Axis, Pin]]) -> str:
+    """Pins of one reason in a line."""
+    names = list(dict.fromkeys(str(axis) for axis, _ in entries))
+    places = len({(pin.module, pin.source) for _, pin in entries})
+    more = f", and in {places - 1} more places" if places > 1 else ""
+    return f"{_some(names, 'axis')} pinned: {entries[0][1]}{more}"
 
 
 def out_of_reach(

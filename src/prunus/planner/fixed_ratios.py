@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 from prunus.errors import PlanError
@@ -37,17 +38,18 @@ def choose_fixed(
     for index, chain in enumerate(quanta.chains):
         for group in quanta.groups_of(chain):
             chains.setdefault(group, []).append(index)
-    gone = dict.fromkeys(range(len(graph.groups)), 0)
+    gone: Counter[int] = Counter()
     taken: dict[int, None] = {}
     for name, ratio in ratios.items():
         group = number[name]
         missing = _target(graph.groups[group].size, ratio, exactly) - gone[group]
         for quantum in _approach(quanta, group, missing, chains.get(group, []), taken):
             taken[quantum] = None
-            for other, count in quanta.shares[quantum]:
-                gone[other] += count
-    for name, ratio in ratios.items() if exactly else ():
-        _check(graph, quanta, number[name], ratio, gone[number[name]], chains)
+            gone.update(dict(quanta.shares[quantum]))
+    if exactly:
+        for name, ratio in ratios.items():
+            group = number[name]
+            _check(graph, quanta, group, ratio, gone[group], chains.get(group, []))
     settled = {chain for name in ratios for chain in chains.get(number[name], [])}
     return list(taken), settled
 
@@ -86,21 +88,16 @@ def _approach(
 
 
 def _check(
-    graph: CouplingGraph,
-    quanta: Quanta,
-    group: int,
-    ratio: float,
-    gone: int,
-    chains: Mapping[int, list[int]],
+    graph: CouplingGraph, quanta: Quanta, group: int, ratio: float, gone: int, chains: list[int]
 ) -> None:
     """Refuse a result that is further from the ratio than quanta have to be."""
     name, size = graph.groups[group].name, graph.groups[group].size
-    own = [int(quantum) for chain in chains.get(group, []) for quantum in quanta.chains[chain]]
-    coarse = max((dict(quanta.shares[quantum]).get(group, 0) for quantum in own), default=1)
-    if 2 * abs(ratio * size - gone) <= max(coarse, 1) + 1e-6:
+    own = {int(quantum) for chain in chains for quantum in quanta.chains[chain]}
+    units = [dict(quanta.shares[quantum]).get(group, 0) for quantum in own]
+    coarse, most = max([1, *units]), sum(units)
+    if 2 * abs(ratio * size - gone) <= coarse + 1e-6:
         return
     tied = {graph.groups[g].name for quantum in own for g, _ in quanta.shares[quantum]} - {name}
-    most = sum(dict(quanta.shares[quantum]).get(group, 0) for quantum in set(own))
     if name in quanta.untouched:
         why = quanta.untouched[name]
     elif tied and most >= ratio * size - coarse:

@@ -137,26 +137,25 @@ def meet_time(
     for multiple in multiples:
         search.bisect(multiple)
     best = search.best_of_each()
+    chosen = max(best, key=lambda trial: trial.retained)
     if asked.data is not None and len(best) > 1:
         batches = Batches(iter(asked.data), _SAMPLES)
         for trial in best:
-            error = _error(model, trial.plan, graph, batches, asked)
-            trial.error = error if isfinite(error) else None
-    chosen = max(best, key=lambda trial: trial.retained)
-    errors = [trial.error for trial in best if trial.error is not None]
-    if len(errors) == len(best):
-        chosen = best[errors.index(min(errors))]
+            trial.error = _error(model, trial.plan, graph, batches, asked)
+        if all(trial.error is not None for trial in best):
+            chosen = min(best, key=lambda trial: trial.error or 0.0)
     return chosen.selection, search.record(chosen)
 
 
 def _error(
     model: nn.Module, plan: Plan, graph: CouplingGraph, data: Batches, asked: PlanOptions
-) -> float:
-    """The error of the outputs of a copy that is cut and repaired."""
+) -> float | None:
+    """The error of the outputs of a copy that is cut and repaired; None where it is not finite."""
     _, steps = cut_and_recover(
         *(duplicate(model), plan, graph, data), statistics=asked.statistics, seed=asked.seed
     )
-    return [step.error for step in steps if step.kept][-1]
+    error = [step.error for step in steps if step.kept][-1]
+    return error if isfinite(error) else None
 
 
 @dataclass

@@ -76,11 +76,6 @@ def find_drops(
         If a block can't be dropped, or there are not as many.
     """
     if isinstance(drop, int):
-        if isinstance(drop, bool) or drop < 1:
-            raise PlanError(
-                f"drop must be a number of blocks or their names, got {drop!r}",
-                fix="give an int ≥ 1, or the names of blocks as in graph.blocks",
-            )
         return least_influential(graph, influence(), drop, protect_ends=protect_ends, hold=hold)
     names = [drop] if isinstance(drop, str) else list(drop)
     known = {block.name for block in graph.blocks}
@@ -125,26 +120,21 @@ def name_layers(
 def _find_stack(graph: CouplingGraph, stack: str | None) -> str:
     """The one stack that is meant."""
     stacks = graph.stacks
-    listed = ", ".join(f"{name!r} ({len(blocks)} blocks)" for name, blocks in stacks.items())
-    why = f"its stacks are {listed}" if stacks else "no child of a list is a residual block"
     if not stacks:
         raise PlanError(
             "the model has no stack of layers that can be dropped",
-            why=why,
+            why="no child of a list is a residual block",
             fix="`graph.obstacles` says why, child by child",
         )
-    if stack is None and len(stacks) == 1:
-        return next(iter(stacks))
-    fix = f"give stack={next(iter(stacks))!r}, say"
-    if stack is None:
-        raise PlanError("the model has more than one stack of layers", why=why, fix=fix)
-    found = [name for name in stacks if name == stack] or [
-        name for name in stacks if fnmatchcase(name, stack)
-    ]
+    found = [name for name in stacks if stack in (None, name)]
+    found = found or [name for name in stacks if fnmatchcase(name, stack or "")]
     if len(found) == 1:
         return found[0]
     what = f"{stack!r} fits {', '.join(map(repr, found))}" if found else f"no stack fits {stack!r}"
-    raise PlanError(what, why=why, fix=fix)
+    if stack is None:
+        what = "the model has more than one stack of layers"
+    listed = ", ".join(f"{name!r} ({len(blocks)} blocks)" for name, blocks in stacks.items())
+    raise PlanError(what, why=f"its stacks are {listed}", fix=f"give stack={next(iter(stacks))!r}")
 
 
 def _refusal(graph: CouplingGraph, name: str) -> PlanError:

@@ -48,7 +48,7 @@ TOLERANCE = 0.02
 """How far under its bound a cost may lie for the sake of that, as a part of the dense one."""
 
 AT_ONCE = 4
-"""How many moments are bounded at most in one go, where several are above the bound on memory."""
+"""How many moments of a forward are bounded at most in one go."""
 
 _ROUNDED = ("channels", "ffn", "hidden", "other")
 """Kinds of groups whose widths are rounded unless somebody says otherwise."""
@@ -89,9 +89,9 @@ def plan_widths(
         Whether ratios too small to remove anything are taken for a request to remove nothing.
     """
     asked = replace(asked, importance=adapt(asked.importance, model), hold=tuple(hold))
-    counted = None if asked.budget is None else asked.budget.counted
+    counted = asked.budget and asked.budget.counted
     if limits is None:
-        limits = {} if counted is None else counted.limits(graph)
+        limits = counted.limits(graph) if counted else {}
     scores = score_units(graph, model, asked)
     for name in hold:
         scores[graph.group(name).units] = np.inf
@@ -110,16 +110,10 @@ def plan_widths(
     check_counts(graph, asked, found.kept, dropped)
     if found.kept.all() and not may_remove_nothing:
         _refuse_nothing(graph, scores, asked, {**found.stopped, **hold})
-    origin = {
-        **request.record(found),
-        **searched,
-        "stopped": {**found.stopped, **dict.fromkeys(sorted(hold), "it is held")},
-        **{name: getattr(found, name) for name in ("retained", "bound")},
-        "traced": graph.traced,
-    }
+    origin = {**request.record(found), **searched, "traced": graph.traced}
     chosen = plan_of_mask(graph, model, found.kept, origin)
-    parts = {c: (graph.cost(c), graph.cost(c, found.kept)) for c in limits if c not in chosen.costs}
-    chosen = replace(chosen, costs={**chosen.costs, **parts})
+    parts = {c: (graph.cost(c), graph.cost(c, found.kept)) for c in limits}
+    chosen = replace(chosen, costs={**parts, **chosen.costs})
     return follow_other_ways(chosen, graph, model, found.kept)
 
 
@@ -145,28 +139,36 @@ def _settle(
     hold: Mapping[str, str],
     shares: Collection[str],
 ) -> _Request:
-    """The options with what a budget decides where nobody does."""
+    """The options with what a budget decides where nobody does.
+
+    ``shares`` names groups that lose a share of a structure, and may be rounded all the same.
+    """
     given = spread(graph, asked.ratios or {}, "ratios", check_share)
-    capped = asked.budget is not None and asked.scope == "global" and asked.max_ratio is None
+    everywhere, capped, rounded = asked.scope == "global", False, None
     if asked.max_ratio is None:
+        capped = asked.budget is not None and everywhere
         free = {"*": GLOBAL_RATIO, **dict.fromkeys(given, 1.0)} if given else GLOBAL_RATIO
         asked = replace(asked, max_ratio=free if capped else 1.0)
-    rounded: list[str] | None = None
-    preferred = _preferred(graph)
-    if (asked.budget is not None or preferred) and asked.round_to is None:
-        kinds = {one.group: one.kind for one in find_structures(graph).structures}
-        open_ = {n for n, kind in kinds.items() if kind in _ROUNDED and n not in {*given, *hold}}
-        rounded = [n for n in kinds if n in open_ or (n in preferred and n in shares)]
-    asked = replace(asked, round_to=asked.round_to or 1)
-    # Scores that are comparable as they are share a global budget out without normalising.
-    curves = asked.scope == "global" and is_comparable(asked.importance)
-    normalise = asked.normalise or ("none" if curves else "mean")
-    options = {name: getattr(asked, name) for name in _SHAPING} | {"normalise": normalise}
-    if asked.ratio is not None:
-        options["ratios"] = asked.ratio
-    elif asked.ratios is not None:
-        options["ratios"] = {name: share for name, share in given.items() if name not in hold}
-    return _Request(graph, scores, asked, {**options, "held": hold}, rounded, capped)
+    if asked.round_to is None:
+        preferred = _preferred(graph)
+        if asked.budget is not None or preferred:
+            others = {*given, *hold} - (preferred.keys() & shares)
+            rounded = _rounded_by_default(graph, others)
+        asked = replace(asked, round_to=1)
+    options = {name: getattr(asked, name) for name in _SHAPING} | {"held": hold}
+    if asked.normalise is None:
+        # Scores that are comparable as they are share a global budget out without normalising.
+        curves = everywhere and is_comparable(asked.importance)
+        options["normalise"] = "none" if curves else "mean"
+    open_ratios = {name: share for name, share in given.items() if name not in hold}
+    options["ratios"] = asked.ratio if asked.ratios is None else open_ratios
+    return _Request(graph, scores, asked, options, rounded, capped)
+
+
+def _rounded_by_default(graph: CouplingGraph, others: Collection[str]) -> list[str]:
+    """Groups whose widths are rounded unless somebody says otherwise."""
+    kinds = {one.group: one.kind for one in find_structures(graph).structures}
+    return [name for name, kind in kinds.items() if kind in _ROUNDED and name not in others]
 
 
 @dataclass(frozen=True)
@@ -193,14 +195,13 @@ class _Request:
 
     def select(self, limits: Limits, round_to: RoundTo) -> Selection:
         """The units that are kept with such widths."""
-
-        def choose(graph: CouplingGraph, limits: Limits) -> Selection:
-            return select(graph, self.scores, limits, round_to=round_to, **self.options)
-
+        fixed = {**self.options, "round_to": round_to}
         with uncollected():
             if self.asked.ratio is not None:
-                return Selection(choose(self.graph, {}).kept)
-            return _hold_peak(self.graph, limits, choose)
+                return Selection(select(self.graph, self.scores, {}, **fixed).kept)
+            return _hold_peak(
+                self.graph, limits, lambda graph, most: select(graph, self.scores, most, **fixed)
+            )
 
     def choose(self, limits: Limits) -> Selection:
         """The units that are kept."""
@@ -255,6 +256,9 @@ class _Request:
             names = wide_groups(self.graph, self.rounded)
             finer = {n: found.rounded.get(n, 1) for n in names if found.rounded.get(n, 1) < most}
             decided["round_to"] = {"*": most, **finer} if finer else most
+        held = dict.fromkeys(sorted(self.options["held"]), "it is held")
+        decided |= {"stopped": {**found.stopped, **held}}
+        decided |= {"retained": found.retained, "bound": found.bound}
         return {**decided, "automatic": automatic} if automatic else decided
 
 
@@ -290,7 +294,10 @@ def _hold_peak(
     found = choose(graph, bounds) if bounds else Selection(graph.all_kept)
     while True:
         values = {f"{PEAK} at {name}": v for name, v in moments.values(found.kept).items()}
-        above = [n for n, v in values.items() if v > limits[PEAK] and n not in bounds]
+        worst = sorted(
+            [name for name in values if name not in bounds], key=lambda name: -values[name]
+        )
+        above = [name for name in worst[:AT_ONCE] if values[name] > limits[PEAK]]
         if not above:
             return found
         above.sort(key=lambda name: -values[name])
@@ -360,8 +367,8 @@ def _attempts(
     finest = {name: 1 if name in preferred else _finest(graph, limits, name) for name in names}
     multiple, tried = max(preferred.values(), default=MULTIPLE), dict[str, int]()
     while multiple > 1:
-        found = {name: max(min(multiple, preferred.get(name, MULTIPLE)), least)
-                 for name, least in finest.items()}  # fmt: skip
+        wanted = {name: min(multiple, preferred.get(name, MULTIPLE)) for name in names}
+        found = {name: max(wanted[name], least) for name, least in finest.items()}
         if found and found != tried:
             yield found
         multiple, tried = multiple // 2, found

@@ -58,7 +58,7 @@ CODE_LINES = {
     "graph": 1740,
     "importance": 750,
     "integrations": 665,
-    "planner": 3990,
+    "planner": 3720,
     "recovery": 1880,
     "report": 530,
     "structures": 460,

@@ -141,7 +141,7 @@ def _settle(
 ) -> _Request:
     """The options with what a budget decides where nobody does.
 
-    ``shares`` names groups that lose a share of a structure, and may be rounded all the same.
+    ``shares``: groups that lose a share of a structure, and may be rounded all the same.
     """
     given = spread(graph, asked.ratios or {}, "ratios", check_share)
     everywhere, capped, rounded = asked.scope == "global", False, None
@@ -315,15 +315,13 @@ def choose_rounded(
 
     Parameters
     ----------
-    names
-        Groups that are rounded.
-    choose
-        Chooses under the bounds with these multiples.
+    names, choose
+        Groups that are rounded; what chooses under the bounds with multiples.
 
     Raises
     ------
     BudgetError
-        If the floors don't allow the budget without any rounding.
+        If the floors don't allow the budget, rounded or not.
     """
     best: tuple[float, Selection] | None = None
     for multiples in _attempts(graph, limits, names):
@@ -347,8 +345,7 @@ def _without_stuck(
 ) -> Selection:
     """A choice in which no group is kept whole since it can't be cut to its multiple.
 
-    (Six blocks of eight channels make no multiple of 8 in fewer blocks, nor in smaller ones; but
-    one of 4.)
+    (Six blocks of eight channels make no multiple of 8 in fewer blocks; but one of 4.)
     """
     while True:
         found = choose(Default(multiples))

@@ -62,9 +62,9 @@ CODE_LINES = {
     "recovery": 1880,
     "report": 530,
     "structures": 460,
-    "surgeon": 2210,
+    "surgeon": 2120,
     "tracer": 6720,
-    "verifier": 2295,
+    "verifier": 2310,
 }
 """Caps of code lines (no docstrings, comments, blank lines) by package, ``.`` for loose files.
 

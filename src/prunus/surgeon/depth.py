@@ -296,13 +296,7 @@ def _reads(
 def _functions(tree: ast.Module, classes: Collection[str]) -> Iterator[ast.AST]:
     """Methods of the model's classes in a file, and the functions that they mention."""
     functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
-    pending = [
-        method
-        for kind in ast.walk(tree)
-        if isinstance(kind, ast.ClassDef) and kind.name in classes
-        for method in kind.body
-        if isinstance(method, ast.FunctionDef) and method.name != "__init__"
-    ]
+    pending = _methods(tree, classes)
     seen: set[str] = set()
     while pending:
         yield from pending
@@ -310,6 +304,12 @@ def _functions(tree: ast.Module, classes: Collection[str]) -> Iterator[ast.AST]:
         names = {node.id for node in nodes if isinstance(node, ast.Name)} - seen
         seen |= names
         pending = [functions[name] for name in sorted(names & functions.keys())]
+
+
+def _methods(tree: ast.Module, classes: Collection[str]) -> list[ast.FunctionDef]:
+    kinds = (one for one in ast.walk(tree) if isinstance(one, ast.ClassDef) and one.name in classes)
+    found = (method for kind in kinds for method in kind.body)
+    return [one for one in found if isinstance(one, ast.FunctionDef) and one.name != "__init__"]
 
 
 def _use(source: str, node: ast.Attribute, parents: list[ast.AST], cut: Collection[str]) -> _Use:
@@ -370,11 +370,17 @@ def evaluate(node: ast.AST | None, name: str, number: int) -> Any:
             left, right = of(node.left), of(node.right)
             return _OPERATORS[type(node.op)](left, right)
         case ast.BoolOp():
-            ends = isinstance(node.op, ast.Or)
-            values = list(map(of, node.values))
-            return next((value for value in values if bool(value) == ends), values[-1])
+            return _decide(isinstance(node.op, ast.Or), list(map(of, node.values)))
         case ast.Compare():
-            values = [of(one) for one in (node.left, *node.comparators)]
-            pairs = zip(node.ops, values, values[1:], strict=False)
-            return all(_OPERATORS[type(one)](a, b) for one, a, b in pairs)
+            return _compare(node.ops, [of(one) for one in (node.left, *node.comparators)])
     raise _NotPlainError
+
+
+def _decide(ends: bool, values: list[Any]) -> Any:
+    """The first value that ends an ``and`` or an ``or``, or the last one."""
+    return next((value for value in values if bool(value) == ends), values[-1])
+
+
+def _compare(operators: Iterable[ast.AST], values: list[Any]) -> bool:
+    pairs = zip(operators, values, values[1:], strict=False)
+    return all(_OPERATORS[type(one)](a, b) for one, a, b in pairs)

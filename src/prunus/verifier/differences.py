@@ -6,7 +6,7 @@ disagrees, a stale attribute, a lost tie, nor rows of a table that no token choo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -209,11 +209,26 @@ def _factors(
     after: Mapping[str, Tensor],
     kept: Mapping[str, Mapping[int, Sequence[int]]],
 ) -> dict[str, Tensor]:
-    """What kept positions were multiplied by: by the plan, or since a direction became shorter.
+    """What kept positions were multiplied by, by the plan or for a weight norm."""
+    found = dict(_norm_factors(case, before, after, kept))
+    for scaling in case.plan.scalings:
+        name, dim = scaling.tensor, scaling.dim
+        factors = torch.ones(case.plan.shapes[name][dim], dtype=torch.float64)
+        factors[list(scaling.positions)] = scaling.factor
+        shape = [-1 if own == dim else 1 for own in range(before[name].dim())]
+        own = {dim: kept[name][dim]} if dim in kept.get(name, {}) else {}
+        scaled = _sliced(factors.reshape(shape), own).to(before[name].device)
+        found[name] = found[name] * scaled if name in found else scaled
+    return found
 
-    The magnitude of a weight norm makes up for what its direction loses.
-    """
-    found: dict[str, Tensor] = {}
+
+def _norm_factors(
+    case: Case,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    kept: Mapping[str, Mapping[int, Sequence[int]]],
+) -> Iterator[tuple[str, Tensor]]:
+    """The magnitude of a weight norm makes up for what its direction loses."""
     for norm in find_weight_norms(case.original, dict(before)):
         name, direction = norm.magnitude, norm.direction
         if (
@@ -224,16 +239,7 @@ def _factors(
         whole, own = norms_of(before[direction], norm.dim), kept.get(direction, {})
         whole = _sliced(whole, {dim: stay for dim, stay in own.items() if dim == norm.dim})
         ratio = norms_of(after[direction], norm.dim) / whole
-        found[name] = ratio.nan_to_num(1.0, 1.0).reshape(after[name].shape)
-    for scaling in case.plan.scalings:
-        name, dim = scaling.tensor, scaling.dim
-        factors = torch.ones(case.plan.shapes[name][dim], dtype=torch.float64)
-        factors[list(scaling.positions)] = scaling.factor
-        shape = [-1 if own == dim else 1 for own in range(before[name].dim())]
-        own = {dim: kept[name][dim]} if dim in kept.get(name, {}) else {}
-        scaled = _sliced(factors.reshape(shape), own).to(before[name].device)
-        found[name] = found[name] * scaled if name in found else scaled
-    return found
+        yield name, ratio.nan_to_num(1.0, 1.0).reshape(after[name].shape)
 
 
 def _order(tensor: Tensor) -> str:

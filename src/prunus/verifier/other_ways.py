@@ -269,16 +269,23 @@ def _values(
     read = [one for one in asked if one.attribute.partition("[")[0] in mentioned]
     present = {one.attribute: read_attribute(module, one.attribute) for one in read}
     for chosen in islice(product(*((*one.after, one.before) for one in read)), MOST_TRIALS):
-        values = {one.attribute: value for one, value in zip(read, chosen, strict=True)}
-        if values == present:  # with which the way went wrong
-            continue
-        if _agrees(module, call, way, values) and _agrees(module, call, "forward", values):
-            for name in values if len(values) > 1 else ():  # nearest to the present ones
-                trial = {**values, name: present[name]}
-                if trial != values and _agrees(module, call, way, trial):
-                    values = trial
-            return [(one, values[one.attribute]) for one in read]
+        values = dict(zip(present, chosen, strict=True))
+        ways = () if values == present else (way, "forward")  # as it is, the way went wrong
+        if ways and all(_agrees(module, call, one, values) for one in ways):
+            values = _nearest(module, call, way, values, present)
+            return list(zip(read, values.values(), strict=True))
     return []
+
+
+def _nearest(
+    module: nn.Module, call: _Call, way: str, values: dict[str, int], present: Mapping[str, int]
+) -> dict[str, int]:
+    """The values, with what the module has now wherever the way agrees with that as well."""
+    for name in values if len(values) > 1 else ():
+        trial = {**values, name: present[name]}
+        if trial != values and _agrees(module, call, way, trial):
+            values = trial
+    return values
 
 
 def breaks_in_training(case: Case) -> str:

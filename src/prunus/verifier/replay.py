@@ -170,6 +170,10 @@ class Replay:
         tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if drawn is not None and noted:
             drawn.append(Drawn(before, [tensor.clone() for tensor in tensors]))
+        values.update(zip(node.outputs, self._laid(node, tensors), strict=True))
+
+    def _laid(self, node: Node, tensors: list[Tensor]) -> list[Tensor]:
+        """What an operator gave, in the memory layout that was recorded."""
         if len(tensors) != len(node.outputs):
             raise VerifyError(
                 f"{node.target} gives {len(tensors)} tensors, and gave {len(node.outputs)} before",
@@ -178,13 +182,13 @@ class Replay:
                 fix="nothing can be verified of such a forward, and the model was not touched; "
                 "prune the parts before and after it",
             )
-        if not _aliases(node.target):
-            strides = self._program.strides
-            tensors = [
-                lay(tensor, strides[number]) if tensor.layout == torch.strided else tensor
-                for number, tensor in zip(node.outputs, tensors, strict=True)
-            ]
-        values.update(zip(node.outputs, tensors, strict=True))
+        if _aliases(node.target):
+            return tensors
+        strides = self._program.strides
+        return [
+            lay(tensor, strides[number]) if tensor.layout == torch.strided else tensor
+            for number, tensor in zip(node.outputs, tensors, strict=True)
+        ]
 
     def _result(self, node: Node, bound: dict[str, Any], silence: Silence) -> Any:
         """What an operator returns, with what it reads of removed units silenced."""

@@ -82,18 +82,24 @@ def compare_elsewhere(case: Case) -> Elsewhere:
         return Elsewhere(0.0, "", (why,))
     other, judged = found[-1]
     try:
-        if isinstance(judged, Exception):
-            raise judged
-        reason = _other_couplings(other) or other_path(other) or judged.reason
+        error, reason = _what_differs(other, judged)
     except Exception as failure:
         return Elsewhere(0.0, "", (f"not compared at {second}: {failure}",))
-    if not reason and not judged.exact:
-        reason = f"the outputs differ by {judged.rel_err:.1e}"
     if not reason:
         second, reason = _far(case, far) or (second, "")
     said = f"at {second}: {reason}" if reason else ""
     lines = filter(None, ("" if reason else str(second), why))
-    return Elsewhere(judged.rel_err, said, tuple(lines), tuple(other.graph.traced["unread"]))
+    return Elsewhere(error, said, tuple(lines), tuple(other.graph.traced["unread"]))
+
+
+def _what_differs(case: Case, judged: Judgement | Exception) -> tuple[float, str]:
+    """The error, and what is wrong; raises what the comparison raised."""
+    if isinstance(judged, Exception):
+        raise judged
+    reason = _other_couplings(case) or other_path(case) or judged.reason
+    if not reason and not judged.exact:
+        reason = f"the outputs differ by {judged.rel_err:.1e}"
+    return judged.rel_err, reason
 
 
 def _compared_at(

@@ -207,12 +207,7 @@ def _with_weights(
     """The case of the same plan on other weights; traced again only where the program differs."""
     for graph in (own, None):
         case = task.case(original, source, graph, "randomised weights")
-        if known.answer is not None and not tied_nodes(case.graph.program):
-            case.whole = known.answer
-        if graph is own and known.gradients is not None:
-            case.gradients = known.gradients
-            if known.replayed is not None:
-                case.dense = known.replayed
+        _give(case, known)
         try:
             if task.each_group:
                 open_gates(case)
@@ -222,6 +217,16 @@ def _with_weights(
             if graph is None:
                 raise
     return case
+
+
+def _give(case: Case, known: Known) -> None:
+    """Spare a case the runs whose outcome is known."""
+    if known.answer is not None and not tied_nodes(case.graph.program):
+        case.whole = known.answer
+    if case.traced is not None:  # gradients and replay are of that program
+        case.gradients = known.gradients
+        if known.replayed is not None:
+            case.dense = known.replayed
 
 
 def _verify_depth(

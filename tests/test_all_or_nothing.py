@@ -142,7 +142,7 @@ VERBS: dict[str, Callable[[Case], Any]] = {
         c.model, c.plan, data=[c.x] * 2, optimizer=c.optimizer
     ),
     "sequential": lambda c: prunus.recovery.compensate(
-        c.model, c.plan, data=[c.x] * 2, sequential=True
+        c.model, c.plan, data=[c.x] * 2, method="sequential"
     ),
     "shrink": lambda c: prunus.shrink(c.model, c.x, ratio=0.4, data=[c.x], optimizer=c.optimizer),
     "shrink without data": lambda c: prunus.shrink(c.model, c.x, ratio=0.4, each_group=False),

@@ -195,7 +195,7 @@ def test_endless_data_is_taken_in_part_and_that_is_said(name: str) -> None:
         lambda m, g, data: prunus.importance.collect(m, g, data, "activation"),
         lambda m, g, data: prunus.recovery.compensate(m, prunus.plan(g, m, ratio=0.5), g, data),
         lambda m, g, data: prunus.recovery.compensate(
-            m, prunus.plan(g, m, ratio=0.5), g, data, sequential=True
+            m, prunus.plan(g, m, ratio=0.5), g, data, method="sequential"
         ),
         lambda m, g, data: prunus.recovery.recalibrate(m, data),
     ],

@@ -17,7 +17,7 @@ from prunus.calibration.moments import CrossMoments
 from prunus.calibration.statistics import kept_units
 from prunus.errors import DataError, ModelError, PlanError
 from prunus.graph.axis import Axis
-from prunus.recovery.consumers import find_changed
+from prunus.recovery.sequential import find_changed
 from prunus.tracer.copies import duplicate
 from tests.snapshots import same, snapshot
 from tests.test_compensation import READERS
@@ -126,9 +126,14 @@ def both_ways(name: str, **options: Any) -> list[tuple[nn.Module, prunus.recover
     """A model whose only reader reads an exact prefix, repaired at once and in order."""
     model, x, graph, plan = build_reader(name)
     found = []
-    for sequential in (False, True):
+    for method in ("least_squares", "sequential"):
         small = copy.deepcopy(model)
-        options = {"positions": 10, "ridge": RIDGE, **options, "sequential": sequential}
+        options = {
+            "positions": 10,
+            "ridge": RIDGE,
+            **options,
+            "method": method,
+        }
         found.append(
             (small, prunus.recovery.compensate(small, plan, graph, [x[:5], x[5:]], **options))
         )
@@ -171,7 +176,7 @@ def test_every_layer_is_the_ridge_solution_on_what_the_repaired_prefix_gives(
     small = copy.deepcopy(model)
     done = prunus.recovery.compensate(
         *(small, plan, graph, [x[:10], x[10:]]),
-        sequential=True,
+        method="sequential",
         ridge=RIDGE,
         positions=10_000,
         new_biases=new_biases,
@@ -207,7 +212,7 @@ def test_batch_norms_are_measured_before_what_lies_behind_them_is_fitted() -> No
     """On one batch the cumulative average is what the batch has."""
     model, x, graph, plan = build("batch norm")
     small = copy.deepcopy(model)
-    prunus.recovery.compensate(small, plan, graph, [x], sequential=True, positions=10_000)
+    prunus.recovery.compensate(small, plan, graph, [x], method="sequential", positions=10_000)
     outputs = small.b(small.maps(x)["b"]).transpose(0, 1).flatten(1)
     torch.testing.assert_close(small.norm.running_mean, outputs.mean(1), **CLOSE)
     torch.testing.assert_close(small.norm.running_var, outputs.var(1), **CLOSE)
@@ -247,7 +252,7 @@ def branched(*only: str) -> tuple[nn.Module, Tensor, prunus.CouplingGraph, prunu
 def test_what_runs_before_all_that_is_removed_stays_as_it_was() -> None:
     model, x, graph, plan = branched("a")
     before = copy.deepcopy(model.state_dict())
-    done = prunus.recovery.compensate(model, plan, graph, [x], sequential=True)
+    done = prunus.recovery.compensate(model, plan, graph, [x], method="sequential")
     fitted = [report.tensor for report in done.repairs]
     assert fitted == ["b.weight", "c.weight", "e.weight", "late.weight", "head.weight"]
     after = model.state_dict()
@@ -262,7 +267,7 @@ def test_where_nothing_is_removed_nothing_changes() -> None:
     model, x, graph, _ = branched("a")
     whole = prunus.Plan.from_mask(graph, graph.all_kept)
     before = copy.deepcopy(model.state_dict())
-    done = prunus.recovery.compensate(model, whole, graph, [x], sequential=True, check=False)
+    done = prunus.recovery.compensate(model, whole, graph, [x], method="sequential")
     assert not done.repairs
     assert all(torch.equal(old, model.state_dict()[name]) for name, old in before.items())
 
@@ -278,7 +283,7 @@ def test_what_reads_the_sum_of_branches_comes_after_both() -> None:
     small = copy.deepcopy(model)
     repairs = prunus.recovery.compensate(
         *(small, plan, graph, [x[:6], x[6:]]),
-        sequential=True,
+        method="sequential",
         positions=10_000,
         ridge=0.0,
         progress=lambda *stage: told.append(stage),
@@ -313,7 +318,7 @@ def test_weights_that_read_the_same_values_share_sums() -> None:
     weights, _ = find_changed(graph, kept_units(graph, plan))
     assert weights == {"a.weight", "b.weight", "head.weight"}
     twin = copy.deepcopy(model)
-    repairs = prunus.recovery.compensate(model, plan, graph, [x], sequential=True).repairs
+    repairs = prunus.recovery.compensate(model, plan, graph, [x], method="sequential").repairs
     plain = prunus.recovery.compensate(twin, plan, graph, [x]).repairs
     assert [r.tensor for r in repairs] == ["a.weight", "b.weight", "head.weight"]
     assert [r.left for r in repairs[:2]] == pytest.approx([r.left for r in plain], rel=1e-6)
@@ -336,7 +341,7 @@ def test_what_was_read_counts_and_not_what_became_of_it() -> None:
     model, x = Overwriting().double().eval(), noisy((50, 4))
     graph, plan = half(model, x)
     twin = copy.deepcopy(model)
-    (found,) = prunus.recovery.compensate(model, plan, graph, [x], sequential=True).repairs
+    (found,) = prunus.recovery.compensate(model, plan, graph, [x], method="sequential").repairs
     (wanted,) = prunus.recovery.compensate(twin, plan, graph, [x]).repairs
     assert found.left == pytest.approx(wanted.left, rel=1e-6)
     torch.testing.assert_close(model.b.weight, twin.b.weight, **CLOSE)
@@ -355,9 +360,15 @@ def test_a_deep_net_of_half_the_width_is_nearer_than_with_the_plain_method() -> 
     graph, plan = half(model, x[:4])
     assert len(plan.keep) == 7 * 3
     errors = []
-    for sequential in (False, True):
+    for method in ("least_squares", "sequential"):
         small = copy.deepcopy(model)
-        prunus.recovery.compensate(small, plan, graph, list(x.split(500)), sequential=sequential)
+        prunus.recovery.compensate(
+            small,
+            plan,
+            graph,
+            list(x.split(500)),
+            method=method,
+        )
         errors.append(float((small(fresh) - model(fresh)).square().mean()))
     assert errors[1] < 0.8 * errors[0]
 
@@ -403,9 +414,9 @@ def test_bases_of_heads_change_first(held: str) -> None:
     plan = prunus.plan(graph, model, ratio=0.4, hold=hold)
     assert Axis("q.weight", 0) in plan.keep
     errors = {}
-    for sequential in (False, True):
+    for sequential, method in enumerate(("least_squares", "sequential")):
         small = copy.deepcopy(model)
-        done = prunus.recovery.compensate(small, plan, graph, [x], sequential=sequential)
+        done = prunus.recovery.compensate(small, plan, graph, [x], method=method)
         errors[sequential] = float((small(x) - model(x)).square().mean())
         mixed = [report for report in done.repairs if "·" in report.tensor]
         assert len(mixed) == 1
@@ -425,9 +436,9 @@ def test_queries_and_keys_get_their_basis_and_their_inputs_at_once() -> None:
     plan = prunus.plan(graph, model, ratio=0.4, hold=heads)
     assert {Axis("q.weight", dim) for dim in (0, 1)} <= set(plan.keep)
     states = []
-    for sequential in (False, True):
+    for method in ("least_squares", "sequential"):
         small = copy.deepcopy(model)
-        prunus.recovery.compensate(small, plan, graph, [x], sequential=sequential)
+        prunus.recovery.compensate(small, plan, graph, [x], method=method)
         states.append(small.state_dict())
     for name in (f"{layer}.{own}" for layer in "qkv" for own in ("weight", "bias")):
         torch.testing.assert_close(states[1][name], states[0][name], **CLOSE)
@@ -440,7 +451,7 @@ def test_queries_whose_scores_alone_change_are_followed_by_what_reads_the_answer
     model, x, graph = block()
     others = [group.name for group in graph.groups if group.name != "q.weight[0]/2"]
     plan = prunus.plan(graph, model, ratio=0.5, hold=others)
-    done = prunus.recovery.compensate(model, plan, graph, [x], sequential=True)
+    done = prunus.recovery.compensate(model, plan, graph, [x], method="sequential")
     fitted = [report for report in done.repairs if "·" not in report.tensor]
     assert [r.tensor for r in fitted] == ["out.weight", "up.weight", "down.weight", "head.weight"]
     assert all(report.left < report.cut for report in fitted)
@@ -451,7 +462,7 @@ def test_queries_whose_scores_alone_change_are_followed_by_what_reads_the_answer
 def test_undo_puts_the_model_back(name: str) -> None:
     model, x, graph, plan = build(name)
     before = snapshot(model)
-    done = prunus.recovery.compensate(model, plan, graph, [x], sequential=True)
+    done = prunus.recovery.compensate(model, plan, graph, [x], method="sequential")
     assert model.d.weight.shape[1] < 10
     done.undo()
     assert same(snapshot(model), before)
@@ -478,7 +489,6 @@ class Drawing(nn.Module):
         ({"data": iter([])}, DataError, "empty"),
         ({"data": [torch.zeros(0, 5, dtype=torch.float64)]}, DataError, "empty"),
         ({"data": [torch.full((2, 5), torch.nan, dtype=torch.float64)]}, DataError, "NaN"),
-        ({"data": [noisy((20, 5))], "method": "bias"}, PlanError, "sequential=True"),
         ({"data": [noisy((20, 5))], "memory_limit": 10}, DataError, "memory_limit"),
         ({"data": [noisy((20, 5))], "ridge": -1.0}, PlanError, "ridge"),
     ],
@@ -487,7 +497,7 @@ def test_bad_input_leaves_the_model_alone(options: Any, error: Any, said: str) -
     model, _, graph, plan = build("linear")
     before = snapshot(model)
     with pytest.raises(error, match=said):
-        prunus.recovery.compensate(model, plan, graph, sequential=True, **options)
+        prunus.recovery.compensate(model, plan, graph, method="sequential", **options)
     assert same(snapshot(model), before)
 
 
@@ -495,14 +505,14 @@ def test_statistics_are_refused_since_they_are_of_dense_inputs() -> None:
     model, x, graph, plan = build("linear")
     statistics = prunus.importance.collect(model, graph, [x], "second_moment")
     with pytest.raises(DataError, match=r"statistics(.|\n)*give data="):
-        prunus.recovery.compensate(model, plan, graph, statistics=statistics, sequential=True)
+        prunus.recovery.compensate(model, plan, graph, statistics=statistics, method="sequential")
 
 
 def test_weights_that_are_not_loaded_are_refused() -> None:
     model, x, graph, plan = build("linear")
     model.d.to("meta")
     with pytest.raises(ModelError, match="no values"):
-        prunus.recovery.compensate(model, plan, graph, [x], sequential=True)
+        prunus.recovery.compensate(model, plan, graph, [x], method="sequential")
 
 
 def test_models_that_read_other_rows_when_they_are_cut_are_told() -> None:
@@ -511,15 +521,15 @@ def test_models_that_read_other_rows_when_they_are_cut_are_told() -> None:
     graph, plan = half(model, few)
     before = snapshot(model)
     with pytest.raises(DataError, match="other rows"):
-        prunus.recovery.compensate(model, plan, graph, [many], sequential=True)
+        prunus.recovery.compensate(model, plan, graph, [many], method="sequential")
     assert same(snapshot(model), before)
 
 
 def test_an_iterator_serves_every_pass() -> None:
     model, x, graph, plan = build("linear")
     twin = copy.deepcopy(model)
-    prunus.recovery.compensate(model, plan, graph, iter([x[:90], x[90:]]), sequential=True)
-    prunus.recovery.compensate(twin, plan, graph, [x[:90], x[90:]], sequential=True)
+    prunus.recovery.compensate(model, plan, graph, iter([x[:90], x[90:]]), method="sequential")
+    prunus.recovery.compensate(twin, plan, graph, [x[:90], x[90:]], method="sequential")
     assert torch.equal(model(x), twin(x))
 
 
@@ -533,7 +543,7 @@ def test_shrink_does_it_and_tells(name: str) -> None:
     assert done.recovery[1].error < done.recovery[0].error
     graph = prunus.trace(twin, x[:2])
     plan = prunus.plan(graph, twin, budget=budget)
-    prunus.recovery.compensate(twin, plan, graph, [x], sequential=True)
+    prunus.recovery.compensate(twin, plan, graph, [x], method="sequential")
     torch.testing.assert_close(model(x), twin(x))
 
 
@@ -563,7 +573,7 @@ def test_forwards_that_wait_do_not_mix_what_they_note_down() -> None:
     parts = [x[:20] + 3, x[20:40] - 3, x[40:]]
     graph, plan = half(model, x)
     small = duplicate(model)
-    done = prunus.recovery.compensate(small, plan, graph, parts, sequential=True)
+    done = prunus.recovery.compensate(small, plan, graph, parts, method="sequential")
     last = done.repairs[-1]
     with torch.no_grad():
         error = torch.cat([small(part) - model(part) for part in parts]).square().mean(0).sum()
@@ -571,7 +581,7 @@ def test_forwards_that_wait_do_not_mix_what_they_note_down() -> None:
     assert last.left == pytest.approx(float(error), rel=1e-6)
     bad = [parts[0], parts[1] * torch.nan]
     with pytest.raises(DataError, match="NaN"):
-        prunus.recovery.compensate(duplicate(model), plan, graph, bad, sequential=True)
+        prunus.recovery.compensate(duplicate(model), plan, graph, bad, method="sequential")
 
 
 class Residual(nn.Sequential):

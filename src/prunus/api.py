@@ -112,7 +112,7 @@ def shrink(
         by what random inputs say that the cut changed, and keeps them where that brings the
         outputs on these nearer.  ``"recalibrate"``, ``"bias"`` and ``"least_squares"`` do one
         thing alone, with data; ``"sequential"`` repairs layer after layer, each on what the
-        repaired ones before it give (``compensate(sequential=True)``): better, and slower;
+        repaired ones before it give (``compensate(method="sequential")``): better, and slower;
         ``"none"`` leaves what the cut left.  ``Shrunk.recovery`` says what each step brought.
     optimizer
         Its state is cut along, as by :func:`prunus.apply`.

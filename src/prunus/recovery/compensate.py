@@ -22,14 +22,17 @@ from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
 from prunus.graph.progress import Progress, following
 from prunus.recovery.attention_rows import find_values
-from prunus.recovery.consumers import Consumer, find_consumers, new_biases_of
 from prunus.recovery.head_dims import Mixed, Turned, mix_products, turn_values
-from prunus.recovery.least_squares import Method
-from prunus.recovery.refit import (
+from prunus.recovery.least_squares import (
+    RIDGE,
+    Consumer,
+    Method,
     Options,
     Repair,
     Repaired,
+    find_consumers,
     loses,
+    new_biases_of,
     outputs_that_stay,
     refit,
     shift_constant,
@@ -43,9 +46,6 @@ from prunus.surgeon.tensors import add_biases
 from prunus.tracer.attention import score_weights
 from prunus.tracer.inputs import rebuild_inputs
 from prunus.tracer.trace import trace
-
-RIDGE = 1e-3
-"""Share of the mean variance of the features that is added to each."""
 
 
 @checks_options
@@ -83,12 +83,10 @@ def compensate(
     statistics: Statistics | None = None,
     method: Method = "least_squares",
     ridge: float = RIDGE,
-    sequential: bool = False,
     new_biases: bool = True,
     positions: int = 64,
     memory_limit: int = 8 << 30,
     optimizer: torch.optim.Optimizer | None = None,
-    check: bool = True,
     progress: Progress | None = None,
 ) -> Compensation:
     """Prune like :func:`prunus.apply`, and absorb removed units into the kept weights.
@@ -111,25 +109,24 @@ def compensate(
         Calibration batches; or what :func:`~prunus.importance.collect` made of them with this graph
         and the need ``"second_moment"``.
     method
-        ``"least_squares"``, or ``"bias"``: the bias alone takes up the mean of what goes (An et
-        al., 2024).
+        ``"least_squares"``; ``"bias"``: the bias alone takes up the mean of what is removed (An et
+        al., 2024); or ``"sequential"``: weights are fitted in the order in which they run, each on
+        what it reads behind those that are repaired already, so that it makes up for their error
+        as well (:mod:`prunus.recovery.sequential`).  Every named weight that reads changed values
+        is fitted then, and batch norms behind repaired weights are measured again.  It takes one
+        forward of the data through both models, and where heads lose dims, one to collect
+        statistics, if none are given.  A copy of the smaller model is in memory meanwhile, and
+        what is alive of all batches at one layer of both; ``memory_limit`` holds for the sums of
+        each layer.
     ridge
-        λ as a share of the mean variance of what stays.
-    sequential
-        Repair in the order in which weights run, each on what it reads behind those that are
-        repaired already, so that it makes up for their error as well
-        (:mod:`prunus.recovery.sequential`).  Every named weight that reads changed values is fitted
-        then, and batch norms behind repaired weights are measured again.  It takes one forward of
-        the data through both models, and where heads lose dims, one to collect statistics, if none
-        are given.  A copy of the smaller model is in memory meanwhile, and what is alive of all
-        batches at one layer of both; ``memory_limit`` holds for the sums of each layer.
+        λ as a share of the mean variance of what is kept.
     new_biases
         Whether layers that have none may get a bias; the plan that comes back has them, and so do
         files of :func:`prunus.save`.  A batch norm behind a layer takes up the constant as well.
         Where nothing can, the fit is one without a constant.
     positions, memory_limit
         See :func:`prunus.importance.collect`.
-    optimizer, check
+    optimizer
         See :func:`prunus.apply`.
     progress
         As of :func:`prunus.importance.collect`.
@@ -138,7 +135,7 @@ def compensate(
     ------
     DataError
         If there are neither data nor statistics, or they are empty, not finite, or another plan's;
-        if it is to be sequential without data.
+        if the method is ``"sequential"`` and there are no data.
     PlanError
         If the plan or the statistics are for another model, or an option is out of range.
     ApplyError
@@ -155,7 +152,7 @@ def compensate(
     >>> model[2].in_features, done.repairs[0].left < done.repairs[0].cut
     (4, True)
     """
-    options = Options(method, ridge, sequential, new_biases, positions, memory_limit)
+    options = Options(method, ridge, new_biases, positions, memory_limit)
     _check(options, data, statistics)
     data = Batches(() if data is None else data)
     if graph is None or plan.drops:
@@ -163,7 +160,7 @@ def compensate(
             graph = trace_again(model, plan)
     with following(progress):
         return cut_and_compensate(
-            *(model, plan, graph, data, statistics, options), optimizer=optimizer, check=check
+            *(model, plan, graph, data, statistics, options), optimizer=optimizer
         )
 
 
@@ -181,7 +178,7 @@ def cut_and_compensate(
     """What :func:`compensate` does, with the graph of the model without the blocks to drop."""
     before = Snapshot(model, optimizer)
     with without_blocks(model, plan.drops):
-        fit = _change_in_order if options.sequential else _change_at_once
+        fit = _change_in_order if options.method == "sequential" else _change_at_once
         change = fit(model, plan.widths, graph, data, statistics, options)
     _warn_of_few([new.report for _, new in change.repaired])
     grown = _write(model, plan, change)
@@ -228,18 +225,17 @@ def _change_at_once(
     """Everything fitted to what the dense model reads."""
     if statistics is None:
         statistics = _collect(model, plan, graph, data, options)
-    check_moments(graph, statistics)
+    if not _has_moments(statistics, graph):
+        raise DataError(
+            "these statistics are not those of this graph's second moments",
+            why=f"they have {', '.join(sorted(statistics.needs))} of {statistics.unit_count} units",
+            fix='prunus.importance.collect(model, graph, data, "second_moment")',
+        )
     change = _Change()
-    if options.method == "least_squares":
+    if options.method != "bias":
         change = _change_bases(model, plan, graph, statistics)
         statistics = replace(statistics, sites=change.turned.sites)
-    repaired, left = repair_all(
-        *(model, plan, graph, statistics),
-        method=options.method,
-        ridge=options.ridge,
-        new_biases=options.new_biases,
-        instead=change.turned.state,
-    )
+    repaired, left = repair_all(model, plan, graph, statistics, options, change.turned.state)
     return replace(change, repaired=tuple(repaired), left={**left, **change.left})
 
 
@@ -299,10 +295,7 @@ def repair_all(
     plan: Plan,
     graph: CouplingGraph,
     statistics: Statistics,
-    *,
-    method: Method = "least_squares",
-    ridge: float = RIDGE,
-    new_biases: bool = True,
+    options: Options = Options(),  # noqa: B008 - a frozen record
     instead: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[list[tuple[Consumer, Repaired]], dict[str, str]]:
     """New weights for all that reads what a plan removes, and why others have none.
@@ -312,7 +305,7 @@ def repair_all(
     """
     kept = kept_units(graph, plan)
     touched = [site for site in statistics.sites if loses(site, kept)]
-    consumers, left = find_consumers(graph, model, touched, new_biases=new_biases)
+    consumers, left = find_consumers(graph, model, touched, new_biases=options.new_biases)
     state = {**state_of(model)[0], **instead}
     keep: dict[str, dict[int, Tensor]] = {}
     for axis, stay in plan.keep.items():
@@ -325,58 +318,44 @@ def repair_all(
             continue
         rows = outputs_that_stay(consumer, tuple(weight.shape), keep.get(consumer.tensor, {}))
         own = OwnMoments(site.moments, stay_of(site, kept), site.window.taps)
-        found = refit(consumer, weight, rows, own, method=method, share=ridge)
+        found = refit(consumer, weight, rows, own, options)
         repaired.append((consumer, found))
     return repaired, left
 
 
 def covers(statistics: Statistics, graph: CouplingGraph, plan: Plan) -> bool:
     """Whether statistics have all that :func:`compensate` reads for a plan."""
-    if "second_moment" not in statistics.needs or statistics.unit_count != graph.unit_count:
-        return False
     kept, also = kept_units(graph, plan), score_weights(graph.program)
     sites = [s for s in statistics.sites if loses(s, kept) or s.tensor in also]
-    return all(site.moments is not None for site in sites if site.dim is not None)
+    known = all(site.moments is not None for site in sites if site.dim is not None)
+    return known and _has_moments(statistics, graph)
 
 
-def check_moments(graph: CouplingGraph, statistics: Statistics) -> None:
-    """Refuse statistics without second moments, or of another graph."""
-    if "second_moment" not in statistics.needs or statistics.unit_count != graph.unit_count:
-        raise DataError(
-            "these statistics are not those of this graph's second moments",
-            why=f"they have {', '.join(sorted(statistics.needs))} of {statistics.unit_count} units",
-            fix='prunus.importance.collect(model, graph, data, "second_moment")',
-        )
+def _has_moments(statistics: Statistics, graph: CouplingGraph) -> bool:
+    return "second_moment" in statistics.needs and statistics.unit_count == graph.unit_count
 
 
 def _check(options: Options, data: Iterable[Any] | None, statistics: Statistics | None) -> None:
-    method, ridge = options.method, options.ridge
-    if method not in get_args(Method):
+    if options.method not in get_args(Method):
         raise PlanError(
-            f"no method of compensation is called {method!r}",
+            f"no method of compensation is called {options.method!r}",
             why=f"known are {', '.join(get_args(Method))}",
             fix='method="least_squares"',
         )
-    if not 0 <= ridge < float("inf"):
+    if not 0 <= options.ridge < float("inf"):
         raise PlanError(
-            f"the ridge is {ridge}",
+            f"the ridge is {options.ridge}",
             why="it is a share of the mean variance of the features",
             fix=f"give a finite number from 0 on; {RIDGE} is usual",
         )
-    if options.sequential and method != "least_squares":
-        raise PlanError(
-            f"sequential=True can't be done with method={method!r}",
-            why="it fits weights by least squares",
-            fix='method="least_squares", or sequential=False',
-        )
-    if data is None and (options.sequential or statistics is None):
+    if data is None and (statistics is None or options.method == "sequential"):
         raise DataError(
             "compensation needs calibration data",
-            why="what a layer reads behind the repaired ones is not in the statistics"
+            why="statistics are of what layers read in the dense model"
             if statistics is not None
-            else "what stays is fitted to what went, on what the layers read",
+            else "kept weights are fitted on what the layers read",
             fix="give data=loader, or statistics=prunus.importance.collect(…, 'second_moment') and "
-            "sequential=False",
+            'method="least_squares"',
         )
 
 

@@ -43,7 +43,7 @@ from prunus.recovery.attention_rows import (
     pairs_of,
     stays,
 )
-from prunus.recovery.refit import Repair
+from prunus.recovery.least_squares import Repair
 
 _FLOOR = 1e-9
 """Eigenvalues below this part of the largest one are taken for it."""

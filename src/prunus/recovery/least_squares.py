@@ -1,7 +1,8 @@
-"""Ridge least squares: what a whole weight says of dense features, said by the features that stay.
+"""Ridge least squares: what a whole weight says of dense features, said by the kept features.
 
 With h what a weight W reads in the dense model and g what it reads now (h without the columns that
-go, or behind layers that were cut and repaired already), S the kept columns and C covariances,
+are removed, or behind layers that were cut and repaired already), S the kept columns and C
+covariances,
 
     W' = W_S + (W C_hg − W_S C_gg)(C_gg + λI)⁻¹,    b' = b + W E h − W' E g
 
@@ -11,18 +12,145 @@ second moments and b' = b.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from prunus.calibration.moments import Pairing
+from prunus.calibration.im2col import matrix_of, weight_of
+from prunus.calibration.moments import CrossMoments, OwnMoments, Pairing
+from prunus.calibration.sites import Site
+from prunus.graph.axis import Mask, kept_positions
+from prunus.graph.coupling import CouplingGraph
+from prunus.graph.program import Ref, refs_in
+from prunus.tracer.dataflow import Dataflow, contracts, name_of
+
+Place = Literal["bias", "running mean", "new bias", ""]
+"""Where a constant goes: into the bias that is there, into the mean that a batch norm subtracts,
+into a bias that is made, or nowhere."""
+
+_STANDARD = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+             nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """A weight that reads units, as a matrix of outputs by columns.
+
+    Attributes
+    ----------
+    site
+        Where it reads, with what was summed up there.
+    dim
+        Of the weight: the one that is summed over.
+    place, constant
+        What can take up a constant of every output: the kind, and the tensor's name.
+    """
+
+    site: Site
+    dim: int
+    place: Place
+    constant: str
+
+    @property
+    def tensor(self) -> str:
+        """Name of the weight."""
+        return self.site.tensor
+
+
+def find_consumers(
+    graph: CouplingGraph,
+    model: nn.Module,
+    sites: Sequence[Site],
+    *,
+    new_biases: bool,
+) -> tuple[list[Consumer], dict[str, str]]:
+    """The weights that can be changed, and why the others can't, by name."""
+    flow = Dataflow(graph.program)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: list[Consumer] = []
+    left: dict[str, str] = {}
+    several = [site.tensor for site in sites]
+    for site in sites:
+        name = site.tensor
+        others = [name_of(node) for node in flow.uses(name) if not contracts(node)] if name else []
+        if not name:
+            left[site.module or "the model"] = "its weight is computed from other tensors"
+        elif others:
+            left[name] = f"{others[0]} reads the weight as well"
+        elif several.count(name) > 1:
+            left[name] = "it is read in several ways"
+        elif site.dim is None:
+            left[name] = "it is no whole matrix or convolution"
+        else:
+            place, constant = _find_place(graph, modules, flow, name, new_biases=new_biases)
+            found.append(Consumer(site, site.dim, place, constant))
+    return found, left
+
+
+def new_biases_of(consumers: Iterable[Consumer]) -> dict[str, int]:
+    """The biases that have to be made for some weights, and their dims of the weight."""
+    return {
+        consumer.constant: 1 if consumer.site.window.transposed else 0
+        for consumer in consumers
+        if consumer.place == "new bias"
+    }
+
+
+def _find_place(
+    graph: CouplingGraph,
+    modules: Mapping[str, nn.Module],
+    flow: Dataflow,
+    name: str,
+    *,
+    new_biases: bool,
+) -> tuple[Place, str]:
+    """What can take up a constant behind a weight."""
+    prefix, _, own = name.rpartition(".")
+    module, bias = modules[prefix], own.replace("weight", "bias")
+    tied = [alias for alias, first in graph.aliases.items() if first == name]
+    if len({modules[alias.rpartition(".")[0]] for alias in (name, *tied)}) > 1:
+        return "", ""  # two layers share the weight, and may have a bias each
+    full = f"{prefix}.{bias}" if prefix else bias
+    if bias != own and isinstance(stored := module._parameters.get(bias), Tensor):
+        alone = len(flow.uses(full)) == len(flow.uses(name)) and full not in graph.aliases
+        return ("bias", full) if alone and stored.dim() == 1 else ("", "")
+    if norm := _norm_behind(flow, name):
+        return "running mean", norm
+    takes = new_biases and not tied and _takes_bias(module, bias)
+    return ("new bias", full) if takes else ("", "")
+
+
+def _takes_bias(module: nn.Module, name: str) -> bool:
+    """Whether a module that has no bias runs with one of that name."""
+    standard = any(type(module).forward is kind.forward for kind in _STANDARD)
+    return standard and name == "bias" and getattr(module, "groups", 1) == 1
+
+
+def _norm_behind(flow: Dataflow, weight: str) -> str:
+    """The running mean of the batch norm that alone reads what a weight gives; or nothing."""
+    made = [number for node in flow.uses(weight) for number in node.outputs]
+    behind = [node for number in made for node in flow.readers.get(number, ())]
+    if len(made) != 1 or len(behind) != 1 or made[0] in flow.program.outputs.values():
+        return ""
+    (norm,), (number,) = behind, made
+    means = [ref.value for ref in refs_in(norm.args.get("running_mean"))]
+    if norm.args.get("input") != Ref(number) or len(means) != 1:
+        return ""
+    name = flow.program.state.get(means[0], "")
+    return name if flow.uses(name) == behind else ""
+
 
 ATTEMPTS = 8
 """Times that the ridge is raised tenfold before the eigenvalues are taken."""
 
-Method = Literal["least_squares", "bias"]
+RIDGE = 1e-3
+"""Share of the mean variance of the features that is added to each."""
+
+Method = Literal["least_squares", "bias", "sequential"]
+"""Fit weights at once, their biases alone, or weights one after the other."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +250,7 @@ def fold(
         return error.clamp_min(0)
 
     new, ridge = stayed, 0.0
-    if method == "least_squares":
+    if method != "bias":
         right, matrix = wanted, inner
         if fixed:  # around zero
             right = wanted + before[:, None] * now
@@ -136,3 +264,161 @@ def fold(
     if fixed:
         return Folded(new, torch.zeros_like(off), spread, cut, shifted, left + off.square(), ridge)
     return Folded(new, off, spread, cut, shifted, left, ridge)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What :func:`prunus.recovery.compensate` was called with."""
+
+    method: Method = "least_squares"
+    ridge: float = RIDGE
+    new_biases: bool = True
+    positions: int = 64
+    memory_limit: int = 8 << 30
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What compensation did to one weight; errors are sums over the outputs that stay.
+
+    They are errors on dense inputs; where it was sequential, on what the cut and repaired layers
+    before it give, against the dense outputs on dense inputs.
+
+    Attributes
+    ----------
+    tensor
+        Name of the weight; of two, for a product of queries and keys.
+    kept, columns
+        Columns (channels × taps) that stay, of how many.
+    samples
+        Feature vectors that the solution is fitted to.
+    ridge
+        λ in the units of the features' squares; 0 where no weights were fitted.
+    spread
+        Variance of the dense outputs.
+    cut, shifted, left
+        Mean squared error of the outputs right after the cut, with a bias alone, and now.
+    place
+        What took up the constant part; empty if nothing could.
+    exact
+        Whether the errors are those on the samples; else products between taps were left out.
+    """
+
+    tensor: str
+    kept: int
+    columns: int
+    samples: int
+    ridge: float
+    spread: float
+    cut: float
+    shifted: float
+    left: float
+    place: Place
+    exact: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Repaired:
+    """New values of a weight, and what to add to its outputs' constant; float64."""
+
+    weight: Tensor
+    shift: Tensor
+    report: Repair
+
+
+def refit(
+    consumer: Consumer,
+    weight: Tensor,
+    rows: Tensor,
+    sums: OwnMoments | CrossMoments,
+    options: Options = Options(),
+) -> Repaired:
+    """Fit what is kept of a weight to what all of it says, group by group of a convolution.
+
+    Parameters
+    ----------
+    weight
+        The dense weight, as it is.
+    rows
+        Whether each output is kept, shape ``(outputs,)``: errors are summed over those.
+    sums
+        Of what it reads, in the dense model and now.
+
+    Returns
+    -------
+    Repaired
+        The weight has zeros in the columns that are removed.
+    """
+    window = consumer.site.window
+    matrix = matrix_of(weight.detach().to(sums.like), window, consumer.dim)
+    groups, outputs, columns = matrix.shape
+    there = rows.to(matrix.device).view(groups, outputs)
+    new, shift = torch.zeros_like(matrix), matrix.new_zeros(groups, outputs)
+    errors = torch.zeros(4, dtype=torch.float64)
+    ridge, kept = 0.0, 0
+    fixed = not consumer.place
+    for group in there.any(1).nonzero()[:, 0].tolist():
+        for part in sums.pairings(group):
+            own = matrix[group][:, part.columns]
+            found = fold(
+                own, part, fixed=fixed, share=options.ridge, rows=sums.count, method=options.method
+            )
+            new[group][:, part.columns[part.kept]] = found.weight
+            shift[group] += found.shift
+            ridge, kept = max(ridge, found.ridge), kept + len(part.kept)
+            each = torch.stack([found.spread, found.cut, found.shifted, found.error])
+            errors += each[:, there[group]].sum(1).cpu()
+    spread, cut, shifted, left = errors.tolist()
+    report = Repair(
+        consumer.tensor,
+        kept,
+        groups * columns,
+        sums.count,
+        ridge,
+        spread,
+        cut,
+        shifted,
+        left,
+        consumer.place,
+        sums.exact,
+    )
+    return Repaired(weight_of(new, window, weight.shape, consumer.dim), shift.flatten(), report)
+
+
+def stay_of(site: Site, kept: Mask) -> Tensor:
+    """Which channels of a site stay, shape ``(groups, channels of a group)``."""
+    stay = torch.zeros(len(site.label), dtype=torch.bool)
+    stay[kept_positions(site.label, kept)] = True
+    return stay.view(site.window.groups, -1)
+
+
+def loses(site: Site, kept: Mask) -> bool:
+    """Whether anything goes of what is read there."""
+    return len(kept_positions(site.label, kept)) < len(site.label)
+
+
+def outputs_that_stay(
+    consumer: Consumer, shape: tuple[int, ...], keep: Mapping[int, Tensor]
+) -> Tensor:
+    """Whether each output of a weight of that shape stays, shape ``(outputs,)``.
+
+    ``keep`` has the positions that stay of the weight's dims that lose any.
+    """
+    window = consumer.site.window
+    dim = 1 - consumer.dim  # of the outputs: of a group, where the convolution is transposed
+    groups = window.groups if window.transposed else 1
+    there = torch.ones(groups, shape[dim], dtype=torch.bool)
+    if dim in keep:
+        there[:] = False
+        there[:, keep[dim]] = True
+    if groups > 1 and consumer.dim in keep:  # a group that goes takes its outputs along
+        alive = torch.zeros(shape[consumer.dim], dtype=torch.bool)
+        alive[keep[consumer.dim]] = True
+        there &= alive.view(groups, -1).any(1, keepdim=True)
+    return there.flatten()
+
+
+def shift_constant(constant: Tensor, consumer: Consumer, shift: Tensor) -> None:
+    """Add what the outputs lack on the average to their bias, or take it from a norm's mean."""
+    sign = -1 if consumer.place == "running mean" else 1
+    constant.copy_(constant.double() + sign * shift.to(constant.device))

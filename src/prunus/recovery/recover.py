@@ -20,9 +20,8 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.recovery.compensate import Compensation, covers, cut_and_compensate, trace_again
 from prunus.recovery.layer_norms import Correction, correct_norms, corrections_of, watching
-from prunus.recovery.least_squares import Method
+from prunus.recovery.least_squares import Method, Options
 from prunus.recovery.norms import batch_norms, recalibrate
-from prunus.recovery.refit import Options
 from prunus.recovery.refresh import (
     answer_to,
     look,
@@ -99,7 +98,7 @@ def cut_and_recover(
         Of the dense model, with this graph; what they lack is collected.
     method
         ``"recalibrate"`` measures batch norms again; ``"bias"`` and ``"least_squares"``
-        compensate, and ``"sequential"`` does with ``sequential=True``, which measures batch norms
+        compensate, and ``"sequential"`` fits layer after layer, which measures batch norms
         on the way; ``"auto"`` does least squares, corrects norms over axes that lost positions
         (:mod:`prunus.recovery.layer_norms`), then measures batch norms, and keeps of these what
         brings the outputs nearer to those of the dense model; least squares also where they do
@@ -139,28 +138,27 @@ def cut_and_recover(
     steps = [Step("cut", bench.distance())]
     if graph is not None:
         dense.restore()
-        kind: Method = "bias" if method == "bias" else "least_squares"
         fit = partial(
             cut_and_compensate,
             *(model, plan, graph, data, seen.statistics),
-            Options(kind, sequential=method == "sequential", new_biases=new_biases),
+            Options(_FITS[method][0], new_biases=new_biases),
             optimizer=optimizer,
             check=check,
         )
         limit = steps[0].error if method == "auto" else None
-        plan, step = bench.compensate(plan, fit, _FITS[method], limit, dense)
+        plan, step = bench.compensate(plan, fit, _FITS[method][1], limit, dense)
         steps.append(step)
     steps += bench.settle_norms(method, _left(steps))
     return plan, tuple(steps)
 
 
-_FITS: Mapping[Recover, str] = {
-    "auto": "least squares",
-    "least_squares": "least squares",
-    "bias": "bias",
-    "sequential": "least squares in sequence",
+_FITS: Mapping[Recover, tuple[Method, str]] = {
+    "auto": ("least_squares", "least squares"),
+    "least_squares": ("least_squares", "least squares"),
+    "bias": ("bias", "bias"),
+    "sequential": ("sequential", "least squares in sequence"),
 }
-"""Recoveries that fit weights, with the names of that step."""
+"""Recoveries that fit weights: by which method, and the name of that step."""
 
 
 class _Seen(NamedTuple):

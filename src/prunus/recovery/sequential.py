@@ -9,50 +9,43 @@ of each model is enough; meanwhile what is alive of all batches at one layer is 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
 from torch.nn import functional as F
 
-from prunus.calibration.batches import count_samples, no_data, run_batch
-from prunus.calibration.lanes import END, Lane
 from prunus.calibration.moments import CrossMoments, Moments, OwnMoments, fit_pairs, nothing_seen
-from prunus.calibration.sites import Read, Site, Sites, Watch, find_sites, storage_of
-from prunus.calibration.statistics import WIDEST, as_traced, check_traced, kept_units
-from prunus.errors import DataError
+from prunus.calibration.sites import Read, Site, find_sites
+from prunus.calibration.statistics import WIDEST, check_traced, kept_units
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
-from prunus.graph.program import state_of
+from prunus.graph.program import refs_in, state_of
 from prunus.graph.progress import counted
-from prunus.recovery.consumers import Consumer, find_changed, find_consumers, new_biases_of
 from prunus.recovery.head_dims import Mixed
-from prunus.recovery.norms import batch_norms, check_finite
-from prunus.recovery.refit import (
+from prunus.recovery.lanes import Norm, Pair, Race, reads_otherwise
+from prunus.recovery.least_squares import (
+    Consumer,
     Options,
     Repaired,
+    find_consumers,
     loses,
+    new_biases_of,
     outputs_that_stay,
     refit,
     shift_constant,
     stay_of,
 )
+from prunus.recovery.norms import batch_norms, check_finite
 from prunus.surgeon.apply import cut
 from prunus.surgeon.snapshot import Snapshot, own_data
 from prunus.surgeon.tensors import slice_tensor
-from prunus.tracer.copies import duplicate, stand_in
-from prunus.tracer.quiet import follow_modules
-from prunus.tracer.registry import bind
-
-_LOCKS = (type(threading.Lock()), type(threading.RLock()))
-_Norm = nn.modules.batchnorm._BatchNorm
+from prunus.tracer.copies import duplicate
+from prunus.tracer.dataflow import Dataflow, read_by
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +105,7 @@ def repair_in_order(
         fits = _Fits({**whole, **mixtures}, smaller, kept, options)
         fits.fit_tied(consumers, moments)
         stops, due = _stops(consumers), smaller.norms_at(norms)
-        with _Race(graph, model, smaller.model, sites, [*stops], due) as race:
+        with Race(graph, model, smaller.model, sites, [*stops], due) as race:
             for place, pairs in race.run(data):
                 if place in due:
                     smaller.measure(due[place], [pair.smaller.value for pair in pairs])
@@ -146,7 +139,7 @@ class _Fits:
         for one in consumers:
             weight = self.whole[one.tensor]
             rows = outputs_that_stay(one, tuple(weight.shape), self.smaller.keep(one))
-            self.found[one.tensor] = refit(one, weight, rows, sums, share=self.options.ridge)
+            self.found[one.tensor] = refit(one, weight, rows, sums, self.options)
             self.smaller.write(one, self.found[one.tensor])
 
     def of(self, consumers: Sequence[Consumer]) -> tuple[tuple[Consumer, Repaired], ...]:
@@ -167,132 +160,10 @@ def _stops(consumers: Iterable[Consumer]) -> dict[int, list[Consumer]]:
     return found
 
 
-class _Pair(NamedTuple):
-    """One batch in both models; ``first`` is the number of its first sample."""
-
-    first: int
-    dense: Lane
-    smaller: Lane
-
-
-class _Race:
-    """The dense model and a smaller one over all batches, from stop to stop.
-
-    Parameters
-    ----------
-    stops
-        Places of products before which both wait.
-    norms
-        Batch norms before which the smaller one waits, by place.
-    """
-
-    def __init__(
-        self,
-        graph: CouplingGraph,
-        dense: nn.Module,
-        smaller: nn.Module,
-        sites: Sites,
-        stops: Sequence[int],
-        norms: Mapping[int, _Norm],
-    ) -> None:
-        self._graph, self._models, self._sites = graph, (dense, smaller), sites
-        self._stops, self._norms = frozenset(stops), norms
-        self._stack = ExitStack()
-
-    def __enter__(self) -> _Race:
-        with ExitStack() as stack:
-            for model in self._models:
-                stack.enter_context(as_traced(model, self._graph.forward_fn))
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stack.close()
-
-    def _lane(self, model: nn.Module, batch: Any, norms: Mapping[int, _Norm]) -> Lane:
-        """One forward, on a copy of the modules: what they note down is of this batch alone."""
-        twin, stack = stand_in(model).model, [""]
-        for module in twin.modules():  # a forward that waits must not keep others out
-            locks = [name for name, value in vars(module).items() if isinstance(value, _LOCKS)]
-            vars(module).update(dict.fromkeys(locks, threading.RLock()))
-        self._stack.enter_context(follow_modules(twin, stack))
-        work = partial(_run, twin, batch, self._sites, stack, self._stops, norms)
-        lane = Lane(work)
-        self._stack.callback(lane.close)
-        return lane
-
-    def run(self, data: Iterable[Any]) -> Iterator[tuple[int, list[_Pair]]]:
-        """Every stop in the order of the program, with the batches that wait there."""
-        pairs = list(self._pairs(data))
-        if not pairs:
-            raise no_data("there is no batch, or batches hold no sample")
-        lanes = [lane for pair in pairs for lane in (pair.dense, pair.smaller)]
-        at = -1  # where all of them are before they start
-        while at < END:
-            for lane in lanes:
-                if lane.at == at:
-                    lane.advance()
-            at = min(lane.at for lane in lanes)
-            here = [pair for pair in pairs if at in (pair.dense.at, pair.smaller.at)]
-            apart = any(pair.dense.at != pair.smaller.at for pair in here)
-            if apart and at not in self._norms:
-                raise reads_otherwise()
-            if at < END:
-                yield at, here
-
-    def _pairs(self, data: Iterable[Any]) -> Iterator[_Pair]:
-        """The forwards of every batch that has samples."""
-        first, (dense, smaller) = 0, self._models
-        for batch in data:
-            if count := count_samples(batch):
-                lanes = self._lane(dense, batch, {}), self._lane(smaller, batch, self._norms)
-                yield _Pair(first, *lanes)
-                first += count
-
-
-def _run(
-    model: nn.Module,
-    batch: Any,
-    sites: Sites,
-    stack: list[str],
-    stops: frozenset[int],
-    norms: Mapping[int, _Norm],
-    lane: Lane,
-) -> None:
-    """One forward that stops."""
-
-    def hear(site: Site, read: Read, _: tuple[int, int]) -> None:
-        if site.place in stops:
-            lane.stop(site.place, read)
-
-    state, _ = state_of(model)
-    with _Stopping(sites, state, stack, hear, lane, norms):
-        run_batch(model, batch)
-
-
-class _Stopping(Watch):
-    """Also stops before batch norms."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args[:-2])
-        self._lane, norms = args[-2:]
-        self._places = {storage_of(norm.running_mean): at for at, norm in norms.items()}
-
-    def __torch_dispatch__(
-        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if "batch_norm" in func._schema.name:
-            bound = bind(func, args, kwargs or {})
-            mean = bound.get("running_mean")
-            if isinstance(mean, Tensor) and storage_of(mean) in self._places:
-                self._lane.stop(self._places[storage_of(mean)], bound["input"])
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
 def _sum_up(
     site: Site,
     kept: Mask,
-    pairs: Sequence[_Pair],
+    pairs: Sequence[Pair],
     options: Options,
 ) -> CrossMoments:
     """What a weight is about to read, in both models and all batches."""
@@ -324,15 +195,6 @@ def _widened(read: Read, stay: Tensor) -> Read:
     return read._replace(data=read.data.new_zeros(shape).index_copy_(read.dim, at, read.data))
 
 
-def reads_otherwise() -> DataError:
-    """The error for two models that can't be compared."""
-    return DataError(
-        "the smaller model reads other rows than the dense one",
-        why="its forward takes another path, or draws at random",
-        fix="repair without sequential=True",
-    )
-
-
 class _Smaller:
     """A cut copy of the model, into which new weights are written at the positions that stay.
 
@@ -355,7 +217,7 @@ class _Smaller:
         self._state, _ = state_of(self.model)
         self._measured: set[int] = set()
 
-    def norms_at(self, places: Mapping[str, int]) -> dict[int, _Norm]:
+    def norms_at(self, places: Mapping[str, int]) -> dict[int, Norm]:
         """Batch norms by where they run, of which there are places by their running means."""
         at = {id(self._state[name]): place for name, place in places.items() if name}
         norms = {id(norm.running_mean): norm for norm in batch_norms(self.model)}
@@ -373,7 +235,7 @@ class _Smaller:
                 shift = slice_tensor(new.shift, self._keep.get(consumer.constant, {}))
                 shift_constant(self._state[consumer.constant], consumer, shift)
 
-    def measure(self, norm: _Norm, batches: Sequence[Tensor]) -> None:
+    def measure(self, norm: Norm, batches: Sequence[Tensor]) -> None:
         """Replace the statistics of a batch norm by those of what it is about to read."""
         norm.reset_running_stats()
         mean, variance = norm.running_mean, norm.running_var
@@ -420,3 +282,39 @@ def _holding(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         before.restore()
+
+
+def find_changed(graph: CouplingGraph, kept: Mask) -> tuple[set[str], dict[str, int]]:
+    """Weights that read values that a plan changes, and batch norms behind such weights.
+
+    Those are values on which units go, and what is made of such values.  The batch norms are there
+    by the names of their running means, with the number of the operator.
+    """
+    flow = Dataflow(graph.program)
+    products = {node: product for node, _, product in flow.products() if product is not None}
+    behind: dict[int, bool] = {}  # by memory: whether a changed value comes from such a weight
+    weights: set[str] = set()
+    norms: dict[str, int] = {}
+
+    def loses(value: int) -> bool:
+        if value in flow.fixed:  # a weight that loses rows gives the others as before
+            return False
+        labels = (graph.program.label(label) for label in graph.program.labels[value])
+        return any(label is not None and not kept[label].all() for label in labels)
+
+    for place, node in enumerate(graph.program.nodes):
+        read = read_by(node)
+        known = [behind[flow.root(value)] for value in read if flow.root(value) in behind]
+        if not known and not any(map(loses, read)):
+            continue
+        fitted = any(known)
+        for ref in refs_in(node.args.get("running_mean")) if fitted else ():
+            norms.setdefault(flow.names.get(ref.value, ""), place)
+        product = products.get(node)
+        if product is not None and product.name:
+            weights.add(product.name)
+            fitted = True
+        for value in node.outputs:
+            root = flow.root(value)
+            behind[root] = fitted or behind.get(root, False)
+    return weights, norms

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import prunus
-from prunus.calibration.statistics import kept_units
+from prunus.calibration.sites import kept_units
 from prunus.graph.program import state_of
 from prunus.recovery.attention_rows import find_products, find_values
 from prunus.recovery.compensate import repair_all

@@ -21,8 +21,7 @@ from prunus.calibration.im2col import (
     weight_of,
     window_of,
 )
-from prunus.calibration.sites import Site
-from prunus.calibration.statistics import kept_units
+from prunus.calibration.sites import Site, kept_units
 from prunus.graph.axis import Axis, kept_positions
 from prunus.planner.widths import plan_of_mask
 from prunus.recovery.compensate import repair_all

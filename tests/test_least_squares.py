@@ -94,7 +94,7 @@ def test_fold_is_the_minimum_of_the_ridge_loss(centred: bool) -> None:
     change = found.weight - weight[:, kept]
     torch.testing.assert_close(change, best.T, **CLOSE)
     left = rows[:, gone] @ weight[:, gone].T - rows[:, kept] @ change.T - found.shift
-    torch.testing.assert_close(found.error, left.square().mean(0), **CLOSE)
+    torch.testing.assert_close(found.errors[3], left.square().mean(0), **CLOSE)
     assert bool(found.shift.any()) == centred
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import prunus
 from prunus.calibration.moments import CrossMoments
-from prunus.calibration.statistics import kept_units
+from prunus.calibration.sites import kept_units
 from prunus.errors import DataError, ModelError, PlanError
 from prunus.graph.axis import Axis
 from prunus.recovery.sequential import find_changed

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import prunus
+from prunus.calibration.batches import check_traced
 from prunus.calibration.sites import Site
-from prunus.calibration.statistics import check_traced
 from prunus.errors import DataError, ModelError, PlanError
 from prunus.graph.axis import Role
 from prunus.graph.program import state_of

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -10,9 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from prunus.errors import DataError
+from prunus.errors import DataError, ModelError, PlanError
+from prunus.graph.coupling import CouplingGraph
 from prunus.graph.progress import counted
+from prunus.tracer.adapters import adapted
+from prunus.tracer.forward_fn import ForwardFn, entered_by
 from prunus.tracer.outputs import answer_of
+from prunus.tracer.trace import follow_modules, plain_kernels, quiet_run
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
@@ -170,3 +175,51 @@ def samples_of(batch: Any) -> Iterator[Any]:
 
     for index in range(count):
         yield tree_map(lambda value, index=index: cut(value, index), batch)
+
+
+def check_traced(graph: CouplingGraph, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of another model than the graph's, or without values, or here and there."""
+    for name in graph.shapes:
+        if name not in tensors or tuple(tensors[name].shape) != tuple(graph.shapes[name]):
+            raise PlanError(
+                "the graph is that of another model",
+                why=f"{name} has shape {tuple(graph.shapes[name])} there, and here "
+                f"{tuple(tensors[name].shape) if name in tensors else 'is missing'}",
+                fix="trace this model",
+            )
+    places: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if name in graph.parameters:
+            places.setdefault(str(tensor.device), name)
+    if "meta" in places:
+        raise ModelError(
+            f"{places['meta']} has a shape but no values",
+            why="it is on the meta device, and statistics are taken from a model that runs",
+            fix="load the weights first",
+        )
+    if len(places) > 1:
+        places_text = ", ".join(f"{name} on {place}" for place, name in sorted(places.items()))
+        raise ModelError(
+            f"the model lies on {len(places)} devices",
+            why=f"batches are moved to one device, and there are {places_text}",
+            fix='move it to one: model.to("cpu"), say',
+        )
+
+
+@contextmanager
+def as_traced(model: nn.Module, forward_fn: ForwardFn | None) -> Iterator[list[str]]:
+    """Within the context the model runs what it ran when it was traced.
+
+    The path of the running module is on top of the list.  Kernels that hide what they consist of
+    are replaced, where the model has any: that costs time.
+    """
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    stack = [""]
+    with (
+        entered_by(model, forward_fn),
+        quiet_run(model),
+        adapted(model),
+        plain_kernels() if recurrent else nullcontext(),
+        follow_modules(model, stack),
+    ):
+        yield stack

@@ -43,22 +43,28 @@ def loss_of(
     DataError
         If there is no such scalar.
     """
-    if loss is not None:
-        return _checked(loss(output, batch))
     labels = labels_of(batch)
     own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is not None:
+        return _checked(loss(output, batch))
     if labels is not None and isinstance(own, Tensor):
         return _checked(own)
     outputs = _outputs_in(output, kept)
-    scores = outputs.get("logits")
-    if scores is None and len(outputs) == 1:
-        (scores,) = (one if one.dim() in (2, 3) else None for one in outputs.values())
+    scores = _scores_in(outputs)
     if labels is not None:
         first = next(iter(outputs.values()))
         return _checked(_towards(first if scores is None else scores, labels))
     if scores is not None:
         return _checked(_towards_largest(scores, batch))
     return _checked(_towards_noise([*outputs.values()], seed))
+
+
+def _scores_in(outputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Class scores: an output ``logits``, or a single one of two or three dims."""
+    if "logits" in outputs:
+        return outputs["logits"]
+    (single, *others) = outputs.values()
+    return single if not others and single.dim() in (2, 3) else None
 
 
 def _outputs_in(output: Any, kept: Collection[str]) -> dict[str, Tensor]:

@@ -70,15 +70,20 @@ class Routed(TorchDispatchMode):
         if name in _PRODUCTS:
             found = self._experts(name, bound, out)
             self._made = found or self._made
-        elif name == "index" and storage_of(bound["self"]) in self._state:
-            own = self._state[storage_of(bound["self"])][0]
-            if bound["indices"][0] is not None:
-                self._taken = {storage_of(out): _Rows(out, own, bound["indices"][0])}
+        elif name == "index":
+            self._take(bound, out)
         elif self._made is not None and self._is_made(bound["self"]):
             if name in _PASSES:
                 self._made = self._made._replace(values=out)
             elif isinstance(bound["other"], Tensor) and bound["other"].shape[-1:] == (1,):
                 self._add(out)
+
+    def _take(self, bound: Mapping[str, Any], out: Tensor) -> None:
+        """Weights of experts that are looked up by their numbers."""
+        experts = bound["indices"][0]
+        if storage_of(bound["self"]) in self._state and experts is not None:
+            own, _ = self._state[storage_of(bound["self"])]
+            self._taken = {storage_of(out): _Rows(out, own, experts)}
 
     def _is_made(self, tensor: Tensor) -> bool:
         made = self._made

@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prunus.calibration.im2col import Window, columns_of, window_of
 from prunus.calibration.moments import Moments
 from prunus.errors import DataError
-from prunus.graph.axis import Label
+from prunus.graph.axis import Label, Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.plans import Plan
 from prunus.graph.program import Node, Program, Ref
 from prunus.tracer.dataflow import (
     Dataflow,
@@ -111,6 +112,16 @@ class Site:
         spread = self.mean_square - (self.total / max(self.count, 1)) ** 2
         return np.asarray(spread.clip(min=0))
 
+    def loses(self, kept: Mask) -> bool:
+        """Whether anything is removed of what is read here."""
+        return len(kept_positions(self.label, kept)) < len(self.label)
+
+    def kept_channels(self, kept: Mask) -> Tensor:
+        """Which channels are kept, shape ``(groups, channels of a group)``."""
+        found = torch.zeros(len(self.label), dtype=torch.bool)
+        found[kept_positions(self.label, kept)] = True
+        return found.view(self.window.groups, -1)
+
     def add(self, read: Read, part: tuple[int, int]) -> None:
         """Add the vectors that a product reads, by the weights of that part of the tensor."""
         rows = read.rows()
@@ -143,6 +154,12 @@ class Site:
             why="the calibration data holds such values, or the model makes them",
             fix="clean the data; for a model in half precision try float32",
         )
+
+
+def kept_units(graph: CouplingGraph, plan: Plan) -> Mask:
+    """The units of a graph that a plan for its model keeps."""
+    plan.check_model(graph.shapes)
+    return graph.mask_from_positions({a: np.asarray(stay) for a, stay in plan.keep.items()})
 
 
 class Sites(NamedTuple):
@@ -211,14 +228,22 @@ def _summed_dim(flow: Dataflow, product: Product, shape: tuple[int, ...]) -> int
         return None
     (dim,) = {dim for (name, *_), dim in product.node.effect.contracted
               if product.node.args[str(name)] == product.weight}  # fmt: skip
+    turned = _turned(flow, value)
+    return None if turned is None else dim ^ turned
+
+
+def _turned(flow: Dataflow, value: int) -> bool | None:
+    """Whether a view shows a stored matrix transposed; None if it shows a part of it."""
+    turned = False
     while value not in flow.program.state:
         node = flow.maker[value]
+        (before, *_) = read_by(node)
         if name_of(node) in ("t", "transpose", "numpy_T") or node.args.get("dims") == [1, 0]:
-            dim = 1 - dim
-        elif not is_view(node) or shapes[read_by(node)[0]] != shapes[value]:
+            turned = not turned
+        elif not is_view(node) or flow.program.shapes[before] != flow.program.shapes[value]:
             return None
-        value = read_by(node)[0]
-    return dim
+        value = before
+    return turned
 
 
 class _Identity:

@@ -16,6 +16,8 @@ from torch import distributed as dist
 from prunus.calibration.batches import (
     SAMPLES,
     Batches,
+    as_traced,
+    check_traced,
     count_samples,
     no_data,
     outputs_of,
@@ -25,17 +27,13 @@ from prunus.calibration.batches import (
 from prunus.calibration.gradients import Contributions, Loss, loss_of
 from prunus.calibration.moments import Moments, fit_memory
 from prunus.calibration.routed import Routed
-from prunus.calibration.sites import Read, Site, Sites, Watch, find_sites
-from prunus.errors import DataError, ModelError, PlanError, checks_options
-from prunus.graph.axis import Mask, kept_positions
+from prunus.calibration.sites import Read, Site, Sites, Watch, find_sites, kept_units
+from prunus.errors import DataError, PlanError, checks_options
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
 from prunus.graph.progress import Progress, counted, following
-from prunus.tracer.adapters import adapted
 from prunus.tracer.attention import score_weights
-from prunus.tracer.forward_fn import ForwardFn, entered_by
-from prunus.tracer.trace import follow_modules, plain_kernels, quiet_run
 from prunus.tracer.wrappers import unwraps
 
 NEEDS = {
@@ -200,10 +198,7 @@ class Wanted:
 
 
 def gather(
-    model: nn.Module,
-    graph: CouplingGraph,
-    data: Iterable[Any],
-    wanted: Wanted,
+    model: nn.Module, graph: CouplingGraph, data: Iterable[Any], wanted: Wanted
 ) -> Statistics:
     """What :func:`collect` does."""
     tensors, _ = state_of(model)
@@ -240,9 +235,7 @@ def _sum_over_processes(own: Statistics) -> Statistics:
     for site in own.sites:
         site.count = int(reduce(site.count))
         site.total, site.square = reduce(site.total), reduce(site.square)
-        parts: list[dict[tuple[int, int], NDArray[np.float64]]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(parts, site.weights)  # weights are no data: a part counts once
-        site.weights = {part: sums for one in parts for part, sums in one.items()}
+        site.weights = _gathered(site.weights)
     for moments in own.moments:
         moments.reduce(lambda values: torch.from_numpy(reduce(values)).to(values.device))
     samples = int(reduce(own.samples))
@@ -251,10 +244,11 @@ def _sum_over_processes(own: Statistics) -> Statistics:
     return replace(own, samples=samples, units=units, loss=loss if units else own.loss)
 
 
-def kept_units(graph: CouplingGraph, plan: Plan) -> Mask:
-    """The units of a graph that a plan for its model keeps."""
-    plan.check_model(graph.shapes)
-    return graph.mask_from_positions({a: np.asarray(stay) for a, stay in plan.keep.items()})
+def _gathered(weights: dict[Any, Any]) -> dict[Any, Any]:
+    """Those of all processes: weights are no data, and a part counts once."""
+    parts: list[dict[Any, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, weights)
+    return {part: sums for one in parts for part, sums in one.items()}
 
 
 def _known(needs: str | Iterable[str]) -> frozenset[str]:
@@ -269,54 +263,6 @@ def _known(needs: str | Iterable[str]) -> frozenset[str]:
     return wanted
 
 
-def check_traced(graph: CouplingGraph, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors of another model than the graph's, or without values, or here and there."""
-    for name in graph.shapes:
-        if name not in tensors or tuple(tensors[name].shape) != tuple(graph.shapes[name]):
-            raise PlanError(
-                "the graph is that of another model",
-                why=f"{name} has shape {tuple(graph.shapes[name])} there, and here "
-                f"{tuple(tensors[name].shape) if name in tensors else 'is missing'}",
-                fix="trace this model",
-            )
-    places: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        if name in graph.parameters:
-            places.setdefault(str(tensor.device), name)
-    if "meta" in places:
-        raise ModelError(
-            f"{places['meta']} has a shape but no values",
-            why="it is on the meta device, and statistics are taken from a model that runs",
-            fix="load the weights first",
-        )
-    if len(places) > 1:
-        places_text = ", ".join(f"{name} on {place}" for place, name in sorted(places.items()))
-        raise ModelError(
-            f"the model lies on {len(places)} devices",
-            why=f"batches are moved to one device, and there are {places_text}",
-            fix='move it to one: model.to("cpu"), say',
-        )
-
-
-@contextmanager
-def as_traced(model: nn.Module, forward_fn: ForwardFn | None) -> Iterator[list[str]]:
-    """Within the context the model runs what it ran when it was traced.
-
-    The path of the running module is on top of the list.  Kernels that hide what they consist of
-    are replaced, where the model has any: that costs time.
-    """
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    stack = [""]
-    with (
-        entered_by(model, forward_fn),
-        quiet_run(model),
-        adapted(model),
-        plain_kernels() if recurrent else nullcontext(),
-        follow_modules(model, stack),
-    ):
-        yield stack
-
-
 WIDEST = 8192
 """Columns above which products are summed up for every tap of a convolution apart."""
 
@@ -328,9 +274,8 @@ def _allot_moments(
     kept = None if wanted.plan is None else kept_units(graph, wanted.plan)
     shared: dict[int, tuple[Moments, int]] = {}
     for site in sites.all:
-        stay = 0 if kept is None else len(kept_positions(site.label, kept))
-        loses = bool(site.label.any()) if kept is None else stay < len(site.label)
-        if site.dim is None or not (loses or site.tensor in also):
+        wants = bool(site.label.any()) if kept is None else site.loses(kept)
+        if site.dim is None or not (wants or site.tensor in also):
             continue
         columns = len(site.label) // site.window.groups * site.window.taps
         fresh = (Moments(site.window.groups, columns), site.window.taps)
@@ -351,6 +296,11 @@ def _tracked(weights: Mapping[str, Tensor]) -> Iterator[None]:
             weight.requires_grad_(before[name])
 
 
+def _zeros(needs: Collection[str], size: int) -> dict[str, NDArray[np.float64]]:
+    """Sums per unit of what is needed."""
+    return {name: np.zeros(size) for need in needs for name in _UNITS.get(need, ())}
+
+
 class _Pass:
     """The run of one call of :func:`collect`, which adds to its sums."""
 
@@ -362,20 +312,16 @@ class _Pass:
         sites: Sites,
         wanted: Wanted,
     ) -> None:
-        self.weights: dict[str, Tensor] = {}
         needs = self._needs = wanted.needs
         self._model, self._graph, self._tensors = model, graph, tensors
         self._sites, self._wanted = sites, wanted
         self._outputs: list[dict[str, Tensor]] = []
-        self._contributions: Contributions | None = None
-        if needs & _GRADIENTS:
-            self._contributions = Contributions(graph)
-            named = ((name, tensors[name]) for name in self._contributions.names)
-            self.weights = {n: w for n, w in named if w.is_floating_point()}
+        self._contributions = Contributions(graph) if needs & _GRADIENTS else None
+        named = self._contributions.names if self._contributions else ()
+        self.weights = {n: tensors[n] for n in named if tensors[n].is_floating_point()}
         self._owners = {id(s.moments): s for s in reversed(sites.all) if s.moments}.values()
         self._watch: Watch | None = None
-        names = [name for need, own in _UNITS.items() if need in needs for name in own]
-        self._units = {name: np.zeros(graph.unit_count + 1) for name in names}
+        self._units = _zeros(needs, graph.unit_count + 1)
         self._routed = Routed(graph, tensors) if "routed" in needs else None
         if self._routed is not None:
             routed = {"routed": self._routed.norms, "routed_tokens": self._routed.tokens}

@@ -90,15 +90,11 @@ def reduce_axes(axes: Sequence[Axis], values: torch.Tensor, power: int) -> list[
     for start in range(0, values.shape[0], step):
         part = _powers(values[start : start + step], power)
         if values.dim() > leading:
-            part = part.flatten(leading)
-            part = part.sum(-1) if part.shape[-1] > 1 else part[..., 0]
+            part = part.flatten(leading).sum(-1)
         for axis, total in zip(axes, totals, strict=True):
-            others = [dim for dim in range(part.dim()) if dim != axis.dim]
-            sums = (part.sum(others) if others else part).cpu().numpy()
-            if axis.dim == 0:
-                total[start : start + step] = sums
-            else:
-                total += sums
+            rows = slice(start, start + step) if axis.dim == 0 else slice(None)
+            sums = part.movedim(axis.dim, 0).reshape(part.shape[axis.dim], -1).sum(1)
+            total[rows] += sums.cpu().numpy()
     for axis, total in zip(axes, totals, strict=True):
         if not np.isfinite(total).all():
             _refuse_non_finite(axis.tensor, values)

@@ -185,18 +185,7 @@ def score(
     context = Context(graph, tensors, seed, collected=statistics)
     scores = np.full(graph.unit_count + 1, np.inf)
     for group in graph.groups:
-        found = np.asarray(function(group, context), dtype=np.float64)
-        if found.shape != (group.size,) or np.isnan(found).any():
-            wrong = f"shape {found.shape}"
-            if found.shape == (group.size,):
-                wrong = f"{int(np.isnan(found).sum())} NaN among {group.size} scores"
-            raise PlanError(
-                f"the importance {name_of(criterion)!r} returned {wrong}",
-                where=f"group {group.name}",
-                why=f"a score per unit was expected: {group.size} numbers",
-                fix="look for NaN in weights and calibration data, or choose another one",
-            )
-        scores[group.units] = found
+        scores[group.units] = _checked(criterion, group, function(group, context))
     finite = scores[np.isfinite(scores)]
     if graph.groups and not len(finite):
         raise PlanError(
@@ -206,6 +195,22 @@ def score(
             fix="choose another one",
         )
     return scores - finite.min() if len(finite) and finite.min() < 0 else scores
+
+
+def _checked(criterion: str | Importance, group: Group, found: Scores) -> Scores:
+    """What a criterion returned, as numbers; refused unless it is one for every unit."""
+    found = np.asarray(found, dtype=np.float64)
+    if found.shape == (group.size,) and not np.isnan(found).any():
+        return found
+    wrong = f"shape {found.shape}"
+    if found.shape == (group.size,):
+        wrong = f"{int(np.isnan(found).sum())} NaN among {group.size} scores"
+    raise PlanError(
+        f"the importance {name_of(criterion)!r} returned {wrong}",
+        where=f"group {group.name}",
+        why=f"a score per unit was expected: {group.size} numbers",
+        fix="look for NaN in weights and calibration data, or choose another one",
+    )
 
 
 def check_statistics(

@@ -7,7 +7,8 @@ which output is which dim of which head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.graph.axis import Mask
+from prunus.graph.axis import Axis, Mask
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.plans import Plan
 from prunus.graph.program import Node, Ref
 from prunus.tracer.attention import Scores, Weighing, find_scores, find_weighings
 from prunus.tracer.dataflow import Dataflow, contracts, name_of
@@ -78,6 +80,12 @@ class ScoreProduct:
         names = dict.fromkeys([self.queries.weight, self.keys.weight])
         return " · ".join(names)
 
+    @property
+    def outputs(self) -> list[tuple[str, int]]:
+        """Every output of a weight that it takes."""
+        sides = (self.queries, self.keys)
+        return [(side.weight, row) for side in sides for row in side.rows.flatten().tolist()]
+
 
 @dataclass(frozen=True, eq=False)
 class ValuePath:
@@ -118,13 +126,22 @@ def find_products(
         try:
             found.append(search.product(scores))
         except _UnknownError as error:
-            label = graph.program.value_label(scores.keys, scores.dims[1])
-            if kept is None or (label is not None and not kept[label].all()):
+            if kept is None or _lose_dims(graph, scores, kept):
                 unknown[scores.node.module or "the model"] = str(error)
-    taken = [rows for product in found for rows in _tensors_of(product)]
-    alone = [p for p in found if not any(taken.count(one) > 1 for one in _tensors_of(p))]
-    unknown |= {p.name: "its weights make several products" for p in found if p not in alone}
-    return alone, unknown
+    alone = _alone(found)
+    several = [product.name for product in found if product not in alone]
+    return alone, unknown | dict.fromkeys(several, "its weights make several products")
+
+
+def _lose_dims(graph: CouplingGraph, scores: Scores, kept: Mask) -> bool:
+    label = graph.program.value_label(scores.keys, scores.dims[1])
+    return label is not None and not kept[label].all()
+
+
+def _alone(products: Sequence[ScoreProduct]) -> list[ScoreProduct]:
+    """Products whose outputs no other one takes."""
+    taken = Counter(output for product in products for output in product.outputs)
+    return [product for product in products if max(taken[one] for one in product.outputs) == 1]
 
 
 def find_values(graph: CouplingGraph) -> list[ValuePath]:
@@ -136,15 +153,6 @@ def find_values(graph: CouplingGraph) -> list[ValuePath]:
             found.append(search.value_path(weighing))
     weights = [name for path in found for name in {path.values.weight, path.weight}]
     return [p for p in found if weights.count(p.values.weight) == weights.count(p.weight) == 1]
-
-
-def _tensors_of(product: ScoreProduct) -> list[tuple[str, int]]:
-    """Every output of a weight that a product takes."""
-    return [
-        (side.weight, row)
-        for side in (product.queries, product.keys)
-        for row in side.rows.flatten().tolist()
-    ]
 
 
 class _Search(Dataflow):
@@ -164,9 +172,8 @@ class _Search(Dataflow):
         pairs = torch.cat([q.reshape(-1, width), k.reshape(-1, width)], 1).unique(dim=0)
         first, q_of = pairs[:, :width].unique(dim=0, return_inverse=True)
         second, k_of = pairs[:, width:].unique(dim=0, return_inverse=True)
-        for rows in (first, second):
-            if len(rows.unique()) < rows.numel():
-                raise _UnknownError("an output is a dim of several heads")
+        _check_apart(first)
+        _check_apart(second)
         if len(pairs) > len(first):
             raise _UnknownError("a head of queries meets several heads of keys")
         shared: list[list[int]] = [[] for _ in second]
@@ -189,8 +196,7 @@ class _Search(Dataflow):
         if (*rows.shape[:-1], rows.shape[-1]) != (*shape[:-2], shape[-1]):
             raise _UnknownError("the answer has another shape than values")
         heads = rows.reshape(-1, rows.shape[-1]).unique(dim=0)
-        if len(heads.unique()) < heads.numel():
-            raise _UnknownError("an output is a dim of several heads")
+        _check_apart(heads)
         weight, dim, read = self._follow_on(out, rows.unsqueeze(-2).expand(shape))
         columns = [(read == row).nonzero()[:, 0] for row in heads.flatten()]
         readers = {len(found) for found in columns}
@@ -269,18 +275,22 @@ class _Search(Dataflow):
         name = name_of(node)
         if name not in ("addmm", "mm"):
             raise _UnknownError(f"it is made by {name}")
-        matrix = node.args["mat2"]
-        weight = self.names.get(matrix.value, "")
-        bias = self.names.get(node.args["self"].value, "") if name == "addmm" else ""
-        plain = all(node.args.get(factor, 1) == 1 for factor in ("alpha", "beta"))
-        if not weight or (name == "addmm" and not bias) or not plain:
+        matrix = node.args["mat2"].value
+        read = [matrix, node.args["self"].value] if name == "addmm" else [matrix]
+        weight, *biases = names = [self.names.get(value, "") for value in read]
+        if "" in names or not node.args.get("alpha", 1) == node.args.get("beta", 1) == 1:
             raise _UnknownError("it is no plain linear layer")
-        if any(reader is not node for one in (weight, bias) if one for reader in self.uses(one)):
+        if [self.uses(one) for one in names] != [[node]] * len(names):
             raise _UnknownError(f"{weight} is read more than once")
-        stored = matrix.value in self.program.state
-        if not stored and name_of(self.maker[matrix.value]) not in ("t", "transpose"):
+        stored = matrix in self.program.state
+        if not stored and name_of(self.maker[matrix]) not in ("t", "transpose"):
             raise _UnknownError(f"{weight} is read in parts")
-        return weight, bias, int(stored)
+        return weight, "".join(biases), int(stored)
+
+
+def _check_apart(heads: Tensor) -> None:
+    if len(heads.unique()) < heads.numel():
+        raise _UnknownError("an output is a dim of several heads")
 
 
 def _move(node: Node, numbers: Tensor) -> Sequence[Tensor]:
@@ -295,12 +305,14 @@ def _move(node: Node, numbers: Tensor) -> Sequence[Tensor]:
     return out if isinstance(out, (list, tuple)) else [out]
 
 
-def stays(rows: Tensor, keep: Mapping[int, Sequence[int]], dim: int) -> Tensor:
-    """Whether each of those outputs stays, when ``keep`` has the positions of the dims that lose
-    any; shape of ``rows``."""
-    if dim not in keep:
-        return torch.ones_like(rows, dtype=torch.bool)
-    return torch.isin(rows, torch.as_tensor(list(keep[dim])))
+def stays(rows: Tensor, plan: Plan, tensor: str, dim: int) -> Tensor:
+    """Whether each of those positions of a dim is kept; shape of ``rows``."""
+    kept = plan.keep.get(Axis(tensor, dim))
+    return (
+        torch.ones_like(rows, dtype=torch.bool)
+        if kept is None
+        else torch.isin(rows, torch.as_tensor(kept))
+    )
 
 
 def pairs_of(product: ScoreProduct) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from prunus.calibration.batches import Batches
 from prunus.calibration.moments import OwnMoments
-from prunus.calibration.sites import find_sites
-from prunus.calibration.statistics import Statistics, collect, kept_units
+from prunus.calibration.sites import find_sites, kept_units
+from prunus.calibration.statistics import Statistics, collect
 from prunus.errors import DataError, PlanError, checks_options
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plan_records import Renaming
@@ -31,12 +31,9 @@ from prunus.recovery.least_squares import (
     Repair,
     Repaired,
     find_consumers,
-    loses,
     new_biases_of,
-    outputs_that_stay,
     refit,
     shift_constant,
-    stay_of,
 )
 from prunus.recovery.sequential import repair_in_order
 from prunus.surgeon.apply import cut
@@ -178,8 +175,7 @@ def cut_and_compensate(
     """What :func:`compensate` does, with the graph of the model without the blocks to drop."""
     before = Snapshot(model, optimizer)
     with without_blocks(model, plan.drops):
-        fit = _change_in_order if options.method == "sequential" else _change_at_once
-        change = fit(model, plan.widths, graph, data, statistics, options)
+        change = _change_of(model, plan.widths, graph, data, statistics, options)
     _warn_of_few([new.report for _, new in change.repaired])
     grown = _write(model, plan, change)
     cut(grown, model, optimizer=optimizer, check=check)
@@ -198,23 +194,7 @@ class _Change:
     left: Mapping[str, str] = field(default_factory=dict)
 
 
-def _collect(
-    model: nn.Module,
-    plan: Plan,
-    graph: CouplingGraph,
-    data: Iterable[Any],
-    options: Options,
-) -> Statistics:
-    """What is read in the dense model, where that loses something, and by queries and keys."""
-    return collect(
-        *(model, graph, data, "second_moment"),
-        plan=plan,
-        positions=options.positions,
-        memory_limit=options.memory_limit,
-    )
-
-
-def _change_at_once(
+def _change_of(
     model: nn.Module,
     plan: Plan,
     graph: CouplingGraph,
@@ -222,21 +202,35 @@ def _change_at_once(
     statistics: Statistics | None,
     options: Options,
 ) -> _Change:
-    """Everything fitted to what the dense model reads."""
-    if statistics is None:
-        statistics = _collect(model, plan, graph, data, options)
-    if not _has_moments(statistics, graph):
+    """Other bases from dense inputs; then weights, at once or layer after layer."""
+    in_order = options.method == "sequential"
+    if statistics is None and not (in_order and _reads_no_dense(graph)):
+        statistics = collect(
+            *(model, graph, data, "second_moment"),
+            plan=plan,
+            positions=options.positions,
+            memory_limit=options.memory_limit,
+        )
+    if statistics is not None and not _has_moments(statistics, graph):
         raise DataError(
             "these statistics are not those of this graph's second moments",
             why=f"they have {', '.join(sorted(statistics.needs))} of {statistics.unit_count} units",
             fix='prunus.importance.collect(model, graph, data, "second_moment")',
         )
-    change = _Change()
-    if options.method != "bias":
-        change = _change_bases(model, plan, graph, statistics)
-        statistics = replace(statistics, sites=change.turned.sites)
-    repaired, left = repair_all(model, plan, graph, statistics, options, change.turned.state)
-    return replace(change, repaired=tuple(repaired), left={**left, **change.left})
+    bases = _Change()
+    if statistics is not None and options.method != "bias":
+        bases = _change_bases(model, plan, graph, statistics)
+        statistics = replace(statistics, sites=bases.turned.sites)
+    if in_order or statistics is None:
+        return _change_in_order(model, plan, graph, data, bases, options)
+    repaired, left = repair_all(model, plan, graph, statistics, options, bases.turned.state)
+    return replace(bases, repaired=tuple(repaired), left={**left, **bases.left})
+
+
+def _reads_no_dense(graph: CouplingGraph) -> bool:
+    """Whether nothing of a sequential repair is fitted to dense inputs."""
+    heads = score_weights(graph.program) or find_values(graph)
+    return not heads and all(site.readings == 1 for site in find_sites(graph).all)
 
 
 def _change_in_order(
@@ -244,19 +238,12 @@ def _change_in_order(
     plan: Plan,
     graph: CouplingGraph,
     data: Iterable[Any],
-    statistics: Statistics | None,
+    bases: _Change,
     options: Options,
 ) -> _Change:
-    """Other bases from dense inputs; then layer after layer on what the repaired ones give."""
-    heads = score_weights(graph.program) or find_values(graph)
-    bases = _Change()
-    if statistics is None and (heads or any(s.readings > 1 for s in find_sites(graph).all)):
-        statistics = _collect(model, plan, graph, data, options)
-    if statistics is not None:
-        bases = _change_bases(model, plan, graph, statistics)
     found = repair_in_order(
         *(model, plan, graph, data, options),
-        dense=bases.turned.sites,
+        moments={s.tensor: s.moments for s in bases.turned.sites if s.moments is not None},
         turned=bases.turned.state,
         mixed=bases.mixed,
     )
@@ -304,7 +291,7 @@ def repair_all(
     the model's.
     """
     kept = kept_units(graph, plan)
-    touched = [site for site in statistics.sites if loses(site, kept)]
+    touched = [site for site in statistics.sites if site.loses(kept)]
     consumers, left = find_consumers(graph, model, touched, new_biases=options.new_biases)
     state = {**state_of(model)[0], **instead}
     keep: dict[str, dict[int, Tensor]] = {}
@@ -316,9 +303,8 @@ def repair_all(
         if site.moments is None:
             left[consumer.tensor] = "there are no second moments of what it reads"
             continue
-        rows = outputs_that_stay(consumer, tuple(weight.shape), keep.get(consumer.tensor, {}))
-        own = OwnMoments(site.moments, stay_of(site, kept), site.window.taps)
-        found = refit(consumer, weight, rows, own, options)
+        own = OwnMoments(site.moments, site.kept_channels(kept), site.window.taps)
+        found = refit(consumer, weight, keep.get(consumer.tensor, {}), own, options)
         repaired.append((consumer, found))
     return repaired, left
 
@@ -326,7 +312,7 @@ def repair_all(
 def covers(statistics: Statistics, graph: CouplingGraph, plan: Plan) -> bool:
     """Whether statistics have all that :func:`compensate` reads for a plan."""
     kept, also = kept_units(graph, plan), score_weights(graph.program)
-    sites = [s for s in statistics.sites if loses(s, kept) or s.tensor in also]
+    sites = [s for s in statistics.sites if s.loses(kept) or s.tensor in also]
     known = all(site.moments is not None for site in sites if site.dim is not None)
     return known and _has_moments(statistics, graph)
 

@@ -100,7 +100,7 @@ def mix_products(
         Places with second moments: of what the projections read.
     """
     products, unknown = find_products(graph, kept)
-    moments = {site.tensor: site.moments for site in sites if site.moments is not None}
+    moments = _whole_moments(sites)
     found: list[Mixed] = []
     left: dict[str, str] = {}
     for product in products:
@@ -147,12 +147,8 @@ def roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return vectors * roots @ vectors.mT, vectors / roots @ vectors.mT
 
 
-def _keep_of(plan: Plan, side: Projection) -> dict[int, Sequence[int]]:
-    return {a.dim: p for a, p in plan.keep.items() if a.tensor == side.weight}
-
-
 def _stay(plan: Plan, side: Projection, rows: Tensor) -> Tensor:
-    return stays(rows, _keep_of(plan, side), side.dim)
+    return stays(rows, plan, side.weight, side.dim)
 
 
 def _loses_dims(product: ScoreProduct, plan: Plan) -> bool:
@@ -163,10 +159,8 @@ def _loses_dims(product: ScoreProduct, plan: Plan) -> bool:
 
 def _why_not(product: ScoreProduct, plan: Plan, moments: Mapping[str, Moments]) -> str:
     """Why queries and keys can't take another basis; empty if they can."""
-    sides = (product.queries, product.keys)
-    for side in sides:
-        known = moments.get(side.weight)
-        if known is None or known.blocks != 1 or known.groups != 1:
+    for side in (product.queries, product.keys):
+        if side.weight not in moments:
             return f"there are no second moments of what {side.weight} reads"
     for queries, keys in pairs_of(product):
         stay = _stay(plan, product.keys, keys)
@@ -253,66 +247,58 @@ def turn_values(
     sites
         Places with second moments.
     """
-    moments = {site.tensor: site.moments for site in sites if site.moments is not None}
+    whole = _whole_moments(sites)
     changed: dict[str, Tensor] = {}
     rotated: dict[str, Moments] = {}
     for path in find_values(graph):
-        known = moments.get(path.weight)
-        if known is None or known.blocks != 1 or known.groups != 1:
-            continue
-        bases = _bases(path, plan, state, known)
-        if not bases:
-            continue
-        for name in dict.fromkeys([path.values.weight, path.values.bias, path.weight]):
-            if name:
-                changed[name] = state[name].detach().clone()
-        whole = torch.eye(known.columns, dtype=torch.float64)
+        bases = _bases(path, plan, state, whole[path.weight]) if path.weight in whole else {}
+        if bases:
+            names = filter(None, [path.values.weight, path.values.bias, path.weight])
+            changed |= {name: state[name].detach().clone() for name in names}
+            rotated[path.weight] = _turned(whole[path.weight], path, bases)
         for head, basis in bases.items():
             for mixing in _turns(path, head, basis):
                 mixing.apply(changed[mixing.tensor])
-            inverse = torch.linalg.inv(basis)
-            for columns in path.columns[head]:
-                whole[columns[:, None], columns] = inverse
-        rotated[path.weight] = _turned(known, whole.to(known.total.device))
-    found = tuple(
-        _with_moments(site, rotated[site.tensor]) if site.tensor in rotated else site
-        for site in sites
-    )
-    return Turned(changed, found)
+    found = [copy.copy(site) for site in sites]
+    for site in found:
+        site.moments = rotated.get(site.tensor, site.moments)
+    return Turned(changed, tuple(found))
 
 
-def _with_moments(site: Site, moments: Moments) -> Site:
-    made = copy.copy(site)
-    made.moments = moments
-    return made
+def _whole_moments(sites: Sequence[Site]) -> dict[str, Moments]:
+    """Second moments of what weights read, where all products were summed up, by the weight."""
+    found = {site.tensor: site.moments for site in sites if site.moments is not None}
+    return {name: one for name, one in found.items() if one.blocks == one.groups == 1}
 
 
 def _bases(
     path: ValuePath, plan: Plan, state: Mapping[str, Tensor], moments: Moments
 ) -> dict[int, Tensor]:
     """For every head that loses some of its dims B, its dims that stay where those of S are."""
-    keep = {axis.dim: p for axis, p in plan.keep.items() if axis.tensor == path.values.weight}
-    read = {axis.dim: p for axis, p in plan.keep.items() if axis.tensor == path.weight}
     covariance = moments.covariance()[0, 0]
     weight = state[path.weight].detach().to(covariance).movedim(path.dim, 1)
     found: dict[int, Tensor] = {}
     for head, rows in enumerate(path.values.rows):
-        stay = stays(rows, keep, path.values.dim)
-        columns = [c for c in path.columns[head] if bool(stays(c, read, path.dim).any())]
-        if bool(stay.all()) or not columns:
-            continue
-        if any(not bool((stays(c, read, path.dim) == stay).all()) for c in columns):
-            continue
-        spread = torch.stack([covariance[c][:, c] for c in columns]).sum(0)
-        gram = torch.stack([weight[:, c].mT @ weight[:, c] for c in columns]).sum(0)
-        half, _ = roots(spread)
-        right = torch.linalg.svd(roots(gram)[0] @ half)[2].mT
-        order = torch.cat([stay.nonzero()[:, 0], (~stay).nonzero()[:, 0]])
-        basis = torch.empty_like(half)
-        sorted_by_loss = half @ right
-        basis[:, order.to(half.device)] = sorted_by_loss / sorted_by_loss.norm(dim=0)
-        found[head] = basis.cpu()
+        stay = stays(rows, plan, path.values.weight, path.values.dim)
+        read = [(c, stays(c, plan, path.weight, path.dim)) for c in path.columns[head]]
+        columns = [c for c, there in read if bool(there.any())]
+        alike = all(bool((there == stay).all()) for _, there in read if bool(there.any()))
+        if columns and alike and not bool(stay.all()):
+            found[head] = _basis(covariance, weight, columns, stay).cpu()
     return found
+
+
+def _basis(covariance: Tensor, weight: Tensor, columns: Sequence[Tensor], stay: Tensor) -> Tensor:
+    """B of one head, which several readers may read."""
+    spread = torch.stack([covariance[c][:, c] for c in columns]).sum(0)
+    gram = torch.stack([weight[:, c].mT @ weight[:, c] for c in columns]).sum(0)
+    half, _ = roots(spread)
+    right = torch.linalg.svd(roots(gram)[0] @ half)[2].mT
+    order = torch.cat([stay.nonzero()[:, 0], (~stay).nonzero()[:, 0]])
+    basis = torch.empty_like(half)
+    sorted_by_loss = half @ right
+    basis[:, order.to(half.device)] = sorted_by_loss / sorted_by_loss.norm(dim=0)
+    return basis
 
 
 def _turns(path: ValuePath, head: int, basis: Tensor) -> list[Mixing]:
@@ -325,8 +311,13 @@ def _turns(path: ValuePath, head: int, basis: Tensor) -> list[Mixing]:
     return found + [Mixing(path.weight, path.dim, c, c, basis) for c in path.columns[head]]
 
 
-def _turned(moments: Moments, matrix: Tensor) -> Moments:
-    """Moments of ``matrix @ h``."""
+def _turned(moments: Moments, path: ValuePath, bases: Mapping[int, Tensor]) -> Moments:
+    """Moments of what the weight reads in the other bases."""
+    matrix = torch.eye(moments.columns, dtype=torch.float64)
+    for head, basis in bases.items():
+        for columns in path.columns[head]:
+            matrix[columns[:, None], columns] = torch.linalg.inv(basis)
+    matrix = matrix.to(moments.total.device)
     mean = moments.mean @ matrix.mT
     spread = matrix @ moments.covariance() @ matrix.mT
     return replace(

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
-from prunus.calibration.batches import count_samples, no_data, run_batch
+from prunus.calibration.batches import as_traced, count_samples, no_data, run_batch
 from prunus.calibration.sites import Read, Site, Sites, Watch, storage_of
-from prunus.calibration.statistics import as_traced
 from prunus.errors import DataError
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.program import state_of
@@ -132,6 +131,20 @@ class Pair(NamedTuple):
     dense: Lane
     smaller: Lane
 
+    @property
+    def places(self) -> tuple[int, int]:
+        """Where both wait."""
+        return self.dense.at, self.smaller.at
+
+
+def _advance(pairs: Sequence[Pair], at: int) -> int:
+    """Let all go on that wait at a stop; the next one."""
+    lanes = [lane for pair in pairs for lane in (pair.dense, pair.smaller)]
+    for lane in lanes:
+        if lane.at == at:
+            lane.advance()
+    return min(lane.at for lane in lanes)
+
 
 class Race:
     """The dense model and a smaller one over all batches, from stop to stop.
@@ -184,19 +197,12 @@ class Race:
         pairs = list(self._pairs(data))
         if not pairs:
             raise no_data("there is no batch, or batches hold no sample")
-        lanes = [lane for pair in pairs for lane in (pair.dense, pair.smaller)]
         at = -1  # where all of them are before they start
-        while at < END:
-            for lane in lanes:
-                if lane.at == at:
-                    lane.advance()
-            at = min(lane.at for lane in lanes)
-            here = [pair for pair in pairs if at in (pair.dense.at, pair.smaller.at)]
-            apart = any(pair.dense.at != pair.smaller.at for pair in here)
-            if apart and at not in self._norms:
+        while (at := _advance(pairs, at)) < END:
+            here = [pair for pair in pairs if at in pair.places]
+            if at not in self._norms and any(pair.places != (at, at) for pair in here):
                 raise reads_otherwise()
-            if at < END:
-                yield at, here
+            yield at, here
 
     def _pairs(self, data: Iterable[Any]) -> Iterator[Pair]:
         """The forwards of every batch that has samples."""

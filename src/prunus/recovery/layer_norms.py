@@ -10,7 +10,7 @@ normalised rows are all of the same length, no other factor is nearer in the lea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -68,6 +68,11 @@ def watching(model: nn.Module, plan: Plan | None) -> Iterator[list[_Watch]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def unseen(watches: Sequence[_Watch]) -> bool:
+    """Whether there are norms to watch, and none ran."""
+    return bool(watches) and not any(watch.seen for watch in watches)
 
 
 def corrections_of(watches: Iterable[_Watch]) -> tuple[Correction, ...]:
@@ -164,15 +169,18 @@ def _watches(model: nn.Module, plan: Plan) -> Iterator[_Watch]:
     _, aliases = state_of(model)
     shared = {*aliases, *aliases.values()}
     for path, module in model.named_modules():
-        own = {name: p for name, p in module._parameters.items() if p is not None}
-        names = [f"{path}.{name}" if path else name for name in own]
-        per_channel = isinstance(module, nn.modules.batchnorm._NormBase)  # statistics of channels
-        if per_channel or len(own) not in (1, 2) or any(p.dim() != 1 for p in own.values()):
-            continue
-        kept = {plan.keep.get(Axis(name, 0)) for name in names}
-        stay = kept.pop()
-        if stay is not None and not kept and shared.isdisjoint(names):
-            yield _Watch(module, names, stay)
+        names = [f"{path}.{name}" if path else name for name in _vectors_of(module)]
+        if names and shared.isdisjoint(names):
+            stay, *others = {plan.keep.get(Axis(name, 0)) for name in names}
+            if stay is not None and not others:
+                yield _Watch(module, names, stay)
+
+
+def _vectors_of(module: nn.Module) -> list[str]:
+    """Its one or two parameters, if they are vectors and it is no norm over each channel alone."""
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    norm = len(own) in (1, 2) and all(p.dim() == 1 for p in own.values())
+    return list(own) if norm and not isinstance(module, nn.modules.batchnorm._NormBase) else []
 
 
 def _forms_of(module: nn.Module) -> tuple[_Form, ...]:

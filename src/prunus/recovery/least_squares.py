@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from prunus.calibration.im2col import matrix_of, weight_of
 from prunus.calibration.moments import CrossMoments, OwnMoments, Pairing
 from prunus.calibration.sites import Site
-from prunus.graph.axis import Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.program import Ref, refs_in
+from prunus.graph.program import Ref
 from prunus.tracer.dataflow import Dataflow, contracts, name_of
 
 Place = Literal["bias", "running mean", "new bias", ""]
@@ -74,19 +73,19 @@ def find_consumers(
     left: dict[str, str] = {}
     several = [site.tensor for site in sites]
     for site in sites:
-        name = site.tensor
-        others = [name_of(node) for node in flow.uses(name) if not contracts(node)] if name else []
+        name, dim = site.tensor, site.dim
+        others = [name_of(node) for node in flow.uses(name) if not contracts(node)]
         if not name:
             left[site.module or "the model"] = "its weight is computed from other tensors"
         elif others:
             left[name] = f"{others[0]} reads the weight as well"
         elif several.count(name) > 1:
             left[name] = "it is read in several ways"
-        elif site.dim is None:
+        elif dim is None:
             left[name] = "it is no whole matrix or convolution"
         else:
             place, constant = _find_place(graph, modules, flow, name, new_biases=new_biases)
-            found.append(Consumer(site, site.dim, place, constant))
+            found.append(Consumer(site, dim, place, constant))
     return found, left
 
 
@@ -110,17 +109,28 @@ def _find_place(
     """What can take up a constant behind a weight."""
     prefix, _, own = name.rpartition(".")
     module, bias = modules[prefix], own.replace("weight", "bias")
-    tied = [alias for alias, first in graph.aliases.items() if first == name]
-    if len({modules[alias.rpartition(".")[0]] for alias in (name, *tied)}) > 1:
+    full = ".".join(filter(None, [prefix, bias]))
+    tied = _tied(graph, modules, name)
+    if any(other is not module for other in tied):
         return "", ""  # two layers share the weight, and may have a bias each
-    full = f"{prefix}.{bias}" if prefix else bias
-    if bias != own and isinstance(stored := module._parameters.get(bias), Tensor):
-        alone = len(flow.uses(full)) == len(flow.uses(name)) and full not in graph.aliases
-        return ("bias", full) if alone and stored.dim() == 1 else ("", "")
-    if norm := _norm_behind(flow, name):
-        return "running mean", norm
-    takes = new_biases and not tied and _takes_bias(module, bias)
-    return ("new bias", full) if takes else ("", "")
+    if bias != own and module._parameters.get(bias) is not None:
+        return ("bias", full) if _serves(graph, flow, full, name) else ("", "")
+    if mean := _norm_behind(flow, name):
+        return "running mean", mean
+    takes = new_biases and not tied
+    return ("new bias", full) if takes and _takes_bias(module, bias) else ("", "")
+
+
+def _tied(graph: CouplingGraph, modules: Mapping[str, nn.Module], name: str) -> list[nn.Module]:
+    """The modules that hold a weight by its other names."""
+    aliases = [alias for alias, first in graph.aliases.items() if first == name]
+    return [modules[alias.rpartition(".")[0]] for alias in aliases]
+
+
+def _serves(graph: CouplingGraph, flow: Dataflow, bias: str, weight: str) -> bool:
+    """Whether a bias is a vector that is used with one weight alone."""
+    alone = len(flow.uses(bias)) == len(flow.uses(weight)) and bias not in graph.aliases
+    return alone and len(graph.shapes[bias]) == 1
 
 
 def _takes_bias(module: nn.Module, name: str) -> bool:
@@ -132,14 +142,14 @@ def _takes_bias(module: nn.Module, name: str) -> bool:
 def _norm_behind(flow: Dataflow, weight: str) -> str:
     """The running mean of the batch norm that alone reads what a weight gives; or nothing."""
     made = [number for node in flow.uses(weight) for number in node.outputs]
-    behind = [node for number in made for node in flow.readers.get(number, ())]
-    if len(made) != 1 or len(behind) != 1 or made[0] in flow.program.outputs.values():
+    if len(made) != 1 or made[0] in flow.program.outputs.values():
         return ""
-    (norm,), (number,) = behind, made
-    means = [ref.value for ref in refs_in(norm.args.get("running_mean"))]
-    if norm.args.get("input") != Ref(number) or len(means) != 1:
+    behind = flow.readers.get(made[0], [])
+    args = behind[0].args if len(behind) == 1 else {}
+    mean = args.get("running_mean")
+    if args.get("input") != Ref(made[0]) or not isinstance(mean, Ref):
         return ""
-    name = flow.program.state.get(means[0], "")
+    name = flow.program.state.get(mean.value, "")
     return name if flow.uses(name) == behind else ""
 
 
@@ -155,28 +165,15 @@ Method = Literal["least_squares", "bias", "sequential"]
 
 @dataclass(frozen=True, eq=False)
 class Folded:
-    """The kept columns of a weight, and how much of every output they miss; float64.
+    """W' of the kept columns, shape ``(outputs, kept)``, and what is added to the bias; float64.
 
-    Attributes
-    ----------
-    weight
-        W', shape ``(outputs, kept)``.
-    shift
-        What is added to the bias, shape ``(outputs,)``.
-    spread
-        Variance of the dense outputs.
-    cut, shifted, error
-        Mean squared errors: right after the cut, with a bias alone, and now.
-    ridge
-        λ, as it was used; 0 where no weights were fitted.
+    ``errors`` has, for every output, the variance in the dense model, and the mean squared errors
+    right after the cut, with a bias alone, and now; ``ridge`` is λ as it was used.
     """
 
     weight: Tensor
     shift: Tensor
-    spread: Tensor
-    cut: Tensor
-    shifted: Tensor
-    error: Tensor
+    errors: Tensor
     ridge: float
 
 
@@ -262,8 +259,8 @@ def fold(
     cut = shifted + (before - stayed @ now).square()
     off = before - new @ now
     if fixed:
-        return Folded(new, torch.zeros_like(off), spread, cut, shifted, left + off.square(), ridge)
-    return Folded(new, off, spread, cut, shifted, left, ridge)
+        left, off = left + off.square(), torch.zeros_like(off)
+    return Folded(new, off, torch.stack([spread, cut, shifted, left]), ridge)
 
 
 @dataclass(frozen=True)
@@ -329,7 +326,7 @@ class Repaired:
 def refit(
     consumer: Consumer,
     weight: Tensor,
-    rows: Tensor,
+    keep: Mapping[int, Tensor],
     sums: OwnMoments | CrossMoments,
     options: Options = Options(),
 ) -> Repaired:
@@ -339,8 +336,8 @@ def refit(
     ----------
     weight
         The dense weight, as it is.
-    rows
-        Whether each output is kept, shape ``(outputs,)``: errors are summed over those.
+    keep
+        Positions that are kept, of the weight's dims that lose any.
     sums
         Of what it reads, in the dense model and now.
 
@@ -352,7 +349,7 @@ def refit(
     window = consumer.site.window
     matrix = matrix_of(weight.detach().to(sums.like), window, consumer.dim)
     groups, outputs, columns = matrix.shape
-    there = rows.to(matrix.device).view(groups, outputs)
+    there = outputs_that_stay(consumer, weight.shape, keep).to(matrix.device).view(groups, outputs)
     new, shift = torch.zeros_like(matrix), matrix.new_zeros(groups, outputs)
     errors = torch.zeros(4, dtype=torch.float64)
     ridge, kept = 0.0, 0
@@ -366,56 +363,34 @@ def refit(
             new[group][:, part.columns[part.kept]] = found.weight
             shift[group] += found.shift
             ridge, kept = max(ridge, found.ridge), kept + len(part.kept)
-            each = torch.stack([found.spread, found.cut, found.shifted, found.error])
-            errors += each[:, there[group]].sum(1).cpu()
+            errors += found.errors[:, there[group]].sum(1).cpu()
     spread, cut, shifted, left = errors.tolist()
-    report = Repair(
-        consumer.tensor,
-        kept,
-        groups * columns,
-        sums.count,
-        ridge,
-        spread,
-        cut,
-        shifted,
-        left,
-        consumer.place,
-        sums.exact,
-    )
+    sizes = (kept, groups * columns, sums.count)
+    missed = (spread, cut, shifted, left)
+    report = Repair(*(consumer.tensor, *sizes, ridge, *missed, consumer.place, sums.exact))
     return Repaired(weight_of(new, window, weight.shape, consumer.dim), shift.flatten(), report)
 
 
-def stay_of(site: Site, kept: Mask) -> Tensor:
-    """Which channels of a site stay, shape ``(groups, channels of a group)``."""
-    stay = torch.zeros(len(site.label), dtype=torch.bool)
-    stay[kept_positions(site.label, kept)] = True
-    return stay.view(site.window.groups, -1)
-
-
-def loses(site: Site, kept: Mask) -> bool:
-    """Whether anything goes of what is read there."""
-    return len(kept_positions(site.label, kept)) < len(site.label)
-
-
 def outputs_that_stay(
-    consumer: Consumer, shape: tuple[int, ...], keep: Mapping[int, Tensor]
+    consumer: Consumer, shape: Sequence[int], keep: Mapping[int, Tensor]
 ) -> Tensor:
-    """Whether each output of a weight of that shape stays, shape ``(outputs,)``.
-
-    ``keep`` has the positions that stay of the weight's dims that lose any.
-    """
+    """Whether each output of a weight of that shape is kept, shape ``(outputs,)``."""
     window = consumer.site.window
     dim = 1 - consumer.dim  # of the outputs: of a group, where the convolution is transposed
     groups = window.groups if window.transposed else 1
-    there = torch.ones(groups, shape[dim], dtype=torch.bool)
-    if dim in keep:
-        there[:] = False
-        there[:, keep[dim]] = True
-    if groups > 1 and consumer.dim in keep:  # a group that goes takes its outputs along
-        alive = torch.zeros(shape[consumer.dim], dtype=torch.bool)
-        alive[keep[consumer.dim]] = True
-        there &= alive.view(groups, -1).any(1, keepdim=True)
+    there = _marks(shape[dim], keep.get(dim)).expand(groups, -1)
+    if groups > 1:  # a group that is removed takes its outputs along
+        alive = _marks(shape[consumer.dim], keep.get(consumer.dim)).view(groups, -1)
+        there = there & alive.any(1, keepdim=True)
     return there.flatten()
+
+
+def _marks(size: int, kept: Tensor | None) -> Tensor:
+    found = torch.ones(size, dtype=torch.bool)
+    if kept is not None:
+        found[:] = False
+        found[kept] = True
+    return found
 
 
 def shift_constant(constant: Tensor, consumer: Consumer, shift: Tensor) -> None:

@@ -19,7 +19,7 @@ from prunus.errors import DataError, ModelError, PlanError
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.recovery.compensate import Compensation, covers, cut_and_compensate, trace_again
-from prunus.recovery.layer_norms import Correction, correct_norms, corrections_of, watching
+from prunus.recovery.layer_norms import Correction, correct_norms, corrections_of, unseen, watching
 from prunus.recovery.least_squares import Method, Options
 from prunus.recovery.norms import batch_norms, recalibrate
 from prunus.recovery.refresh import (
@@ -193,14 +193,14 @@ def _see(
     """Run the dense model over the data once, or not even that, for all that is read of it."""
     looked_at, why = data.first(LOOKED_AT), ""
     answers: list[Answers] = [answers_of(model, looked_at)] if plan.drops else []
-    if statistics is not None:
-        answers.append(statistics.outputs)
     watched = plan if method == "auto" else None
     with without_blocks(model, plan.drops), watching(model, watched) as watches:
+        if statistics is not None:
+            answers.append(statistics.outputs)
         if graph is None or statistics is None or not covers(statistics, graph, plan.widths):
             statistics, why = _collect(model, plan, graph, data, method, len(looked_at))
-            answers.append(() if statistics is None else statistics.outputs)
-        if watches and not any(watch.seen for watch in watches):
+            answers.append(statistics.outputs if statistics else ())
+        if unseen(watches):
             with quiet_run(model):
                 answers.append(run_all(model, data, keep=len(looked_at)))
     found = next(filter(None, answers), None) or answers_of(model, looked_at)

@@ -9,7 +9,7 @@ of each model is enough; meanwhile what is alive of all batches at one layer is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prunus.calibration.batches import check_traced
 from prunus.calibration.moments import CrossMoments, Moments, OwnMoments, fit_pairs, nothing_seen
-from prunus.calibration.sites import Read, Site, find_sites
-from prunus.calibration.statistics import WIDEST, check_traced, kept_units
+from prunus.calibration.sites import Read, Site, Sites, find_sites, kept_units
+from prunus.calibration.statistics import WIDEST
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
-from prunus.graph.program import refs_in, state_of
+from prunus.graph.program import Node, Ref, state_of
 from prunus.graph.progress import counted
 from prunus.recovery.head_dims import Mixed
 from prunus.recovery.lanes import Norm, Pair, Race, reads_otherwise
@@ -33,12 +34,9 @@ from prunus.recovery.least_squares import (
     Options,
     Repaired,
     find_consumers,
-    loses,
     new_biases_of,
-    outputs_that_stay,
     refit,
     shift_constant,
-    stay_of,
 )
 from prunus.recovery.norms import batch_norms, check_finite
 from prunus.surgeon.apply import cut
@@ -69,7 +67,7 @@ def repair_in_order(
     data: Iterable[Any],
     options: Options,
     *,
-    dense: Sequence[Site],
+    moments: Mapping[str, Moments],
     turned: Mapping[str, Tensor],
     mixed: Sequence[Mixed],
 ) -> InOrder:
@@ -83,8 +81,8 @@ def repair_in_order(
     ----------
     plan
         What goes of the model as it is, without blocks to drop.
-    dense
-        Places with second moments of the dense model.
+    moments
+        Of what weights read in the dense model, by their names.
     turned, mixed
         Other bases: tensors with which the dense model is the same, and what becomes of queries and
         keys in the smaller one.
@@ -92,10 +90,7 @@ def repair_in_order(
     kept = kept_units(graph, plan)
     weights, norms = find_changed(graph, kept)
     sites = find_sites(graph, weights)
-    moments = {site.tensor: site.moments for site in dense if site.moments is not None}
-    touched = [site for site in sites.all if site.tensor in weights or loses(site, kept)]
-    tied = {s.tensor for s in touched if s.readings > 1 and s.tensor not in moments}
-    touched = [site for site in touched if site.tensor not in tied]
+    touched, tied = _touched(sites, kept, weights, moments)
     with _holding(model, turned):
         whole, _ = state_of(model)
         check_traced(graph, whole)
@@ -110,11 +105,19 @@ def repair_in_order(
                 if place in due:
                     smaller.measure(due[place], [pair.smaller.value for pair in pairs])
                 else:
-                    sums = _sum_up(stops[place][0].site, kept, pairs, options)
-                    fits.fit(stops[place], sums)
+                    fits.fit(stops[place], _sum_up(stops[place][0].site, kept, pairs, options))
             measured = smaller.norms_of(whole)
     left |= dict.fromkeys(tied, "it is read several times, and loses nothing itself")
     return InOrder(fits.of(consumers), left, {**turned, **mixtures}, measured)
+
+
+def _touched(
+    sites: Sites, kept: Mask, weights: Collection[str], moments: Collection[str]
+) -> tuple[list[Site], set[str]]:
+    """Where changed values are read; and weights that are read several times without moments."""
+    touched = [site for site in sites.all if site.tensor in weights or site.loses(kept)]
+    tied = {site.tensor for site in touched if site.readings > 1}.difference(moments)
+    return [site for site in touched if site.tensor not in tied], tied
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,15 +134,15 @@ class _Fits:
         """Fit weights that are read several times, to what they read in the dense model."""
         for one in consumers:
             if one.site.readings > 1:
-                stay, taps = stay_of(one.site, self.kept), one.site.window.taps
+                stay, taps = one.site.kept_channels(self.kept), one.site.window.taps
                 self.fit([one], OwnMoments(moments[one.tensor], stay, taps))
 
     def fit(self, consumers: Iterable[Consumer], sums: OwnMoments | CrossMoments) -> None:
         """Fit weights that read the same, and write them into the smaller model."""
         for one in consumers:
             weight = self.whole[one.tensor]
-            rows = outputs_that_stay(one, tuple(weight.shape), self.smaller.keep(one))
-            self.found[one.tensor] = refit(one, weight, rows, sums, self.options)
+            keep = self.smaller.keep(one)
+            self.found[one.tensor] = refit(one, weight, keep, sums, self.options)
             self.smaller.write(one, self.found[one.tensor])
 
     def of(self, consumers: Sequence[Consumer]) -> tuple[tuple[Consumer, Repaired], ...]:
@@ -167,7 +170,7 @@ def _sum_up(
     options: Options,
 ) -> CrossMoments:
     """What a weight is about to read, in both models and all batches."""
-    stay, taps = stay_of(site, kept), site.window.taps
+    stay, taps = site.kept_channels(kept), site.window.taps
     by_tap = taps > 1 and stay.shape[1] * taps > WIDEST  # too many columns for all products
     sums = CrossMoments(stay, taps, taps if by_tap else 1)
     fit_pairs([sums], options.memory_limit)
@@ -291,30 +294,33 @@ def find_changed(graph: CouplingGraph, kept: Mask) -> tuple[set[str], dict[str, 
     by the names of their running means, with the number of the operator.
     """
     flow = Dataflow(graph.program)
-    products = {node: product for node, _, product in flow.products() if product is not None}
-    behind: dict[int, bool] = {}  # by memory: whether a changed value comes from such a weight
     weights: set[str] = set()
     norms: dict[str, int] = {}
+    names = {node: product.name for node, _, product in flow.products() if product is not None}
+    for place, node, fitted in _changed(flow, kept, {node for node in names if names[node]}):
+        mean = node.args.get("running_mean")
+        if fitted and isinstance(mean, Ref):
+            norms.setdefault(flow.names.get(mean.value, ""), place)
+        weights.add(names.get(node, ""))
+    return weights - {""}, norms
 
-    def loses(value: int) -> bool:
-        if value in flow.fixed:  # a weight that loses rows gives the others as before
-            return False
-        labels = (graph.program.label(label) for label in graph.program.labels[value])
-        return any(label is not None and not kept[label].all() for label in labels)
 
-    for place, node in enumerate(graph.program.nodes):
-        read = read_by(node)
-        known = [behind[flow.root(value)] for value in read if flow.root(value) in behind]
-        if not known and not any(map(loses, read)):
-            continue
-        fitted = any(known)
-        for ref in refs_in(node.args.get("running_mean")) if fitted else ():
-            norms.setdefault(flow.names.get(ref.value, ""), place)
-        product = products.get(node)
-        if product is not None and product.name:
-            weights.add(product.name)
-            fitted = True
-        for value in node.outputs:
-            root = flow.root(value)
-            behind[root] = fitted or behind.get(root, False)
-    return weights, norms
+def _changed(
+    flow: Dataflow, kept: Mask, fitted: Collection[Node]
+) -> Iterator[tuple[int, Node, bool]]:
+    """Operators that read changed values, and whether one of these comes from a fitted weight."""
+    behind: dict[int, bool] = {}  # by memory
+    for place, node in enumerate(flow.program.nodes):
+        roots = {flow.root(value) for value in read_by(node)} & behind.keys()
+        if roots or any(_loses(flow, value, kept) for value in read_by(node)):
+            after = any(behind[root] for root in roots)
+            yield place, node, after
+            for root in map(flow.root, node.outputs):
+                behind[root] = after or node in fitted or behind.get(root, False)
+
+
+def _loses(flow: Dataflow, value: int, kept: Mask) -> bool:
+    """Whether units on a value are removed; a weight that loses rows gives the others as before."""
+    labels = () if value in flow.fixed else flow.program.labels[value]
+    units = [flow.program.label(label) for label in labels]
+    return any(label is not None and not kept[label].all() for label in units)

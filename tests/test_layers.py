@@ -52,14 +52,14 @@ WITHIN = {
 
 CODE_LINES = {
     ".": 460,
-    "calibration": 1230,
+    "calibration": 1170,
     "checkpoint": 400,
     "cli": 1700,
     "graph": 1740,
-    "importance": 750,
+    "importance": 730,
     "integrations": 665,
     "planner": 3720,
-    "recovery": 1880,
+    "recovery": 1870,
     "report": 530,
     "structures": 460,
     "surgeon": 2120,

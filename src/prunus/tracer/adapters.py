@@ -71,13 +71,16 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
         if weights is not None:
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
-        if not batched:
-            return out.squeeze(0), weights
-        return out if self.batch_first else out.transpose(0, 1), weights
+        return self._as_given(out, batched=batched), weights
 
     def _batch_first(self, x: Tensor, *, batched: bool) -> Tensor:
         if not batched:
             return x.unsqueeze(0)
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def _as_given(self, x: Tensor, *, batched: bool) -> Tensor:
+        if not batched:
+            return x.squeeze(0)
         return x if self.batch_first else x.transpose(0, 1)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:

@@ -188,10 +188,8 @@ class _Run:
         source, result = call.source, call.result
         assert source is not None
         assert result is not None
-        label, labels = self._program.label, self._program.labels
-        for before, after in zip(labels[source], labels[result], strict=True):
-            if not _same_units(label(before), label(after)):
-                return "its output carries other units than its input"
+        if not self._carries_on(source, result):
+            return "its output carries other units than its input"
         inside = self._nodes[call.first : call.last]
         made = {number for node in inside for number in node.outputs} - {result}
         if made & self._outputs or any(self._read_after(number, call.last) for number in made):
@@ -200,6 +198,11 @@ class _Run:
         if outside.intersection(self._flow.readers.get(result, ())):
             return "one operator reads both what it takes and what it returns"
         return ""
+
+    def _carries_on(self, source: int, result: int) -> bool:
+        label, labels = self._program.label, self._program.labels
+        pairs = zip(labels[source], labels[result], strict=True)
+        return all(_same_units(label(before), label(after)) for before, after in pairs)
 
     def _read_after(self, value: int, place: int) -> bool:
         readers = self._flow.readers.get(value)

@@ -32,7 +32,7 @@ def build_graph(
     """The coupling graph, and the function that turns a label of atoms into one of units."""
     rescales = _keep_scales(recorder, flow)
     resolver = pin_unsolvable(recorder, list(state))
-    parameters = frozenset(name for name, t in state.items() if isinstance(t, nn.Parameter))
+    parameters = frozenset(n for n, tensor in state.items() if isinstance(tensor, nn.Parameter))
     roles = _roles(recorder, flow, parameters)
     groups = _groups(flow.program, resolver, roles)
     if _pin_data(recorder, resolver, groups, parameters):
@@ -62,13 +62,14 @@ def build_graph(
         equations=tuple(in_units(equation, resolver) for equation in recorder.sizes.equations),
         attributes=recorder.sizes.attributes,
         conditions=tuple(condition_in_units(one, resolver) for one in recorder.sizes.conditions),
-        rescales=tuple(
-            Rescale(units, targets)
-            for label, targets in rescales
-            if (units := resolver(label)) is not None
-        ),
+        rescales=_rescales(rescales, resolver),
     )
     return graph, resolver
+
+
+def _rescales(scales: Iterable[tuple[Label, Fixed]], resolve: Resolve) -> tuple[Rescale, ...]:
+    found = ((resolve(label), targets) for label, targets in scales)
+    return tuple(Rescale(units, targets) for units, targets in found if units is not None)
 
 
 def _groups(program: Program, resolver: Resolver, roles: Mapping[Axis, Role]) -> tuple[Group, ...]:
@@ -128,20 +129,22 @@ def _count(
 ) -> dict[str, dict[str, Polynomial]]:
     """Every cost, part by part: params and bytes by tensor, MACs by the module that runs."""
     stored = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    sizes = {
-        name: _size_of(name, tensor, labels, widths)
-        for name, tensor in state.items()
-        if id(tensor) in stored
+    own = {name: tensor for name, tensor in state.items() if id(tensor) in stored}
+    sizes = {name: _size_of(name, tensor, labels, widths) for name, tensor in own.items()}
+    return {
+        "params": {n: sizes[n] for n, t in own.items() if isinstance(t, nn.Parameter)},
+        "bytes": {n: p.times(state[n].element_size()) for n, p in sizes.items()},
+        "macs": {module: widths.polynomial(own) for module, own in _spans(program).items()},
     }
-    spans: dict[str, list[Span]] = {}
+
+
+def _spans(program: Program) -> dict[str, list[Span]]:
+    """The products of a program by the module that runs them."""
+    found: dict[str, list[Span]] = {}
     for node in program.nodes:
         if node.effect is not None and node.effect.spans:
-            spans.setdefault(node.module, []).extend(node.effect.spans)
-    return {
-        "params": {n: p for n, p in sizes.items() if isinstance(state[n], nn.Parameter)},
-        "bytes": {n: p.times(state[n].element_size()) for n, p in sizes.items()},
-        "macs": {module: widths.polynomial(own) for module, own in spans.items()},
-    }
+            found.setdefault(node.module, []).extend(node.effect.spans)
+    return found
 
 
 def _size_of(name: str, tensor: Tensor, labels: Mapping[Axis, Label], widths: Widths) -> Polynomial:

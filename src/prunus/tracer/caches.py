@@ -7,7 +7,7 @@ A dict of constants looks the same from outside; what the forward does without a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -60,7 +60,11 @@ def find_remembered(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[
 
 def has_tables(model: nn.Module) -> bool:
     """Whether any module keeps a plain dict of tensors that is not empty."""
-    return any(is_table(n, v) for module in model.modules() for n, v in vars(module).items())
+    return any(
+        type(value) is dict and is_table(name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+    )
 
 
 def forget(model: nn.Module, entries: Mapping[str, Iterable[Any]]) -> None:
@@ -119,29 +123,28 @@ def drop_caches(model: nn.Module, names: Sequence[str]) -> None:
 
     The names may be a stranger's: nothing that PyTorch keeps on a module itself is among them.
     """
-    modules = dict(modules_in(model))
+    modules = {path: vars(module) for path, module in modules_in(model)}
     constant = {text for text in names if any(text.startswith(f"{at}!") for at in names)}
-    for text in [text for text in names if text not in constant]:
+    for text in sorted(set(names) - constant):
         path, _, name = text.rpartition(":")
-        own: Any = vars(modules[path]) if path in modules else {}
-        kept = own.get(name)
+        own = modules.get(path, {})
+        kept: Any = own.get(name)
         if is_table(name, kept):
             _keep_constants(text, kept, constant)
         elif name not in _OF_EVERY_MODULE and isinstance(kept, Tensor):
             own[name] = None
 
 
-def _keep_constants(at: str, table: dict[Any, Any], constant: Set[str]) -> None:
-    for key in list(table):
-        if f"{at}!{key!r}" not in constant:
-            del table[key]
+def _keep_constants(at: str, table: dict[Any, Any], constant: set[str]) -> None:
+    for key in [key for key in table if f"{at}!{key!r}" not in constant]:
+        del table[key]
 
 
 def is_table(name: str, value: Any) -> bool:
     """Whether an attribute is a plain dict that holds tensors, and nothing else."""
     return (
         type(value) is dict
-        and bool(value)
+        and len(value) > 0
         and name not in _OF_EVERY_MODULE
         and all(isinstance(item, Tensor) for item in value.values())
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -203,9 +203,8 @@ class Recorder(TorchDispatchMode):
     def _record(
         self, func: OpOverload, bound: dict[str, Any], out: Any, strides: tuple[int, ...]
     ) -> None:
-        leaves = (out,) if isinstance(out, Tensor) else tree_leaves(out)
-        outputs = tuple(t for t in leaves if isinstance(t, Tensor))
         context = Pin("", str(func), self.stack[-1], find_source(sys._getframe(2)))
+        outputs = (out,) if isinstance(out, Tensor) else tuple(_tensors_in(out))
         if any(tensor.is_nested for tensor in outputs):
             refuse_nested(context.operator, context.module, context.source)
         given = self.follow.given
@@ -216,28 +215,33 @@ class Recorder(TorchDispatchMode):
             bound,
             outputs,
             self.algebra,
-            lambda tensor: self.labels[self.value_of(tensor)],
+            self._labels_of,
             context,
             strides,
             given,
-            lambda tensor: self.from_state[self.value_of(tensor)],
+            self._is_state,
             self._positions_in,
         )
         args = {name: _refer(value, self.value_of) for name, value in bound.items()}
-        from_state = all(self.from_state[self.value_of(tensor)] for _, tensor in call.tensors())
+        from_state = all(call.is_state(tensor) for _, tensor in call.tensors())
         effect = self._effect_of(call)
-        labels = call.unlabelled() if effect is None else effect.outputs
         passed = self._passed_on(call)
-        for _, tensor in call.tensors():
-            if not any(tensor is one for one in call.followed):
-                self.read(tensor)
+        if self._counted:
+            self._read_all(call)
+        labels = call.unlabelled() if effect is None else effect.outputs
         numbers = self._number(call, labels, from_state=from_state)
+        self._count(call, effect, numbers, passed)
+        self.nodes.append(Node(func, args, numbers, effect, context.module, context.source))
+
+    def _count(
+        self, call: Call, effect: Effect | None, numbers: Sequence[int], passed: list[Any]
+    ) -> None:
+        """Remember which outputs hold positions along a dim."""
         for number in numbers[: 1 if call.name == "sort" else None] if passed else ():
             self._counted[number] = list(passed)
         for output, label in () if effect is None else effect.counted:
             why = call.why("positions along this dim are counted")
             self._counted.setdefault(numbers[output], []).append((label, why))
-        self.nodes.append(Node(func, args, numbers, effect, context.module, context.source))
 
     def _effect_of(self, call: Call) -> Effect | None:
         """What the operator's rule says; without one, all that goes in is pinned."""
@@ -295,6 +299,12 @@ class Recorder(TorchDispatchMode):
             self.algebra.pin_copies(label, why)
         self.sizes.finish()
 
+    def _labels_of(self, tensor: Tensor) -> Labels:
+        return self.labels[self.value_of(tensor)]
+
+    def _is_state(self, tensor: Tensor) -> bool:
+        return self.from_state[self.value_of(tensor)]
+
     def _positions_in(self, tensor: Tensor) -> Label | None:
         """The label of the one dim along which a tensor's values are positions."""
         found = self._counted.get(self.value_of(tensor), ())
@@ -303,7 +313,7 @@ class Recorder(TorchDispatchMode):
     def _passed_on(self, call: Call) -> list[tuple[Label, Pin]]:
         """The dims along which the outputs hold positions because the first argument does."""
         name = next(iter(call.args), "")
-        if call.name not in PASSES or not isinstance(call.args[name], Tensor):
+        if not self._counted or call.name not in PASSES or not isinstance(call.args[name], Tensor):
             return []
         call.positions(name)
         return self._counted.get(self.value_of(call.args[name]), [])
@@ -313,13 +323,19 @@ class Recorder(TorchDispatchMode):
         for label, why in self._counted.pop(self.value_of(tensor), ()):
             self.algebra.pin(label, why)
 
+    def _read_all(self, call: Call) -> None:
+        """An operator reads its arguments, but for positions that its rule has followed."""
+        for _, tensor in call.tensors():
+            if not any(tensor is one for one in call.followed):
+                self.read(tensor)
+
     def _enter_function(self, given: Given, why: Pin) -> None:
         """Take down what a torch function is told, whatever operators it consists of."""
         first = self._begun is None or given is not self._begun()
         self._begun = weakref.ref(given)
         if given.name in ("layer_norm", "rms_norm") and first:
             tensor, written = given.argument(0, "input"), given.argument(1, "normalized_shape")
-            labels, shape = self.labels[self.value_of(tensor)], tensor.shape
+            labels, shape = self._labels_of(tensor), tensor.shape
             for dim in range(-len(written), 0):
                 expression = expression_of(written[dim])
                 if expression is not None:
@@ -347,16 +363,13 @@ class Recorder(TorchDispatchMode):
     def seal(self, arguments: Any, reason: str) -> None:
         """Pin whatever goes into a function that can't be seen into."""
         why = Pin(reason, "", self.stack[-1], find_source(sys._getframe(2)))
-        for tensor in tree_leaves(arguments):
-            if isinstance(tensor, Tensor):
-                self.read(tensor)
-                for label in self.labels[self.value_of(tensor)]:
-                    self.algebra.pin(label, why)
+        for tensor in _tensors_in(arguments):
+            self.read(tensor)
+            for label in self._labels_of(tensor):
+                self.algebra.pin(label, why)
 
     def _pin_unknown(self, call: Call) -> None:
-        labels = [
-            label for _, tensor in call.tensors() for label in self.labels[self.value_of(tensor)]
-        ]
+        labels = [label for _, tensor in call.tensors() for label in self._labels_of(tensor)]
         if any(self.algebra.canonical(label) is not None for label in labels):
             self.unknown[str(call.target)] += 1
             call.pin_all(f"no rule for {call.target}")
@@ -374,6 +387,10 @@ class Recorder(TorchDispatchMode):
 def _strides(value: Any) -> tuple[int, ...]:
     dense = isinstance(value, Tensor) and value.layout == torch.strided
     return value.stride() if dense else ()
+
+
+def _tensors_in(structure: Any) -> Iterator[Tensor]:
+    return filter(torch.is_tensor, tree_leaves(structure))
 
 
 def _refer(value: Any, number: Callable[[Tensor], int]) -> Any:

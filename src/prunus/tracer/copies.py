@@ -12,7 +12,7 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
@@ -71,10 +71,9 @@ def deep_copy(model: nn.Module) -> Copy:
 
 
 def stand_in(model: nn.Module) -> Copy:
-    """A copy whose tensors are others with the same memory.
+    """A copy whose tensors are others with the same memory: only a write into it would be seen.
 
-    Whatever runs on it may set attributes, fill containers and run hooks: the model sees nothing
-    of it.  Only a write into the memory of a tensor would be seen.
+    Whatever runs on it may set attributes, fill containers and run hooks.
     """
     return _Copier(model, _alias).made()
 
@@ -281,12 +280,15 @@ class _Copier:
         made.__kwdefaults__ = named
         functools.update_wrapper(made, value, updated=())
         vars(made).pop("__wrapped__", None)
-        for name, item in vars(value).items():
-            vars(made)[name] = self._copy(item)
-        for cell, new in zip(closure, cells, strict=True):  # last: it may close over itself
+        vars(made).update({name: self._copy(item) for name, item in vars(value).items()})
+        self._fill_cells(closure, cells)
+        return made
+
+    def _fill_cells(self, closure: Iterable[Any], cells: Iterable[Any]) -> None:
+        """Last, since a function may close over itself."""
+        for cell, new in zip(closure, cells, strict=True):
             if content_of(new) is UNSET and content_of(cell) is not UNSET:
                 new.cell_contents = self._copy(cell.cell_contents)
-        return made
 
     def _namespace(self, space: dict[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
         made: dict[str, Any] = self._memo.get(id(space)) or self._keep(space, dict(space))
@@ -332,14 +334,12 @@ class _Copier:
 
     def _attributes(self, value: Any, made: Any) -> None:
         own = getattr(made, "__dict__", None)
-        if own is None or own is vars(value):
-            return
-        self._depth += 1
-        try:
-            for name, item in list(vars(value).items()):
-                own[name] = self._copy(item)
-        finally:
-            self._depth -= 1
+        if own is not None and own is not vars(value):
+            self._depth += 1
+            try:
+                own.update({n: self._copy(item) for n, item in list(vars(value).items())})
+            finally:
+                self._depth -= 1
 
 
 _MAKERS: tuple[tuple[Any, Callable[[_Copier, Any], Any]], ...] = (

@@ -38,22 +38,26 @@ def pin_unsolvable(recorder: Recorder, names: list[str]) -> Resolver:
     whose units are returned.
     """
     while True:
-        pending = False
         resolver = recorder.resolver(names)
-        sizes = recorder.sizes
-        equations = [in_units(equation, resolver) for equation in sizes.equations]
-        conditions = [condition_in_units(condition, resolver) for condition in sizes.conditions]
-        for seed in range(TRIALS) if equations or conditions else ():
-            kept = _draw(resolver, seed)
-            solution = solve(equations, sizes.attributes, kept)
-            for index in [i for i, one in enumerate(equations) if one in solution.broken]:
-                pending |= _make_solvable(recorder, sizes.equations[index])
-            for index in other_paths(conditions, solution, kept):
-                pending |= _keep_path(recorder, sizes.conditions[index])
-            if pending:
-                break
-        if not pending:
+        equations = [in_units(equation, resolver) for equation in recorder.sizes.equations]
+        conditions = [condition_in_units(one, resolver) for one in recorder.sizes.conditions]
+        trials = range(TRIALS) if equations or conditions else ()
+        kept = (_draw(resolver, seed) for seed in trials)
+        if not any(_settle(recorder, equations, conditions, mask) for mask in kept):
             return resolver
+
+
+def _settle(
+    recorder: Recorder, equations: list[Equation], conditions: list[Condition], kept: Mask
+) -> bool:
+    """Tie or pin what does not hold under a selection; whether there was anything."""
+    sizes = recorder.sizes
+    solution = solve(equations, sizes.attributes, kept)
+    broken = [index for index, one in enumerate(equations) if one in solution.broken]
+    changed = [_make_solvable(recorder, sizes.equations[index]) for index in broken]
+    others = other_paths(conditions, solution, kept)
+    changed += [_keep_path(recorder, sizes.conditions[index]) for index in others]
+    return any(changed)
 
 
 def _draw(resolver: Resolver, seed: int) -> Mask:
@@ -120,22 +124,30 @@ def _tie_multiple(recorder: Recorder, equation: Equation) -> bool:
     ``self.ratio * self.key_dim``: the dim is ratio × key_dim, and its columns go with the dim that
     ``key_dim`` governs.
     """
-    expression, label, algebra = equation.expression, equation.width.label, recorder.algebra
+    expression, label = equation.expression, equation.width.label
     if label is None or not isinstance(expression, Operation) or expression.op != "*":
         return False
-    for factor, times_of in _factors(expression):
-        other = recorder.sizes.governed(factor)
-        free = [algebra.canonical(one) for one in (other, recorder.sizes.governed(times_of))]
-        if other is None or free[0] is None or free[1] is not None or len(label) % len(other):
-            continue  # nothing to tie to, or the number of times may change as well
-        why = Pin("a multiple of another size", "", equation.module, equation.source)
-        times, column = algebra.split(label, (len(label) // len(other), len(other)), why)
-        if algebra.canonical(times) is None and _alike(algebra, column, other):
-            continue  # tied already, and that was not enough
-        algebra.pin(times, why)
-        algebra.unify(column, other, why)
-        return True
-    return False
+    why = Pin("a multiple of another size", "", equation.module, equation.source)
+    governed = recorder.sizes.governed
+    return any(
+        _tie_to(recorder.algebra, label, governed(factor), governed(times), why)
+        for factor, times in _factors(expression)
+    )
+
+
+def _tie_to(
+    algebra: Algebra, label: Label, other: Label | None, number: Label | None, why: Pin
+) -> bool:
+    """Let a dim lose the places that another does, as many times as it is longer."""
+    free = [algebra.canonical(one) for one in (other, number)]
+    if other is None or free[0] is None or free[1] is not None or len(label) % len(other):
+        return False  # nothing to tie to, or the number of times may change as well
+    times, column = algebra.split(label, (len(label) // len(other), len(other)), why)
+    if algebra.canonical(times) is None and _alike(algebra, column, other):
+        return False  # tied already, and that was not enough
+    algebra.pin(times, why)
+    algebra.unify(column, other, why)
+    return True
 
 
 def _alike(algebra: Algebra, a: Label | None, b: Label | None) -> bool:

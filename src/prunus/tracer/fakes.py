@@ -172,19 +172,23 @@ class Shadows:
         if any(isinstance(value, Tensor) and self.of(value) is None for value in args):
             return None
         leaves, spec = tree_flatten((args, kwargs))
-        known = [(leaf, self.of(leaf)) for leaf in leaves if isinstance(leaf, Tensor)]
-        own = func._schema.is_mutable and any(shadow is leaf for leaf, shadow in known)
-        if own or any(shadow is None for _, shadow in known) or not _has_values(func, kwargs):
-            return None
-        if not known and not self._is_small_factory(func, leaves):
-            return None
         real = [self.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        if not _has_values(func, kwargs) or not self._are_known(func, leaves, real):
+            return None
         args, kwargs = tree_unflatten(real, spec)
         try:
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         except (RuntimeError, NotImplementedError, IndexError, ValueError):
             return None
+
+    def _are_known(self, func: OpOverload, leaves: list[Any], real: list[Any]) -> bool:
+        """Whether all that goes in is known, and nothing of the model's would be written to."""
+        pairs = [pair for pair in zip(leaves, real, strict=True) if isinstance(pair[0], Tensor)]
+        if not pairs:
+            return self._is_small_factory(func, leaves)
+        written = func._schema.is_mutable
+        return all(own is not None and not (written and own is leaf) for leaf, own in pairs)
 
     def ran(self, func: OpOverload, inputs: Any, out: Any, known: Any) -> None:
         """What an operator returned, beside what :meth:`run` did; else it is stale."""
@@ -221,20 +225,22 @@ def _layout_of(tensor: Tensor) -> _Layout:
     return _Layout(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
 
+_ITSELF: dict[bool, tuple[_Layout, ...]] = {True: ()}
+
+
 def _layouts_of(result: Any, args: Any, kwargs: Any, key: Any) -> tuple[_Layout, ...] | None:
     """What to make such a result from: () for the first argument itself, None if nothing will do.
 
     Only fresh plain tensors can be made again.
     """
     if args and result is args[0]:
-        return () if _part_of(result) == key[2] else None
+        return _ITSELF.get(_part_of(result) == key[2])
     tensors = result if isinstance(result, tuple) else (result,)
     if not all(isinstance(tensor, FakeTensor) and _is_plain(tensor) for tensor in tensors):
         return None
-    given = {storage_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-    if not given.isdisjoint(map(storage_of, tensors)):
-        return None
-    return tuple(map(_layout_of, tensors))
+    made = set(map(storage_of, tensors))
+    given = filter(torch.is_tensor, tree_leaves((args, kwargs)))
+    return tuple(map(_layout_of, tensors)) if made.isdisjoint(map(storage_of, given)) else None
 
 
 def _batch_norm_in_eval(args: Sequence[Any]) -> tuple[_Layout, ...] | None:
@@ -264,15 +270,19 @@ def storage_of(tensor: Tensor) -> int:
 def _goes_by_shape(func: OpOverload) -> bool:
     """Whether shapes in determine shapes out, and nothing but the first argument is written to."""
     schema = func._schema
-    if schema.name.startswith("prim::"):  # questions, which are no operators
+    question = schema.name.startswith("prim::")
+    if question or not _NOT_BY_SHAPE.isdisjoint(func.tags):
         return False
-    aliased = [(n, one.alias_info) for n, one in enumerate(schema.arguments) if one.alias_info]
-    return (
-        _NOT_BY_SHAPE.isdisjoint(func.tags)
-        and all(isinstance(one.type, torch.TensorType) for one in schema.returns)
-        and not any(info.is_write != schema.is_mutable or n for n, info in aliased)
-        and (schema.is_mutable or not any(one.alias_info for one in schema.returns))
-    )
+    shared = any(one.alias_info for one in schema.returns)
+    if (shared and not schema.is_mutable) or not _writes_to_first(schema):
+        return False
+    return all(isinstance(one.type, torch.TensorType) for one in schema.returns)
+
+
+def _writes_to_first(schema: Any) -> bool:
+    """Whether no argument but the first is shared with a result, and that one if written to."""
+    given = [(n, one.alias_info) for n, one in enumerate(schema.arguments) if one.alias_info]
+    return all(n == 0 and info.is_write == schema.is_mutable for n, info in given)
 
 
 def _key_of(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -77,10 +77,14 @@ class _Marks:
         if kind is dict:
             return {key: self._inside(at, key, item) for key, item in value.items()}
         if id(value) not in self._seen and not at.keys and is_config(value):
+            self._settings(vars(value), at)
             self._seen.add(id(value))
-            numbers = {k: v for k, v in vars(value).items() if isinstance(v, int) and k[:1] != "_"}
-            vars(value).update({key: self._inside(at, key, v) for key, v in numbers.items()})
         return value
+
+    def _settings(self, own: dict[str, Any], at: Attribute) -> None:
+        for key, item in list(own.items()):
+            if isinstance(item, int) and not key.startswith("_"):
+                own[key] = self._inside(at, key, item)
 
     def _inside(self, at: Attribute, key: Any, item: Any) -> Any:
         named = isinstance(key, (str, int))

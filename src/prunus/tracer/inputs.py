@@ -105,12 +105,10 @@ def find_rows(
     source = {number: number for number in inputs}
     found: dict[int, int] = {}
     for node in nodes:
-        name = name_of(node)
-        if name in _CARRIED and isinstance(node.args.get("self"), Ref):
-            origin = source.get(node.args["self"].value)
-            if origin is not None:
-                source.update((number, origin) for number in node.outputs)
-        for value, (table, dim) in _row_numbers(node) if name in _TABLES else ():
+        given = node.args.get("self")
+        if name_of(node) in _CARRIED and isinstance(given, Ref) and given.value in source:
+            source.update(dict.fromkeys(node.outputs, source[given.value]))
+        for value, (table, dim) in _row_numbers(node):
             if value in source and from_state[table]:
                 count = shapes[table][dim]
                 found[source[value]] = min(count, found.get(source[value], count))
@@ -119,6 +117,8 @@ def find_rows(
 
 def _row_numbers(node: Node) -> Iterator[tuple[int, tuple[int, int]]]:
     """The values that choose rows of a table, with the table and the dim along which they do."""
+    if name_of(node) not in _TABLES:
+        return
     table, index = (node.args[name] for name in _TABLES[name_of(node)])
     indices = index if isinstance(index, list) else [index]
     for dim, reference in enumerate(indices, start=int(node.args.get("dim", 0))):

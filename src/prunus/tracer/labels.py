@@ -46,6 +46,8 @@ class Algebra:
     ----------
     has_definitions
         Whether any atom stands for several others.
+    has_copies
+        Whether any label is that of copies.
 
     >>> algebra, why = Algebra(), Pin("", "", "", "")
     >>> label = algebra.fresh(6)[:, None]
@@ -64,7 +66,7 @@ class Algebra:
         self._places = np.zeros(1024, dtype=np.bool_)
         self._count = 1
         self.has_definitions = False
-        self._has_copies = False
+        self.has_copies = False
         self.events: list[Event] = []
         self.owners: list[Axis] = [Axis("always kept", 0)]
         self.starts: list[int] = [0]
@@ -99,7 +101,7 @@ class Algebra:
         holds them is that of a dim that has met nothing but such dims.
         """
         own, twin = self.fresh(size, owner), self.fresh(size, owner)
-        self._has_copies = True
+        self.has_copies = True
         self._copies[twin] = True
         self._places[own] = True
         self._tie(own, twin)
@@ -107,7 +109,7 @@ class Algebra:
 
     def copied(self, label: Label | None) -> Label | None:
         """The columns of a label that :meth:`copies` has made; None without any."""
-        if label is None or not self._has_copies:
+        if label is None or not self.has_copies:
             return None
         columns = self._copies[label].any(axis=0)
         return label[:, columns] if columns.any() else None

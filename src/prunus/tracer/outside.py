@@ -143,20 +143,20 @@ class Outside:
         space = function.__globals__
         if id(space) not in self.spaces:
             self.spaces[id(space)] = dict(space)
-        bound = list(_bound_to(function))
-        for item in bound:
+        called: list[tuple[Any, type]] = []
+        for item in _bound_to(function):
             self._remember(item)
-        called: list[tuple[Any, type]] = [(item, owner) for item in filter(callable, bound)]
+            called += [(item, owner)] if callable(item) else []
         self._cells += [(cell, content_of(cell)) for cell in function.__closure__ or ()]
         for name, found in globals_of(function):
-            called += self._class(found, seen) if isinstance(found, type) else []
+            called += self._class(found, seen)
             called += self._variable(space, name, found, owner)
         methods = (getattr(owner, name, None) for name in names_in(function.__code__))
         return called + [(one, owner) for one in methods if isinstance(one, (*_FUNCTIONS, LRU))]
 
-    def _class(self, kind: type, seen: set[int]) -> list[tuple[Any, type]]:
+    def _class(self, kind: Any, seen: set[int]) -> list[tuple[Any, type]]:
         """Of a class that a function names, in whose attributes it may keep something."""
-        if id(kind) in seen:
+        if not isinstance(kind, type) or id(kind) in seen:
             return []
         seen.add(id(kind))
         is_open = kind.__flags__ & _HEAP_TYPE

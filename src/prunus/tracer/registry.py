@@ -22,7 +22,7 @@ from prunus.graph.axis import Label
 from prunus.graph.expressions import Expression
 from prunus.graph.groups import Pin
 from prunus.graph.program import Effect, Labels, Path, Place
-from prunus.tracer.labels import Algebra
+from prunus.tracer.labels import Algebra, Atoms
 from prunus.tracer.provenance import Provenance, plain
 
 
@@ -163,6 +163,10 @@ class Call:
     def pin(self, label: Label | None, reason: str) -> None:
         """Keep every position of a dim."""
         self.algebra.pin(label, self.why(reason))
+
+    def pin_first(self, label: Label | None, count: int, reason: str) -> None:
+        """Keep the first positions of a dim."""
+        self.pin(None if label is None else label[:count], reason)
 
     def pin_all(self, reason: str) -> None:
         """Keep every position of every dim of every tensor argument."""
@@ -366,16 +370,25 @@ SUMMED = "as many copies as a size says are summed, averaged or normalised here"
 def summed_copies(call: Call, effect: Effect) -> Iterator[tuple[Label, Pin]]:
     """Dims of copies over which an operator sums or looks, and that meet nothing else there."""
     algebra = call.algebra
+    if not algebra.has_copies:
+        return
+    summed = [_label(call, place) for place in effect.contracted]
     for place in effect.mixing:
-        copies = algebra.copied(_label(call, place))
-        if copies is not None:
-            yield copies, call.why(SUMMED)
-    labels = [label for place in effect.contracted if (label := _label(call, place)) is not None]
-    met = [algebra.find(label).ravel() for label in labels if algebra.copied(label) is None]
-    others = np.concatenate(met) if met else np.zeros(0, dtype=np.int64)
-    for copies in map(algebra.copied, labels):
+        looked = algebra.copied(_label(call, place))
+        if looked is not None:
+            yield looked, call.why(SUMMED)
+    others = _met_by(algebra, summed)
+    for copies in map(algebra.copied, summed):
         if copies is not None and not np.isin(algebra.find(copies), others).any():
             yield copies, call.why(SUMMED)
+
+
+def _met_by(algebra: Algebra, labels: Sequence[Label | None]) -> Atoms:
+    """The roots of labels that are not of copies."""
+    met = [label for label in labels if label is not None and algebra.copied(label) is None]
+    return np.concatenate(
+        [np.zeros(0, dtype=np.int64), *(algebra.find(one).ravel() for one in met)]
+    )
 
 
 def _label(call: Call, place: Place) -> Label | None:

@@ -35,13 +35,7 @@ def run_on_kept(node: Node, bound: Mapping[str, Any], program: Program, kept: Ma
     """
     if node.effect is None:
         return None
-    arguments = dict(bound)
-    for (name, *rest), dim in node.effect.mixing:
-        if rest:
-            raise AssertionError(f"{node.target}: a mixing dim inside a list is not supported")
-        label = program.value_label(node.args[str(name)], dim)
-        if label is not None:
-            arguments[str(name)] = _select(arguments[str(name)], dim, kept_positions(label, kept))
+    arguments = _kept_arguments(node, bound, program, kept)
     if all(arguments[name] is bound[name] for name in bound):
         return None
     for name, value in node.effect.sizes.items():
@@ -50,15 +44,24 @@ def run_on_kept(node: Node, bound: Mapping[str, Any], program: Program, kept: Ma
     leaves, spec = tree_flatten(result)
     for output, label in node.effect.counted:
         leaves[output] = _numbered(leaves[output], program.label(label), kept)
-    numbers = iter(node.outputs)
-    layouts = iter(_layouts(node, bound))
-    spread = [
-        lay(_spread(leaf, program.labels[next(numbers)], program, kept), next(layouts))
-        if isinstance(leaf, Tensor)
-        else leaf
-        for leaf in leaves
-    ]
-    return tree_unflatten(spread, spec)
+    at = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    for place, number, layout in zip(at, node.outputs, _layouts(node, bound), strict=False):
+        whole = _spread(leaves[place], program.labels[number], program, kept)
+        leaves[place] = lay(whole, layout)
+    return tree_unflatten(leaves, spec)
+
+
+def _kept_arguments(
+    node: Node, bound: Mapping[str, Any], program: Program, kept: Mask
+) -> dict[str, Any]:
+    """The arguments of a mixing operator without removed positions."""
+    arguments = dict(bound)
+    for (name, *rest), dim in node.effect.mixing if node.effect is not None else ():
+        assert not rest, f"{node.target}: a mixing dim inside a list is not supported"
+        label = program.value_label(node.args[str(name)], dim)
+        if label is not None:
+            arguments[str(name)] = _select(arguments[str(name)], dim, kept_positions(label, kept))
+    return arguments
 
 
 def _numbered(places: Tensor, label: Label | None, kept: Mask) -> Tensor:

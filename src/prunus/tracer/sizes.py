@@ -266,13 +266,11 @@ def _may_depend_on_inputs(
     """Whether what a comparison comes to may hang on the inputs' sizes, which are plain ints."""
     if isinstance(one, int):
         return False
-    leaves = list(leaves_of(one))
-    mixed = {int, Width} <= {type(leaf) for leaf in leaves if leaf not in (-1, 0, 1)}
-    if not isinstance(other, int):
-        return mixed and op != "=="
-    if op == "==":
-        return mixed and not outcome and other > 1
-    return mixed or (other > 1 and not constant)
+    mixed = {int, Width} <= {type(leaf) for leaf in leaves_of(one) if leaf not in (-1, 0, 1)}
+    several = isinstance(other, int) and other > 1
+    if op != "==":
+        return mixed or (several and not constant)
+    return mixed and several and not outcome
 
 
 def _is_computed(value: int) -> bool:

@@ -96,7 +96,7 @@ class Fold:
             found.setdefault((name, dim), set()).update(_present(positions))
         return found
 
-    def serves_only(self, attentions: Sequence[Attention], targets: Targets) -> bool:
+    def serves_only(self, attentions: Sequence[Attention], fixed: Fixed) -> bool:
         """Whether what is multiplied reaches nothing but the queries of these attentions.
 
         A query may also make an attention bias, and one projection both queries and keys.
@@ -108,12 +108,16 @@ class Fold:
         self._met.clear()
         for query in queries:
             self._columns(query)
-        path, names = frozenset(self._met), {name for name, _ in targets}
-        starts = {value for value, name in self._state.items() if name in names}
+        targets = {(name, dim): set(at) for name, dim, at in fixed}
+        path = frozenset(self._met)
         return not any(
             self._leaves(value, path, targets, inside if value in queries else ())
-            for value in starts | path
+            for value in self._starts(fixed) | path
         )
+
+    def _starts(self, fixed: Fixed) -> set[int]:
+        names = {name for name, _, _ in fixed}
+        return {value for value, name in self._state.items() if name in names}
 
     def _leaves(
         self, value: int, path: frozenset[int], targets: Targets, skipped: Container[int]
@@ -267,8 +271,7 @@ def find_rescales(
         targets = fold.targets(attention.query)
         alike.setdefault(None if targets is None else _fix(targets), []).append(attention)
     for fixed, found in alike.items():
-        targets = {(name, dim): set(at) for name, dim, at in fixed or ()}
-        fits = fixed is not None and fold.serves_only(found, targets)
+        fits = fixed is not None and fold.serves_only(found, fixed)
         yield from ((attention, fixed if fits else None) for attention in found)
 
 

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.graph.program import state_of
 from prunus.graph.progress import shows
 from prunus.tracer.adapters import adapted
-from prunus.tracer.blocks import find_blocks, follow_blocks
+from prunus.tracer.blocks import Children, find_blocks, follow_blocks
 from prunus.tracer.build import build_graph
 from prunus.tracer.caches import (
     Entries,
@@ -205,6 +205,27 @@ class _Admitted:
         return self._known[id(value)]
 
 
+class _Ran(NamedTuple):
+    """What a forward has left beside what the recorder holds.
+
+    Attributes
+    ----------
+    inputs
+        Numbers of the tensors that it was given.
+    own_forward
+        Whether the model's own forward ran, and not only a method in its place.
+    """
+
+    copied: Copy
+    found: Outputs
+    left_in: Sequence[tuple[str, Tensor]]
+    inputs: Sequence[int]
+    children: Children
+    caches: list[str]
+    written: list[str]
+    own_forward: bool
+
+
 class _Run:
     """One run of a copy of the model, and what is known of it afterwards.
 
@@ -259,12 +280,16 @@ class _Run:
         outside = Outside(copied.model)
         self._spaces = outside.spaces
         outside.forget_tensors()
-        state, _ = state_of(task.model)
+        state, aliases = state_of(task.model)
         theirs = {name: copied.of(tensor) for name, tensor in state.items()}
         recorder = Recorder(theirs, self._watch, real=self._real, apart=self._apart)
         recorder.sealed = scripted(task.model)
         try:
-            return self._record(recorder, copied, shared, started)
+            run = self._forward(recorder, copied, shared)
+            traced = time.perf_counter()
+            graph = self._graph(recorder, run, state, aliases)
+            seconds = {"trace": traced - started, "group": time.perf_counter() - traced}
+            return replace(graph, seconds=seconds)
         finally:
             self.hashed = recorder.run.hashed
             recorder.release()
@@ -272,11 +297,8 @@ class _Run:
             for module in modules:
                 vars(module).clear()  # which ends cycles
 
-    def _record(
-        self, recorder: Recorder, copied: Copy, shared: Sequence[nn.Module], started: float
-    ) -> CouplingGraph:
+    def _forward(self, recorder: Recorder, copied: Copy, shared: Sequence[nn.Module]) -> _Ran:
         task, model = self._task, copied.model
-        state, aliases = state_of(task.model)
         admitted = _Admitted(recorder)
         with (
             quiet(),
@@ -298,35 +320,44 @@ class _Run:
                 found = find_outputs(recorder.sizes.returned(model(*args, **kwargs)))
             left_in = find_left_in((args, kwargs)) if task.outputs is None else []
             caches, written = find_caches(model, before), find_written(model, before)
-        traced = time.perf_counter()
-        chosen, released = self._pin_outputs(recorder, found, left_in)
+        return _Ran(
+            copied, found, left_in, admitted.numbers, children, caches, written, bool(forwards)
+        )
+
+    def _graph(
+        self,
+        recorder: Recorder,
+        ran: _Ran,
+        state: Mapping[str, Tensor],
+        aliases: Mapping[str, str],
+    ) -> CouplingGraph:
+        task = self._task
+        chosen, released = self._pin_outputs(recorder, ran.found, ran.left_in)
         kept = {name: recorder.value_of(tensor) for name, tensor in chosen}
-        left = set(written) - set(recorder.state.values())  # by an earlier run, and not read
+        left = set(ran.written) - set(recorder.state.values())  # by an earlier run, and not read
         state = {name: tensor for name, tensor in state.items() if name not in left}
         aliases = {name: first for name, first in aliases.items() if first in state}
-        known = {name: copied.of(tensor) for name, tensor in state.items()}
-        trained = {name for name, tensor in state.items() if isinstance(tensor, nn.Parameter)}
-        unread = tie_unread(recorder, task.model, known, trained, forward_ran=bool(forwards))
+        known = {name: ran.copied.of(tensor) for name, tensor in state.items()}
+        unread = tie_unread(recorder, task.model, known, forward_ran=ran.own_forward)
         recorder.finish()
-        recorded = recorder.program(admitted.numbers, kept)
+        recorded = recorder.program(ran.inputs, kept)
         flow = Dataflow(keep_normed_weights(recorded, recorder.from_state, task.model, state))
         graph, resolve = build_graph(recorder, flow, task.model, state, aliases)
         program = replace(flow.program, resolve=resolve)
         flow = flow.of(program)
-        blocks, obstacles = find_blocks(children, flow)
-        rows = find_rows(recorder.nodes, admitted.numbers, recorder.shapes, recorder.from_state)
+        blocks, obstacles = find_blocks(ran.children, flow)
+        rows = find_rows(recorder.nodes, ran.inputs, recorder.shapes, recorder.from_state)
         described = {
             "inputs": describe_inputs(task.args, task.kwargs, rows),
             "outputs": {name: list(tensor.shape) for name, tensor in chosen},
-            "caches": caches,
+            "caches": ran.caches,
             "released": released,
             "unread": unread,
-            "written": written,
+            "written": ran.written,
         }
         entry = entry_of(task.model) if task.forward_fn is None else task.forward_fn
         if entry is not None:
             described["forward_fn"] = describe_entry(entry)
-        seconds = {"trace": traced - started, "group": time.perf_counter() - traced}
         return replace(
             graph,
             program=program,
@@ -334,7 +365,6 @@ class _Run:
             find_moments=partial(find_moments, program),
             forward_fn=entry,
             traced=described,
-            seconds=seconds,
             blocks=blocks,
             obstacles=obstacles,
         )

@@ -8,7 +8,8 @@ forward reads holds nothing of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -25,7 +26,6 @@ def tie_unread(
     recorder: Recorder,
     model: nn.Module,
     state: Mapping[str, Tensor],
-    trained: Set[str],
     *,
     forward_ran: bool = True,
 ) -> list[str]:
@@ -37,21 +37,15 @@ def tie_unread(
     ----------
     state
         The tensors that the recorder knows, by name.
-    trained
-        Names of those that are parameters.
     forward_ran
         Whether the model's own forward was run, and not only a method in its place.
     """
     numbers = {ref.value for node in recorder.nodes for ref in refs_in(node.args)}
     read = {recorder.state[number] for number in recorder.state.keys() & numbers}
     unread = [name for name in state if name not in read and state[name].dim()]
-    parameters = list(filter(trained.__contains__, unread))
-    if not parameters:
-        return []
-    ties = _Ties(recorder, model, state, read)
-    for name in unread:
-        if not ties.follow(name) and name in parameters:
-            ties.pin(name, forward_ran=forward_ran)
+    parameters = [name for name in unread if isinstance(state[name], nn.Parameter)]
+    if parameters:
+        _Ties(recorder, model, state, read).tie(unread, parameters, forward_ran=forward_ran)
     return parameters
 
 
@@ -64,6 +58,12 @@ class _Ties:
         self._recorder, self._state, self._read = recorder, state, read
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._ran = {name.rpartition(".")[0] for name in read}
+
+    def tie(self, unread: list[str], parameters: list[str], *, forward_ran: bool) -> None:
+        """Tie or pin what was not read."""
+        for name in unread:
+            if not self.follow(name) and name in parameters:
+                self.pin(name, forward_ran=forward_ran)
 
     def follow(self, name: str) -> bool:
         """Tie a tensor like its siblings'; False if it has none that was read."""
@@ -114,13 +114,17 @@ class _Ties:
             container = self._modules.get(path)
             if not isinstance(container, _CONTAINERS) or key not in container._modules:
                 continue
-            kind = type(container._modules[key])
-            alike = [n for n, module in container._modules.items() if type(module) is kind]
-            others = (".".join([*parts[:at], other, *rest]) for other in alike)
-            shape = self._state[name].shape
-            found = [o for o in others if o in self._read and self._state[o].shape == shape]
-            if found and rest:
+            found = self._alike(name, container._modules, at) if rest else []
+            if found:
                 yield ".".join(parts[: at + 1]), found
+
+    def _alike(self, name: str, modules: Mapping[str, Any], at: int) -> list[str]:
+        """The tensors that were read whose names differ in the module of a list alone."""
+        parts, shape = name.split("."), self._state[name].shape
+        kind = type(modules[parts[at]])
+        keys = [key for key, module in modules.items() if type(module) is kind]
+        others = (".".join([*parts[:at], key, *parts[at + 1 :]]) for key in keys)
+        return [o for o in others if o in self._read and self._state[o].shape == shape]
 
     def _are_shared(self, siblings: list[str], labels: list[Label | None]) -> bool:
         """Whether a dim of all siblings is one and the same, as that of a residual stream is."""

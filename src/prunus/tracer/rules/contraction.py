@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from math import prod
 
 from torch import Tensor
@@ -146,22 +147,22 @@ def sparse_product(call: Call) -> Effect:
 def trilinear(call: Call) -> Effect:
     """Three tensors, each stretched along dims of its own, multiplied and summed over some."""
     count = call.args["i1"].dim() + len(call.args["expand1"])
-    joined: list[Label | None] = [None] * count
+    joined: dict[int, Label | None] = {}
     sizes = [1] * count
     places: list[list[Place]] = [[] for _ in range(count)]
     for name, absent in (("i1", "expand1"), ("i2", "expand2"), ("i3", "expand3")):
-        own = set(range(count)).difference(call.args[absent])
-        for at, (dim, label) in enumerate(zip(sorted(own), call.labels(name), strict=True)):
-            joined[dim] = call.unify(joined[dim], label, CONTRACTED) if places[dim] else label
+        own = sorted(set(range(count)).difference(call.args[absent]))
+        for at, (dim, label) in enumerate(zip(own, call.labels(name), strict=True)):
+            joined[dim] = call.unify(joined.get(dim, label), label, CONTRACTED)
             sizes[dim] = call.args[name].shape[at]
             places[dim].append(((name,), at))
     summed = call.args["sumdim"]
     passed = [dim for dim in range(count) if dim not in summed]
     return Effect(
-        (tuple(joined[dim] for dim in passed),),
-        contracted=tuple(place for dim in summed for place in places[dim]),
-        produced=tuple(place for dim in passed for place in places[dim]),
-        spans=(tuple(zip(sizes, joined, strict=True)),),
+        (tuple(joined.get(dim) for dim in passed),),
+        contracted=tuple(chain.from_iterable(places[dim] for dim in summed)),
+        produced=tuple(chain.from_iterable(places[dim] for dim in passed)),
+        spans=(tuple(zip(sizes, map(joined.get, range(count)), strict=True)),),
     )
 
 

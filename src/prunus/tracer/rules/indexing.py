@@ -6,6 +6,8 @@ dim that it addresses is tied to that one instead: both lose the same positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -117,10 +119,14 @@ def _address(call: Call) -> tuple[Labels, Labels]:
             labels[dim] = address(call, labels[dim], "indices", number)
             dim += 1
     rest += labels[dim:]
-    used = [number for number, item in enumerate(indices) if item is not None]
-    apart = used != list(range(used[0], used[0] + len(used)))
-    at = 0 if apart or at is None else at  # PyTorch puts new dims first if indices are apart
+    if at is None or _are_apart(indices):
+        at = 0  # PyTorch puts new dims first if indices are apart
     return tuple(labels), (*rest[:at], *(None,) * new, *rest[at:])
+
+
+def _are_apart(indices: Sequence[Tensor | None]) -> bool:
+    used = [number for number, item in enumerate(indices) if item is not None]
+    return used != list(range(used[0], used[0] + len(used)))
 
 
 @rule("scatter.src", "scatter.value", "scatter_.src", "scatter_.value", "scatter_add",
@@ -133,16 +139,21 @@ def scatter(call: Call) -> Effect:
         return call.give_up(ADDRESSED)
     columns = zip(*(call.labels(name) for name in names), strict=True)
     dim = call.args["dim"] % max(len(shapes[0]), 1)
-    labels: list[Label | None] = []
-    for d, column in enumerate(columns):
-        if d == dim and call.positions("index") is not None:
-            call.keep(column[1:], range(len(column) - 1), ADDRESSED)
-            labels.append(address(call, column[0], "index"))
-            continue
-        whole = d != dim and len({shape[d] for shape in shapes}) == 1
-        labels.append(call.join(column) if whole else None)
-        call.keep(column, () if whole else range(len(column)), ADDRESSED)
-    return Effect((tuple(labels),))
+    sizes = zip(*shapes, strict=True)
+    labels = tuple(
+        call.join(column)
+        if d != dim and len(set(own)) == 1
+        else _written(call, column, named=d == dim)
+        for d, (column, own) in enumerate(zip(columns, sizes, strict=True))
+    )
+    return Effect((labels,))
+
+
+def _written(call: Call, column: Labels, *, named: bool) -> Label | None:
+    """The label of a dim to which positions are written that an index may name."""
+    named = named and call.positions("index") is not None
+    call.keep(column, range(1 if named else 0, len(column)), ADDRESSED)
+    return address(call, column[0], "index") if named else None
 
 
 @rule("index_fill.int_Scalar", "index_fill_.int_Scalar", "index_fill.int_Tensor",

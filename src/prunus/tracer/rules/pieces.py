@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from math import prod
 
+import numpy as np
+
 from prunus.graph.axis import Label
 from prunus.graph.expressions import Expression, Operation, Width
 from prunus.graph.program import Effect, Equations, Labels
@@ -92,16 +94,13 @@ def split_with_sizes(call: Call) -> Effect:
         return Effect((tuple(labels),) * len(call.outputs))
     sizes = [out.shape[dim] for out in call.outputs]
     written = call.given.sizes(len(sizes)) if call.given is not None else None
-    stops = [sum(sizes[: number + 1]) for number in range(len(sizes))]
-    pieces = [label[stop - size : stop] for size, stop in zip(sizes, stops, strict=True)]
-    expressions = [expression_of(one) for one in (sizes if written is None else written)]
+    pieces = np.split(label, np.cumsum(sizes)[:-1])
+    expressions = map(expression_of, sizes if written is None else written)
+    given = [size if own is None else own for own, size in zip(expressions, sizes, strict=True)]
     return Effect(
         tuple((*labels[:dim], piece, *labels[dim + 1 :]) for piece in pieces),
         at_least=tuple((piece, 1) for piece in pieces),
-        equations=tuple(
-            (size if expression is None else expression, size, piece)
-            for expression, size, piece in zip(expressions, sizes, pieces, strict=True)
-        ),
+        equations=tuple(zip(given, sizes, pieces, strict=True)),
     )
 
 

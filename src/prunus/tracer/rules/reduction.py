@@ -32,7 +32,7 @@ def reduce(call: Call) -> Effect:
         if label is None:
             continue
         if "k" in call.args:
-            call.pin(label[: call.args["k"]], ENOUGH)
+            call.pin_first(label, call.args["k"], ENOUGH)
         mixing.append(((name,), d))
         counted += [(n, label) for n in indices_among(call)]
     out = [None if d in dims else label for d, label in enumerate(labels)]

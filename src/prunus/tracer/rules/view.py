@@ -128,17 +128,16 @@ def unsqueeze(call: Call) -> Effect:
 def squeeze(call: Call) -> Effect:
     """Dims of size 1 go; another one must not come down to that."""
     shape, labels = list(call.args["self"].shape), call.labels("self")
+    if not labels:
+        return Effect(((),))
     chosen = call.args.get("dim", range(len(labels)))
-    dims = {dim % max(len(labels), 1) for dim in ([chosen] if isinstance(chosen, int) else chosen)}
+    dims = {dim % len(labels) for dim in ([chosen] if isinstance(chosen, int) else chosen)}
     if len(shape) < len(labels):  # squeezed in place already
         shape.insert(min(dims), 1)
-    for dim in dims if labels else ():
-        label = labels[dim]
-        if shape[dim] > 1 and label is not None:
-            call.pin(label[:2], "a last position alone would be squeezed away")
-    return Effect(
-        (tuple(own for d, own in enumerate(labels) if not (d in dims and shape[d] == 1)),)
-    )
+    gone = {dim for dim in dims if shape[dim] == 1}
+    for dim in dims - gone:
+        call.pin_first(labels[dim], 2, "a last position alone would be squeezed away")
+    return Effect((tuple(own for d, own in enumerate(labels) if d not in gone),))
 
 
 def _stretched(call: Call) -> tuple[Labels, tuple[int, ...]]:

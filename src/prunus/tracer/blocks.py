@@ -118,6 +118,9 @@ def find_blocks(children: Children, flow: Dataflow) -> tuple[tuple[Block, ...], 
     """
     run = _Run(flow)
     mixed = _mixed(children)
+    siblings: dict[str, list[_Child]] = {}
+    for child in children.values():
+        siblings.setdefault(child.container, []).append(child)
     blocks: list[Block] = []
     obstacles: dict[str, str] = {}
     whole: dict[str, bool] = {}  # residual blocks, and whether they can be left out
@@ -127,7 +130,7 @@ def find_blocks(children: Children, flow: Dataflow) -> tuple[tuple[Block, ...], 
             obstacles[name] = f"it is a part of the block {outer}"
             continue
         obstacle = run.why_no_block(child)
-        if not obstacle and run.is_stage(name, children):
+        if not obstacle and run.is_stage(name, child, siblings):
             obstacle = "it is a chain of blocks, which can be dropped one by one"
         elif not obstacle:
             obstacle = run.why_not_alone(child.calls[0])
@@ -208,14 +211,10 @@ class _Run:
         readers = self._flow.readers.get(value)
         return readers is not None and self._flow.place[readers[-1]] >= place
 
-    def is_stage(self, name: str, children: Children) -> bool:
+    def is_stage(self, name: str, child: _Child, siblings: Mapping[str, list[_Child]]) -> bool:
         """Whether all its weights are in residual blocks of one kind, one after the other."""
-        inner: dict[str, list[_Child]] = {}
-        for child in children.values():
-            if f"{child.container}.".startswith(f"{name}."):
-                inner.setdefault(child.container, []).append(child)
-        whole = children[name].calls[0]
-        return any(self._is_chain(whole, parts) for parts in inner.values())
+        inner = (parts for at, parts in siblings.items() if f"{at}.".startswith(f"{name}."))
+        return any(self._is_chain(child.calls[0], parts) for parts in inner)
 
     def _is_chain(self, whole: _Call, parts: Sequence[_Child]) -> bool:
         if len({part.kind for part in parts}) > 1 or any(map(self.why_no_block, parts)):

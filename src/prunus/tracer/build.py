@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from math import prod
 
 import numpy as np
@@ -13,11 +14,11 @@ from prunus.graph.axis import Axis, Label, Role
 from prunus.graph.coupling import Coupling, CouplingGraph
 from prunus.graph.groups import Aligned, AtLeast, Constraint, Group, Pin, Rescale, form_groups
 from prunus.graph.polynomial import Monomial, Polynomial, add_up
-from prunus.graph.program import Program, Ref, Span
+from prunus.graph.program import Program, Ref, Span, modules_in
 from prunus.tracer.capture import Recorder
 from prunus.tracer.dataflow import Dataflow, operand
-from prunus.tracer.equations import condition_in_units, in_units, pin_unsolvable
-from prunus.tracer.labels import Algebra
+from prunus.tracer.labels import Algebra, Atoms
+from prunus.tracer.settling import condition_in_units, in_units, pin_unsolvable
 from prunus.tracer.softmax_scale import Fixed, find_rescales
 from prunus.tracer.units import Resolve, Resolver, Widths
 
@@ -128,7 +129,8 @@ def _count(
     widths: Widths,
 ) -> dict[str, dict[str, Polynomial]]:
     """Every cost, part by part: params and bytes by tensor, MACs by the module that runs."""
-    stored = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    held = ((*own._parameters.values(), *own._buffers.values()) for _, own in modules_in(model))
+    stored = set(map(id, chain.from_iterable(held)))
     own = {name: tensor for name, tensor in state.items() if id(tensor) in stored}
     sizes = {name: _size_of(name, tensor, labels, widths) for name, tensor in own.items()}
     return {
@@ -235,13 +237,13 @@ def _read_events(
     for event in algebra.events:
         left = owner_of[event.a]
         if event.b is None:
-            for owner in np.unique(left):
+            for owner in _distinct(left):
                 if owner:
                     pins[(owners[owner], event.why)] = None
             continue
         right = owner_of[event.b]
         pairs = left * len(owners) + right
-        for pair in np.unique(pairs[(left != right) & (left > 0) & (right > 0)]):
+        for pair in _distinct(pairs[(left != right) & (left > 0) & (right > 0)]):
             chosen = pairs == pair
             a, b = divmod(int(pair), len(owners))
             key = (owners[a], owners[b], event.why.operator, event.why.module)
@@ -250,3 +252,9 @@ def _read_events(
                 Coupling(*key, event.a[chosen] - starts[a], event.b[chosen] - starts[b]),
             )
     return tuple(couplings.values()), tuple(pins)
+
+
+def _distinct(numbers: Atoms) -> Atoms:
+    """As ``numpy.unique``, which takes its time where all are one, as they are mostly."""
+    alike = len(numbers) > 0 and bool((numbers == numbers[0]).all())
+    return numbers[:1] if alike else np.unique(numbers)

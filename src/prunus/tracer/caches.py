@@ -18,6 +18,9 @@ from prunus.graph.program import modules_in
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
+Attributes = list[tuple[str, nn.Module, dict[str, Any]]]
+"""Path, module, and what :func:`remember_attributes` saw of it."""
+
 Entries = dict[str, list[Any]]
 """``"path.of.module:attribute"`` → keys of a dict."""
 
@@ -69,7 +72,7 @@ def has_tables(model: nn.Module) -> bool:
 
 def forget(model: nn.Module, entries: Mapping[str, Iterable[Any]]) -> None:
     """Remove entries from the modules' dicts, in place."""
-    modules = dict(modules_in(model))
+    modules = dict(modules_in(model)) if entries else {}
     for at, keys in entries.items():
         path, _, name = at.rpartition(":")
         kept = vars(modules[path]).get(name, {})
@@ -77,7 +80,7 @@ def forget(model: nn.Module, entries: Mapping[str, Iterable[Any]]) -> None:
             kept.pop(key, None)
 
 
-def find_caches(model: nn.Module, before: dict[str, dict[str, Any]]) -> list[str]:
+def find_caches(before: Attributes) -> list[str]:
     """What a forward has put into dicts of tensors, and attributes that it has set from None.
 
     Parameters
@@ -91,10 +94,10 @@ def find_caches(model: nn.Module, before: dict[str, dict[str, Any]]) -> list[str
         ``"path.of.module:attribute"``, and for each entry of such a dict that was there before,
         which is a constant, ``"path.of.module:attribute!'key'"``.
     """
-    return list(_filled(model, before))
+    return list(_filled(before))
 
 
-def find_written(model: nn.Module, before: dict[str, dict[str, Any]]) -> list[str]:
+def find_written(before: Attributes) -> list[str]:
     """Names of the tensor attributes that a forward has assigned: it makes them, they are no state.
 
     Parameters
@@ -104,18 +107,18 @@ def find_written(model: nn.Module, before: dict[str, dict[str, Any]]) -> list[st
     """
     return [
         f"{path}.{name}" if path else name
-        for path, module in modules_in(model)
+        for path, module, old in before
         for name, value in vars(module).items()
-        if isinstance(value, Tensor) and value is not before.get(path, {}).get(name)
+        if isinstance(value, Tensor) and value is not old.get(name)
     ]
 
 
-def remember_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The modules' attributes by path; of dicts a copy."""
-    return {
-        path: {n: dict(v) if type(v) is dict else v for n, v in vars(module).items()}
+def remember_attributes(model: nn.Module) -> Attributes:
+    """Path, module and attributes of every module; of dicts a copy."""
+    return [
+        (path, module, {n: dict(v) if type(v) is dict else v for n, v in vars(module).items()})
         for path, module in modules_in(model)
-    }
+    ]
 
 
 def drop_caches(model: nn.Module, names: Sequence[str]) -> None:
@@ -150,14 +153,13 @@ def is_table(name: str, value: Any) -> bool:
     )
 
 
-def _filled(model: nn.Module, before: dict[str, dict[str, Any]]) -> Iterator[str]:
-    for path, module in modules_in(model):
-        old = before.get(path, {})
+def _filled(before: Attributes) -> Iterator[str]:
+    for path, module, old in before:
         for name, value in vars(module).items():
             at = f"{path}:{name}"
             if isinstance(value, Tensor) and name in old and old[name] is None:
                 yield at
-            elif is_table(name, value):
+            elif type(value) is dict and is_table(name, value):
                 yield from _filled_table(at, value, old.get(name))
 
 

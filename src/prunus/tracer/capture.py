@@ -43,7 +43,6 @@ PASSIVE = {
     "aten::_local_scalar_dense",
 }
 
-
 PASSES = {
     *("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "expand", "permute", "transpose"),
     *("t", "alias", "detach", "clone", "_to_copy", "slice", "select", "unbind", "index", "sort"),

@@ -351,7 +351,7 @@ class Algebra:
             if not np.count_nonzero(differ):
                 return
             a, b = a[differ], b[differ]
-            np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
+            self._parent[np.maximum(a, b)] = np.minimum(a, b)  # of several the last; then again
 
 
 def _without(columns: list[Atoms], others: list[Atoms]) -> list[Atoms]:

@@ -16,7 +16,7 @@ import inspect
 import types
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence
+from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from itertools import chain
 from typing import Any
 
@@ -52,7 +52,7 @@ class Outside:
         Functions behind ``functools.lru_cache``.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.spaces: dict[int, dict[str, Any]] = {}
         self._variables: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         self._contents: dict[int, tuple[Any, Any]] = {}
@@ -60,7 +60,6 @@ class Outside:
         self._classes: list[tuple[type, frozenset[str]]] = []
         self.memos: list[Any] = []
         seen: set[int] = set()
-        modules = list(model.modules())
         for kind in {type(module) for module in modules}:
             self._enter_class(kind, seen)
         for module in modules:

@@ -63,7 +63,7 @@ def quiet_run(model: nn.Module, *, users_own: bool = False, copies: bool = True)
     restored: list[_Snapshot | Contents | Outside] = [*map(_Snapshot, modules)]
     settings = [(values, dict(values)) for values in marked_objects(modules)]
     if not users_own:
-        restored += [Contents(modules, SMALL), Outside(model)]
+        restored += [Contents(modules, SMALL), Outside(modules)]
     try:
         if copies and not users_own and not isinstance(model, torch.jit.ScriptModule):
             model.register_forward_pre_hook(_copy_inputs, prepend=True, with_kwargs=True)

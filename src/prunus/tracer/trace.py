@@ -59,8 +59,8 @@ from prunus.tracer.quiet import quiet_run as quiet_run
 from prunus.tracer.quiet import same_modes
 from prunus.tracer.quiet import uncollected as uncollected
 from prunus.tracer.renormalised import find_renormalised, keep_normed_weights, names_of
+from prunus.tracer.settling import tie_unread
 from prunus.tracer.units import find_moments
-from prunus.tracer.unread import tie_unread
 from prunus.tracer.wrappers import refuse_untraceable, scripted, unwraps, warn_untested
 
 
@@ -166,7 +166,7 @@ class _Task:
         """What a copy of the model answers, untraced."""
         copied = deep_copy(self.model) if copied is None else copied
         args, kwargs = copied.of((self.args, self.kwargs))
-        outside = Outside(copied.model)
+        outside = Outside(list(copied.model.modules()))
         try:
             with quiet(), plain_kernels(), adapted(copied.model):
                 copied.model.eval()
@@ -277,7 +277,7 @@ class _Run:
         modules = [module for module in every if id(module) not in own]
         for module in modules:
             self._watch.add(module)
-        outside = Outside(copied.model)
+        outside = Outside(every)
         self._spaces = outside.spaces
         outside.forget_tensors()
         state, aliases = state_of(task.model)
@@ -319,7 +319,7 @@ class _Run:
             with follow_blocks(model, recorder) as children, loops, recorder, recorder.follow:
                 found = find_outputs(recorder.sizes.returned(model(*args, **kwargs)))
             left_in = find_left_in((args, kwargs)) if task.outputs is None else []
-            caches, written = find_caches(model, before), find_written(model, before)
+            caches, written = find_caches(before), find_written(before)
         return _Ran(
             copied, found, left_in, admitted.numbers, children, caches, written, bool(forwards)
         )

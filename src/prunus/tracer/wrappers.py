@@ -6,14 +6,14 @@ import gc
 import inspect
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.parameter import is_lazy
 
 from prunus.errors import ModelError, TraceError, first_names
 from prunus.graph.program import modules_in
@@ -60,7 +60,8 @@ def refuse_untraceable(model: nn.Module) -> None:
             why="its code is compiled, and its layers can be neither followed nor changed",
             fix="prune the Python model, and script or trace what comes out",
         )
-    compiled = [name for name, module in modules_in(model) if _is_compiled(module)]
+    modules = modules_in(model)
+    compiled = [name for name, module in modules if _is_compiled(module)]
     if compiled:
         raise TraceError(
             "the model is compiled" if compiled[0] == "" else "a part of the model is compiled",
@@ -68,8 +69,8 @@ def refuse_untraceable(model: nn.Module) -> None:
             why="torch.compile runs other code than the forward, made for the present shapes",
             fix="prune the model as it was before torch.compile (model._orig_mod), then compile it",
         )
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
+    held = (*_held(modules, "_parameters"), *_held(modules, "_buffers"))
+    lazy = [name for name, tensor in held if is_lazy(tensor)]
     if lazy:
         raise TraceError(
             "the model has lazy modules that were never run",
@@ -122,7 +123,8 @@ def unwrapped(model: Any) -> Any:
         return unwrapped(model._orig_mod)
     if not isinstance(model, nn.Module):
         return model
-    for path, module in modules_in(model):
+    modules = modules_in(model)
+    for path, module in modules:
         sharded = next((kind for kind in _kinds(module) if kind in _SHARDED), None)
         if sharded is not None:
             raise ModelError(
@@ -131,7 +133,7 @@ def unwrapped(model: Any) -> Any:
                 why="each process has only a part of every tensor",
                 fix="prune the plain model first, then shard it",
             )
-    frozen = _made_in_inference_mode(model)
+    frozen = _made_in_inference_mode(modules)
     if frozen:
         raise ModelError(
             "the model was made in torch.inference_mode",
@@ -147,19 +149,19 @@ def _kinds(module: Any) -> list[str]:
     return [kind.__name__ for kind in type(module).__mro__ if kind.__module__[:6] == "torch."]
 
 
-def _made_in_inference_mode(model: nn.Module) -> list[str]:
+def _made_in_inference_mode(modules: Sequence[tuple[str, nn.Module]]) -> list[str]:
     """Names of such parameters; those of ScriptModules are not asked, which makes them anew."""
-    return [
-        f"{path}.{name}".lstrip(".")
-        for path, module in modules_in(model)
-        if not isinstance(module, torch.jit.ScriptModule)
-        for name, parameter in module.named_parameters(recurse=False)
-        if not _is_unmade(parameter) and parameter.is_inference()
-    ]
+    plain = [pair for pair in modules if not isinstance(pair[1], torch.jit.ScriptModule)]
+    parameters = _held(plain, "_parameters")
+    return [name for name, one in parameters if not is_lazy(one) and one.is_inference()]
 
 
-def _is_unmade(parameter: object) -> bool:
-    return isinstance(parameter, UninitializedParameter)
+def _held(modules: Sequence[tuple[str, nn.Module]], kind: str) -> Iterator[tuple[str, Any]]:
+    """The parameters or buffers that modules hold themselves, by name."""
+    for path, module in modules:
+        for name, tensor in getattr(module, kind).items():
+            if tensor is not None:
+                yield f"{path}.{name}".lstrip("."), tensor
 
 
 def unwraps(verb: Callable[P, Result]) -> Callable[P, Result]:

@@ -91,11 +91,12 @@ def _improve(removal: Removal, rounded: bool) -> None:
 
 def _disturbances(chains: int) -> Iterator[dict[int, int]]:
     """How many quanta are removed more, or less, of one chain, and of two where there are few."""
-    for n in range(chains):
-        yield from ({n: more} for more in ((1, -1, 2, -2) if chains <= _MANY else (1, -1)))
+    steps = (1, -1) if chains > _MANY else (1, -1, 2, -2)
+    far = (3, -3, 4, -4) if chains <= _FEW else ()
+    yield from ({n: more} for n in range(chains) for more in (*steps, *far))
     if chains <= _FEW:
         for n, m in combinations(range(chains), 2):
-            yield from ({n: a, m: b} for a in (1, -1) for b in (1, -1))
+            yield from ({n: a, m: b} for a in steps for b in steps)
 
 
 def least_loss(removal: Removal, scores: Floats) -> float | None:

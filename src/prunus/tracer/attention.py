@@ -56,10 +56,8 @@ def find_cores(program: Program) -> Iterator[Core]:
     """Every attention of a program, in the order in which they ran."""
     flow = _Flow(program)
     for node, scores, values in _attentions(flow):
-        if values is node:
-            yield _fused(flow, node)
-        elif scores and values is not None:
-            yield _written_out(flow, node, scores, values)
+        if scores and values is not None:
+            yield _core(flow, node, scores, values)
 
 
 def _attentions(flow: _Flow) -> Iterator[tuple[Node, Sequence[Node], Node | None]]:
@@ -137,30 +135,19 @@ def find_weighings(program: Program) -> Iterator[Weighing]:
             yield Weighing(values, _operands(values)[1])
 
 
-def _fused(flow: _Flow, node: Node) -> Core:
-    program = flow.program
-    query, key, value = (node.args[name] for name in ("query", "key", "value"))
-    queries = _heads(program, query)
-    return Core(
-        node.module,
-        queries,
-        _made_of(queries, flow.units_behind(value)),
-        _units(program.value_label(query, -1), program.value_label(key, -1)),
-        _units(program.value_label(value, -1)),
-    )
-
-
-def _written_out(flow: _Flow, node: Node, scores: Sequence[Node], values: Node) -> Core:
-    program = flow.program
-    pairs = [_operands(product) for product in scores]
-    weights, value = _operands(values)
-    queries = _heads(program, node.args.get("self", weights))
+def _core(flow: _Flow, node: Node, scores: Sequence[Node], values: Node) -> Core:
+    label = flow.program.value_label
+    if values is node:
+        pairs, value = [(node.args["query"], node.args["key"])], node.args["value"]
+    else:
+        pairs, (_, value) = list(map(_operands, scores)), _operands(values)
+    queries = _heads(flow.program, node.args["query" if values is node else "self"])
     return Core(
         values.module,
         queries,
         _made_of(queries, flow.units_behind(value)),
-        _units(*(program.value_label(a, -1) for a, _ in pairs)),
-        _units(program.value_label(value, -1)),
+        _units(*(label(query, -1) for query, _ in pairs)),
+        _units(label(value, -1)),
     )
 
 

@@ -29,7 +29,7 @@ SAMPLES: dict[str, str] = {
     "house": "",
     "exactness.exactness": "zoo:resnet20 hf:bert",
     "exactness.coverage": "torchvision:resnet18 timm:convnext_zepto_rms",
-    "exactness.transformers_heads": "vit llama",
+    "exactness.transformers": "vit llama",
     "exactness.fuzz": "--count 20 --chunk 20",
     "exactness.attacks": "--kind files --kind plans --kind lines --count 20",
     "exactness.gpu": "",

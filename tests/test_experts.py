@@ -234,3 +234,9 @@ def test_shrink_removes_the_experts_that_add_least() -> None:
     assert small.certificate.verdict == "exact"
     kept = small.plan.keep[Axis("model.layers.0.mlp.gate.weight", 0)]
     assert sorted(set(range(8)) - set(map(int, kept))) == sorted(least)
+
+
+def test_a_latent_width_of_an_attention_is_no_ffn() -> None:
+    anatomy = find_structures(prunus.trace(build("DeepseekV3"), kwargs=CALL))
+    assert all("mlp" in part.group for part in anatomy.of("ffn"))
+    assert {part.size for part in anatomy.of("other")} == {16}

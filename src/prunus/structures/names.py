@@ -228,7 +228,18 @@ class _Kinds:
         scores, values = self._scores[units].any(), self._values[units].any()
         if scores or values:
             return "head dims" if scores and values else "qk dims" if scores else "vo dims"
-        return _by_weights(group, self._graph)
+        kind = _by_weights(group, self._graph)
+        return "other" if kind == "ffn" and self._makes_heads(group) else kind
+
+    def _makes_heads(self, group: Group) -> bool:
+        """Whether weights read it to make queries, keys or values, as those of a latent width."""
+        inside = self._shared | self._heads | self._rep | self._scores | self._values
+        read = {axis.tensor for axis, role in group.axes if role is Role.CONSUMER}
+        return any(
+            inside[label[label > 0]].any()
+            for axis, label in self._graph.labels.items()
+            if axis.tensor in read and self._graph.roles[axis] is Role.PRODUCER
+        )
 
 
 def _by_weights(group: Group, graph: CouplingGraph) -> Kind:

@@ -9,10 +9,11 @@ it has, and of all at once, by ``remove={"heads": 0.3}`` in both modes.
 
 ``share`` is what was removed of the structure in the layers that are left, of *all* the least one;
 ``rel_err`` and ``moved`` are the certificate's.  ``witness``: *same outputs* where the pruned
-model's agree (to 1e-4) with those of the original in which the removed units are zeros wherever
-matrices make or read them, the router never picks the removed experts (its logits are −inf), or the
-dropped layers hand on what they are given, and these are others than the dense model's; *same
-tokens* where that holds of greedy decoding and its logits, with and without a KV cache.
+model's agree (to 1e-4) with those of the original in plain PyTorch, in which the removed units are
+zeros wherever matrices make or read them, norms see the kept positions alone, the router never
+picks the removed experts (its logits are −inf), and the dropped layers hand on what they are given,
+and where these are others than the dense model's; *same tokens* where that holds of greedy decoding
+and its logits, with and without a KV cache.
 
 ``loads``, ``logits``, ``generate``: whether the folder is read by ``from_pretrained`` in a process
 that never imports prunus (free mode: by ``hf.load``), and answers as the pruned model does, tokens
@@ -292,7 +293,10 @@ def _silence(model: Any, plan: prunus.Plan) -> dict[int, list[int]]:
 
     Weights that experts stack lose whole experts only along with rows of a router.
     """
-    state = dict(model.named_parameters(remove_duplicate=False))
+    state, modules = (
+        dict(model.named_parameters(remove_duplicate=False)),
+        dict(model.named_modules()),
+    )
     removed: dict[str, dict[int, list[int]]] = {}
     names = Renaming(plan.drops)
     for axis, stay in plan.keep.items():
@@ -300,6 +304,10 @@ def _silence(model: Any, plan: prunus.Plan) -> dict[int, list[int]]:
         if name in state:
             gone = sorted(set(range(state[name].shape[axis.dim])) - set(stay))
             removed.setdefault(name, {})[axis.dim] = gone
+    for name, dims in removed.items():
+        owner = modules[name.rpartition(".")[0]]
+        if state[name].dim() == 1 and name.endswith(".weight") and "Norm" in type(owner).__name__:
+            _norm_the_rest(owner, dims[0])
     stacks = {n: dims[0] for n, dims in removed.items() if state[n].dim() == 3 and 0 in dims}
     routers: dict[int, list[int]] = {}
     for name, dims in removed.items():
@@ -311,6 +319,20 @@ def _silence(model: Any, plan: prunus.Plan) -> dict[int, list[int]]:
             elif state[name].dim() > 1 and not (name in stacks and dim == 0):
                 state[name].data.index_fill_(dim, torch.tensor(gone), 0)
     return routers
+
+
+def _norm_the_rest(norm: Any, gone: list[int]) -> None:
+    """Let a norm see all but some positions, and leave zeros there."""
+    small, stay = copy.deepcopy(norm), [n for n in range(len(norm.weight)) if n not in set(gone)]
+    for name, parameter in list(small.named_parameters()):
+        setattr(small, name, torch.nn.Parameter(parameter.detach()[stay]))
+    if isinstance(small, torch.nn.LayerNorm):
+        small.normalized_shape = (len(stay),)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x).index_copy(-1, torch.tensor(stay), small(x[..., stay]))
+
+    norm.forward = run
 
 
 class _NeverPicked(TorchFunctionMode):

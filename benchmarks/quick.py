@@ -37,6 +37,7 @@ SAMPLES: dict[str, str] = {
     "accuracy.repairs": "--seeds 1",
     "accuracy.oneshot_pretrained": "--model minilm",
     "accuracy.heads": "--importance l2 --sentences 32 --calibration 32",
+    "accuracy.experts": "--seeds 0 --steps 3",
     "accuracy.llm_oneshot": "--engine prunus --structure width --importance l2 --blocks 2",
     "speed.speed": "resnet50 --rounds 1",
     "speed.verify_cost": "mobilenetv2",

@@ -48,7 +48,7 @@ def answers(model: Any, inputs: Mapping[str, Any]) -> dict[str, Answer]:
     return found
 
 
-def main() -> None:
+def serve() -> None:
     """Answer line by line until stdin ends."""
     import transformers
 
@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve()

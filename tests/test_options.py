@@ -122,6 +122,7 @@ NONSENSE = {
     "min_width": -1,
     "max_ratio": 2.0,
     "include": 5,
+    "part": 5,
     "exclude": 5,
     "hold": "0.weight[0]",
     "drop": True,

@@ -64,6 +64,7 @@ _OF_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "max_ratio": {"metavar": "R|GLOB=R,…", "type": by_glob(number)},
     "include": {"metavar": "GLOB", "action": "append"},
     "exclude": {"metavar": "GLOB", "action": "append"},
+    "part": {"metavar": "PATH"},
 }
 """Options of a plan that have a flag, with how it is read; names, defaults and help are theirs."""
 

@@ -141,6 +141,18 @@ class Budget:
             found |= {f"{name}{IN}{scope}": value for name, value in inner.requested.items()}
         return found
 
+    def of_part(self, path: str) -> Budget:
+        """The same bounds on a module, but for those that only the whole model has.
+
+        >>> Budget(macs=0.5, latency="2ms").of_part("encoder").requested
+        {'latency': '2ms', 'macs in encoder': 0.5}
+        """
+        if self.params is self.macs is self.bytes is None:
+            return self
+        own = Budget(params=self.params, macs=self.macs, bytes=self.bytes)
+        within = {**self.within, path: own}
+        return replace(self, params=None, macs=None, bytes=None, within=within)
+
     def limits(self, graph: Costed) -> dict[str, int]:
         """The largest allowed value of every bounded cost, by the names of ``requested``.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -32,6 +33,35 @@ def excluded_groups(graph: CouplingGraph, include: Globs | None, exclude: Globs)
         elif wanted is not None and group not in wanted:
             found[group] = "not included"
     return found
+
+
+def inside(graph: CouplingGraph, part: str | None) -> CouplingGraph:
+    """The graph with those groups and blocks alone of which nothing lies outside of a module.
+
+    Raises
+    ------
+    PlanError
+        If no tensor is inside a module of that path, or no group and no block.
+    """
+    if part is None:
+        return graph
+    names = {name: [name] for name in graph.shapes}
+    for alias, first in graph.aliases.items():
+        names[first].append(alias)
+    within = {n for n, called in names.items() if all(c.startswith(f"{part}.") for c in called)}
+    groups = [g for g in graph.groups if all(axis.tensor in within for axis, _ in g.axes)]
+    blocks = [block for block in graph.blocks if block.name.startswith(f"{part}.")]
+    if not (groups or blocks):
+        paths = sorted({".".join(n.split(".")[:depth]) for n in graph.shapes for depth in (1, 2)})
+        near = difflib.get_close_matches(part, paths, n=_NEAR, cutoff=0) or paths[:_NEAR]
+        raise PlanError(
+            "nothing that can be pruned lies inside this part as a whole" if within
+            else f"the model has no part {part!r}",
+            where=f"part={part!r}",
+            why="every group of it reaches outside" if within else f"near are {', '.join(near)}",
+            fix="give the path of a module that holds whole layers",
+        )  # fmt: skip
+    return replace(graph, groups=tuple(groups), blocks=tuple(blocks))
 
 
 def spread(

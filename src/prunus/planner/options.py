@@ -151,6 +151,9 @@ class PlanOptions(ScoreOptions):
         (of ``layers`` in all); a mapping has an amount by the layer's number or path.  Heads that
         share keys and values are removed equally from every KV group.  Where the scope is not
         local, a share is one of all layers together.
+    part
+        Path of a module, as ``model.language_model``: only groups and blocks that lie inside of it
+        as a whole, and a budget is of its cost; peak memory and latency are those of the model.
     scope
         Which units compete: those of one group (``local``, the default: each loses the same
         ratio), of groups of one shape (``isomorphic``), all (``global``), or those of the groups
@@ -212,6 +215,7 @@ class PlanOptions(ScoreOptions):
         "a mapping, as {'heads': 0.3, 'layers': 2}",
         recorded=True,
     )
+    part: str | None = option(None, lambda value: isinstance(value, str), "the path of a module")
     scope: Scope = option("local", recorded=True, beside_ratio="local")
     normalise: Normalise | None = option(None, recorded=True, beside_ratio=None)
     min_width: int | Mapping[str, int] = option(1, recorded=True)
@@ -323,6 +327,7 @@ class PlanOptions(ScoreOptions):
             "importance": name_of(self.importance),
             "budget": None if self.budget is None else self.budget.requested,
             "hold": sorted(self.hold),
+            **({} if self.part is None else {"part": self.part}),
             "remove": None if self.remove is None else _spelt(self.remove),
         }
 
@@ -355,6 +360,7 @@ class PlanKeywords(ScoreKeywords, total=False):
     ratio: float | None
     ratios: Mapping[str, float] | None
     remove: Remove | None
+    part: str | None
     scope: Scope
     normalise: Normalise | None
     min_width: int | Mapping[str, int]

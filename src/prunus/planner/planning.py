@@ -25,6 +25,7 @@ from prunus.graph.progress import following, shows
 from prunus.importance import Statistics, needs_of
 from prunus.importance.influence import block_influence
 from prunus.planner.culprits import find_culprits, tell_groups
+from prunus.planner.filters import inside
 from prunus.planner.layers import drops_asked
 from prunus.planner.option_values import takes_options
 from prunus.planner.options import PlanKeywords, PlanOptions
@@ -143,7 +144,10 @@ def plan_verified(
     """
     if asked.data is not None:
         asked = replace(asked, data=Batches(asked.data, asked.samples))
+    if asked.part is not None and asked.budget is not None:
+        asked = replace(asked, budget=asked.budget.of_part(asked.part))
     task = _Task(graph, model, args, kwargs, asked, restrict, repair)
+    graph = inside(graph, asked.part)
     held: dict[str, str] = {}
     blocks = {block.name for block in graph.blocks}
     with following() as tell:
@@ -218,7 +222,7 @@ class _Task:
             with without_blocks(self.model, names):
                 if names:
                     graph = self._trace()
-                traced = graph
+                traced, graph = graph, inside(graph, self.asked.part)
                 if self.restrict is not None:
                     graph, held = self.restrict(graph)
                 statistics = self._collect(graph, first=not names)

@@ -11,6 +11,7 @@ from torch import nn
 
 from prunus.calibration.batches import Batches
 from prunus.errors import PlanError, checks_options
+from prunus.graph.amounts import Amount
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import find_violation
@@ -20,8 +21,8 @@ from prunus.importance import needs_of
 from prunus.integrations.hf import example_inputs
 from prunus.integrations.hf_config import Uniform
 from prunus.planner.layers import name_layers
-from prunus.planner.option_values import Globs, takes_options
-from prunus.planner.options import PlanKeywords, PlanOptions
+from prunus.planner.option_values import Globs, Scope, takes_options
+from prunus.planner.options import PlanKeywords, PlanOptions, ScoreKeywords, ScoreOptions
 from prunus.planner.planning import plan_verified, rejected
 from prunus.planner.widths import plan_of_mask
 from prunus.recovery import Recover, Step, check_recovery, cut_and_recover
@@ -91,7 +92,7 @@ def shrink(
     Parameters
     ----------
     model, args, kwargs
-        The model and example inputs for its forward.
+        The model and example inputs for its forward; a model of transformers needs none.
     verified
         Verify first, on a copy, that the pruned model computes what the masked original computes.
     each_group
@@ -136,6 +137,8 @@ def shrink(
     _check_mode(mode)
     check_recovery(recover, asked.data)
     args = positional(args)
+    if not (args or kwargs) and hasattr(model, "main_input_name"):
+        kwargs = example_inputs(model)
     if asked.drops:
         refuse_quantized(model)
     with following(progress), entered_by(model, forward_fn):
@@ -232,41 +235,50 @@ def drop_layers(
     return Shrunk(model, graph, found.plan, found.certificate, found.held)
 
 
-@checks_options
+@takes_options(ScoreOptions)
 @all_or_nothing
 @shows("removing heads")
 def prune_heads(
     model: nn.Module,
-    heads: Mapping[Where, Collection[int]],
+    heads: Amount | Mapping[Where, Amount | Collection[int]],
     args: Any = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
+    scope: Scope = "local",
     verified: bool = True,
+    recover: Recover = "auto",
     optimizer: torch.optim.Optimizer | None = None,
-    seed: int = 0,
+    **options: Unpack[ScoreKeywords],
 ) -> Shrunk:
-    """Remove attention heads by their numbers; the model changes in place.
+    """Remove attention heads, by their numbers or as many as are said; the model changes in place.
 
     Parameters
     ----------
     model
         Any model whose attention is softmax(q kᵀ) v, fused or written out.
     heads
-        Layer → numbers of its query heads, as the model now counts them.  A layer is given by its
-        number, or by its path or that of its attention where several stacks have numbers.
+        How many are removed, as by ``shrink(remove={"heads": heads})``: ``0.3`` is a share of every
+        layer, ``2`` a count, a mapping has amounts by layer.  Or layer → numbers of its query
+        heads, as the model now counts them.  A layer is given by its number, or by its path or that
+        of its attention where several stacks have numbers.
     args, kwargs
         Example inputs for the forward; a model of transformers needs none.
+    scope
+        As for :func:`shrink`: beside ``"local"``, a share is one of the heads of all layers.
     verified
         Verify first, on a copy, that the pruned model computes what the masked original computes.
+    recover
+        As for :func:`shrink`.
     optimizer
         Its state is cut along, as by :func:`prunus.apply`.
+    **options
 
     Raises
     ------
     PlanError
         If there is no such layer or head, if nothing would stay of a layer, or if heads can't go
         alone: query heads share keys and values with others of their KV group, and layers that
-        share a position bias share their heads.
+        share a position bias share their heads.  If heads are named, and an option chooses them.
     VerifyError
         If verification fails; the model was not touched.
 
@@ -279,12 +291,59 @@ def prune_heads(
     >>> shrunk = prune_heads(model, {0: [1, 2]}, torch.randn(1, 3, 8))
     >>> shrunk.certificate.verdict, model.layers[0].self_attn.num_heads
     ('exact', 2)
+    >>> shrunk = prune_heads(model, 1, torch.randn(1, 3, 8))
+    >>> [layer.self_attn.num_heads for layer in model.layers]
+    [1, 3]
     """
+    asked = PlanOptions(scope=scope, remove={"heads": 1}, **options)
+    numbers = _head_numbers(heads, asked)
+    if numbers is None:
+        return shrink(
+            *(model, args, kwargs),
+            verified=verified,
+            recover=recover,
+            optimizer=optimizer,
+            remove={"heads": heads},  # type: ignore[dict-item]
+            scope=scope,
+            **options,
+        )
+    asked.check()
+    check_recovery(recover, asked.data)
     refuse_quantized(model)
     args, kwargs = _inputs_of(model, args, kwargs)
     graph = trace(model, args, kwargs)
-    kept = without_heads(graph, heads)
-    return _cut(model, graph, kept, args, kwargs, verified, optimizer, seed)
+    kept = without_heads(graph, numbers)
+    data = None if asked.data is None else Batches(asked.data, asked.samples)
+    return _cut(model, graph, kept, args, kwargs, verified, optimizer, asked.seed, recover, data)
+
+
+def _head_numbers(heads: Any, asked: PlanOptions) -> dict[Where, Collection[int]] | None:
+    """Numbers of heads by layer; None where amounts are given.
+
+    Raises
+    ------
+    PlanError
+        If layers are given both, or numbers beside an option that chooses heads.
+    """
+    values = list(heads.values()) if isinstance(heads, Mapping) else [heads]
+    by_number = [isinstance(v, Collection) and not isinstance(v, (str, bytes)) for v in values]
+    if not any(by_number):
+        return None
+    if not all(by_number):
+        raise PlanError(
+            "some layers have numbers of heads, others amounts", fix="call prune_heads for each"
+        )
+    chooses = ("importance", "statistics", "loss", "include", "exclude", "scope")
+    beside = [
+        n for n in chooses if getattr(asked, n) != PlanOptions.__dataclass_fields__[n].default
+    ]
+    if beside:
+        raise PlanError(
+            f"{', '.join(beside)} can't be combined with heads by number",
+            why="it chooses which heads are removed",
+            fix="give an amount, as 0.3, or leave it out",
+        )
+    return dict(heads)
 
 
 @checks_options
@@ -335,6 +394,8 @@ def _cut(
     verified: bool,
     optimizer: torch.optim.Optimizer | None,
     seed: int,
+    recover: Recover = "none",
+    data: Batches | None = None,
 ) -> Shrunk:
     broken = find_violation(graph.constraints, kept)
     if broken:
@@ -346,8 +407,13 @@ def _cut(
         certificate = verify(plan, model, args, kwargs, seed=seed, graph=graph)
         if certificate.verdict == "inexact":
             raise rejected(certificate)
-    cut(plan, model, optimizer=optimizer)
-    return Shrunk(model, graph, plan, certificate)
+    if data is None:
+        cut(plan, model, optimizer=optimizer)
+        return Shrunk(model, graph, plan, certificate)
+    plan, steps = cut_and_recover(
+        *(model, plan, graph, data), method=recover, optimizer=optimizer, seed=seed
+    )
+    return Shrunk(model, graph, plan, certificate, recovery=steps, samples=data.samples)
 
 
 def _batches_to_read(asked: PlanOptions, recover: Recover) -> Batches | None:

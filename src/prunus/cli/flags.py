@@ -24,6 +24,7 @@ from prunus.cli.values import (
     stream,
 )
 from prunus.errors import PlanError
+from prunus.graph.amounts import REMOVABLE
 from prunus.graph.budget import COSTS, TIMERS, Budget
 from prunus.planner.option_values import Normalise, texts_of
 from prunus.planner.options import PlanOptions
@@ -210,6 +211,11 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
         "what any other loses, just enough for the bounds; without bounds it is what the table's "
         "--tolerance found",
     )
+    for name, structure in REMOVABLE.items():
+        text = f"of {structure.text}: a share of each layer, as 0.3 or 30%, or a count, as 2"
+        group.add_argument(
+            _spell(name), metavar="R|N|LAYER=N,…", type=by_glob(str), help=text.replace("%", "%%")
+        )
     add_options(group, *_OF_OPTIONS)
 
 
@@ -242,13 +248,18 @@ def choice_of(options: argparse.Namespace) -> dict[str, Any]:
     """The options of a plan; :class:`PlanError` where flags contradict one another."""
     chosen = {name: getattr(options, name) for name in (*_OF_OPTIONS, "seed")}
     chosen["budget"] = _budget(options)
+    chosen["remove"] = _remove(options)
     if options.sensitivity is not None:
         _check_beside_table(options)
         chosen["ratios"] = {}  # which the table will say
     if len(options.drop) == 1 and isinstance(options.drop[0], int):
         chosen["drop"] = options.drop[0]
-    if chosen["budget"] is None and chosen["ratios"] is None and not options.drop:
-        raise PlanError(f"give a budget: {', '.join(map(_spell, COSTS))}", fix="--macs 0.5, say")
+    if chosen["budget"] is chosen["remove"] is chosen["ratios"] is None and not options.drop:
+        raise PlanError(
+            f"give a budget: {', '.join(map(_spell, COSTS))}; or say what is removed: "
+            f"{', '.join(map(_spell, REMOVABLE))}",
+            fix="--macs 0.5 or --heads 0.3, say",
+        )
     PlanOptions(**chosen).check()
     return chosen
 
@@ -270,9 +281,16 @@ def _budget(options: argparse.Namespace) -> Budget | None:
     return Budget(**bounds, within={glob: Budget(**inner) for glob, inner in within.items()})
 
 
+def _remove(options: argparse.Namespace) -> dict[str, Any] | None:
+    """What is removed by structure."""
+    asked = {name: getattr(options, name) for name in REMOVABLE}
+    return {name: amount for name, amount in asked.items() if amount is not None} or None
+
+
 def _check_beside_table(options: argparse.Namespace) -> None:
     defaults = {one.name: one.default for one in fields(PlanOptions)} | {"latency": None}
     given = [n for n in _BY_TABLE if getattr(options, n) not in (defaults[n], [])]
+    given += _remove(options) or {}
     if given:
         raise PlanError(
             f"{', '.join(map(_spell, given))} can't be combined with --sensitivity",

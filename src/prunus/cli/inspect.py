@@ -72,16 +72,16 @@ def run(options: argparse.Namespace) -> int:
 def _overview(graph: CouplingGraph, name: str) -> list[Any]:
     from prunus.graph.plan_records import spell_count
     from prunus.report import tables
-    from prunus.structures import find_structures
 
-    layers = tables.layers_table(find_structures(graph))
+    structures = tables.structures_table(graph)
+    how = "Removed by name: --heads 0.3 --ffn 25% --layers 2, or remove={'heads': 0.3, …}."
     costs = (f"{spell_count(graph.cost(c))} {c}" for c in sorted(graph.costs, reverse=True))
     shown: list[Any] = [
         f"{name}: {', '.join(costs)} for the example inputs",
         f"{graph.unit_count:,} units in {len(graph.groups)} groups; "
         f"kept outputs: {first_names(graph.kept_outputs)}",
         "",
-        *([] if layers is None else [layers, ""]),
+        *([] if structures is None else [structures, how, ""]),
         tables.groups_table(graph),
         tables.pins_table(graph.pins),
     ]

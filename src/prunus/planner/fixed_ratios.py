@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import math
 from collections import Counter
 from collections.abc import Mapping
 
@@ -43,7 +42,7 @@ def choose_fixed(
     for name, ratio in ratios.items():
         group = number[name]
         missing = _target(graph.groups[group].size, ratio, exactly) - gone[group]
-        for quantum in _approach(quanta, group, missing, chains.get(group, []), taken):
+        for quantum in _approach(quanta, group, missing, chains.get(group, []), taken, up=exactly):
             taken[quantum] = None
             gone.update(dict(quanta.shares[quantum]))
     if exactly:
@@ -54,21 +53,30 @@ def choose_fixed(
     return list(taken), settled
 
 
-def _target(size: int, ratio: float, exactly: bool) -> int:
+def _target(size: int, ratio: float, exactly: bool) -> float:
     """How many units are to be lost.
 
     >>> _target(4, 0.1, True), _target(4, 0.1, False), _target(1, 0.9, False)
-    (0, 1, 0)
+    (0.4, 1, 0)
     """
     if exactly:
-        return math.floor(ratio * size + 0.5)
+        return ratio * size
     return min(max(1, round(ratio * size)), size - 1)
 
 
 def _approach(
-    quanta: Quanta, group: int, missing: int, chains: list[int], taken: Mapping[int, None]
+    quanta: Quanta,
+    group: int,
+    missing: float,
+    chains: list[int],
+    taken: Mapping[int, None],
+    *,
+    up: bool,
 ) -> list[int]:
-    """Quanta, from chains alike, whose units in the group come nearest to a number."""
+    """Quanta, from chains alike, whose units in the group come nearest to a number.
+
+    Of two numbers equally near the larger one is taken where ``up``.
+    """
     found: dict[int, None] = {}
     heap = [(0.0, chain, 0) for chain in chains]
     while heap:
@@ -79,7 +87,8 @@ def _approach(
         quantum = int(ids[at])
         if quantum not in taken and quantum not in found:
             units = dict(quanta.shares[quantum]).get(group, 0)
-            if abs(missing - units) >= abs(missing):
+            nearer = abs(missing) - abs(missing - units)
+            if not units or nearer < 0 or (nearer == 0 and not up):
                 continue
             missing -= units
             found[quantum] = None

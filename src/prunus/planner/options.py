@@ -250,6 +250,8 @@ class PlanOptions(ScoreOptions):
             check_each("round_to", self.round_to, check_count)
         check_each("ratios", self.ratios or {}, check_share)
         check_remove(self.remove or {})
+        if LAYERS in (self.remove or {}) and self.drop != ():
+            raise PlanError("drop and remove['layers'] were given", fix="leave out one of them")
         self._check_amount()
         if self.ratio is not None:
             self._check_beside_ratio()

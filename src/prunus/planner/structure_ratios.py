@@ -34,8 +34,8 @@ def structure_ratios(
 ) -> dict[str, float]:
     """The ratio of every group that ``asked.remove`` speaks of, by its name.
 
-    A share is rounded to the nearest number of units, and never to all of them: of each group in
-    the local scope, else of all groups of a structure together.
+    One unit of each group is kept.  Beyond the local scope a share is one of all groups of a
+    structure together, to the nearest unit.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def structure_ratios(
     """
     given = spread(graph, asked.ratios or {}, "ratios", check_share)
     sizes = {group.name: group.size for group in graph.groups}
-    found: dict[str, int] = {}
+    found: dict[str, float] = {}
     for structure, wanted in units_asked(graph, asked.remove or {}, dropped).items():
         open_groups = {name: one for name, one in wanted.items() if name not in hold}
         if not open_groups:
@@ -54,10 +54,7 @@ def structure_ratios(
                 where="remove=",
                 why="; ".join(dict.fromkeys(hold[name] for name in wanted)),
             )
-        counts = {
-            name: min(math.floor(one.units + 0.5), sizes[name] - 1)
-            for name, one in open_groups.items()
-        }
+        counts = {name: min(one.units, sizes[name] - 1) for name, one in open_groups.items()}
         if asked.scope != "local" and not any(one.counted for one in wanted.values()):
             counts = _pooled(graph, scores, asked, hold, open_groups)
         _refuse_nothing(structure, wanted, counts, sizes)
@@ -76,10 +73,10 @@ def structure_ratios(
 def _refuse_nothing(
     structure: str,
     wanted: Mapping[str, Asked],
-    counts: Mapping[str, int],
+    counts: Mapping[str, float],
     sizes: Mapping[str, int],
 ) -> None:
-    if any(counts.values()) or not any(one.units for one in wanted.values()):
+    if max(counts.values()) >= 0.5 or not any(one.units for one in wanted.values()):
         return
     largest = max(sizes[name] for name in counts)
     raise PlanError(
@@ -96,7 +93,7 @@ def _pooled(
     asked: PlanOptions,
     hold: Mapping[str, str],
     wanted: Mapping[str, Asked],
-) -> dict[str, int]:
+) -> dict[str, float]:
     """Units that groups lose which compete for what they lose together.
 
     The number of their units is a cost, and what they keep together is its bound.

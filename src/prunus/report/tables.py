@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from prunus.graph.amounts import LAYERS, REMOVABLE, Kind
 from prunus.graph.axis import Axis, Role
 from prunus.graph.coupling import Coupling, CouplingGraph
 from prunus.graph.groups import Group, Lockstep, Pin
 from prunus.graph.plan_records import spell_count
 from prunus.graph.plans import Plan
 from prunus.planner.search.sensitivity import Sensitivity
-from prunus.structures import Anatomy, Kind, Layer, find_structures
+from prunus.structures import find_structures
 
 
 def groups_table(graph: CouplingGraph) -> Table:
@@ -29,32 +29,46 @@ def groups_table(graph: CouplingGraph) -> Table:
     return table
 
 
-def layers_table(anatomy: Anatomy) -> Table | None:
-    """Layer × heads × FFN, like layers in one row; None for a model without attention.
+def structures_table(graph: CouplingGraph) -> Table | None:
+    """Structures by the names that ``remove=`` takes, then other kinds of groups in layers.
 
-    A width that several layers share stands where nothing is said of a layer.
+    Query heads that share keys are removed several at a time, one of every KV group.  Layers alike
+    are in one row; None for a model without attention.
     """
-    kinds = list(filter(anatomy.of, _COLUMNS))
+    anatomy = find_structures(graph)
     if not anatomy.attentions:
         return None
-    table = _table("layers", "attention", *kinds, numbers=kinds)
+    table = _table("structure", "units", "at a time", "in", numbers=("at a time",))
+    parts = {name: anatomy.of(*one.kinds) for name, one in REMOVABLE.items()}
+    parts |= {f"({kind})": anatomy.of(kind) for kind in _BY_GLOB}
+    for name, own in parts.items():
+        alike: dict[tuple[str, int, int], list[int]] = {}
+        for part in own:
+            stack, _, number = part.layer.rpartition(".")
+            step = part.heads if part.kind == "query heads" else 1
+            key = stack or part.group, part.size * step, step
+            alike.setdefault(key, []).extend([int(number)] if stack else [])
+        for (place, size, step), numbers in alike.items():
+            _row(table, name, size, step, f"{place}.{_runs(numbers)}" if numbers else place)
     for stack, layers in anatomy.stacks.items():
-        for cells, equal in groupby(layers, lambda layer: _layer_cells(anatomy, layer, kinds)):
-            numbers = [layer.path.rpartition(".")[2] for layer in equal]
-            last = f"–{numbers[-1]}" if len(numbers) > 1 else ""
-            _row(table, f"{stack}.{numbers[0]}{last}", *cells)
-    shared = [_shared_sizes(anatomy, kind) for kind in kinds]
-    if any(shared):
-        _row(table, "all", "", *shared)
+        count = len({block.name for block in graph.blocks} & {layer.path for layer in layers})
+        if count:
+            _row(table, LAYERS, count, 1, stack)
     return table
 
 
-def _layer_cells(anatomy: Anatomy, layer: Layer, kinds: Iterable[Kind]) -> tuple[str, ...]:
-    return (_attention_cell(anatomy, layer), *(_sizes(layer.sizes(kind)) for kind in kinds))
+_BY_GLOB: tuple[Kind, ...] = ("head dims", "qk dims", "vo dims", "routing groups")
 
 
-def _shared_sizes(anatomy: Anatomy, kind: Kind) -> str:
-    return _sizes([part.size for part in anatomy.of(kind) if not part.layer])
+def _runs(numbers: Sequence[int]) -> str:
+    """Numbers, ascending, as runs.
+
+    >>> _runs([0, 1, 2, 4])
+    '0–2,4'
+    """
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ",".join(f"{a}–{b}" if b > a else str(a) for a, b in zip(starts, ends, strict=True))
 
 
 def sensitivity_table(sensitivity: Sensitivity) -> Table:
@@ -68,26 +82,6 @@ def sensitivity_table(sensitivity: Sensitivity) -> Table:
         cells += [f"{sensitivity.tolerated.get(name, 0):.0%}" for _ in last]
         _row(table, name, size, *cells)
     return table
-
-
-_COLUMNS: tuple[Kind, ...] = (
-    "heads", "kv groups", "query heads", "head dims", "qk dims", "vo dims", "ffn", "experts",
-    "routing groups", "hidden",
-)  # fmt: skip
-
-
-def _attention_cell(anatomy: Anatomy, layer: Layer) -> str:
-    """How many query heads, and over how many keys where they share them."""
-    own = [a for a in anatomy.attentions if a.layer == layer.path and len(a.heads)]
-    cells = [
-        f"{len(a.heads)} heads" + (f" / {a.kv_heads} kv" if a.kv_heads < len(a.heads) else "")
-        for a in {a.module: a for a in own}.values()
-    ]
-    return " + ".join(cells)
-
-
-def _sizes(sizes: Sequence[int]) -> str:
-    return " + ".join(map(str, sizes))
 
 
 def pins_table(pins: Iterable[tuple[Axis, Pin]]) -> Table:

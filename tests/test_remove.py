@@ -160,13 +160,22 @@ def test_what_can_not_be_removed_is_refused(build: Any, remove: Any, text: str) 
         ({"ratio": 0.5}, "remove and a ratio were given"),
         ({"drop": 1, "remove": {"layers": 1}}, r"drop and remove\['layers'\] were given"),
         ({"ratios": {"*query*": 0.5}}, r"group bert\..*query.* is named twice"),
-        ({"mode": "uniform"}, r"heads can't be removed(.|\n)*hidden ÷ heads"),
         ({"exclude": "*query*"}, "excluded"),
         ({"min_width": 8}, r"can't lose as many(.|\n)*min_width=8"),
     ],
 )
 def test_what_contradicts_it_is_refused(options: Any, text: str) -> None:
     refused(bert(), text, **{"remove": {"heads": 0.5}, **options})
+
+
+def test_what_a_config_has_no_field_for_is_refused() -> None:
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(
+        image_size=16, patch_size=2, embed_dim=16, depths=[2], num_heads=[2], window_size=4
+    )
+    model = transformers.SwinForImageClassification(config).eval()
+    text = r"ffn can't be removed(.|\n)*no other integers in it make these right"
+    refused(model, text, remove={"ffn": 0.3}, mode="uniform")
 
 
 def refused(model: Any, text: str, **options: Any) -> None:

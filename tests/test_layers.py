@@ -59,7 +59,7 @@ CODE_LINES = {
     "importance": 730,
     "integrations": 665,
     "planner": 3775,
-    "recovery": 1870,
+    "recovery": 1960,
     "report": 530,
     "structures": 460,
     "surgeon": 2120,

@@ -18,6 +18,10 @@ keys count together.
 answer misses without them: ``v' = B⁻¹ v`` and ``W' = W B``.  (Columns of B may have any length,
 and have length one.)  The model is the same in it; the cut takes the last dims, and least squares
 then fold them into what is kept of all heads.
+
+With half of the dims of every head removed from timm's ``vit_tiny``, as in
+``benchmarks/accuracy/repairs.py``, the outputs are off by 0.31 with both, 0.35 without the first,
+0.46 without the second, and 0.48 without either.
 """
 
 from __future__ import annotations

@@ -25,7 +25,9 @@ from prunus.recovery.norms import batch_norms, recalibrate
 from prunus.recovery.refresh import (
     answer_to,
     look,
+    lost_means,
     move_statistics,
+    moves_of,
     random_calls,
     take_statistics,
 )
@@ -92,8 +94,8 @@ def cut_and_recover(
         Of the model without the blocks to drop; without it the model is traced again.
     data
         Calibration batches.  Without them the model is only cut, but by ``"auto"`` its batch norms
-        follow by random inputs of the traced shapes (:mod:`prunus.recovery.refresh`), where that
-        brings the outputs on these nearer.
+        follow in closed form and by random inputs of the traced shapes
+        (:mod:`prunus.recovery.refresh`), where that brings the outputs on these nearer.
     statistics
         Of the dense model, with this graph; what they lack is collected.
     method
@@ -121,7 +123,7 @@ def cut_and_recover(
     check_recovery(method, data)
     only_cut = partial(cut, plan, model, optimizer=optimizer, check=check)
     if data is None and method == "auto":
-        return plan, _cut_and_refresh(model, plan, only_cut, seed)
+        return plan, _cut_and_refresh(model, plan, graph, only_cut, seed)
     if data is None or method == "none":
         only_cut()
         return plan, ()
@@ -228,28 +230,33 @@ def _collect(
 
 
 def _cut_and_refresh(
-    model: nn.Module, plan: Plan, only_cut: Callable[[], None], seed: int
+    model: nn.Module,
+    plan: Plan,
+    graph: CouplingGraph | None,
+    only_cut: Callable[[], None],
+    seed: int,
 ) -> tuple[Step, ...]:
     """Cut the model, and let its batch norms follow without data."""
     calls = random_calls(plan, model, seed=seed) if batch_norms(model) else []
-    dense = None
+    dense, lost = None, {}
     if calls:
         with suppress(Exception):  # a model's code may refuse random values with any error
+            lost = lost_means(graph, model, plan) if graph and not plan.drops else {}
             dense = look(model, calls)
     only_cut()
     if dense is None:
         return ()
-    follow = partial(move_statistics, model, plan, dense.halves, look(model, calls).halves)
+    moves = moves_of(model, plan, dense.runs, look(model, calls).runs, lost)
     with quiet_run(model):  # which puts the statistics back
         take_statistics(model, plan, dense.statistics)
         before = distance([dense.answer], [answer_to(model, calls[-1])])
-        follow()
+        move_statistics(moves)
         after = distance([dense.answer], [answer_to(model, calls[-1])])
     if math.isnan(before):
         return (Step("cut", before),)
     kept = _nearer(after, before)
     if kept:
-        follow()
+        move_statistics(moves)
     step = Step("batch norms (no data)", after, kept, "" if kept else WORSE)
     return Step("cut", before), step
 

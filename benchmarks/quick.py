@@ -30,6 +30,7 @@ SAMPLES: dict[str, str] = {
     "exactness.exactness": "zoo:resnet20 hf:bert",
     "exactness.coverage": "torchvision:resnet18 timm:convnext_zepto_rms",
     "exactness.transformers": "vit llama",
+    "exactness.uniform": "0 5",
     "exactness.fuzz": "--count 20 --chunk 20",
     "exactness.attacks": "--kind files --kind plans --kind lines --count 20",
     "exactness.gpu": "",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,9 @@ import pytest
 import torch
 
 import prunus
+from benchmarks.exactness import uniform
 from prunus.cli import main
-from prunus.errors import BudgetError, ModelError, PrunusError
+from prunus.errors import BudgetError, ModelError, PlanError, PrunusError
 from prunus.graph.groups import Divisible, Lockstep, Proportional, find_violation
 from prunus.integrations import hf
 
@@ -192,3 +196,47 @@ def test_widths_are_multiples_where_nobody_says_otherwise() -> None:
     model = build("Llama", num_key_value_heads=4, hidden_size=128, intermediate_size=352)
     shrink(model, remove={"ffn": 101})
     assert model.config.intermediate_size == 251
+
+
+def test_nothing_is_removed_that_nobody_named() -> None:
+    model = build("Llama", num_key_value_heads=4)
+    with pytest.raises(PlanError, match=r"can be combined(.|\n)*multiple of its num_attention"):
+        shrink(model, remove={"heads": 4, "kv_groups": 1})  # 3 heads, and a hidden size of 64
+
+
+def test_heads_that_are_a_part_of_the_hidden_size_are_not_removed_alone() -> None:
+    model = build("Bert")
+    with pytest.raises(PlanError, match=r"can't be removed alone(.|\n)*hidden and heads"):
+        shrink(model, remove={"heads": 0.25})
+    shrink(model, remove={"heads": 0.25, "hidden": 0.25})
+    assert (model.config.hidden_size, model.config.num_attention_heads) == (48, 6)
+
+
+@pytest.mark.parametrize("request_number", [8, 11, 15, 20, 29, 30])
+def test_a_request_ends_in_a_folder_or_is_refused(request_number: int) -> None:
+    row = uniform.examine(request_number)
+    assert row["right"], row
+    assert row["ended"] == ("refused" if request_number in (29, 30) else "folder")
+
+
+ORDER = """
+import sys, prunus, test_uniform
+for name in sys.argv[1:]:
+    print(test_uniform.plan_of(name))
+"""
+
+
+def plan_of(name: str) -> str:
+    model = build(name, **({"num_key_value_heads": 4} if name == "Llama" else {}))
+    shrunk = shrink(model, budget=prunus.Budget(params=0.7), scope="global")
+    return hashlib.sha256(shrunk.plan.to_json().encode()).hexdigest()
+
+
+def test_plans_do_not_depend_on_what_was_planned_before() -> None:
+    here = [plan_of(name) for name in ("Llama", "Bert", "Llama")]
+    command = [sys.executable, "-W", "ignore", "-c", ORDER, "Bert", "Llama"]
+    fresh = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+    )
+    assert [here[1], here[0]] == fresh.stdout.split()
+    assert here[2] == here[0]

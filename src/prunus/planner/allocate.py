@@ -186,7 +186,8 @@ def select(
         removal.descend()
         return Attempt(removal, None)
 
-    asked = {n: len(set(taken).intersection(quanta.chains[n].tolist())) for n in settled}
+    given_of = settled if limits else range(len(quanta.chains))  # without a bound all is said
+    asked = {n: len(set(taken).intersection(quanta.chains[n].tolist())) for n in given_of}
     removal, lost = choose_divisible(
         [rule for rule in graph.constraints if isinstance(rule, Divisible)],
         *(quanta, attempt, asked if exactly else {}),

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from prunus.errors import BudgetError
+from prunus.errors import BudgetError, PlanError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.groups import Preferred
+from prunus.graph.groups import Lockstep, Preferred
 from prunus.graph.plans import Plan
 from prunus.graph.polynomial import PEAK
 from prunus.graph.program import state_of
@@ -108,6 +108,8 @@ def plan_widths(
         else:
             found = request.choose(limits)
     check_counts(graph, asked, found.kept, dropped)
+    if asked.budget is None and asked.ratio is None:
+        _refuse_unnamed(graph, asked, found.kept)
     if found.kept.all() and not may_remove_nothing:
         _refuse_nothing(graph, scores, asked, {**found.stopped, **hold})
     origin = {**request.record(found), **searched, "traced": graph.traced}
@@ -260,6 +262,22 @@ class _Request:
         decided |= {"stopped": {**found.stopped, **held}}
         decided |= {"retained": found.retained, "bound": found.bound}
         return {**decided, "automatic": automatic} if automatic else decided
+
+
+def _refuse_unnamed(graph: CouplingGraph, asked: PlanOptions, kept: Mask) -> None:
+    """Refuse ratios with which structures of another kind shrink that nobody named."""
+    named = spread(graph, asked.ratios or {}, "ratios", check_share)
+    for tie in (one for one in graph.constraints if isinstance(one, Lockstep) and one.rates):
+        units = np.concatenate(tie.sets)
+        tied = [group.name for group in graph.groups if np.isin(group.units, units).any()]
+        others = [name for name in tied if name not in named]
+        if others and not kept[units].all():
+            raise PlanError(
+                "what is named can't be removed alone",
+                where=f"group {others[0]}",
+                why=f"{tie.reason}; this one would shrink as well",
+                fix="name both, with the same share, or give a budget",
+            )
 
 
 def _refuse_nothing(

@@ -113,7 +113,7 @@ def test_graph_tables() -> None:
 
 def test_names_are_never_taken_for_markup(capsys) -> None:
     plan = Plan({}, {}, groups=(GroupChoice("w[/bold]:smile:", 4, (1,)),))
-    console.show("[red]text", tables.choices_table(plan))
+    console.show("[red]text", tables.widths_table(plan))
     out = capsys.readouterr().out
     assert "[red]text" in out
     assert "w[/bold]:smile:       4      3     75%" in out
@@ -121,7 +121,7 @@ def test_names_are_never_taken_for_markup(capsys) -> None:
 
 def test_tables_in_a_pipe_are_not_cut(capsys) -> None:
     name = "layer." * 60
-    console.show(tables.choices_table(Plan({}, {}, groups=(GroupChoice(name, 4, ()),))))
+    console.show(tables.widths_table(Plan({}, {}, groups=(GroupChoice(name, 4, ()),))))
     assert name in capsys.readouterr().out
 
 

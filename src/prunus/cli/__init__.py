@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _heed_termination():
             return _main(argv)
     except KeyboardInterrupt as stop:  # at whatever moment, while modules are imported as well
-        return _tell_stop(stop)
+        return _tell(stop)
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -98,20 +98,10 @@ def _run(options: argparse.Namespace) -> int:
         with _threads(getattr(options, "threads", None)):
             code: int = options.run(options)
         return code
-    except PrunusError as error:
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
         code = _tell(error)
         options.journal.write_error(error)
         return code
-    except KeyboardInterrupt as stop:
-        code = _tell_stop(stop)
-        options.journal.write_error(stop)
-        return code
-    except (Exception, SystemExit) as error:  # the model's own: only its traceback helps
-        from prunus.report.console import show_traceback
-
-        show_traceback(error)
-        options.journal.write_error(error)
-        return BAD_INPUT
 
 
 @contextmanager
@@ -130,26 +120,27 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _tell(error: PrunusError) -> int:
-    """Print what was raised on purpose; the exit code."""
-    if error.where == STDOUT:
+def _tell(error: BaseException) -> int:
+    """Print what ended a command; the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        terminated = isinstance(error, Terminated)
+        with suppress(OSError):
+            ending = "terminated" if terminated else "interrupted"
+            print(f"prunus: {ending}; nothing half-written is left", file=sys.stderr)
+        return TERMINATED if terminated else INTERRUPTED
+    if getattr(error, "where", "") == STDOUT:
         _abandon_stdout()
         if isinstance(error.__cause__, BrokenPipeError):
             return UNREAD
-    from prunus.report.console import show_error
+    from prunus.report.console import show_traceback, warn
 
-    show_error("prunus", error)
+    if not isinstance(error, PrunusError):  # the model's own: only its traceback helps
+        show_traceback(error)
+        return BAD_INPUT
+    warn(f"prunus: {error}")
     if isinstance(error, VerifyError):
         return NOT_VERIFIED
     return REFUSED if isinstance(error, (ApplyError, BudgetError)) else BAD_INPUT
-
-
-def _tell_stop(stop: KeyboardInterrupt) -> int:
-    terminated = isinstance(stop, Terminated)
-    with suppress(OSError):
-        ending = "terminated" if terminated else "interrupted"
-        print(f"prunus: {ending}; nothing half-written is left", file=sys.stderr)
-    return TERMINATED if terminated else INTERRUPTED
 
 
 def _abandon_stdout() -> None:

@@ -87,13 +87,13 @@ def _run_once(
 def _show(document: dict[str, Any], plan: Plan | None) -> None:
     from prunus.graph.plan_records import spell_count
     from prunus.report.console import show
-    from prunus.report.tables import choices_table
+    from prunus.report.tables import widths_table
 
     params, size = spell_count(document["params"]), spell_count(document["bytes"])
     show(f"{document['file']}: {params} parameters, {size}B of tensors, the digest is right.")
     if plan is None:
         show("It has no plan: the model was not pruned.")
     else:
-        show(choices_table(plan))
+        show(widths_table(plan))
     shapes = ", ".join(f"{name} {shape}" for name, shape in document["outputs"].items())
     show(f"The model runs: {shapes}")

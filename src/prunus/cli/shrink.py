@@ -163,10 +163,10 @@ def finish(
 ) -> int:
     """Print the outcome; the exit code."""
     from prunus.report.console import show
-    from prunus.report.tables import choices_table, stages_table
+    from prunus.report.tables import stages_table, widths_table
 
     def tell() -> None:
-        show(stages_table(document["stages"]), choices_table(plan), *remarks(plan))
+        show(stages_table(document["stages"]), widths_table(plan), *remarks(plan))
         if certificate is None:
             show("not verified (--no-verify)")
         else:

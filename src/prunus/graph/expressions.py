@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from prunus.graph.axis import Label, Mask
 
@@ -47,15 +46,11 @@ class Operation:
 Expression = int | Attribute | Width | Operation
 
 _COMPUTE: dict[str, Callable[[int, int], int]] = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "//": lambda a, b: a // b,
-    "%": lambda a, b: a % b,
-}
-
-
-_ASK: dict[str, Callable[[int, int], bool]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
     "==": operator.eq,
     "<": operator.lt,
     "<=": operator.le,
@@ -84,18 +79,6 @@ class Condition:
     outcome: bool
     module: str
     source: str
-
-
-def holds(
-    condition: Condition, attribute: Callable[[Attribute], int], width: Callable[[Width], int]
-) -> bool:
-    """Whether a comparison comes out as it did when it was traced."""
-    try:
-        left = evaluate(condition.left, attribute, width)
-        right = evaluate(condition.right, attribute, width)
-    except ZeroDivisionError:
-        return False
-    return _ASK[condition.op](left, right) is condition.outcome
 
 
 def leaves_of(expression: Expression) -> Iterator[Expression]:
@@ -143,14 +126,13 @@ def invert(
         return value
     if not isinstance(expression, Operation):
         return None
-    inside = [unknown in set(attributes_in(side)) for side in (expression.left, expression.right)]
-    if inside == [True, True]:
+    sides = expression.left, expression.right
+    left, right = (unknown in attributes_in(side) for side in sides)
+    if left and right:
         return None
-    known, rest = (
-        (expression.right, expression.left) if inside[0] else (expression.left, expression.right)
-    )
+    known, rest = sides if right else sides[::-1]
     other = evaluate(known, attribute, width)
-    target: Any = _undo(expression.op, value, other, first=inside[0])
+    target = _undo(expression.op, value, other, first=left)
     return None if target is None else invert(rest, target, unknown, attribute, width)
 
 
@@ -188,15 +170,18 @@ def solve(equations: Sequence[Equation], current: Mapping[Attribute, int], kept:
     width = _measure(kept)
     values = dict(current)
     settled: set[Attribute] = set()
+
+    def holds(equation: Equation) -> bool | None:
+        return _compare("==", equation.expression, equation.width, values.__getitem__, width)
+
     for equation in sorted(equations, key=lambda one: not isinstance(one.expression, Attribute)):
         if not isinstance(equation.expression, Attribute):
-            if not _holds(equation, values, width):
+            if not holds(equation):
                 _settle(equation, values, settled, width)
         elif equation.expression not in settled:
             values[equation.expression] = width(equation.width)
             settled.add(equation.expression)
-    broken = tuple(e for e in equations if not _holds(e, values, width))
-    return Solution(values, broken)
+    return Solution(values, tuple(equation for equation in equations if not holds(equation)))
 
 
 def _settle(
@@ -217,9 +202,12 @@ def _settle(
 
 def other_paths(conditions: Sequence[Condition], solution: Solution, kept: Mask) -> list[int]:
     """Which comparisons would come out otherwise than they did at full size."""
-    width = _measure(kept)
-    found = solution.values.__getitem__
-    return [i for i, one in enumerate(conditions) if not holds(one, found, width)]
+    known = solution.values.__getitem__, _measure(kept)
+    return [
+        place
+        for place, one in enumerate(conditions)
+        if _compare(one.op, one.left, one.right, *known) is not one.outcome
+    ]
 
 
 def _measure(kept: Mask) -> Callable[[Width], int]:
@@ -235,11 +223,16 @@ def _measure(kept: Mask) -> Callable[[Width], int]:
     return width
 
 
-def _holds(
-    equation: Equation, values: Mapping[Attribute, int], width: Callable[[Width], int]
-) -> bool:
+def _compare(
+    op: str,
+    left: Expression,
+    right: Expression,
+    attribute: Callable[[Attribute], int],
+    width: Callable[[Width], int],
+) -> bool | None:
+    """Whether ``left op right``; None where the code itself would divide by zero."""
     try:
-        found = evaluate(equation.expression, values.__getitem__, width)
+        sides = (evaluate(side, attribute, width) for side in (left, right))
+        return bool(_COMPUTE[op](*sides))
     except ZeroDivisionError:
-        return False
-    return found == width(equation.width)
+        return None

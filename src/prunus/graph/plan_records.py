@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any, NamedTuple, TypeVar
@@ -108,49 +108,39 @@ def kind_of_edit(attribute: str, before: Any, after: Any) -> str | None:
     >>> kind_of_edit("training", True, False) is kind_of_edit("width", 8, 9) is None
     True
     """
-    allowed: tuple[tuple[str, Callable[[Any, Any], bool]], ...] = ()
+    if attribute in (CLASS, "use_nested_tensor"):
+        return "adapter" if _adapts(attribute, before, after) else None
+    if not _PATH.fullmatch(attribute) or type(before) is not type(after):
+        return None
+    if type(before) is int:
+        return "integer" if 0 < after <= before else None
+    return _kind_of_lists(before, after) if type(before) is tuple else None
+
+
+def _adapts(attribute: str, before: Any, after: Any) -> bool:
     if attribute == CLASS:
-        allowed = (("adapter", _becomes_equivalent),)
-    elif attribute == "use_nested_tensor":  # of PyTorch's encoder, whose layers change their class
-        allowed = (("adapter", lambda before, after: before is True and after is False),)
-    elif _PATH.fullmatch(attribute):
-        allowed = _SETTINGS
-    return next((kind for kind, is_such in allowed if is_such(before, after)), None)
+        return _is_equivalent(after) and (type(before) is str or _is_equivalent(before))
+    return before is True and after is False  # of PyTorch's encoder, whose layers change class
 
 
-def _becomes_equivalent(before: Any, after: Any) -> bool:
-    return (type(before) is str or _is_equivalent(before)) and _is_equivalent(after)
+def _kind_of_lists(before: tuple[Any, ...], after: tuple[Any, ...]) -> str | None:
+    kinds = {type(item) for item in (*before, *after)}
+    if len(before) == len(after):
+        smaller = kinds <= {int} and all(map(_is_smaller, before, after))
+        return "integers" if smaller else None
+    rest = iter(before)
+    kept = after and kinds <= {int, str, NoneType} and all(item in rest for item in after)
+    return "subsequence" if kept else None
+
+
+def _is_smaller(before: int, after: int) -> bool:
+    return before == after or 0 < after <= before
 
 
 def _is_equivalent(value: Any) -> bool:
     """A class of our own table with the positive factor that it keeps."""
     pair = isinstance(value, tuple) and len(value) == 2
     return pair and type(value[0]) is str and type(value[1]) is float and 0 < value[1] < math.inf
-
-
-def _is_smaller(before: Any, after: Any) -> bool:
-    return type(before) is type(after) is int and 0 < after <= before
-
-
-def _are_smaller(before: Any, after: Any) -> bool:
-    if not _hold_only({int}, before, after) or len(before) != len(after):
-        return False
-    return all(b == a or 0 < a <= b for b, a in zip(before, after, strict=True))
-
-
-def _is_subsequence(before: Any, after: Any) -> bool:
-    if not _hold_only({int, str, NoneType}, before, after):
-        return False
-    rest = iter(before)
-    return 0 < len(after) < len(before) and all(item in rest for item in after)
-
-
-def _hold_only(kinds: set[type], before: Any, after: Any) -> bool:
-    tuples = type(before) is type(after) is tuple
-    return tuples and {type(item) for item in (*before, *after)} <= kinds
-
-
-_SETTINGS = (("integer", _is_smaller), ("integers", _are_smaller), ("subsequence", _is_subsequence))
 
 
 def check_kind(where: str, attribute: str, before: Any, after: Any) -> None:

@@ -69,11 +69,6 @@ def warn(text: str) -> None:
         _console(stderr=True).print(Text(text), soft_wrap=True)
 
 
-def show_error(command: str, error: BaseException) -> None:
-    """Print an error that was raised on purpose, without a traceback, on stderr."""
-    warn(f"{command}: {error}")
-
-
 def show_traceback(error: BaseException) -> None:
     """Print somebody else's error as Python does, on stderr."""
     traceback.print_exception(error, file=sys.stderr)

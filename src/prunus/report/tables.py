@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich import box
@@ -17,6 +18,7 @@ from prunus.graph.plan_records import spell_count
 from prunus.graph.plans import Plan
 from prunus.planner.search.sensitivity import Sensitivity
 from prunus.structures import find_structures
+from prunus.structures.names import Structure
 
 
 def groups_table(graph: CouplingGraph) -> Table:
@@ -42,19 +44,24 @@ def structures_table(graph: CouplingGraph) -> Table | None:
     parts = {name: anatomy.of(*one.kinds) for name, one in REMOVABLE.items()}
     parts |= {f"({kind})": anatomy.of(kind) for kind in _BY_GLOB}
     for name, own in parts.items():
-        alike: dict[tuple[str, int, int], list[int]] = {}
-        for part in own:
-            stack, _, number = part.layer.rpartition(".")
-            step = part.heads if part.kind == "query heads" else 1
-            key = stack or part.group, part.size * step, step
-            alike.setdefault(key, []).extend([int(number)] if stack else [])
-        for (place, size, step), numbers in alike.items():
+        for (place, size, step), numbers in _alike(own).items():
             _row(table, name, size, step, f"{place}.{_runs(numbers)}" if numbers else place)
     for stack, layers in anatomy.stacks.items():
         count = len({block.name for block in graph.blocks} & {layer.path for layer in layers})
         if count:
             _row(table, LAYERS, count, 1, stack)
     return table
+
+
+def _alike(parts: Iterable[Structure]) -> dict[tuple[str, int, int], list[int]]:
+    """Numbers of layers, by stack (or group), units, and how many are removed at a time."""
+    found: dict[tuple[str, int, int], list[int]] = {}
+    for part in parts:
+        stack, _, number = part.layer.rpartition(".")
+        step = part.heads if part.kind == "query heads" else 1
+        key = stack or part.group, part.size * step, step
+        found.setdefault(key, []).extend([int(number)] if stack else [])
+    return found
 
 
 _BY_GLOB: tuple[Kind, ...] = ("head dims", "qk dims", "vo dims", "routing groups")
@@ -104,15 +111,6 @@ def chain_table(start: Axis, chain: Sequence[Coupling]) -> Table:
         end = link.a if link.b == start else link.b
         _row(table, start, end, link.operator, link.module)
         start = end
-    return table
-
-
-def choices_table(plan: Plan) -> Table:
-    """Units of every group before and after."""
-    table = _table("group", "units", "kept", "share")
-    for choice in plan.groups:
-        kept = choice.size - len(choice.removed)
-        _row(table, choice.name, choice.size, kept, f"{kept / max(choice.size, 1):.0%}")
     return table
 
 
@@ -211,29 +209,20 @@ def describe_graph(graph: CouplingGraph) -> dict[str, Any]:
                 "name": group.name,
                 "size": group.size,
                 "mixing": group.mixing,
-                "axes": [
-                    {"tensor": axis.tensor, "dim": axis.dim, "role": role.value}
-                    for axis, role in group.axes
-                ],
+                "axes": [{**asdict(axis), "role": role.value} for axis, role in group.axes],
             }
             for group in graph.groups
         ],
-        "structures": [
-            {"kind": s.kind, "layer": s.layer, "group": s.group, "size": s.size}
-            for s in anatomy.structures
-        ],
+        "structures": [_entries(s, "kind", "layer", "group", "size") for s in anatomy.structures],
         "attentions": [
-            {"module": a.module, "layer": a.layer, "heads": len(a.heads), "kv_heads": a.kv_heads}
+            {**_entries(a, "module", "layer", "kv_heads"), "heads": len(a.heads)}
             for a in anatomy.attentions
         ],
         "constraints": [
-            {
-                "kind": entry.kind if isinstance(entry, Lockstep) else "at least",
-                "reason": entry.reason,
-            }
+            {"kind": getattr(entry, "kind", type(entry).__name__.lower()), "reason": entry.reason}
             for entry in graph.constraints
         ],
-        "pins": [describe_pin(axis, pin) for axis, pin in graph.pins],
+        "pins": [describe_pin(*pin) for pin in graph.pins],
         "unknown": dict(sorted(graph.unknown.items())),
         "outputs": list(graph.kept_outputs),
         "inputs": graph.traced.get("inputs"),
@@ -242,23 +231,17 @@ def describe_graph(graph: CouplingGraph) -> dict[str, Any]:
 
 def describe_pin(axis: Axis, pin: Pin) -> dict[str, str]:
     """What is pinned, and why."""
-    return {
-        "axis": str(axis),
-        "reason": pin.reason,
-        "operator": pin.operator,
-        "module": pin.module,
-        "source": pin.source,
-    }
+    return {"axis": str(axis), **asdict(pin)}
 
 
 def describe_coupling(coupling: Coupling) -> dict[str, str]:
     """Two axes, and the operator that ties them."""
-    return {
-        "a": str(coupling.a),
-        "b": str(coupling.b),
-        "operator": coupling.operator,
-        "module": coupling.module,
-    }
+    ends = {"a": str(coupling.a), "b": str(coupling.b)}
+    return {**ends, **_entries(coupling, "operator", "module")}
+
+
+def _entries(record: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in names}
 
 
 def describe_choices(plan: Plan) -> list[dict[str, Any]]:

@@ -240,3 +240,48 @@ def test_a_latent_width_of_an_attention_is_no_ffn() -> None:
     anatomy = find_structures(prunus.trace(build("DeepseekV3"), kwargs=CALL))
     assert all("mlp" in part.group for part in anatomy.of("ffn"))
     assert {part.size for part in anatomy.of("other")} == {16}
+
+
+def switch() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=4, num_decoder_layers=4,
+        num_heads=4, num_experts=6, num_sparse_encoder_layers=2, num_sparse_decoder_layers=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return transformers.SwitchTransformersForConditionalGeneration(config).eval()
+
+
+def eager() -> nn.Module:
+    model = build("Mixtral")
+    model.config._experts_implementation = "eager"
+    return model
+
+
+VISITED = [(switch, {"heads": 0.5, "ffn": 0.25, "layers": 1}), (eager, {"heads": 0.5, "ffn": 0.25})]
+
+
+@pytest.mark.parametrize(("make", "amounts"), VISITED)
+def test_experts_that_python_visits_by_value_are_all_visited(make: Any, amounts: Any) -> None:
+    call = CALL if make is eager else {**IDS, "decoder_input_ids": IDS["input_ids"]}
+    for structure, amount in amounts.items():
+        small = prunus.shrink(
+            make(),
+            kwargs=call,
+            remove={structure: amount},
+            importance="random",
+            each_group=False,
+        )
+        assert small.certificate is not None
+        assert small.certificate.verdict == "exact"
+
+
+def test_a_mask_follows_a_model_that_visits_by_value() -> None:
+    model, call = switch(), {**IDS, "decoder_input_ids": IDS["input_ids"]}
+    graph = prunus.trace(model, kwargs=call)
+    plan = prunus.plan(graph, model, ratio=0.3, importance="random")
+    with torch.no_grad():
+        with prunus.mask(plan, model) as masked:
+            silenced = masked(**call).logits
+        prunus.apply(plan, model)
+        torch.testing.assert_close(model(**call).logits, silenced, rtol=1e-4, atol=1e-5)

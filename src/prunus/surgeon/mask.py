@@ -29,6 +29,7 @@ from prunus.surgeon.tensors import fit_plan, with_biases
 from prunus.tracer.adapters import adapted
 from prunus.tracer.capture import PASSIVE
 from prunus.tracer.forward_fn import ForwardFn, entered_as_traced
+from prunus.tracer.quiet import ALL_TRUE, asks_which
 from prunus.tracer.registry import bind, call_bound
 from prunus.tracer.rerun import run_on_kept
 from prunus.tracer.trace import plain_kernels, quiet_run, trace
@@ -169,6 +170,8 @@ class Silencer(TorchDispatchMode):
         kwargs = kwargs or {}
         if func._schema.name in PASSIVE:
             return func(*args, **kwargs)
+        if asks_which(func, args) and self._node.target is ALL_TRUE:
+            args = (self.__torch_dispatch__(ALL_TRUE, types, args),)
         if self._next >= len(self._program.nodes) or self._node.target is not func:
             raise ApplyError(
                 f"the forward ran {func} where the trace ran "

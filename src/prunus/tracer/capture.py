@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from prunus.tracer.follow import Follow
 from prunus.tracer.labels import Algebra
 from prunus.tracer.outside import Watch
 from prunus.tracer.provenance import Run, expression_of
+from prunus.tracer.quiet import ALL_TRUE, asks_which
 from prunus.tracer.registry import Call, Given, aliases, bind, find_rule, summed_copies
 from prunus.tracer.sizes import Sizes
 from prunus.tracer.softmax_scale import Attention
@@ -73,6 +74,8 @@ class Recorder(TorchDispatchMode):
         Paths of the modules that are running, the innermost last.
     sealed
         Paths of modules whose code can't be followed: what runs in them pins all that it gets.
+    holds
+        By module how many experts it may hold; see :func:`prunus.tracer.quiet.visits`.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class Recorder(TorchDispatchMode):
         self.from_state: list[bool] = []
         self.stack: list[str] = [""]
         self.sealed: frozenset[str] = frozenset()
+        self.holds: Mapping[str, Collection[int]] = {}
         self.attended: list[Attention] = []
         self.lifetimes = Lifetimes(self.nodes.__len__)
         self._counted: dict[int, list[tuple[Label, Pin]]] = {}
@@ -177,6 +181,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func._schema.name in PASSIVE:
             return self._passive(func, args, kwargs)
+        if asks_which(func, args) and len(args[0]) in self.holds.get(self.stack[-1], ()):
+            args = (self.__torch_dispatch__(ALL_TRUE, types, args),)
         known = None if self._fakes is None else self._shadows.run(func, args, kwargs)
         strides = _strides(args[0]) if args else ()
         out = self._run(func, args, kwargs)

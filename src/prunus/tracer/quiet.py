@@ -287,3 +287,33 @@ def _follow_compiled(paths: Mapping[int, str], stack: list[str]) -> list[Any]:
         register_module_forward_pre_hook(enter),
         register_module_forward_hook(leave, always_call=True),
     ]
+
+
+ALL_TRUE = torch.ops.aten.ones_like.default
+"""What stands before the question which entries are true, where all are to be visited."""
+
+
+def asks_which(func: Any, args: Any) -> bool:
+    """Whether an operator asks which entries of a boolean vector are true."""
+    if func is not torch.ops.aten.nonzero.default:
+        return False
+    return bool(args[0].dim() == 1 and args[0].dtype == torch.bool)
+
+
+def visits(model: nn.Module) -> dict[str, frozenset[int]]:
+    """By path of a module: how many experts it may hold, in lists or in weights that stack them.
+
+    Code that visits those that some token was routed to asks which entries of a vector as long are
+    true (some count one more, for no expert).  Another input, or the same with an expert that is
+    never picked, answers otherwise and runs another path.  So a trace on real tensors visits all:
+    one without tokens adds nothing.  Where it does, the dense replay differs from the model.
+    """
+    found = {}
+    for path, module in modules_in(model):
+        lists = [
+            m for m in (module, *module.children()) if isinstance(m, (nn.ModuleList, nn.ModuleDict))
+        ]
+        stacks = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+        counts = {len(one) for one in (*lists, *stacks)} - {0, 1}
+        found[path] = frozenset(counts | {count + 1 for count in counts})
+    return found

@@ -56,7 +56,7 @@ from prunus.tracer.quiet import follow_modules as follow_modules
 from prunus.tracer.quiet import plain_kernels as plain_kernels
 from prunus.tracer.quiet import quiet as quiet
 from prunus.tracer.quiet import quiet_run as quiet_run
-from prunus.tracer.quiet import same_modes
+from prunus.tracer.quiet import same_modes, visits
 from prunus.tracer.quiet import uncollected as uncollected
 from prunus.tracer.renormalised import find_renormalised, keep_normed_weights, names_of
 from prunus.tracer.settling import tie_unread
@@ -284,6 +284,7 @@ class _Run:
         theirs = {name: copied.of(tensor) for name, tensor in state.items()}
         recorder = Recorder(theirs, self._watch, real=self._real, apart=self._apart)
         recorder.sealed = scripted(task.model)
+        recorder.holds = visits(copied.model) if self._real else {}
         try:
             run = self._forward(recorder, copied, shared)
             traced = time.perf_counter()

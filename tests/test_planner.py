@@ -28,6 +28,7 @@ from prunus.planner import allocate as planner
 from prunus.planner.allocate import normalised
 from prunus.planner.chains import merge_locksteps
 from prunus.planner.cost import CostState
+from prunus.planner.filters import taken, taken_through
 
 
 def select(*args, **options) -> np.ndarray:
@@ -590,6 +591,36 @@ class TestFilters:
         assert (left["stem.weight[0]"], left["block0.up.weight[0]"]) == (32, 64)
         kept = select(graph, scores_for(graph), Budget(params=0.9), include="block0.up.weight[0]")
         assert kept_in(graph, kept)["block0.up.weight[0]"] < 64
+
+    def test_a_group_is_taken_the_nearest_way(self) -> None:
+        """By its literal name, else by names, else by what makes it, else by what reads it."""
+        graph = MODELS["residual"]
+        inner, stream, made = "block0.up.weight[0]", "stem.weight[0]", "block0.down.weight[0]"
+        assert taken(graph, inner, "include") == {inner: inner}
+        assert taken(graph, "*block0*", "include") == {inner: inner}
+        assert taken(graph, "*block0*", "exclude") == {inner: inner, stream: made}
+        assert taken(graph, "block0.down.weight", "include") == {stream: made}
+        assert taken(graph, "head.weight", "include") == {stream: "head.weight[1]"}
+        text = f"exclude '*block0*' took the group {stream} through {made}"
+        assert taken_through(graph, {"include": inner, "exclude": ["*block0*"]}) == [text]
+
+    def test_a_literal_name_is_no_glob(self) -> None:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a = nn.ModuleDict({"w[1]": nn.Linear(3, 8), "w1": nn.Linear(8, 8)})
+                self.b = nn.Linear(8, 2)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.b(self.a["w1"](self.a["w[1]"](x).relu()).relu())
+
+        net = Net()
+        graph = prunus.trace(net, torch.randn(2, 3))
+        plan = prunus.plan(graph, net, ratios={"a.w[1].weight[0]": 0.5}, exclude="b.*")
+        lost = {choice.name: len(choice.removed) for choice in plan.groups}
+        assert lost == {"a.w[1].weight[0]": 4, "a.w1.weight[0]": 0}
+        text = "exclude 'b.*' took the group a.w1.weight[0] through b.weight[1]"
+        assert str(plan).endswith(text)
 
     def test_a_glob_that_matches_nothing_is_an_error(self) -> None:
         graph = MODELS["residual"]

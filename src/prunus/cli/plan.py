@@ -123,6 +123,7 @@ def by_table(
 def remarks(plan: Plan) -> list[str]:
     """Sentences on what a plan drops, rounds and retains, and on the time that was measured."""
     found = [f"Dropped: {', '.join(plan.drops)}"] if plan.drops else []
+    found += plan.origin.get("through", ())
     timed, retained = plan.origin.get("latency"), plan.origin.get("retained")
     if timed is None and "round_to" in plan.origin.get("automatic", ()):
         found.append(_rounding(plan.origin["round_to"]))

@@ -100,7 +100,11 @@ class Plan:
     def __str__(self) -> str:
         kept = [(g.name, g.size, g.size - len(g.removed)) for g in self.groups]
         dropped = [f"dropped: {', '.join(self.drops)}"] if self.drops else []
-        return "\n".join([*costs_lines(self.costs), *groups_lines(kept), *dropped])
+        through = self.origin.get("through", ())
+        taken = through if isinstance(through, (list, tuple)) else ()
+        return "\n".join(
+            [*costs_lines(self.costs), *groups_lines(kept), *dropped, *map(str, taken)]
+        )
 
     def with_biases(
         self, biases: Mapping[str, int], element_sizes: Mapping[str, int] | None = None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from operator import itemgetter
+from typing import Any, TypeVar
 
 from prunus.errors import PlanError
-from prunus.graph.axis import Axis
+from prunus.graph.axis import Axis, Role
 from prunus.graph.coupling import CouplingGraph
 from prunus.planner.culprits import NOTHING_THERE, tell_pins
 from prunus.planner.option_values import Globs
@@ -23,16 +24,66 @@ _NEAR = 3
 
 def excluded_groups(graph: CouplingGraph, include: Globs | None, exclude: Globs) -> dict[str, str]:
     """Names of the groups that the globs leave out, with the reason."""
-    names = _names(graph)
-    wanted = None if include is None else _matching(graph, names, include, "include")
-    unwanted = _matching(graph, names, exclude, "exclude")
+    wanted, unwanted = _each(include or ()), _each(exclude)
+    included = {name for glob in wanted for name in taken(graph, glob, "include")}
+    excluded = {name for glob in unwanted for name in taken(graph, glob, "exclude")}
     found: dict[str, str] = {}
-    for group in names:
-        if group in unwanted:
-            found[group] = "excluded"
-        elif wanted is not None and group not in wanted:
-            found[group] = "not included"
+    for group in graph.groups:
+        if group.name in excluded:
+            found[group.name] = "excluded"
+        elif include is not None and group.name not in included:
+            found[group.name] = "not included"
     return found
+
+
+def taken(graph: CouplingGraph, glob: str, option: str) -> dict[str, str]:
+    """The groups that a pattern takes, each with its name or the axis through which it fits.
+
+    A group's literal name takes that group alone; then globs over names of groups are tried, over
+    tensors that make or carry the units of a group, and over tensors that only read them.  What
+    ``exclude`` keeps whole is all of that together.
+
+    Raises
+    ------
+    PlanError
+        If the pattern fits no group.
+    """
+    if any(group.name == glob for group in graph.groups):
+        return {glob: glob}
+    found: dict[int, dict[str, str]] = {}
+    for group, called in _names(graph).items():
+        fitting = [(way, axis) for name, axis, way in called if _fits(name, glob)]
+        for way, axis in sorted(fitting, key=itemgetter(0))[:1]:
+            found.setdefault(way, {})[group] = axis
+    if not found:
+        raise _only_pinned(graph, glob, option) or _nothing_matches(graph, glob, option)
+    ways = sorted(found) if option == "exclude" else [min(found)]
+    return {group: axis for way in ways for group, axis in found[way].items()}
+
+
+_OWN, _MADE, _READ = range(3)
+"""What fits: the group's name, or that of a tensor that makes or carries, or reads its units."""
+
+
+def taken_through(graph: CouplingGraph, patterns: Mapping[str, Any]) -> list[str]:
+    """Which groups patterns take by another name than the group's, and through which axis.
+
+    Parameters
+    ----------
+    patterns
+        Values of options by name: a pattern, several, or values by pattern.
+    """
+    return [
+        f"{option} {glob!r} took the group {group} through {axis}"
+        for option, value in patterns.items()
+        for glob in (_each(value) if isinstance(value, Collection) else ())
+        for group, axis in taken(graph, glob, option).items()
+        if group != axis
+    ]
+
+
+def _each(globs: str | Collection[str]) -> Collection[str]:
+    return (globs,) if isinstance(globs, str) else globs
 
 
 def inside(graph: CouplingGraph, part: str | None) -> CouplingGraph:
@@ -72,9 +123,8 @@ def spread(
 ) -> dict[str, T]:
     """The value of an option for every group that it speaks of, by the group's name.
 
-    A glob speaks of the groups whose names it fits; one that fits no group's name, of those with a
-    tensor that it fits.  Of several globs the most specific one decides: one that fits the group's
-    name, then the one with more letters, then the first.
+    A glob speaks of the groups that it takes (:func:`taken`).  Of several globs the most specific
+    one decides: one that fits the group's name, then the one with more letters, then the first.
 
     Parameters
     ----------
@@ -91,63 +141,48 @@ def spread(
     if not isinstance(values, Mapping):
         check(option, values)
         return {group.name: values for group in graph.groups}
-    names = _names(graph)
     best: dict[str, tuple[bool, int]] = {}
     found: dict[str, T] = {}
     for glob, value in values.items():
         check(f"{option}[{glob!r}]", value)
-        own = {group for group in names if _fits(group, glob)}
-        rank = bool(own), len(re.sub(r"[*?]", "", glob))
-        for group in own or _matching(graph, names, glob, option):
+        for group, axis in taken(graph, glob, option).items():
+            rank = group == axis, len(re.sub(r"[*?]", "", glob))
             if group not in best or rank > best[group]:
                 best[group], found[group] = rank, value
     return {group.name: found[group.name] for group in graph.groups if group.name in found}
 
 
 def first_fitting(graph: CouplingGraph, globs: Sequence[str], option: str) -> dict[str, int]:
-    """For every group that one of the globs speaks of, by its name, which is the first.
-
-    As in :func:`spread`, a glob speaks of the groups whose names it fits; one that fits no group's
-    name, of those with a tensor that it fits.
+    """For every group that one of the globs takes, by its name, which is the first.
 
     Raises
     ------
     PlanError
         If a glob fits no group.
     """
-    names = _names(graph)
     found: dict[str, int] = {}
     for n, glob in enumerate(globs):
-        own = {group for group in names if _fits(group, glob)}
-        for group in own or _matching(graph, names, glob, option):
+        for group in taken(graph, glob, option):
             found.setdefault(group, n)
     return found
 
 
-def _names(graph: CouplingGraph) -> dict[str, tuple[str, ...]]:
-    """By which names every group can be called: its own, its tensors', and tied ones."""
+def _names(graph: CouplingGraph) -> dict[str, list[tuple[str, str, int]]]:
+    """By which names every group can be called: its own, its tensors', and tied ones.
+
+    With each the axis that it is of, and in which way it fits.
+    """
     tied: dict[str, list[str]] = {}
     for alias, first in graph.aliases.items():
         tied.setdefault(first, []).append(alias)
     found = {}
     for group in graph.groups:
-        tensors = [axis.tensor for axis, _ in group.axes]
-        aliases = [alias for tensor in tensors for alias in tied.get(tensor, ())]
-        found[group.name] = tuple(dict.fromkeys([group.name, *tensors, *aliases]))
-    return found
-
-
-def _matching(
-    graph: CouplingGraph, names: dict[str, tuple[str, ...]], globs: Globs, option: str
-) -> set[str]:
-    found: set[str] = set()
-    for glob in (globs,) if isinstance(globs, str) else globs:
-        hits = {
-            group for group, called in names.items() if any(_fits(name, glob) for name in called)
-        }
-        if not hits:
-            raise _only_pinned(graph, glob, option) or _nothing_matches(names, glob, option)
-        found |= hits
+        called = [(group.name, group.name, _OWN)]
+        for axis, role in group.axes:
+            way = _READ if role is Role.CONSUMER else _MADE
+            names = (axis.tensor, *tied.get(axis.tensor, ()))
+            called += [(name, f"{name}[{axis.dim}]", way) for name in names]
+        found[group.name] = called
     return found
 
 
@@ -179,8 +214,9 @@ def _only_pinned(graph: CouplingGraph, glob: str, option: str) -> PlanError | No
     )
 
 
-def _nothing_matches(names: dict[str, tuple[str, ...]], glob: str, option: str) -> PlanError:
-    every = list(dict.fromkeys(name for called in names.values() for name in called))
+def _nothing_matches(graph: CouplingGraph, glob: str, option: str) -> PlanError:
+    names = _names(graph)
+    every = list(dict.fromkeys(name for called in names.values() for name, _, _ in called))
     near = difflib.get_close_matches(glob, every, n=_NEAR, cutoff=0.4)
     return PlanError(
         f"{glob!r} matches no group and no tensor of one",

@@ -29,7 +29,7 @@ from prunus.importance.registry import is_comparable
 from prunus.importance.torch_pruning import adapt
 from prunus.planner.allocate import Selection, select
 from prunus.planner.culprits import nothing_removed
-from prunus.planner.filters import spread
+from prunus.planner.filters import spread, taken_through
 from prunus.planner.latency import MULTIPLES, meet_time
 from prunus.planner.option_values import check_share
 from prunus.planner.options import PlanOptions, ScoreOptions
@@ -61,6 +61,9 @@ _SHAPING = ("scope", "normalise", "min_width", "max_ratio", "include", "exclude"
 Scores = NDArray[np.float64]
 Limits = Mapping[str, int]
 """The largest values of costs, by name."""
+
+
+_PATTERNS = ("include", "exclude", "ratios", "min_width", "max_ratio")
 
 
 def plan_widths(
@@ -95,6 +98,7 @@ def plan_widths(
     scores = score_units(graph, model, asked)
     for name in hold:
         scores[graph.group(name).units] = np.inf
+    patterns = {name: getattr(asked, name) for name in _PATTERNS}
     if asked.remove:
         taken = structure_ratios(graph, scores, asked, hold, dropped)
         asked = replace(asked, ratios={**(asked.ratios or {}), **taken})
@@ -112,6 +116,8 @@ def plan_widths(
         _refuse_unnamed(graph, asked, found.kept)
     if found.kept.all() and not may_remove_nothing:
         _refuse_nothing(graph, scores, asked, {**found.stopped, **hold})
+    through = taken_through(graph, patterns)
+    searched |= {"through": through} if through else {}
     origin = {**request.record(found), **searched, "traced": graph.traced}
     chosen = plan_of_mask(graph, model, found.kept, origin)
     parts = {c: (graph.cost(c), graph.cost(c, found.kept)) for c in limits}

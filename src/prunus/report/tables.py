@@ -44,8 +44,8 @@ def structures_table(graph: CouplingGraph) -> Table | None:
     parts = {name: anatomy.of(*one.kinds) for name, one in REMOVABLE.items()}
     parts |= {f"({kind})": anatomy.of(kind) for kind in _BY_GLOB}
     for name, own in parts.items():
-        for (place, size, step), numbers in _alike(own).items():
-            _row(table, name, size, step, f"{place}.{_runs(numbers)}" if numbers else place)
+        for place, size, step in _alike(own):
+            _row(table, name, size, step, place)
     for stack, layers in anatomy.stacks.items():
         count = len({block.name for block in graph.blocks} & {layer.path for layer in layers})
         if count:
@@ -53,15 +53,18 @@ def structures_table(graph: CouplingGraph) -> Table | None:
     return table
 
 
-def _alike(parts: Iterable[Structure]) -> dict[tuple[str, int, int], list[int]]:
-    """Numbers of layers, by stack (or group), units, and how many are removed at a time."""
+def _alike(parts: Iterable[Structure]) -> list[tuple[str, int, int]]:
+    """Layers of a stack (or a group) that are alike, units, and how many are removed at a time."""
     found: dict[tuple[str, int, int], list[int]] = {}
     for part in parts:
         stack, _, number = part.layer.rpartition(".")
         step = part.heads if part.kind == "query heads" else 1
         key = stack or part.group, part.size * step, step
         found.setdefault(key, []).extend([int(number)] if stack else [])
-    return found
+    return [
+        (f"{place}.{_runs(numbers)}" if numbers else place, size, step)
+        for (place, size, step), numbers in found.items()
+    ]
 
 
 _BY_GLOB: tuple[Kind, ...] = ("head dims", "qk dims", "vo dims", "routing groups")

@@ -97,6 +97,33 @@ def test_generate_follows() -> None:
     assert torch.equal(*answers)
 
 
+def tokenizer() -> Any:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({f"w{n}": n for n in range(100)}, unk_token="w3")
+    made = tokenizers.Tokenizer(words)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    names = {"unk_token": "w3", "eos_token": "w1", "pad_token": "w2"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
+def test_trainer_and_pipeline_take_it_as_any_model(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = build("Llama", num_key_value_heads=4, **ENDS)
+    shrink(model, ratio=0.3, drop=1)
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, save_steps=1, report_to=[], use_cpu=True
+    )
+    data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
+    transformers.Trainer(model=model, args=args, train_dataset=data).train()
+    loaded = type(model).from_pretrained(tmp_path / "checkpoint-1")
+    answers = []
+    for one in (model, loaded):
+        pipe = transformers.pipeline("text-generation", model=one.eval(), tokenizer=tokenizer())
+        answers.append(pipe("w5 w6 w7", max_new_tokens=4, do_sample=False))
+    assert answers[0] == answers[1]
+    assert answers[0][0]["generated_text"].startswith("w5 w6 w7")
+
+
 def test_what_can_not_be_had_is_refused_before_anything_is_cut() -> None:
     model = build("Llama", num_key_value_heads=4)
     before = copy.deepcopy(model.state_dict())
@@ -170,15 +197,17 @@ def test_weights_in_several_files_replace_those_that_were_there(
 def test_from_folder_to_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense, small = tmp_path / "dense", tmp_path / "small"
     build("Llama", num_key_value_heads=4, **ENDS).save_pretrained(dense)
-    (dense / "tokenizer.json").write_text("{}")
+    tokenizer().save_pretrained(dense)
     (dense / "README.md").write_text("# A model\n")
     (dense / "pytorch_model.bin").write_text("old")
     command = ["shrink", f"hf:{dense}", "--mode", "uniform", "--params", "0.7"]
     assert main([*command, "--out", str(small)]) == 0
     assert f"wrote out: {small}" in capsys.readouterr().out
     assert {path.name for path in small.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "README.md",
     }  # fmt: skip
+    assert transformers.AutoTokenizer.from_pretrained(small)("w5 w6").input_ids == [5, 6]
     card = (small / "README.md").read_text()
     assert card.startswith("# A model\n")
     assert "from_pretrained" in card

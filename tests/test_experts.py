@@ -114,6 +114,11 @@ def test_routing_groups_lose_equally_many_and_keep_top_k() -> None:
     anatomy = find_structures(graph)
     (experts,), (groups,) = anatomy.of("experts"), anatomy.of("routing groups")
     assert (experts.size, groups.size) == (4, 2)
+    assert (experts.experts, experts.each) == (2, 2)
+    with pytest.raises(PlanError, match="each of the 2 routing groups has to lose equally many"):
+        prunus.plan(graph, model, remove={"experts": 3})
+    two = prunus.plan(graph, model, remove={"experts": 2})
+    assert len(two.keep[Axis("model.layers.1.mlp.gate.weight", 0)]) == 6
     plan = prunus.plan(graph, model, ratio=0.9, importance="random")
     kept = np.asarray(plan.keep[Axis("model.layers.1.mlp.gate.weight", 0)])
     assert [int((kept // 4 == group).sum()) for group in (0, 1)] == [2, 2]

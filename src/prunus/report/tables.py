@@ -58,7 +58,7 @@ def _alike(parts: Iterable[Structure]) -> list[tuple[str, int, int]]:
     found: dict[tuple[str, int, int], list[int]] = {}
     for part in parts:
         stack, _, number = part.layer.rpartition(".")
-        step = part.heads if part.kind == "query heads" else 1
+        step = part.each
         key = stack or part.group, part.size * step, step
         found.setdefault(key, []).extend([int(number)] if stack else [])
     return [

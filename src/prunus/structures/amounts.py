@@ -87,21 +87,22 @@ def _units(part: Structure, structure: str, amount: float | int | None) -> Asked
     if isinstance(amount, float):
         return Asked(amount * part.size, counted=False)
     assert amount is not None  # checked at the edge
-    each = part.heads if part.kind == "query heads" else 1
+    each, sets = part.each, "routing group" if part.kind == "experts" else "KV group"
     size, where = part.size * each, part.layer or part.group
     if amount >= size:
         raise PlanError(
             f"{amount} {structure} can't be removed of {size}",
             where=where,
-            why="one has to be kept" if each == 1 else "one of every KV group has to be kept",
+            why="one has to be kept" if each == 1 else f"one of every {sets} has to be kept",
             fix=f"remove at most {size - each}; remove={{'layers': 1}} drops whole layers",
         )
     if amount % each:
+        whole = ", or remove whole KV groups: remove={'kv_groups': 1}"
         raise PlanError(
-            f"{amount} heads can't be removed of {size}",
+            f"{amount} {structure} can't be removed of {size}",
             where=where,
-            why=f"each of the {each} KV groups has to lose equally many",
-            fix=f"give a multiple of {each}, or remove whole KV groups: remove={{'kv_groups': 1}}",
+            why=f"each of the {each} {sets}s has to lose equally many",
+            fix=f"give a multiple of {each}{whole if part.kind == 'query heads' else ''}",
         )
     return Asked(amount // each, counted=True)
 

@@ -31,6 +31,8 @@ class Structure:
         Name of the group and the number of its units.
     heads
         How many query heads of an attention one unit is; 0 where units are no heads.
+    experts
+        How many experts one unit is: one of every routing group; 0 where units are no experts.
     """
 
     kind: Kind
@@ -38,6 +40,12 @@ class Structure:
     group: str
     size: int
     heads: int = 0
+    experts: int = 0
+
+    @property
+    def each(self) -> int:
+        """What one unit counts for where somebody says how many are removed."""
+        return {"query heads": self.heads, "experts": self.experts}.get(self.kind, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +173,7 @@ def find_structures(graph: CouplingGraph) -> Anatomy:
             group.name,
             group.size,
             _heads_of(group, cores) if "heads" in kind or kind == "kv groups" else 0,
+            _experts_of(group, graph) if kind == "experts" else 0,
         )
         for group, kind in kinds.of_groups()
     )
@@ -179,6 +188,11 @@ def _heads_of(group: Group, cores: Iterable[Core]) -> int:
     """How many query heads of the first attention that has it a unit is."""
     counts = (int((core.queries == group.units[0]).any(axis=1).sum()) for core in cores)
     return next(filter(None, counts), 0)
+
+
+def _experts_of(group: Group, graph: CouplingGraph) -> int:
+    """How many rows of the router, or parts of stacked weights, the first unit is."""
+    return int((graph.labels[group.axes[0][0]] == group.units[0]).any(axis=1).sum())
 
 
 def _distinct(label: NDArray[np.int64]) -> int:

@@ -58,7 +58,7 @@ CODE_LINES = {
     "graph": 1740,
     "importance": 730,
     "integrations": 665,
-    "planner": 3775,
+    "planner": 3890,
     "recovery": 1960,
     "report": 500,
     "structures": 460,

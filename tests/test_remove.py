@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import prunus
-from prunus.errors import PlanError
+from prunus.errors import DataError, PlanError
 from prunus.integrations import hf
 
 transformers = pytest.importorskip("transformers")
@@ -105,6 +105,22 @@ def test_beyond_the_local_scope_a_share_is_one_of_all_layers() -> None:
     small = shrunk(model, {"heads": 0.3, "ffn": {1: 4}}, scope="global", normalise="none")
     assert lost(small, QUERY) == [6, 0, 4, 0]  # at most 0.8 of a layer
     assert lost(small, FFN) == [0, 4, 0, 0]
+
+
+def test_layers_are_chosen_by_the_measured_error_of_the_outputs() -> None:
+    """What nothing reads is removed first, up to 0.8 of a layer, whatever its scores are."""
+    model = bert()
+    model.bert.encoder.layer[2].attention.output.dense.weight.data.zero_()
+    data = [{"input_ids": torch.randint(1, 50, (4, 12))} for _ in range(4)]
+    small = prunus.prune_heads(model, 0.3, scope="measured", data=data, recover="sequential")
+    counts = lost(small, QUERY)
+    assert (counts[2], sum(counts)) == (6, 10)
+    assert small.plan.origin["scope"] == "measured"
+    refused(
+        bert(), "scope='measured' chooses among the layers", scope="measured", ratios={"*": 0.1}
+    )
+    with pytest.raises(DataError, match="scope='measured' needs calibration data"):
+        prunus.prune_heads(bert(), 0.3, scope="measured")
 
 
 def test_heads_by_amount_and_by_number() -> None:

@@ -9,7 +9,12 @@
 dense model's: mean-pooled, normalised embeddings, as the model is used.  Criteria that need data
 see other sentences (``texts.py``).  ``scope`` says whether the heads of all layers compete
 (*global*) or every layer loses the same share (*local*).  Random has five seeds.  At 30 % the
-removal is also proven: ``verdict`` is the oracle's.
+removal is also verified: ``verdict`` is the certificate's.
+
+The rows of scope *measured* are ``prune_heads(model, ratio, importance="obs", scope="measured",
+recover="sequential", data=…)``: heads are removed a few at a time, from the layers where that moves
+the outputs least once the output projections are fitted again, and at last layer after layer is
+fitted again (``repair``).
 """
 
 from __future__ import annotations
@@ -39,13 +44,15 @@ TABLE = Table(
     "heads.csv",
     (
         "model", "importance", "scope", "ratio", "removed", "fidelity", "verdict", "seed",
-        "sentences", "text", "commit",
+        "sentences", "text", "repair", "commit",
     ),
-    ("model", "importance", "scope", "ratio", "seed"),
+    ("model", "importance", "scope", "ratio", "seed", "repair"),
 )  # fmt: skip
 CALIBRATED = ("taylor", "fisher", "head_gradient", "activation", "wanda", "flap")
 NEEDS = ("gradient", "head_gradient", "activation")
-IMPORTANCES = ("random", "l2", *CALIBRATED)
+MEASURED = "measured"
+REPAIR = "sequential"
+IMPORTANCES = ("random", "l2", *CALIBRATED, MEASURED)
 
 
 def plan_heads(
@@ -97,16 +104,33 @@ class Study:
             options["statistics"] = self.statistics
         plan = plan_heads(self.graph, self.model, ratio, **options)
         pruned = prunus.apply(plan, copy.deepcopy(self.model))
-        found = measures.fidelity(self.dense, measures.embed(pruned, self.test))
+        row = {"importance": importance, "scope": scope, "ratio": ratio, "seed": seed}
+        row["verdict"] = self._prove(plan) if ratio == PROVEN and seed == 0 else ""
+        return self._row(plan, pruned, row)
+
+    def measure_chosen(self, ratio: float) -> dict[str, Any]:
+        """One row: the layers chosen by the measured error of the outputs, and repaired."""
+        pruned = copy.deepcopy(self.model)
+        small = prunus.prune_heads(
+            *(pruned, ratio, (), self.inputs),
+            importance="obs",
+            scope="measured",
+            recover=REPAIR,
+            data=self.data,
+            verified=ratio == PROVEN,
+        )
+        row = {"importance": "obs", "scope": MEASURED, "ratio": ratio, "seed": 0, "repair": REPAIR}
+        row["verdict"] = "" if small.certificate is None else small.certificate.verdict
+        return self._row(small.plan, pruned, row)
+
+    def _row(self, plan: prunus.Plan, pruned: Any, row: dict[str, Any]) -> dict[str, Any]:
+        fidelity = measures.fidelity(self.dense, measures.embed(pruned, self.test))
         return {
             "model": MODEL,
-            "importance": importance,
-            "scope": scope,
-            "ratio": ratio,
+            "repair": "none",
+            **row,
             "removed": sum(len(choice.removed) for choice in plan.groups),
-            "fidelity": f"{found:.4f}",
-            "verdict": self._prove(plan) if ratio == PROVEN and seed == 0 else "",
-            "seed": seed,
+            "fidelity": f"{fidelity:.4f}",
             "sentences": self.sentences,
             "text": texts.SOURCE,
             "commit": commit(),
@@ -133,6 +157,10 @@ def draw(table: Sequence[Row], path: Path) -> None:
             line = curve(table, importance, scope)
             if line:
                 draw_line(axes, importance, line)
+        if line := curve(table, "obs", MEASURED):
+            label = "obs, layers measured, repaired"
+            points = {0.0: 1.0} | {ratio: values[0] for ratio, values in line.items()}
+            axes.plot(*zip(*points.items(), strict=True), marker="s", color="black", label=label)
         axes.axhline(0.95, color="#cccccc", linewidth=0.8, zorder=0)
         axes.set_xlabel("share of all heads removed")
         axes.set_title(TITLES[scope], loc="left", fontsize=10)
@@ -172,6 +200,7 @@ def main() -> int:
     """Measure the importances asked for, and draw; 1 if one of them could not be measured."""
     parser = TABLE.parser(__doc__)
     parser.add_argument("--importance", nargs="*", default=IMPORTANCES, metavar="NAME")
+    parser.add_argument("--ratio", nargs="*", type=float, default=RATIOS, metavar="R")
     parser.add_argument("--sentences", type=int, default=256, help="to be scored on")
     parser.add_argument("--calibration", type=int, default=256, help="sentences for the criteria")
     parser.add_argument("--picture", action="store_true", help="only draw the table")
@@ -180,9 +209,15 @@ def main() -> int:
     failed = 0
     for importance in options.importance if study else ():
         try:
+            if importance == MEASURED:
+                for ratio in options.ratio:
+                    options.table.add(study.measure_chosen(ratio))
+                continue
             for scope in SCOPES:
                 for seed in SEEDS if importance == "random" else (0,):
-                    options.table.add(*(study.measure(importance, scope, r, seed) for r in RATIOS))
+                    options.table.add(
+                        *(study.measure(importance, scope, r, seed) for r in options.ratio)
+                    )
         except (prunus.PrunusError, TypeError) as error:  # the other importances go on
             print(f"{importance} was not measured: {error}", file=sys.stderr)
             failed += 1

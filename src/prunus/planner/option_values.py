@@ -18,7 +18,7 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 
 Globs = str | Sequence[str]
 Drop = int | str | Sequence[str]
-ScopeName = Literal["global", "local", "isomorphic"]
+ScopeName = Literal["global", "local", "isomorphic", "measured"]
 Scope = ScopeName | Sequence[str]
 Normalise = Literal["mean", "max", "sum", "standardised", "lamp", "none"]
 

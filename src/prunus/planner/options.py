@@ -159,6 +159,11 @@ class PlanOptions(ScoreOptions):
         ratio), of groups of one shape (``isomorphic``), all (``global``), or those of the groups
         that one of several globs fits: ``backbone.*``, ``head.*``.
 
+        Or ``measured``, with data: units of what ``remove`` says as a share are removed a few at a
+        time, each time from the layers where that moves the outputs least, the weights that read
+        them fitted again by least squares; the rest competes globally.  It runs a few batches once
+        for each layer in at most 12 rounds; ``importance="obs"`` suits it.
+
         Classes made by globs lose the same ratio each; a group that no glob fits is a class.  In
         the global scope ``plan.origin`` has the part of all scores that the plan ``retained``, and
         the ``bound`` that no choice of units exceeds.
@@ -250,6 +255,11 @@ class PlanOptions(ScoreOptions):
             check_each("round_to", self.round_to, check_count)
         check_each("ratios", self.ratios or {}, check_share)
         check_remove(self.remove or {})
+        if self.scope == "measured" and not self.remove:
+            raise PlanError(
+                "scope='measured' chooses among the layers of what remove= says",
+                fix="remove={'heads': 0.3}, say, or scope='global'",
+            )
         if LAYERS in (self.remove or {}) and self.drop != ():
             raise PlanError("drop and remove['layers'] were given", fix="leave out one of them")
         self._check_amount()

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from prunus.errors import PlanError
 from prunus.graph.axis import Mask
@@ -15,7 +16,8 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.graph.polynomial import Monomial, Polynomial
 from prunus.planner.allocate import select
 from prunus.planner.filters import spread
-from prunus.planner.option_values import check_share
+from prunus.planner.measured import measured_counts
+from prunus.planner.option_values import check_count, check_ratio, check_share
 from prunus.planner.options import PlanOptions
 from prunus.structures.amounts import Asked, units_asked
 
@@ -27,6 +29,7 @@ GLOBAL_RATIO = 0.8
 
 def structure_ratios(
     graph: CouplingGraph,
+    model: nn.Module,
     scores: Scores,
     asked: PlanOptions,
     hold: Mapping[str, str],
@@ -56,7 +59,7 @@ def structure_ratios(
             )
         counts = {name: min(one.units, sizes[name] - 1) for name, one in open_groups.items()}
         if asked.scope != "local" and not any(one.counted for one in wanted.values()):
-            counts = _pooled(graph, scores, asked, hold, open_groups)
+            counts = _pooled(graph, model, scores, asked, hold, open_groups)
         _refuse_nothing(structure, wanted, counts, sizes)
         twice = [name for name in counts if name in given or name in found]
         if twice:
@@ -89,6 +92,7 @@ def _refuse_nothing(
 
 def _pooled(
     graph: CouplingGraph,
+    model: nn.Module,
     scores: Scores,
     asked: PlanOptions,
     hold: Mapping[str, str],
@@ -96,9 +100,16 @@ def _pooled(
 ) -> dict[str, float]:
     """Units that groups lose which compete for what they lose together.
 
-    The number of their units is a cost, and what they keep together is its bound.
+    The number of their units is a cost, and what they keep together is its bound; or the layers
+    are tried (:mod:`prunus.planner.measured`).
     """
     groups = [graph.group(name) for name in wanted]
+    size = sum(group.size for group in groups)
+    total = math.floor(sum(one.units for one in wanted.values()) + 0.5)
+    most = max(GLOBAL_RATIO, total / size) if asked.max_ratio is None else asked.max_ratio
+    if asked.scope == "measured":
+        may_lose = _may_lose(graph, asked, wanted, most)
+        return {**measured_counts(graph, model, scores, asked, may_lose, total)}
     widths = len(graph.width_labels)
     cost = Polynomial(0, tuple(Monomial(1, (widths + n,)) for n in range(len(groups))))
     counting = replace(
@@ -106,19 +117,32 @@ def _pooled(
         costs={"units": cost},
         width_labels=(*graph.width_labels, *(group.units[:, None] for group in groups)),
     )
-    size = sum(group.size for group in groups)
-    total = math.floor(sum(one.units for one in wanted.values()) + 0.5)
-    most = asked.max_ratio
     chosen = select(
         *(counting, scores, {"units": size - total}),
         scope=asked.scope,
         normalise=asked.normalise or "mean",
         min_width=asked.min_width,
-        max_ratio=max(GLOBAL_RATIO, total / size) if most is None else most,
+        max_ratio=most,
         include=list(wanted),
         held=hold,
     )
     return {group.name: int((~chosen.kept[group.units]).sum()) for group in groups}
+
+
+def _may_lose(
+    graph: CouplingGraph,
+    asked: PlanOptions,
+    wanted: Collection[str],
+    max_ratio: float | Mapping[str, float],
+) -> dict[str, int]:
+    """How many units each group may lose."""
+    least = spread(graph, asked.min_width, "min_width", check_count)
+    ratios = spread(graph, max_ratio, "max_ratio", check_ratio)
+    sizes = {name: graph.group(name).size for name in wanted}
+    return {
+        name: min(size - least.get(name, 1), math.floor(ratios.get(name, 1.0) * size + 1e-9))
+        for name, size in sizes.items()
+    }
 
 
 def check_counts(

@@ -31,7 +31,7 @@ from prunus.planner.allocate import Selection, select
 from prunus.planner.culprits import nothing_removed
 from prunus.planner.filters import spread, taken_through
 from prunus.planner.latency import MULTIPLES, meet_time
-from prunus.planner.option_values import check_share
+from prunus.planner.option_values import Scope, check_share
 from prunus.planner.options import PlanOptions, ScoreOptions
 from prunus.planner.rounding import Default, RoundTo, wide_groups
 from prunus.planner.structure_ratios import GLOBAL_RATIO, check_counts, structure_ratios
@@ -98,10 +98,12 @@ def plan_widths(
     scores = score_units(graph, model, asked)
     for name in hold:
         scores[graph.group(name).units] = np.inf
+    scope = asked.scope
     patterns = {name: getattr(asked, name) for name in _PATTERNS}
     if asked.remove:
-        taken = structure_ratios(graph, scores, asked, hold, dropped)
-        asked = replace(asked, ratios={**(asked.ratios or {}), **taken})
+        taken = structure_ratios(graph, model, scores, asked, hold, dropped)
+        rest: Scope = "global" if asked.scope == "measured" else asked.scope
+        asked = replace(asked, ratios={**(asked.ratios or {}), **taken}, scope=rest)
     wanted = units_asked(graph, asked.remove or {}, dropped).values()
     shares = {name for groups in wanted for name, one in groups.items() if not one.counted}
     request = _settle(graph, scores, asked, hold, shares)
@@ -118,6 +120,7 @@ def plan_widths(
         _refuse_nothing(graph, scores, asked, {**found.stopped, **hold})
     through = taken_through(graph, patterns)
     searched |= {"through": through} if through else {}
+    searched["scope"] = scope
     origin = {**request.record(found), **searched, "traced": graph.traced}
     chosen = plan_of_mask(graph, model, found.kept, origin)
     parts = {c: (graph.cost(c), graph.cost(c, found.kept)) for c in limits}

@@ -57,7 +57,7 @@ CODE_LINES = {
     "cli": 1710,
     "graph": 1740,
     "importance": 730,
-    "integrations": 665,
+    "integrations": 670,
     "planner": 3890,
     "recovery": 1960,
     "report": 500,

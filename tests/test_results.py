@@ -381,6 +381,18 @@ def test_a_row_of_transformers_that_is_less_is_seen(cell: str, value: str) -> No
     assert fails({**row, cell: value})
 
 
+def test_uniform_requests_end_in_folders_or_refusals() -> None:
+    rows = read("uniform.csv")
+    assert len(rows) == 60
+    assert sum(row["feasible"] == "True" for row in rows) >= 40
+    assert {row["ended"] for row in rows} == {"folder", "refused"}
+    assert all(float(row["gap"]) <= 1e-5 for row in rows if row["ended"] == "folder")
+    wrong = [row for row in rows if row["right"] != "True"]
+    # Heads of Phi-3, cut out of one tensor by sizes that all layers read of one config, are pinned.
+    assert {(row["model"], row["ended"]) for row in wrong} <= {("phi3", "refused")}
+    assert len(wrong) <= 2
+
+
 def test_the_fuzz_found_no_wrong_answer() -> None:
     rows = read("fuzz.csv")
     assert sum(int(row["networks"]) for row in rows) == 10_000

@@ -111,7 +111,7 @@ class Uniform:
         """The graph with what the config demands as constraints; groups to hold, with the reason.
 
         Layers of one stack lose equally many units of a kind.  A kind that no change of the config
-        expresses alone is tried with another one in proportion: heads with the residual width,
+        expresses alone is tried with others in proportion: heads with the residual width,
         where a head is hidden ÷ heads wide.  One that can't be expressed either way is held.
         """
         library = Library(self._model)
@@ -125,11 +125,11 @@ class Uniform:
                 failed[kind] = one
             else:
                 found.append(one)
-        for pair in combinations(list(failed), 2):
-            one = self._try(graph, library, loud, pair) if failed.keys() >= {*pair} else ""
+        for some in _together(list(failed)):
+            one = self._try(graph, library, loud, some) if failed.keys() >= {*some} else ""
             if not isinstance(one, str):
                 found.append(one)
-                failed = {kind: why for kind, why in failed.items() if kind not in pair}
+                failed = {kind: why for kind, why in failed.items() if kind not in some}
         self._known[frozenset(group.name for group in graph.groups)] = found
         extra = (
             *(one.tie for one in found if len(one.tie.sets) > 1),
@@ -238,6 +238,20 @@ def _kinds(graph: CouplingGraph) -> list[_Kind]:
         _Kind(kind, tuple(names), tuple(graph.group(name).units for name in names))
         for (kind, _, _), names in found.items()
     ]
+
+
+def _together(kinds: Sequence[_Kind]) -> Iterator[tuple[_Kind, ...]]:
+    """Kinds that one number may state: two, those of one name (heads of both stacks), and these
+    with the residual width.
+    """
+    yield from combinations(kinds, 2)
+    for name in dict.fromkeys(kind.name for kind in kinds):
+        alike = tuple(kind for kind in kinds if kind.name == name)
+        if len(alike) > 2:
+            yield alike
+        for hidden in (kind for kind in kinds if kind.name == "hidden" != name):
+            if len(alike) > 1:
+                yield (hidden, *alike)
 
 
 def _from_the_middle(size: int) -> Iterator[int]:

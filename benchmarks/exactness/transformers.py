@@ -31,7 +31,6 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -198,9 +197,11 @@ def examine(name: str, structure: str, mode: str, reader: Reader) -> dict[str, A
     assert proof is not None
     row = {
         "model": name, "mode": mode, "structure": structure,
-        "named": "+".join(str(sum(before[one])) for one in names),
-        "removed": "+".join(str(sum(before[one]) - sum(after[one])) for one in names),
-        "share": f"{min(1 - mean(after[one]) / mean(before[one]) for one in names):.3f}",
+        "named": "+".join(str(sum(before[one].values())) for one in names),
+        "removed": "+".join(
+            str(sum(before[one].values()) - sum(after[one].values())) for one in names
+        ),
+        "share": f"{min(_share(one, before, after, shrunk.plan.drops) for one in names):.3f}",
         "rel_err": f"{proof.rel_err:.1e}", "moved": f"{proof.moved:.1e}", "verdict": proof.verdict,
         "params_ratio": f"{proof.params[1] / proof.params[0]:.3f}",
         "witness": _compare(original, shrunk, inputs), "commit": commit(),
@@ -209,12 +210,25 @@ def examine(name: str, structure: str, mode: str, reader: Reader) -> dict[str, A
     return {**row, **found, "seconds": f"{time.perf_counter() - started:.1f}"}
 
 
-def _sizes(model: Any, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Of every structure the units of its groups; of layers how many there are."""
+Sizes = Mapping[str, Mapping[str, int]]
+"""By structure the units of each of its groups; of layers the number of all."""
+
+
+def _sizes(model: Any, inputs: Mapping[str, Any]) -> Sizes:
     graph = prunus.trace(model, (), inputs)
     anatomy = find_structures(graph)
-    found = {one: [part.size for part in anatomy.of(*of.kinds)] for one, of in REMOVABLE.items()}
-    return {**found, LAYERS: [len(graph.blocks)]}
+    found = {
+        one: {part.group: part.size for part in anatomy.of(*of.kinds)}
+        for one, of in REMOVABLE.items()
+    }
+    return {**found, LAYERS: {"": len(graph.blocks)}}
+
+
+def _share(structure: str, before: Sizes, after: Sizes, drops: tuple[str, ...]) -> float:
+    """What groups have lost that are left; layers, of all."""
+    names = Renaming(drops)
+    left = {names.before(group): size for group, size in after[structure].items()}
+    return 1 - sum(left.values()) / sum(before[structure][group] for group in left)
 
 
 def _uniform(model: Any, inputs: Mapping[str, Any], reader: Reader) -> dict[str, str]:

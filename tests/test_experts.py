@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 import prunus
 from prunus.errors import PlanError
 from prunus.graph.axis import Axis
+from prunus.integrations import hf
 from prunus.structures import find_structures
 
 transformers = pytest.importorskip("transformers")
@@ -290,3 +291,21 @@ def test_a_mask_follows_a_model_that_visits_by_value() -> None:
             silenced = masked(**call).logits
         prunus.apply(plan, model)
         torch.testing.assert_close(model(**call).logits, silenced, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "count"),
+    [("Qwen2Moe", "num_experts"), ("GptOss", "num_local_experts"),
+     ("DeepseekV3", "n_routed_experts")],
+)  # fmt: skip
+def test_a_uniform_mixture_is_read_by_its_library(family: str, count: str, tmp_path: Any) -> None:
+    model = build(family)
+    prunus.shrink(
+        model, kwargs=CALL, remove={"experts": 0.25}, importance="random", mode="uniform",
+        each_group=False,
+    )  # fmt: skip
+    assert getattr(model.config, count) == 6
+    hf.save(model, tmp_path, mode="uniform")
+    again = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**CALL).logits, model(**CALL).logits)

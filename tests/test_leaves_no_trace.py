@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import sys
 import types
 from collections import defaultdict, deque
+from types import FrameType
 from typing import Any, ClassVar
 
 import pytest
@@ -16,7 +18,7 @@ from torch._subclasses import FakeTensor
 
 import prunus
 from prunus.tracer.copies import duplicate, stand_in
-from prunus.tracer.provenance import Provenance
+from prunus.tracer.provenance import Provenance, listeners
 
 FEATURES: list[Tensor] = []
 BY_NAME: dict[str, list[Tensor]] = defaultdict(list)
@@ -534,3 +536,40 @@ def test_what_can_not_be_released_makes_the_trace_run_on_real_tensors() -> None:
     graph = prunus.trace(Sends(), torch.randn(2, 4))
     assert [g.size for g in graph.groups] == [12]
     assert survivors() == []
+
+
+class AtModes:
+    """Raises an error at the n-th line of the tracer around the forward that it watches."""
+
+    def __init__(self, line: int) -> None:
+        self._left = line
+
+    def call(self, frame: FrameType, event: str, _: Any) -> Any:
+        file = frame.f_code.co_filename
+        near = frame.f_code.co_name in {"__enter__", "__exit__", "_forward"}
+        return self.each if near and "prunus/tracer" in file else None
+
+    def each(self, frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line":
+            self._left -= 1
+            if not self._left:
+                raise KeyboardInterrupt
+        return self.each
+
+
+def test_an_interrupted_trace_leaves_no_mode_of_torch() -> None:
+    net, before = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), sys.gettrace()
+    for line in range(1, 60):
+        sys.settrace(AtModes(line).call)
+        try:
+            prunus.trace(net, torch.ones(1, 3))
+        except KeyboardInterrupt:
+            assert torch.overrides._get_current_function_mode_stack() == []
+            assert torch.utils._python_dispatch._get_current_dispatch_mode_stack() == []
+            continue
+        finally:
+            sys.settrace(before)
+            listeners.clear()  # where the line that takes one away was the one interrupted
+        assert line > 1
+        return
+    raise AssertionError("a trace enters modes at more lines than expected")

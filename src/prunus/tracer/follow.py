@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch.overrides import TorchFunctionMode
+from torch.utils import _python_dispatch
 
 from prunus.graph.expressions import Attribute, Width
 from prunus.graph.program import modules_in
-from prunus.tracer.provenance import Provenance, listeners, plain
+from prunus.tracer.provenance import Provenance, plain
 from prunus.tracer.registry import Given, integers_in
 from prunus.tracer.sizes import Sizes
 
@@ -165,6 +166,14 @@ COUNTS = {"roll", "pad", "eye", "one_hot", "tril_indices", "triu_indices", "rand
 """Functions in which an int says how often or how far: no equation is read off it."""
 
 
+def leave_modes(*modes: Any) -> None:
+    """Take modes off PyTorch's stacks that an interrupt has left there."""
+    while any(mode in modes for mode in overrides._get_current_function_mode_stack()):
+        overrides._pop_mode()
+    while any(mode in modes for mode in _python_dispatch._get_current_dispatch_mode_stack()):
+        _python_dispatch._pop_mode()
+
+
 class Follow(TorchFunctionMode):
     """Keeps the arguments of the torch function that is running, and marks shapes.
 
@@ -182,14 +191,6 @@ class Follow(TorchFunctionMode):
         self.given: Given | None = None
         self.arrays: list[tuple[np.ndarray[Any, Any], Tensor]] = []
         """NumPy arrays that tensors were made into, with the tensors."""
-
-    def __enter__(self) -> Any:
-        listeners.append(self._sizes)
-        return super().__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *error: Any) -> None:
-        listeners.remove(self._sizes)
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None

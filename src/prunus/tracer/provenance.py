@@ -54,7 +54,7 @@ class Mark:
 _running: list[Run] = []
 """The traces that run, outermost first; one thread holds them all (``tracer.precision``)."""
 
-listeners: list[Any] = []
+listeners: dict[Any, None] = {}
 """Their :class:`~prunus.tracer.sizes.Sizes`, which hear what the code does with the integers."""
 
 

@@ -33,7 +33,7 @@ from prunus.tracer.capture import Recorder
 from prunus.tracer.copies import Copy, deep_copy, stand_in
 from prunus.tracer.dataflow import Dataflow
 from prunus.tracer.fakes import unlogged
-from prunus.tracer.follow import follow_loops, mark_attributes
+from prunus.tracer.follow import follow_loops, leave_modes, mark_attributes
 from prunus.tracer.forward_fn import (
     ForwardFn,
     describe_entry,
@@ -51,7 +51,7 @@ from prunus.tracer.outputs import (
 )
 from prunus.tracer.outside import Outside, Watch
 from prunus.tracer.precision import same_draws as same_draws
-from prunus.tracer.provenance import marking
+from prunus.tracer.provenance import listeners, marking
 from prunus.tracer.quiet import follow_modules as follow_modules
 from prunus.tracer.quiet import plain_kernels as plain_kernels
 from prunus.tracer.quiet import quiet as quiet
@@ -317,8 +317,14 @@ class _Run:
             recorder.sizes.attributes = mark_attributes(model)
             before = remember_attributes(model)
             loops = follow_loops(model, recorder.sizes.counted)
-            with follow_blocks(model, recorder) as children, loops, recorder, recorder.follow:
-                found = find_outputs(recorder.sizes.returned(model(*args, **kwargs)))
+            follow = recorder.follow
+            try:
+                with follow_blocks(model, recorder) as children, loops, recorder, follow:
+                    listeners[recorder.sizes] = None
+                    found = find_outputs(recorder.sizes.returned(model(*args, **kwargs)))
+            finally:  # an interrupt where a with statement ends leaves its mode behind
+                listeners.pop(recorder.sizes, None)
+                leave_modes(recorder, follow)
             left_in = find_left_in((args, kwargs)) if task.outputs is None else []
             caches, written = find_caches(before), find_written(before)
         return _Ran(

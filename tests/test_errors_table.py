@@ -226,7 +226,7 @@ COMMANDS = [
     (f"{SHRINK} --data @elsewhere", 2, "there is no file or folder"),
     (f"{SHRINK} --data @gone.py:f", 2, "there is no file"),
     (f"{SHRINK} --data @net.py", 2, "where NAME is net, words, late"),
-    (f"{SHRINK} --data @table.csv", 2, "files that end in .npz and .txt are known"),
+    (f"{SHRINK} --data @table.csv", 2, "files that end in .npz, .txt and .yaml are known"),
     (f"{SHRINK} --data @half_good", 2, "z.png is no image that can be read"),
     (f"{SHRINK} --data @empty.txt --tokenizer @words", 2, "there is no text in"),
     (f"{SHRINK} --data @lines.txt --tokenizer @empty", 2, "there is no tokenizer in"),

@@ -15,6 +15,7 @@ import pytest
 from benchmarks import demo
 from prunus.cli import main
 from prunus.tracer import registry
+from tests.boxes import write_boxes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,6 +42,8 @@ def without_noise(text: str) -> str:
 def test_programs_print_what_is_shown(code, shown, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_RULES", dict(registry.registered()))  # one adds a rule
+    if "boxes/data.yaml" in code:
+        write_boxes(tmp_path / "boxes")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
     assert without_noise(printed.getvalue()) == without_noise(shown)

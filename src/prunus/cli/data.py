@@ -20,11 +20,12 @@ from prunus.cli.values import IMAGES, TOKENIZERS
 from prunus.errors import DataError, require
 from prunus.graph.program import tensors_of
 from prunus.importance import needs_of
+from prunus.integrations.ultralytics import training_images
 
 _BATCH = 64
 """Samples in a batch that is cut from an array or a folder."""
 _LINES, _TOKENS = 16, 128
-_REFERENCE = "write a folder of images, FILE.npz, FILE.txt or path/to/file.py:FUNCTION"
+_REFERENCE = "write a folder of images, FILE.npz, FILE.txt, data.yaml or path/to/file.py:FUNCTION"
 
 
 def load_data(options: argparse.Namespace, loaded: Loaded) -> Iterable[Any] | None:
@@ -45,7 +46,9 @@ def _batches(options: argparse.Namespace, loaded: Loaded) -> Iterable[Any]:
     reference: str = options.data
     path = Path(reference)
     if path.is_dir():
-        return _image_batches(path, options, loaded)
+        return _image_batches(_images_in(path), options, loaded)
+    if path.suffix in (".yaml", ".yml"):
+        return _image_batches(training_images(path), options, loaded)
     if path.suffix in (".npz", ".txt"):
         if not path.is_file():
             raise DataError(f"there is no file {path}")
@@ -55,7 +58,7 @@ def _batches(options: argparse.Namespace, loaded: Loaded) -> Iterable[Any]:
             f"{reference} is no calibration data"
             if path.is_file()
             else f"there is no file or folder {reference}",
-            why="files that end in .npz and .txt are known",
+            why="files that end in .npz, .txt and .yaml are known",
             fix=_REFERENCE,
         )
     batches = find_function(reference, DataError, _REFERENCE)()
@@ -99,9 +102,9 @@ class _Images:
         return (values - self.mean) / self.std
 
 
-def _image_batches(folder: Path, options: argparse.Namespace, loaded: Loaded) -> _Images:
+def _image_batches(files: Sequence[Path], options: argparse.Namespace, loaded: Loaded) -> _Images:
     require("PIL.Image", "images")
-    files = _images_in(folder)[: options.samples]
+    files = files[: options.samples]
     shape = _image_shape(loaded)
     mean = _per_channel(options.mean or loaded.source.mean or (0.0,), shape[0], "--mean")
     std = _per_channel(options.std or loaded.source.std or (1.0,), shape[0], "--std")

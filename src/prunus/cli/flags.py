@@ -46,6 +46,7 @@ DATA is one of
   FOLDER              of images, also in folders below it (the extra 'images'): each is resized and
                       cropped to the size of the example input, scaled to 0..1, and normalised
                       with --mean and --std (by default what the model came with, if anything)
+  data.yaml           of a data set of ultralytics (the extra 'yolo'): likewise its training images
   FILE.npz            with the array 'inputs', prepared as the model wants it
   FILE.txt            one text a line (the extra 'hf'), with the tokenizer in --tokenizer FOLDER or
                       beside an hf: model

@@ -130,12 +130,14 @@ def write(
 ) -> None:
     """Write the files that were asked for, and note them; the model only if it was cut."""
     import prunus
-    from prunus.integrations import hf
+    from prunus.integrations import hf, ultralytics
     from prunus.report.console import write_json
 
     def write_model(path: str) -> None:
         if getattr(options, "mode", "free") == "uniform":
             hf.save(loaded.model, path, mode="uniform", source=loaded.source.folder)
+        elif options.model.startswith("yolo:") and path.endswith(".pt"):
+            ultralytics.save(loaded.model, path)
         else:
             prunus.save(loaded.model, path, plan=plan)
 

@@ -154,7 +154,7 @@ BAD: list[tuple[Any, Any, str]] = [
     (
         llama,
         {"heads": 8},
-        r"8 heads can't be removed of 8(.|\n)*every KV group(.|\n)*at most 6",
+        r"8 heads can't be removed of 8(.|\n)*2 KV groups(.|\n)*at most 6",
     ),
     (bert, {"heads": 0.05}, r"less than half a unit(.|\n)*at least 0\.0625, or a count: 1"),
     (bert, {"heads": {9: 1}}, r"no layers with heads are called 9(.|\n)*layer\.3"),
@@ -215,12 +215,25 @@ def test_heads_that_are_said_in_two_ways(heads: Any, options: Any, text: str) ->
         prunus.prune_heads(bert(), heads, **options)
 
 
+def moe(kind: str = "Mixtral", **more: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_hidden_layers": 2, "intermediate_size": 48, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **more)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+def test_experts_are_left_for_the_router() -> None:
+    small = shrunk(moe(num_local_experts=8), {"experts": 0.3})
+    assert small.certificate.verdict == "exact"
+    assert [len(choice.removed) for choice in small.plan.groups if choice.size == 8] == [2, 2]
+    text = r"%s experts can't be removed of 8(.|\n)*topk(.|\n)*takes 2(.|\n)*at most 6"
+    for amount, count in ((7, "7"), (0.9, r"7\.2"), (8, "8")):
+        refused(moe(num_local_experts=8), text % count, remove={"experts": amount})
+
+
 def test_counts_are_met_or_refused() -> None:
     """The kernel of grouped products takes multiples only."""
-    torch.manual_seed(0)
-    sizes = {**SIZES, "num_hidden_layers": 2, "intermediate_size": 48}
-    config = transformers.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4)
-    model = transformers.MixtralForCausalLM(config).eval()
+    model = moe(num_local_experts=4)
     refused(model, r"exactly 5 units can't be removed(.|\n)*nearest number is 4", remove={"ffn": 5})
     assert set(lost(shrunk(model, {"ffn": 0.3}), "gate_up_proj[1]")) == {16}
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from prunus.errors import PlanError
 from prunus.graph.amounts import LAYERS, REMOVABLE, Remove, read_amount
 from prunus.graph.coupling import CouplingGraph
+from prunus.graph.groups import AtLeast
 from prunus.graph.plan_records import Renaming
 from prunus.structures.names import Anatomy, Structure, find_structures
 
@@ -51,7 +54,7 @@ def units_asked(
                 for part in _parts_in(structure, parts, layer, names)
             }
         found[structure] = {
-            part.group: _units(part, structure, read_amount(amount))
+            part.group: _units(graph, part, structure, read_amount(amount))
             for part, amount in chosen.items()
         }
     return found
@@ -83,28 +86,48 @@ def _is_called(path: str, layer: int | str) -> bool:
     return bool(path) and (path == layer or path.rpartition(".")[2] == str(layer))
 
 
-def _units(part: Structure, structure: str, amount: float | int | None) -> Asked:
-    if isinstance(amount, float):
-        return Asked(amount * part.size, counted=False)
+def _units(
+    graph: CouplingGraph, part: Structure, structure: str, amount: float | int | None
+) -> Asked:
+    """What an amount comes to, refused where too little would be kept."""
     assert amount is not None  # checked at the edge
-    each, sets = part.each, "routing group" if part.kind == "experts" else "KV group"
-    size, where = part.size * each, part.layer or part.group
-    if amount >= size:
+    counted, each = isinstance(amount, int), part.each
+    units = amount / each if counted else amount * part.size
+    least, why = _kept_at_least(graph, part)
+    where, sharing = part.layer or part.group, _SHARING.get(structure, "")
+    if units > part.size - least and (counted or (least > 1 and units >= part.size - least + 0.5)):
         raise PlanError(
-            f"{amount} {structure} can't be removed of {size}",
+            f"{units * each:g} {structure} can't be removed of {part.size * each}",
             where=where,
-            why="one has to be kept" if each == 1 else f"one of every {sets} has to be kept",
-            fix=f"remove at most {size - each}; remove={{'layers': 1}} drops whole layers",
+            why=why
+            or (
+                f"one of each of the {each} {sharing} has to be kept"
+                if each > 1
+                else "one has to be kept"
+            ),
+            fix=f"remove at most {(part.size - least) * each}; remove={{'layers': 1}} drops layers",
         )
-    if amount % each:
-        whole = ", or remove whole KV groups: remove={'kv_groups': 1}"
+    if counted and amount % each:
         raise PlanError(
-            f"{amount} {structure} can't be removed of {size}",
+            f"{amount} {structure} can't be removed of {part.size * each}",
             where=where,
-            why=f"each of the {each} {sets}s has to lose equally many",
-            fix=f"give a multiple of {each}{whole if part.kind == 'query heads' else ''}",
+            why=f"each of the {each} {sharing} has to lose equally many",
+            fix=f"give a multiple of {each}"
+            + (", or remove whole 'kv_groups'" if structure == "heads" else ""),
         )
-    return Asked(amount // each, counted=True)
+    return Asked(units, counted)
+
+
+_SHARING = {"heads": "KV groups", "experts": "routing groups"}
+
+
+def _kept_at_least(graph: CouplingGraph, part: Structure) -> tuple[int, str]:
+    """How many units are kept at least, and why that is more than one."""
+    units, found = graph.group(part.group).units, (1, "")
+    for one in graph.constraints:
+        if isinstance(one, AtLeast) and one.least > 1 and np.isin(one.label, units).any():
+            found = max(found, (min(one.least, part.size), f"{one.reason} takes {one.least}"))
+    return found
 
 
 def _lacking(graph: CouplingGraph, anatomy: Anatomy, structure: str) -> PlanError:

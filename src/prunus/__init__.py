@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from prunus import recovery as recovery
     from prunus import report as report
     from prunus import structures as structures
+    from prunus import training as training
     from prunus import verifier as verifier
     from prunus.api import drop_layers, prune_heads, shrink
     from prunus.checkpoint import load, save
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from prunus.planner.planning import plan
     from prunus.surgeon import apply, mask
     from prunus.tracer.trace import trace
+    from prunus.training import Schedule
     from prunus.verifier.verify import verify
 
 __version__ = "0.1.0"
@@ -34,6 +36,7 @@ __all__ = [
     "CouplingGraph",
     "Plan",
     "PrunusError",
+    "Schedule",
     "apply",
     "drop_layers",
     "load",
@@ -51,6 +54,7 @@ _HOMES = {
     "CouplingGraph": "prunus.graph.coupling",
     "Plan": "prunus.graph.plans",
     "PrunusError": "prunus.errors",
+    "Schedule": "prunus.training",
     "apply": "prunus.surgeon",
     "drop_layers": "prunus.api",
     "load": "prunus.checkpoint",
@@ -65,7 +69,7 @@ _HOMES = {
 
 _PACKAGES = {
     "api", "calibration", "checkpoint", "errors", "graph", "importance", "integrations",
-    "planner", "recovery", "report", "structures", "verifier",
+    "planner", "recovery", "report", "structures", "training", "verifier",
 }  # fmt: skip
 """What is rarely needed is taken from its package, ``prunus.importance.collect`` say."""
 

@@ -269,3 +269,16 @@ def test_plans_do_not_depend_on_what_was_planned_before() -> None:
     )
     assert [here[1], here[0]] == fresh.stdout.split()
     assert here[2] == here[0]
+
+
+def test_bad_requests_are_refused_by_name(tmp_path: Path) -> None:
+    net = torch.nn.Linear(4, 4)
+    with pytest.raises(ModelError, match=r"Linear is no model of transformers(.|\n)*config\.json"):
+        prunus.shrink(net, (), {"input": torch.ones(1, 4)}, mode="uniform", ratio=0.3)
+    model = build("Llama", num_key_value_heads=4)
+    with pytest.raises(PlanError, match=r"can't be removed alone(.|\n)*one number for the ffn"):
+        shrink(model, remove={"ffn": {0: 32}})
+    assert model.config.intermediate_size == 160
+    with pytest.raises(ModelError, match="there is no folder"):
+        hf.save(model, tmp_path / "small", mode="uniform", source=tmp_path / "none")
+    assert not (tmp_path / "small").exists()

@@ -126,6 +126,8 @@ def save(
         message names the tensors that the library would build with other shapes.
     """
     _refuse_others(model)
+    if source is not None and not Path(source).is_dir():
+        raise ModelError(f"there is no folder {source}", fix="give source= the original's folder")
     kind: Any = model
     config = fitting_config(model, example_inputs(model)) if mode == "uniform" else None
     with new_folder(Path(folder)) as draft:

@@ -90,7 +90,7 @@ class _Expressed:
         rates = tuple(len(units) // self.step for units in sets)
         names = " and ".join(kind.name for kind in self.kinds)
         reason = f"config.json has one number for the {names} of all layers"
-        return Lockstep("equal count", sets, reason, () if set(rates) == {1} else rates)
+        return Lockstep("equal count", sets, reason, rates)
 
 
 class Uniform:
@@ -103,6 +103,12 @@ class Uniform:
     """
 
     def __init__(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+        if not hasattr(getattr(model, "config", None), "to_dict"):
+            raise ModelError(
+                f"{type(model).__name__} is no model of transformers",
+                why='mode="uniform" is for models that a config.json describes',
+                fix="leave out mode",
+            )
         self._model, self._kwargs = model, kwargs
         self._known: dict[frozenset[str], list[_Expressed]] = {}
         self._stated: Changes = {}

@@ -274,7 +274,7 @@ class _Request:
 
 
 def _refuse_unnamed(graph: CouplingGraph, asked: PlanOptions, kept: Mask) -> None:
-    """Refuse ratios with which structures of another kind shrink that nobody named."""
+    """Refuse ratios with which something shrinks, as in a config's proportions, that is unnamed."""
     named = spread(graph, asked.ratios or {}, "ratios", check_share)
     for tie in (one for one in graph.constraints if isinstance(one, Lockstep) and one.rates):
         units = np.concatenate(tie.sets)
@@ -285,7 +285,7 @@ def _refuse_unnamed(graph: CouplingGraph, asked: PlanOptions, kept: Mask) -> Non
                 "what is named can't be removed alone",
                 where=f"group {others[0]}",
                 why=f"{tie.reason}; this one would shrink as well",
-                fix="name both, with the same share, or give a budget",
+                fix="name all of them, with the same amount, or give a budget",
             )
 
 

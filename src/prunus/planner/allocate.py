@@ -213,28 +213,29 @@ def _floors(
     """How many units every group keeps at least; ``said`` is what stops the descent, for people."""
     widths = spread(graph, min_width, "min_width", check_count)
     most = spread(graph, max_ratio, "max_ratio", check_ratio)
-    enough = _enough(graph)
+    counted = [c for c in graph.constraints if isinstance(c, AtLeast) and c.least > 1]
+    enough = _enough(graph, counted)
     units = []
     for group in graph.groups:
         lost = math.floor(most.get(group.name, 1.0) * group.size + _ROUNDING_ERROR)
         least = max(widths.get(group.name, 1), group.size - lost)
         units.append(max(least, enough.get(group.name, 1)))
     texts = [_tell(name, value) for name, value in said.items() if value is not None]
+    texts += [f"at least {c.least} for {c.reason}" for c in counted[:1]]
     return Floors(tuple(units), ", ".join(texts))
 
 
-def _enough(graph: CouplingGraph) -> dict[str, int]:
+def _enough(graph: CouplingGraph, counted: Iterable[AtLeast]) -> dict[str, int]:
     """By group: how many units the code counts on, as a router's top-k on so many experts.
 
     Where several groups share the dim, each keeps so many, or all that it has.
     """
     found: dict[str, int] = {}
-    for constraint in graph.constraints:
-        if isinstance(constraint, AtLeast) and constraint.least > 1:
-            for group in graph.groups:
-                if np.isin(constraint.label, group.units).any():
-                    least = min(constraint.least, group.size)
-                    found[group.name] = max(found.get(group.name, 1), least)
+    for constraint in counted:
+        for group in graph.groups:
+            if np.isin(constraint.label, group.units).any():
+                least = min(constraint.least, group.size)
+                found[group.name] = max(found.get(group.name, 1), least)
     return found
 
 

@@ -54,7 +54,7 @@ class ScoreOptions:
     importance
         Score of a unit.  Of the weights: ``l1``, ``l2`` (default), ``lamp``, ``fpgm``,
         ``bn_scale``, ``random``; of calibration data: ``taylor``, ``fisher``, ``head_gradient``,
-        ``activation``, ``wanda``, ``flap``, ``obs``.
+        ``activation``, ``wanda``, ``flap``, ``obs``, and of experts ``reap``.
 
         Or a :class:`prunus.importance.Movement`, an importance of Torch-Pruning, or a function of
         a group and a context.

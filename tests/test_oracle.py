@@ -172,6 +172,38 @@ def test_a_model_whose_own_rounding_is_as_large_is_judged_in_float64(
     assert verify(plan, model, x).verdict == "inexact"
 
 
+class NearTies(nn.Module):
+    """Chooses among tokens that differ by rounding, as detectors choose their queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(16, 64)
+        self.score = nn.Linear(64, 1)
+        self.table = nn.Parameter(torch.randn(64, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.hidden(x).relu()
+        best = self.score(hidden).squeeze(-1).topk(1, dim=1).indices
+        return self.table[best.squeeze(1)], hidden.mean((1, 2))
+
+
+@pytest.mark.parametrize("seed", [5, 11, 22, 26, 27])
+def test_a_choice_among_near_ties_is_judged_in_float64(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, x = NearTies().eval(), torch.randn(1, 1, 16) + 1e-7 * torch.randn(2, 12, 16)
+    _, plan = chosen(model, x)
+    assert verify(plan, model, x).verdict == "exact"
+    model.table.data[:] += torch.arange(64.0)[:, None]  # so that a wrong choice shows
+
+    class Wrong(NearTies):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            rows, mean = super().forward(x)
+            return (rows + 0.5 if self.hidden.out_features < 64 else rows), mean
+
+    model.__class__ = Wrong
+    assert verify(plan, model, x).verdict == "inexact"
+
+
 class Single(nn.Module):
     """Runs in float32 only."""
 

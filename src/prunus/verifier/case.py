@@ -118,11 +118,11 @@ class Case:
         """The traced program on these inputs."""
         return self.replay_of(self.graph)
 
-    def replay_of(self, graph: CouplingGraph) -> Replay:
-        """The program of a graph on these inputs."""
+    def replay_of(self, graph: CouplingGraph, state: dict[str, Tensor] | None = None) -> Replay:
+        """The program of a graph on these inputs, with the model's tensors or others."""
         leaves = tree_leaves((self.args, self.kwargs))
         inputs = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
-        return Replay(graph, self.state[0], inputs)
+        return Replay(graph, self.state[0] if state is None else state, inputs)
 
     @cached_property
     def state(self) -> tuple[dict[str, Tensor], dict[str, str]]:

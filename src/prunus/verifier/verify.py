@@ -102,7 +102,7 @@ def verify(
         *exact* if the outputs agree within 1e-4 (float32) or 1e-6 (float64), units of one group
         are interchangeable, and removal really moved the outputs; *not verified* if it did not;
         else *inexact*.  Depth amplifies rounding: outputs that differ by more than 1e-4 in
-        float32, and by less than 1e-2, are compared again in float64 where the model runs in it.
+        float32, no more than rounding may explain, are compared again in float64.
     """
     args, kwargs, given = _inputs(plan, model, args, kwargs, seed)
     check_model(plan, model, state_of(model)[0])

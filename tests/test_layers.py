@@ -67,7 +67,7 @@ CODE_LINES = {
     "surgeon": 2120,
     "tracer": 6530,
     "training": 600,
-    "verifier": 2310,
+    "verifier": 2330,
 }
 """Caps of code lines (no docstrings, comments, blank lines) by package, ``.`` for loose files.
 

@@ -373,7 +373,7 @@ def test_structures_of_transformers_are_exact_and_load() -> None:
         found.setdefault((row["model"], row["mode"]), set()).add(row["structure"])
     assert all({"heads", "layers", "all"} <= structures for structures in found.values())
     assert {mode for _, mode in found} == {"free", "uniform"}
-    assert len({model for model, _ in found}) >= 8
+    assert len({model for model, _ in found}) >= 11
     mixtures = {model for (model, _), structures in found.items() if "experts" in structures}
     assert {"mixtral", "deepseek-v3"} <= mixtures
     refused = [row for row in rows if row["verdict"].startswith("refused: ")]

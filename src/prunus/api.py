@@ -27,7 +27,8 @@ from prunus.planner.planning import plan_verified, rejected
 from prunus.planner.widths import plan_of_mask
 from prunus.recovery import Recover, Step, check_recovery, cut_and_recover
 from prunus.structures.by_hand import Where, with_units, without_heads
-from prunus.surgeon.apply import cut
+from prunus.surgeon.apply import cut, cut_along
+from prunus.surgeon.ema import Average, check_scheduler
 from prunus.surgeon.snapshot import all_or_nothing
 from prunus.surgeon.tensors import refuse_quantized
 from prunus.tracer.forward_fn import ForwardFn, entered_by
@@ -81,6 +82,8 @@ def shrink(
     forward_fn: ForwardFn | None = None,
     recover: Recover = "auto",
     optimizer: torch.optim.Optimizer | None = None,
+    ema: Any = None,
+    scheduler: Any = None,
     progress: Progress | None = None,
     **options: Unpack[PlanKeywords],
 ) -> Shrunk:
@@ -115,8 +118,8 @@ def shrink(
         thing alone, with data; ``"sequential"`` repairs layer after layer, each on what the
         repaired ones before it give (``compensate(method="sequential")``): better, and slower;
         ``"none"`` leaves what the cut left.  ``Shrunk.recovery`` says what each step brought.
-    optimizer
-        Its state is cut along, as by :func:`prunus.apply`.
+    optimizer, ema, scheduler
+        Cut along, as by :func:`prunus.apply`; the average also follows what recovery changes.
     progress
         Called with each stage, how much of it is done, and of how much (or None).  Without it a
         call of more than two seconds shows a bar on stderr, if that is a terminal.
@@ -137,6 +140,8 @@ def shrink(
     _check_mode(mode)
     check_recovery(recover, asked.data)
     args = positional(args)
+    check_scheduler(scheduler, optimizer)
+    average = Average(model, ema, repaired=recover != "none")
     if not (args or kwargs) and hasattr(model, "main_input_name"):
         kwargs = example_inputs(model)
     if asked.drops:
@@ -166,6 +171,7 @@ def shrink(
             check=certificate is None or certificate.verdict != "exact",
             seed=asked.seed,
         )
+        cut_along(chosen, average)
         if library is not None:
             library.state(model)
     samples = 0 if data is None else data.samples
@@ -185,6 +191,8 @@ def drop_layers(
     outputs: Globs | None = None,
     verified: bool = True,
     optimizer: torch.optim.Optimizer | None = None,
+    ema: Any = None,
+    scheduler: Any = None,
     seed: int = 0,
 ) -> Shrunk:
     """Drop whole layers, any residual blocks, in place: the skip connection is what is left.
@@ -203,8 +211,8 @@ def drop_layers(
         may be left out where a model has a single one.
     verified
         Verify it first, on a copy.
-    optimizer
-        The parameters of dropped layers leave it, as by :func:`prunus.apply`.
+    optimizer, ema, scheduler
+        As for :func:`prunus.apply`: dropped layers leave the optimizer and the average.
 
     Raises
     ------
@@ -226,12 +234,15 @@ def drop_layers(
     ('exact', 2, ('layers.1', 'layers.2'))
     """
     refuse_quantized(model)
+    check_scheduler(scheduler, optimizer)
+    average = Average(model, ema)
     args, kwargs = _inputs_of(model, args, kwargs)
     graph = trace(model, args, kwargs, outputs=outputs)
     names = name_layers(graph, model, layers, stack)
     asked = PlanOptions(drop=names, seed=seed)
     found = plan_verified(graph, model, args, kwargs, asked, verified=verified)
     cut(found.plan, model, optimizer=optimizer)
+    cut_along(found.plan, average)
     return Shrunk(model, graph, found.plan, found.certificate, found.held)
 
 
@@ -248,6 +259,8 @@ def prune_heads(
     verified: bool = True,
     recover: Recover = "auto",
     optimizer: torch.optim.Optimizer | None = None,
+    ema: Any = None,
+    scheduler: Any = None,
     **options: Unpack[ScoreKeywords],
 ) -> Shrunk:
     """Remove attention heads, by their numbers or as many as are said; the model changes in place.
@@ -269,8 +282,8 @@ def prune_heads(
         Verify first, on a copy, that the pruned model computes what the masked original computes.
     recover
         As for :func:`shrink`.
-    optimizer
-        Its state is cut along, as by :func:`prunus.apply`.
+    optimizer, ema, scheduler
+        As for :func:`shrink`.
     **options
 
     Raises
@@ -303,6 +316,8 @@ def prune_heads(
             verified=verified,
             recover=recover,
             optimizer=optimizer,
+            ema=ema,
+            scheduler=scheduler,
             remove={"heads": heads},  # type: ignore[dict-item]
             scope=scope,
             **options,
@@ -310,11 +325,18 @@ def prune_heads(
     asked.check()
     check_recovery(recover, asked.data)
     refuse_quantized(model)
+    check_scheduler(scheduler, optimizer)
+    average = Average(model, ema, repaired=asked.data is not None)
     args, kwargs = _inputs_of(model, args, kwargs)
     graph = trace(model, args, kwargs)
     kept = without_heads(graph, numbers)
     data = None if asked.data is None else Batches(asked.data, asked.samples)
-    return _cut(model, graph, kept, args, kwargs, verified, optimizer, asked.seed, recover, data)
+    return _cut(
+        *(model, graph, kept, args, kwargs, verified, optimizer, average),
+        seed=asked.seed,
+        recover=recover,
+        data=data,
+    )
 
 
 def _head_numbers(heads: Any, asked: PlanOptions) -> dict[Where, Collection[int]] | None:
@@ -358,6 +380,8 @@ def keep(
     *,
     verified: bool = True,
     optimizer: torch.optim.Optimizer | None = None,
+    ema: Any = None,
+    scheduler: Any = None,
     seed: int = 0,
 ) -> Shrunk:
     """Keep only the given units of a group; the model changes in place.
@@ -368,7 +392,7 @@ def keep(
         Its name, as ``prunus inspect`` lists it.
     units
         Indices of the units that are kept, from 0.
-    args, kwargs, verified, optimizer
+    args, kwargs, verified, optimizer, ema, scheduler
         As for :func:`prune_heads`.
 
     Raises
@@ -379,10 +403,12 @@ def keep(
         If verification fails; the model was not touched.
     """
     refuse_quantized(model)
+    check_scheduler(scheduler, optimizer)
+    average = Average(model, ema)
     args, kwargs = _inputs_of(model, args, kwargs)
     graph = trace(model, args, kwargs)
     kept = with_units(graph, group, units)
-    return _cut(model, graph, kept, args, kwargs, verified, optimizer, seed)
+    return _cut(model, graph, kept, args, kwargs, verified, optimizer, average, seed)
 
 
 def _cut(
@@ -393,6 +419,7 @@ def _cut(
     kwargs: Any,
     verified: bool,
     optimizer: torch.optim.Optimizer | None,
+    average: Average,
     seed: int,
     recover: Recover = "none",
     data: Batches | None = None,
@@ -409,10 +436,12 @@ def _cut(
             raise rejected(certificate)
     if data is None:
         cut(plan, model, optimizer=optimizer)
+        cut_along(plan, average)
         return Shrunk(model, graph, plan, certificate)
     plan, steps = cut_and_recover(
         *(model, plan, graph, data), method=recover, optimizer=optimizer, seed=seed
     )
+    cut_along(plan, average)
     return Shrunk(model, graph, plan, certificate, recovery=steps, samples=data.samples)
 
 

@@ -21,6 +21,7 @@ from prunus.graph.plan_records import Renaming
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
 from prunus.surgeon.depth import drop_blocks, find_places
+from prunus.surgeon.ema import Average, check_scheduler
 from prunus.surgeon.optimizer_state import slice_state, write_state
 from prunus.surgeon.reach import check_edit, own_copies, write_attribute
 from prunus.surgeon.saving import guard_saving
@@ -45,6 +46,8 @@ def apply(
     model: Model,
     *,
     optimizer: torch.optim.Optimizer | None = None,
+    ema: Any = None,
+    scheduler: Any = None,
     check: bool = True,
     forward_fn: ForwardFn | None = None,
 ) -> Model:
@@ -66,6 +69,14 @@ def apply(
         Its state is cut along, axis by axis; parameters of dropped blocks leave it.  LBFGS starts
         without history, with a warning; what shapes don't tell is refused by name.  Biases that
         layers get are in no group.
+    ema
+        An average of the weights, which is cut by the same plan: a module of the same parameters,
+        or any object that holds one (timm's ``ModelEmaV2`` and ``ModelEmaV3``,
+        ``torch.optim.swa_utils.AveragedModel``, ultralytics' ``ModelEMA``).  Tensors that it caches
+        of either model are replaced.
+    scheduler
+        Checked to drive ``optimizer``.  It needs no change, since groups of parameters stay the
+        same objects.
     check
         Run the smaller model once on fake tensors and compare the shapes of its outputs with
         those that the plan recorded; on any difference the model is put back.
@@ -77,12 +88,26 @@ def apply(
     PlanError
         If the plan is for another model; nothing was changed.
     ApplyError
-        If the smaller model does not run or answers in other shapes; it was put back.
+        If the smaller model does not run or answers in other shapes; it was put back.  If the
+        optimizer, the average or the scheduler is that of another model.
     """
+    check_scheduler(scheduler, optimizer)
+    average = Average(model, ema)
     traced = plan.traced if check else None
     with uncollected(), entered_as_traced(model, traced, forward_fn):
         cut(plan, model, optimizer=optimizer, check=check)
+        cut_along(plan, average)
         return model
+
+
+def cut_along(plan: Plan, average: Average) -> None:
+    """Cut what follows a model, which was cut by the same plan and perhaps repaired."""
+    for twin in average.twins:
+        cut(plan, twin, check=False)
+    if average.plain is not None:
+        cut(plan, average.plain, check=False)
+    average.add_repair()
+    average.renew_caches()
 
 
 def cut_own(plan: Plan, model: Model) -> Model:

@@ -10,7 +10,7 @@ import inspect
 import os
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -25,7 +25,7 @@ from prunus.surgeon.switches import Switches, signals_deferred
 from prunus.tracer.follow import is_config
 from prunus.tracer.precision import LOCK
 from prunus.tracer.quiet import Contents, is_odd
-from prunus.tracer.wrappers import unwraps
+from prunus.tracer.wrappers import unwrapped, unwraps
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,9 @@ def all_or_nothing(verb: Callable[P, Result]) -> Callable[P, Result]:
     """Make a function that changes its argument ``model`` all or nothing.
 
     Whatever is raised within, ``KeyboardInterrupt`` and ``MemoryError`` included, the model is then
-    as it was before the call, and so is the ``optimizer`` if the function is given one.  The call
-    has succeeded once the function returns.  One thread at a time is in such a call; wrappers
-    around the model are taken off (:mod:`prunus.tracer.wrappers`).
+    as it was before the call, and so are the ``optimizer`` and the ``ema`` if the function is given
+    them.  The call has succeeded once the function returns.  One thread at a time is in such a
+    call; wrappers around the model are taken off (:mod:`prunus.tracer.wrappers`).
     """
     names = list(inspect.signature(verb).parameters)
     place = names.index("model")
@@ -127,7 +127,7 @@ def all_or_nothing(verb: Callable[P, Result]) -> Callable[P, Result]:
         found: list[Any] = []
         try:
             with LOCK:  # switches are those of the whole process
-                found += [Switches(), Snapshot(model, kwargs.get("optimizer"))]
+                found += [Switches(), Snapshot(model, *_beside(kwargs))]
                 try:
                     return verb(*args, **kwargs)
                 except BaseException as error:
@@ -144,6 +144,11 @@ def all_or_nothing(verb: Callable[P, Result]) -> Callable[P, Result]:
             raise
 
     return whole
+
+
+def _beside(kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What a call changes along with the model."""
+    return kwargs.get("optimizer"), kwargs.get("ema")
 
 
 def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
@@ -166,7 +171,7 @@ def _put_back(error: BaseException, switches: Switches, before: Snapshot) -> Non
 
 
 class Snapshot:
-    """Everything of a model, and of its optimizer, that Prunus may change, as it is now.
+    """Everything of a model, its optimizer and its average that Prunus may change, as it is now.
 
     Kept are classes, attributes and hooks of modules, the contents of their dicts, lists, sets and
     config objects, the memory, gradient and ``requires_grad`` of every tensor, param groups and
@@ -176,7 +181,7 @@ class Snapshot:
     is, so new values have to go into new memory (``parameter.data = …``).
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any = None) -> None:
+    def __init__(self, model: nn.Module, optimizer: Any = None, ema: Any = None) -> None:
         self._model = model
         self._applied: Applied | None = _APPLIED.get(model)
         self._modules = [(module, type(module)) for module in model.modules()]
@@ -187,6 +192,8 @@ class Snapshot:
         self._contents = Contents(module for module, _ in self._modules)
         if optimizer is not None:
             walk.into(optimizer, 0)
+        walk.into(getattr(ema, "__dict__", {}), 0)
+        self._twins = [Snapshot(twin) for twin in twins_of(model, ema)]
         self._containers = walk.containers
 
     def restore(self) -> None:
@@ -201,6 +208,26 @@ class Snapshot:
                 memory.restore()
             self._contents.restore()
             set_applied(self._model, self._applied)
+            for twin in self._twins:
+                twin.restore()
+
+
+def twins_of(model: nn.Module, ema: Any) -> list[nn.Module]:
+    """The averaged modules that an object is or holds: those with the model's parameters."""
+    shapes = _shapes(model)
+    held = (ema, *getattr(ema, "__dict__", {}).values())
+    if isinstance(ema, nn.Module):
+        held = (*held, *ema._modules.values())
+    found: dict[int, nn.Module] = {}
+    for one in held:
+        module = unwrapped(one) if isinstance(one, nn.Module) else None
+        if module is not None and module is not model and _shapes(module) == shapes:
+            found[id(module)] = module
+    return list(found.values())
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: one.shape for name, one in model.named_parameters(remove_duplicate=False)}
 
 
 class _Walk:

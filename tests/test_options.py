@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import prunus
+from prunus import api
 from prunus.errors import PlanError, checks_options
 from prunus.importance import torch_pruning
 from prunus.integrations import hf
@@ -151,7 +152,12 @@ def test_every_option_of_a_plan_has_a_value_that_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "keywords"), [(ScoreOptions, ScoreKeywords), (PlanOptions, PlanKeywords)]
+    ("record", "keywords"),
+    [
+        (ScoreOptions, ScoreKeywords),
+        (PlanOptions, PlanKeywords),
+        (api.ShrinkOptions, api.ShrinkKeywords),
+    ],
 )
 def test_type_checkers_see_the_options_of_the_record(record, keywords) -> None:
     types = {name: found.__forward_arg__ for name, found in keywords.__annotations__.items()}

@@ -1,5 +1,7 @@
 """The public functions that plan, verify and prune in one call."""
 
+# ruff: noqa: RUF009, ``option`` is a field specifier as ``dataclasses.field`` is
+
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
@@ -21,7 +23,7 @@ from prunus.importance import needs_of
 from prunus.integrations.hf import example_inputs
 from prunus.integrations.hf_config import Uniform
 from prunus.planner.layers import name_layers
-from prunus.planner.option_values import Globs, Scope, takes_options
+from prunus.planner.option_values import Globs, Scope, option, takes_options
 from prunus.planner.options import PlanKeywords, PlanOptions, ScoreKeywords, ScoreOptions
 from prunus.planner.planning import plan_verified, rejected
 from prunus.planner.widths import plan_of_mask
@@ -68,7 +70,35 @@ class Shrunk:
         return f"{self.plan}\n{verdict}"
 
 
-@takes_options(PlanOptions)
+@dataclass(frozen=True)
+class ShrinkOptions(PlanOptions):
+    """What :func:`shrink` can be asked: how to plan, and what follows the model beside it.
+
+    Attributes
+    ----------
+    optimizer
+        Its state is cut along, as by :func:`prunus.apply`.
+    ema
+        An average of the weights, which is cut by the same plan, as by :func:`prunus.apply`, and
+        follows the repair: its parameters move by what that changed, its buffers are copied.
+    scheduler
+        Checked to drive ``optimizer``.
+    """
+
+    optimizer: torch.optim.Optimizer | None = option(None)
+    ema: Any = option(None)
+    scheduler: Any = option(None)
+
+
+class ShrinkKeywords(PlanKeywords, total=False):
+    """The names and types of :class:`ShrinkOptions`, for type checkers and editors."""
+
+    optimizer: torch.optim.Optimizer | None
+    ema: Any
+    scheduler: Any
+
+
+@takes_options(ShrinkOptions)
 @all_or_nothing
 def shrink(
     model: nn.Module,
@@ -81,11 +111,8 @@ def shrink(
     mode: Mode = "free",
     forward_fn: ForwardFn | None = None,
     recover: Recover = "auto",
-    optimizer: torch.optim.Optimizer | None = None,
-    ema: Any = None,
-    scheduler: Any = None,
     progress: Progress | None = None,
-    **options: Unpack[PlanKeywords],
+    **options: Unpack[ShrinkKeywords],
 ) -> Shrunk:
     """Trace, plan, verify, prune and recover, all in one call; the model changes in place.
 
@@ -118,8 +145,6 @@ def shrink(
         thing alone, with data; ``"sequential"`` repairs layer after layer, each on what the
         repaired ones before it give (``compensate(method="sequential")``): better, and slower;
         ``"none"`` leaves what the cut left.  ``Shrunk.recovery`` says what each step brought.
-    optimizer, ema, scheduler
-        Cut along, as by :func:`prunus.apply`; the average also follows what recovery changes.
     progress
         Called with each stage, how much of it is done, and of how much (or None).  Without it a
         call of more than two seconds shows a bar on stderr, if that is a terminal.
@@ -135,13 +160,13 @@ def shrink(
     DataError
         If the importance needs calibration data and there is none.
     """
-    asked = PlanOptions(**options)
+    asked = ShrinkOptions(**options)
     asked.check()
     _check_mode(mode)
     check_recovery(recover, asked.data)
     args = positional(args)
-    check_scheduler(scheduler, optimizer)
-    average = Average(model, ema, repaired=recover != "none")
+    check_scheduler(asked.scheduler, asked.optimizer)
+    average = Average(model, asked.ema, repaired=recover != "none")
     if not (args or kwargs) and hasattr(model, "main_input_name"):
         kwargs = example_inputs(model)
     if asked.drops:
@@ -167,7 +192,7 @@ def shrink(
             statistics=planned.statistics,
             method=recover,
             new_biases=mode == "free",  # a plain config can't say them
-            optimizer=optimizer,
+            optimizer=asked.optimizer,
             check=certificate is None or certificate.verdict != "exact",
             seed=asked.seed,
         )

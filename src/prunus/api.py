@@ -70,7 +70,7 @@ class Shrunk:
         return f"{self.plan}\n{verdict}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShrinkOptions(PlanOptions):
     """What :func:`shrink` can be asked: how to plan, and what follows the model beside it.
 

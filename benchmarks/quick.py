@@ -47,6 +47,7 @@ SAMPLES: dict[str, str] = {
     "speed.bert_speed": "--pairs 3 --tries 1",
     "speed.seeds": "--pairs 1 --tries 1",
     "speed.latency": "resnet50 --backend eager --request 0.5 --pairs 3 --tries 1",
+    "training.kill_resume": "--kills 2",
     "planning.budgets": "mobilenetv2",
     "planning.optimality": "--count 3",
     "planning.planner_scale": "2",

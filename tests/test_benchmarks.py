@@ -12,7 +12,7 @@ import pytest
 from benchmarks import apart, quick
 from benchmarks.rows import ROOT, Table
 
-FOLDERS = ("exactness", "accuracy", "speed", "planning", "peers")
+FOLDERS = ("exactness", "accuracy", "training", "speed", "planning", "peers")
 
 
 def test_rows_are_replaced_by_their_key(tmp_path: Path) -> None:

@@ -544,3 +544,11 @@ def test_every_attack_was_held() -> None:
     assert tried["errors"] + tried["signals"] >= 500
     assert tried["threads"] >= 16
     assert [row for row in rows if row["tried"] != row["held"]] == []
+
+
+def test_every_killed_run_ends_as_the_undisturbed_one() -> None:
+    rows = read("kill_resume.csv")
+    assert len(rows) == 20
+    assert {row["verdict"] for row in rows} == {"held"}
+    assert {row["same_plan"] for row in rows} == {row["same_weights"] for row in rows} == {"yes"}
+    assert len({row["rounds_done"] for row in rows}) > 4  # kills fell between and into rounds

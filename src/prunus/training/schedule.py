@@ -84,7 +84,7 @@ class Round:
     note: str = ""
 
     def __str__(self) -> str:
-        said = self.note or f"removed {self.removed} units"
+        said = self.note or f"removed {self.removed} unit{'s' if self.removed > 1 else ''}"
         shares = ", ".join(f"{name} {cost.share:.1%}" for name, cost in self.costs.items())
         return f"round {self.number} of {self.steps}: {said} ({shares})"
 
@@ -426,6 +426,12 @@ def _cut(
     if recover == "none":
         apply(plan, model, optimizer=optimizer, forward_fn=forward_fn, **also)
         return plan, ()
+    if also:
+        raise PlanError(
+            f"recover={recover!r} can't be combined with {' and '.join(also)}",
+            why="it changes kept weights, which these would not follow",
+            fix='give recover="none"',
+        )
     return cut_and_recover(
         *(model, plan, graph, data),
         method=recover,

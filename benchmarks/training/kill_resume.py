@@ -1,6 +1,6 @@
 """An iterative run that is killed and resumed ends as the run that nobody killed.
 
-    python -m benchmarks.training.kill_resume   # writes results/kill_resume.csv, five minutes
+    python -m benchmarks.training.kill_resume   # writes results/kill_resume.csv, three minutes
 
 A small network with dropout trains on random images, under a :class:`prunus.Schedule` of six
 rounds.  After every epoch a checkpoint (model, optimizer, schedule) takes the place of the last one

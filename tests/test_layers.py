@@ -59,7 +59,7 @@ CODE_LINES = {
     "cli": 1720,
     "graph": 1740,
     "importance": 730,
-    "integrations": 900,
+    "integrations": 960,
     "planner": 3890,
     "recovery": 1960,
     "report": 500,

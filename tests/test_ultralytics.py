@@ -8,13 +8,15 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import prunus
-from prunus.errors import DataError, ModelError
+from prunus.cli import main
+from prunus.errors import DataError, ModelError, PlanError
 from tests.boxes import NAMES, write_boxes
 
 ultralytics = pytest.importorskip("ultralytics")
@@ -108,6 +110,65 @@ def test_the_trainer_keeps_the_pruned_widths(
         ultralytics.YOLO(last).train(data=str(data), epochs=1, imgsz=32, project=str(tmp_path))
 
 
+class InterruptedRun(Exception):  # noqa: N818
+    pass
+
+
+def interrupt(trainer: object) -> None:
+    raise InterruptedRun
+
+
+def test_pruned_while_it_trains_interrupted_and_resumed(data: Path, tmp_path: Path) -> None:
+    def pruning() -> bridge.Pruning:
+        return bridge.Pruning(budget=prunus.Budget(macs=0.6), steps=2, verified=False)
+
+    dense, far = [], []
+
+    def look(trainer: object) -> None:
+        dense.append(count(trainer.model))
+        average = trainer.ema.ema.state_dict()
+        far.append(max((average[n] - w).abs().max() for n, w in trainer.model.named_parameters()))
+
+    yolo = ultralytics.YOLO("yolov8n.yaml")
+    yolo.add_callback("on_train_batch_end", look)
+    yolo.add_callback("on_fit_epoch_end", interrupt)
+    pruning().attach(yolo)
+    asked = {"imgsz": 32, "batch": 2, "plots": False, "amp": False, "optimizer": "SGD", "nbs": 2}
+    with pytest.raises(InterruptedRun):
+        yolo.train(
+            trainer=bridge.DetectionTrainer, data=str(data), epochs=2, project=str(tmp_path),
+            lr0=1e-3, **asked,
+        )  # fmt: skip
+    last = next(tmp_path.rglob("last.pt"))
+    yolo = ultralytics.YOLO(last)
+    half = count(yolo.model)
+    assert half < dense[0]
+    with pytest.raises(KeyError, match="this model was pruned"):
+        ultralytics.YOLO(last).train(data=str(data), epochs=1, project=str(tmp_path))
+    yolo.add_callback("on_train_batch_end", look)
+    again = pruning().attach(yolo)
+    yolo.train(trainer=bridge.DetectionTrainer, resume=True)
+    assert again.schedule.round == 2
+    assert dense == [dense[0]] * 2 + [half] * 2
+    assert count(yolo.model) < half
+    costs = again.schedule.plan.cost()["macs"]
+    assert costs.share <= 0.6
+    assert max(far[2:]) < 5 * max(far[:2])  # the average follows after the cut
+    bridge.save(yolo, tmp_path / "pruned.pt")
+    assert not hasattr(ultralytics.YOLO(tmp_path / "pruned.pt").model, "pruning")
+
+
+def test_what_pruning_in_a_run_refuses() -> None:
+    with pytest.raises(PlanError, match="floor"):
+        bridge.Pruning(budget=prunus.Budget(macs=0.5), floor=0.5)
+    begun = bridge.Pruning(budget=prunus.Budget(macs=0.5)).start
+    args = SimpleNamespace(distill_model=None, compile=False)
+    with pytest.raises(ModelError, match="several devices"):
+        begun(SimpleNamespace(world_size=2, args=args))
+    with pytest.raises(ModelError, match="would not resume"):
+        begun(SimpleNamespace(world_size=0, args=args))
+
+
 def test_trainers_can_be_imported_and_pickled() -> None:
     for name in bridge._TRAINERS:
         trainer = getattr(bridge, name)
@@ -120,6 +181,7 @@ def test_trainers_can_be_imported_and_pickled() -> None:
 
 def test_what_can_not_be_trained_is_refused(pruned: nn.Module) -> None:
     trainer = object.__new__(bridge.DetectionTrainer)
+    trainer.callbacks, trainer.resume = {bridge.Pruning.EVENT: []}, False
     trainer.data = {"nc": 80, "names": {}, "kpt_shape": [17, 3]}
     with pytest.raises(ModelError, match="only a YAML of the dense model"):
         trainer.get_model("yolov8n.yaml", None)
@@ -144,6 +206,16 @@ def test_a_file_that_needs_prunus_is_not_written(pruned: nn.Module, tmp_path: Pa
         bridge.save(model, tmp_path / "pruned.safetensors")
     with pytest.raises(ModelError, match="a Linear is no model of ultralytics"):
         bridge.save(nn.Linear(2, 2), tmp_path / "pruned.pt")
+
+
+def test_the_command_line_writes_what_yolo_opens(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pruned.pt"
+    asked = f"shrink yolo:yolov8n.yaml --input-shape 1,3,32,32 --macs 0.6 --no-verify --out {out}"
+    assert main([*asked.split(), "--data", str(data)]) == 0
+    assert count(ultralytics.YOLO(out).model) < 2_200_000
+    attention = nn.Sequential(nn.MultiheadAttention(8, 2))
+    assert bridge.kept_whole(attention) == ("*in_proj_weight*",)
+    assert bridge.kept_whole(nn.Sequential(nn.Linear(2, 2))) == ()
 
 
 def test_the_images_of_a_data_yaml(data: Path, tmp_path: Path) -> None:

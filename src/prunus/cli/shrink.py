@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     import prunus
     from prunus.cli.data import load_data
     from prunus.cli.models import load_model
+    from prunus.integrations.ultralytics import kept_whole
 
     chosen = flags.choice_of(options)
     budget = chosen["budget"]
@@ -53,6 +54,8 @@ def run(options: argparse.Namespace) -> int:
         step("building the model")
         loaded = load_model(options)
         chosen["data"] = load_data(options, loaded)
+        if _opened_by_yolo(options):
+            chosen["exclude"] = (*chosen["exclude"], *kept_whole(loaded.model))
         step("counting")
         stages = [loaded.costs("dense")]
         if options.sensitivity is not None:
@@ -77,6 +80,11 @@ def run(options: argparse.Namespace) -> int:
         step("writing")
         write(options, loaded, small.plan, small.certificate, document)
     return finish(options, small.plan, small.certificate, document)
+
+
+def _opened_by_yolo(options: argparse.Namespace) -> bool:
+    """Whether the model is written as a file of ultralytics."""
+    return options.model.startswith("yolo:") and str(options.out).endswith(".pt")
 
 
 def _check_mode(options: argparse.Namespace) -> None:
@@ -136,7 +144,7 @@ def write(
     def write_model(path: str) -> None:
         if getattr(options, "mode", "free") == "uniform":
             hf.save(loaded.model, path, mode="uniform", source=loaded.source.folder)
-        elif options.model.startswith("yolo:") and path.endswith(".pt"):
+        elif _opened_by_yolo(options):
             ultralytics.save(loaded.model, path)
         else:
             prunus.save(loaded.model, path, plan=plan)

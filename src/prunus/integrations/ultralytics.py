@@ -11,7 +11,7 @@ import copy
 import os
 import pickletools
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from prunus.errors import DataError, ModelError, checks_options, require
+from prunus.errors import DataError, ModelError, PlanError, checks_options, require
 from prunus.files import replace_file
+from prunus.integrations.ultralytics_head import fit_classes
+from prunus.training.schedule import Schedule
 
 if TYPE_CHECKING:
     DetectionTrainer: Any
@@ -40,8 +42,10 @@ _TRAINERS = {
 }
 """Where ultralytics has each, and the class of model that it trains."""
 
-_CLASS_LAYERS = ("cv3", "one2one_cv3", "enc_score_head", "dec_score_head", "denoising_class_embed")
-"""In heads of ultralytics, what has one output (or embedding) for each class, at its end."""
+_PRUNED = "this model was pruned"
+
+_STATE = "pruning"
+"""In a checkpoint, where the average has the state of a schedule, and the original on meta."""
 
 
 class KeepsWidths:
@@ -57,6 +61,8 @@ class KeepsWidths:
 
     args: Any
     data: Any
+    callbacks: Any
+    resume: Any
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
         """A copy of ``weights``, whatever ``cfg`` says.
@@ -66,6 +72,9 @@ class KeepsWidths:
         ModelError
             If there are no weights; if they are fused, or have other keypoints than the data.
         """
+        pruning = next((c for c in self.callbacks[Pruning.EVENT] if isinstance(c, Pruning)), None)
+        if weights is None and pruning is not None:
+            return super().get_model(cfg, weights, verbose)  # type: ignore[misc]
         if weights is None:
             raise ModelError(
                 "the trainer was given no module, only a YAML of the dense model",
@@ -80,8 +89,11 @@ class KeepsWidths:
                 why="val(), predict() and export() of ultralytics fuse the module they are given",
                 fix="open the file anew, and train before",
             )
+        if self.resume and pruning is not None and hasattr(weights, _STATE):
+            return mark(pruning.resume(weights, self.args.imgsz))
         model = copy.deepcopy(weights).float().requires_grad_(True)
         model.criterion = None
+        vars(model).pop(_STATE, None)
         shape = self.data.get("kpt_shape")
         if shape is not None and list(shape) != list(getattr(model.model[-1], "kpt_shape", shape)):
             raise ModelError(
@@ -91,8 +103,148 @@ class KeepsWidths:
             if isinstance(module, nn.Dropout) and getattr(self.args, "dropout", None):
                 module.p = self.args.dropout
         names = self.data["names"] if self.args.cls_remap else {}
-        _fit_classes(model, self.data["nc"], names)
-        return mark(model)
+        fit_classes(model, self.data["nc"], names)
+        marked = pruning is None or _is_marked(weights)
+        return mark(model) if marked else model
+
+
+@checks_options
+class Pruning:
+    """Prunes the model of a trainer in rounds while it trains, on a :class:`prunus.Schedule`.
+
+    A round is done at the end of an epoch, before it is validated and saved: with the optimizer and
+    the average of the weights, whose best checkpoint begins anew.  After an epoch with an infinite
+    loss it waits, since ultralytics goes back to the last checkpoint.  To resume, open ``last.pt``,
+    attach the same and call ``train(resume=True, trainer=…)``: the checkpoint has the rounds that
+    are done, and what the original model was.
+
+    Parameters
+    ----------
+    **options
+        Of :class:`prunus.Schedule`; not ``floor``.
+
+    Examples
+    --------
+    ``Pruning(budget=prunus.Budget(macs=0.5)).attach(yolo)``, then
+    ``yolo.train(trainer=DetectionTrainer, …)``.
+    """
+
+    EVENT = "on_train_epoch_end"
+
+    def __init__(self, **options: Any) -> None:
+        if "floor" in options:
+            raise PlanError("Pruning takes no floor=", why="the average would not be put back")
+        self._options = options
+        self.schedule: Schedule | None = None
+        self._original: Any = None
+
+    def attach(self, yolo: Any) -> Pruning:
+        """Have the next ``train`` of a ``YOLO`` call it."""
+        yolo.add_callback("on_train_start", self.start)
+        yolo.add_callback(self.EVENT, self)
+        return self
+
+    def start(self, trainer: Any) -> None:
+        """Trace the model, and check that a plan can be made.
+
+        Raises
+        ------
+        ModelError
+            If the trainer uses several processes or distils, or is not one of this module.
+        PlanError, BudgetError, DataError, VerifyError
+            As from :class:`prunus.Schedule`.
+        """
+        if trainer.world_size > 1 or trainer.args.distill_model or trainer.args.compile:
+            raise ModelError(
+                "the model can't be pruned in this run",
+                why="it runs on several devices, distils, or is compiled: a wrapper holds it",
+                fix="prune it before, and train the pruned file",
+            )
+        if KeepsWidths not in type(trainer).__mro__:
+            raise ModelError(
+                f"{type(trainer).__name__} would not resume a pruned model",
+                fix="give train() a trainer of prunus.integrations.ultralytics",
+            )
+        if self.schedule is None or self.schedule.model is not trainer.model:
+            self._begin(trainer.model, trainer.args.imgsz)
+        self._note(trainer)
+
+    def _begin(self, model: Any, size: int, **more: Any) -> Schedule:
+        first = next(model.parameters())
+        x = torch.rand(1, model.yaml.get("channels", 3), size, size, device=first.device)
+        self._original = _emptied(model, "meta")
+        self._original.criterion = None
+        exclude = self._options.get("exclude", ())
+        exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        options = self._options | {"exclude": exclude + kept_whole(model)}
+        self.schedule = Schedule(model, x, **options | more)
+        return self.schedule
+
+    def resume(self, weights: Any, size: int) -> Any:
+        """The model of a checkpoint, after the rounds that it has, with its weights."""
+        state, original = getattr(weights, _STATE)
+        model = _emptied(original, "cpu")
+        # What was held is in the state; there are no weights to verify with.
+        schedule = self._begin(model, size, verified=False)
+        schedule.load_state_dict(state)
+        model.load_state_dict(weights.float().state_dict())
+        return model.requires_grad_(True)
+
+    def __call__(self, trainer: Any) -> None:
+        """Prune if a round is due."""
+        assert self.schedule is not None, "start() runs before"
+        if not bool(torch.isfinite(trainer.loss)):
+            return
+        done = self.schedule.step(
+            (trainer.epoch + 1) / trainer.epochs,
+            optimizer=trainer.optimizer,
+            ema=trainer.ema,
+            scheduler=trainer.scheduler,
+        )
+        if done is None:
+            return
+        trainer.ema._pairs = None  # the tensors that its update follows
+        mark(trainer.model)
+        mark(trainer.ema.ema)
+        trainer.best_fitness = None  # else best.pt would be the dense model
+        trainer.stopper.best_fitness, trainer.stopper.best_epoch = 0.0, trainer.epoch
+        self._note(trainer)
+        require("ultralytics", "yolo").utils.LOGGER.info(f"prunus: {done}")
+
+    def _note(self, trainer: Any) -> None:
+        """Keep in the average, which is what a checkpoint has, how to go on."""
+        assert self.schedule is not None
+        setattr(trainer.ema.ema, _STATE, (self.schedule.state_dict(), self._original))
+
+
+def kept_whole(model: nn.Module) -> tuple[str, ...]:
+    """Globs for ``exclude=``, so that a file of the pruned model can be opened without Prunus.
+
+    ``nn.MultiheadAttention`` (in RT-DETR) takes no other number of heads or head dims; where it is
+    pruned, an attention of Prunus stands in its place.
+    """
+    attends = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+    return ("*in_proj_weight*",) if attends else ()
+
+
+def _emptied(model: nn.Module, device: str) -> Any:
+    """A copy with uninitialised tensors; ``to_empty`` fails on models of ultralytics."""
+    held = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(
+        model,
+        {
+            id(tensor): nn.Parameter(empty, tensor.requires_grad)
+            if isinstance(tensor, nn.Parameter)
+            else empty
+            for tensor in held
+            for empty in [torch.empty_like(tensor.detach(), device=device)]
+        },
+    )
+
+
+def _is_marked(model: Any) -> bool:
+    """Whether the YAML says that the model was pruned."""
+    return str(model.yaml["backbone"][0][2]).startswith(_PRUNED)
 
 
 def __getattr__(name: str) -> Any:
@@ -103,63 +255,6 @@ def __getattr__(name: str) -> Any:
     doc = "ultralytics' own, for pruned models (:class:`KeepsWidths`)."
     made = type(name, (KeepsWidths, theirs), {"__module__": __name__, "__doc__": doc})
     return globals().setdefault(name, made)
-
-
-def _fit_classes(model: Any, count: int, names: Mapping[int, str]) -> None:
-    """Give the head another number of classes; classification heads are fitted by ultralytics.
-
-    Classes of a name that the model has keep its weights.  Others begin with weights as spread as
-    these are, and with their mean bias.
-    """
-    head = model.model[-1]
-    known = {name: row for row, name in model.names.items() if name != str(row)}
-    rows = [known.get(names.get(new, "")) for new in range(count)]
-    same = rows == list(range(count)) or not any(row is not None for row in rows)
-    if not hasattr(head, "nc") or (head.nc == count and same):
-        return
-    for holder, name in _class_layers(head):
-        setattr(holder, name, _with_rows(getattr(holder, name), rows))
-    head.nc = model.yaml["nc"] = count
-    if hasattr(head, "no"):
-        head.no = count + 4 * head.reg_max
-
-
-def _class_layers(head: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Modules and the names in them of layers with one output, or embedding, for each class."""
-    for branch in _CLASS_LAYERS:
-        part = getattr(head, branch, None)
-        for holder, name in (
-            [(part, key) for key in part._modules]
-            if isinstance(part, nn.ModuleList)
-            else [(head, branch)]
-            if part is not None
-            else []
-        ):
-            layer = getattr(holder, name)
-            yield (
-                (layer, str(len(layer) - 1)) if isinstance(layer, nn.Sequential) else (holder, name)
-            )
-    semantic = getattr(getattr(head, "proto", None), "semseg", None)
-    if semantic is not None:
-        yield semantic, str(len(semantic) - 1)
-
-
-def _with_rows(layer: Any, rows: Sequence[int | None]) -> Any:
-    """A layer whose outputs are these of the old one, and new ones where there is None."""
-    new = copy.deepcopy(layer)
-    for name, old in layer.named_parameters():
-        old = old.detach()
-        spread = old.std() if old.dim() > 1 else 0.0  # biases are alike
-        data = torch.randn(len(rows), *old.shape[1:]).to(old) * spread
-        data += 0 if old.dim() > 1 else old.mean()
-        for place, row in enumerate(rows):
-            if row is not None:
-                data[place] = old[row]
-        setattr(new, name, nn.Parameter(data))
-    for name in ("out_channels", "out_features", "num_embeddings"):
-        if hasattr(new, name):
-            setattr(new, name, len(rows))
-    return new
 
 
 def mark(model: Any) -> Any:
@@ -173,7 +268,7 @@ def mark(model: Any) -> Any:
         trainer = "a trainer that begins with KeepsWidths"
     model.yaml = copy.deepcopy(model.yaml)
     model.yaml["backbone"][0][2] = (
-        "this model was pruned, and its YAML only knows the dense one: train it with "
+        f"{_PRUNED}, and its YAML only knows the dense one: train it with "
         f"YOLO(file).train(trainer=prunus.integrations.ultralytics.{trainer})"
     )
     return model
@@ -210,6 +305,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
         raise ModelError(f"{path} does not end in .pt", why="YOLO() opens no other")
     kept = mark(copy.deepcopy(model)).cpu()
     kept.criterion = None
+    vars(kept).pop(_STATE, None)
     kept.args = dict(getattr(kept, "args", None) or {})
     ultralytics = require("ultralytics", "yolo")
     content = {
@@ -227,8 +323,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
             raise ModelError(
                 f"{path} could only be opened where Prunus is installed",
                 why=f"the model has a {own}",
-                fix="leave out with exclude= the heads of nn.MultiheadAttention, which takes no "
-                "other number of them",
+                fix="prune with exclude=prunus.integrations.ultralytics.kept_whole(model)",
             )
 
     replace_file(path, write)

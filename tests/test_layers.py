@@ -66,7 +66,7 @@ CODE_LINES = {
     "structures": 460,
     "surgeon": 2300,
     "tracer": 6530,
-    "training": 600,
+    "training": 640,
     "verifier": 2330,
 }
 """Caps of code lines (no docstrings, comments, blank lines) by package, ``.`` for loose files.

@@ -375,3 +375,31 @@ def test_an_error_in_a_round_changes_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert schedule.round == 0
     assert schedule.step(0).number == 1
+
+
+@pytest.mark.parametrize("recover", ["none", "auto"])
+def test_the_average_is_cut_and_put_back_along(recover) -> None:
+    metrics = iter([0.95, 0.93, 0.5])
+    model = mlp()
+    ema = torch.optim.swa_utils.AveragedModel(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = Schedule(
+        *(model, WORDS), budget=Budget(macs=0.3), steps=2, data=[WORDS], recover=recover,
+        floor=(lambda _: next(metrics), 0.9),
+    )  # fmt: skip
+    schedule.step(0, optimizer=optimizer, ema=ema)
+    train(model, WORDS, optimizer)
+    ema.update_parameters(model)
+    good = copy.deepcopy((model.state_dict(), ema.module.state_dict()))
+    schedule.step(0.75, optimizer=optimizer, ema=ema)
+    assert model[0].out_features < len(good[0]["0.weight"])
+    assert [p.shape for p in ema.module.parameters()] == [p.shape for p in model.parameters()]
+    train(model, WORDS, optimizer)
+    ema.update_parameters(model)
+    with pytest.raises(PlanError, match="ema= was given only before or after it"):
+        schedule._good.restore(model, optimizer, None)
+    assert schedule.step(1.0, optimizer=optimizer, ema=ema).restored
+    for one, values in zip((model, ema.module), good, strict=True):
+        assert all(torch.equal(value, values[name]) for name, value in one.state_dict().items())
+    train(model, WORDS, optimizer)
+    ema.update_parameters(model)

@@ -1,5 +1,6 @@
 """Pruning during training: rounds on a schedule, composed into one plan for the original model."""
 
-from prunus.training.schedule import Round, Schedule
+from prunus.training.rounds import Round
+from prunus.training.schedule import Schedule
 
 __all__ = ["Round", "Schedule"]

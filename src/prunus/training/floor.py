@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prunus.errors import PlanError
 from prunus.graph.program import state_of
-from prunus.surgeon.snapshot import Snapshot
+from prunus.surgeon.snapshot import Snapshot, twins_of
 
 Evaluate = Callable[[nn.Module], float]
 """A metric of a model, higher is better."""
@@ -67,36 +67,53 @@ class Good:
     Attributes
     ----------
     before
-        Its shapes and attributes.
+        Its shapes and attributes, and those of its average.
     values, optimizer
-        Its tensors by name, copied, since training writes into those that are not cut; the
-        optimizer's ``state_dict``, if there is one.
+        Tensors by name, of the model and of averaged twins, copied, since training writes into
+        those that are not cut; the optimizer's ``state_dict``, if there is one.
     round, plans
         How many rounds, and plans of them, it has behind it.
     """
 
     before: Snapshot
-    values: Mapping[str, Tensor]
+    values: Sequence[Mapping[str, Tensor]]
     optimizer: Any
     round: int
     plans: int
 
     @classmethod
-    def of(cls, model: nn.Module, optimizer: Any, round: int, plans: int) -> Good:
-        values = {name: tensor.detach().clone() for name, tensor in state_of(model)[0].items()}
+    def of(cls, model: nn.Module, optimizer: Any, ema: Any, round: int, plans: int) -> Good:
+        values = [
+            {name: tensor.detach().clone() for name, tensor in state_of(one)[0].items()}
+            for one in (model, *twins_of(model, ema))
+        ]
         state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
-        return cls(Snapshot(model), values, state, round, plans)
+        return cls(Snapshot(model, None, ema), values, state, round, plans)
 
-    def restore(self, model: nn.Module, optimizer: Any) -> None:
-        """Put it back in place; modes, and options of the optimizer, are those of now."""
-        modes = [(module, module.training) for module in model.modules()]
+    def restore(self, model: nn.Module, optimizer: Any, ema: Any) -> None:
+        """Put it back in place; modes, and options of the optimizer, are those of now.
+
+        Raises
+        ------
+        PlanError
+            If there is an average now, and none was known of then; nothing was changed.
+        """
+        models = (model, *twins_of(model, ema))
+        if len(models) != len(self.values):
+            raise PlanError(
+                "the last good model can't be put back: ema= was given only before or after it",
+                why="both are put back together",
+                fix="give ema= to every step(), and to load_state_dict()",
+            )
+        modes = [(module, module.training) for one in models for module in one.modules()]
         self.before.restore()
         for module, training in modes:
             module.training = training
         with torch.no_grad():
-            for name, tensor in state_of(model)[0].items():
-                tensor.grad = None if tensor.is_leaf else tensor.grad
-                tensor.copy_(self.values[name])
+            for one, values in zip(models, self.values, strict=True):
+                for name, tensor in state_of(one)[0].items():
+                    tensor.grad = None if tensor.is_leaf else tensor.grad
+                    tensor.copy_(values[name])
         if optimizer is not None and self.optimizer is not None:
             options = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({**self.optimizer, "param_groups": options})

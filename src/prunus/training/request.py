@@ -30,6 +30,16 @@ def refuse_options(asked: PlanOptions) -> None:
         )
 
 
+def check_progress(progress: Any) -> None:
+    """Refuse what can't be the part of a training that is done."""
+    if not is_real(progress) or not 0 <= progress <= 1:
+        raise PlanError(
+            f"progress must be a number between 0 and 1, got {progress!r}",
+            why="it is how much of the training is done",
+            fix="give epoch / epochs, say",
+        )
+
+
 def check_span(span: Any) -> tuple[float, float]:
     pair = isinstance(span, (tuple, list)) and len(span) == 2 and all(map(is_real, span))
     if not pair or not 0 <= span[0] <= span[1] <= 1:

@@ -48,13 +48,17 @@ def read_plans(state: Any, own: Mapping[str, Any], done: Sequence[Plan]) -> list
 
 @all_or_nothing
 def bring(
-    model: nn.Module, parts: Sequence[Sequence[Plan]], forward_fn: ForwardFn | None
+    model: nn.Module,
+    parts: Sequence[Sequence[Plan]],
+    forward_fn: ForwardFn | None,
+    *,
+    ema: Any = None,
 ) -> Snapshot:
     """Apply the rounds up to the last good model, and those after it; the model in between."""
     first, rest = parts
     if first:
-        apply(reduce(Plan.then, first), model, forward_fn=forward_fn)
-    between = Snapshot(model)
+        apply(reduce(Plan.then, first), model, ema=ema, forward_fn=forward_fn)
+    between = Snapshot(model, None, ema)
     if rest:
-        apply(reduce(Plan.then, rest), model, forward_fn=forward_fn)
+        apply(reduce(Plan.then, rest), model, ema=ema, forward_fn=forward_fn)
     return between

@@ -8,7 +8,7 @@ all rounds compose into one for the original model, which is what a checkpoint k
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -18,28 +18,26 @@ from torch import nn
 
 from prunus.calibration.batches import Batches
 from prunus.calibration.statistics import Wanted, gather
-from prunus.errors import PlanError
 from prunus.graph.coupling import CouplingGraph
-from prunus.graph.plan_records import Cost
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
 from prunus.importance import needs_of
 from prunus.planner.filters import inside
-from prunus.planner.option_values import check_count, is_real, takes_options
+from prunus.planner.option_values import check_count, takes_options
 from prunus.planner.options import PlanKeywords, PlanOptions
 from prunus.planner.planning import plan_verified
 from prunus.planner.widths import plan_widths
-from prunus.recovery import Recover, Step, check_recovery, cut_and_recover
-from prunus.surgeon.apply import apply, check_model
-from prunus.surgeon.snapshot import all_or_nothing
+from prunus.recovery import Recover, check_recovery
+from prunus.surgeon.apply import check_model
 from prunus.tracer.forward_fn import ForwardFn, entered_by
 from prunus.tracer.inputs import positional
 from prunus.tracer.trace import trace
 from prunus.tracer.wrappers import unwrapped
 from prunus.training.floor import Evaluate, Good, check_floor
 from prunus.training.live import graph_after
-from prunus.training.request import check_span, floors_of, refuse_options
+from prunus.training.request import check_progress, check_span, floors_of, refuse_options
 from prunus.training.resume import VERSION, bring, read_plans
+from prunus.training.rounds import Round, cut_round
 from prunus.training.shapes import Shape, bound_after, check_shape
 
 if TYPE_CHECKING:
@@ -47,46 +45,6 @@ if TYPE_CHECKING:
 
 _LATE = 1e-9
 """By how much a progress may miss the moment of a round: 0.1 + 0.2 is 0.3 as well."""
-
-
-@dataclass(frozen=True)
-class Round:
-    """What a step of a schedule did.
-
-    Attributes
-    ----------
-    number, steps
-        The round that was done, from 1 on, of so many; the last one where several were due.
-    removed
-        Units that this round removed.
-    costs
-        Every cost of the original model, and of the model now.
-    plan
-        What was applied in this round, for the model before it; None if nothing was removed.
-    metric
-        What the floor's function returned before this round; None where it wasn't asked.
-    restored
-        Whether the metric was below the floor, and the last model above it was put back.
-    recovery
-        What each step of the recovery brought.
-    note
-        Why nothing was removed, if nothing was.
-    """
-
-    number: int
-    steps: int
-    removed: int
-    costs: Mapping[str, Cost] = field(default_factory=dict)
-    plan: Plan | None = None
-    metric: float | None = None
-    restored: bool = False
-    recovery: tuple[Step, ...] = ()
-    note: str = ""
-
-    def __str__(self) -> str:
-        said = self.note or f"removed {self.removed} unit{'s' if self.removed > 1 else ''}"
-        shares = ", ".join(f"{name} {cost.share:.1%}" for name, cost in self.costs.items())
-        return f"round {self.number} of {self.steps}: {said} ({shares})"
 
 
 class Schedule:
@@ -240,12 +198,7 @@ class Schedule:
         PlanError
             If progress is outside 0 … 1, or the model was cut by something else since.
         """
-        if not is_real(progress) or not 0 <= progress <= 1:
-            raise PlanError(
-                f"progress must be a number between 0 and 1, got {progress!r}",
-                why="it is how much of the training is done",
-                fix="give epoch / epochs, say",
-            )
+        check_progress(progress)
         due = self._due(progress)
         ends = progress >= 1 and self._good is not None
         if self.stopped or not (due > self.round or ends):
@@ -254,9 +207,9 @@ class Schedule:
         if self._floor is not None:
             metric = self._floor.measure(self.model)
             if metric < self._floor.least:
-                return self._below(metric, self._floor.least, optimizer)
-            self._good = None
+                return self._below(metric, self._floor.least, optimizer, ema)
         if due <= self.round:
+            self._good = None
             return None
         also = {"optimizer": optimizer, "ema": ema, "scheduler": scheduler}
         return self._prune(due, metric, {k: v for k, v in also.items() if v is not None})
@@ -268,13 +221,13 @@ class Schedule:
         moments = (first + number * pause for number in range(self.steps))
         return sum(progress >= moment - _LATE for moment in moments)
 
-    def _below(self, metric: float, least: float, optimizer: Any) -> Round:
+    def _below(self, metric: float, least: float, optimizer: Any, ema: Any) -> Round:
         """Put the last good model back, if there is one; else wait for a first one."""
         why = f"the metric {metric:g} is below the floor {least:g}"
         good = self._good
         if good is None:
             return self._record(self.round, metric=metric, note=f"waiting: {why}")
-        good.restore(self.model, optimizer)
+        good.restore(self.model, optimizer, ema)
         del self._plans[good.plans :]
         undone, self.round, self.stopped, self._good = self.round, good.round, True, None
         note = f"stopped: {why}; the model before this round was put back"
@@ -290,14 +243,15 @@ class Schedule:
         with entered_by(self.model, self._forward_fn):
             chosen = self._choose(live, limits)
         if not chosen.keep:
-            self.round = due
+            self.round, self._good = due, None
             return self._record(due, metric=metric, note="removed nothing: the budget is met")
         good = None
         if self._floor is not None:
-            good = Good.of(self.model, also.get("optimizer"), self.round, len(self._plans))
+            beside = also.get("optimizer"), also.get("ema")
+            good = Good.of(self.model, *beside, self.round, len(self._plans))
         graph = live if live is self.graph else None  # a derived one says nothing of views
         with entered_by(self.model, self._forward_fn):
-            chosen, steps = _cut(
+            chosen, steps = cut_round(
                 *(self.model, chosen, graph, self._asked.data, self._recover),
                 seed=self._asked.seed,
                 forward_fn=self._forward_fn,
@@ -360,7 +314,7 @@ class Schedule:
             "good": None
             if good is None
             else {
-                "values": dict(good.values),
+                "values": [dict(values) for values in good.values],
                 "optimizer": good.optimizer,
                 "round": good.round,
                 "plans": good.plans,
@@ -369,11 +323,12 @@ class Schedule:
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, ema: Any = None) -> None:
         """Continue where :meth:`state_dict` was taken, and put PyTorch's random state back.
 
         A fresh original model is cut to the shapes of then, so that its own ``load_state_dict``
-        fits next; make the optimizer before or after, and load its state last.
+        fits next; make the optimizer before or after, and load its state last.  An average of the
+        fresh model's weights is given as ``ema``, and cut along; or make it afterwards.
 
         Raises
         ------
@@ -386,9 +341,9 @@ class Schedule:
         good = state["good"]
         split = len(plans) if good is None else good["plans"]
         parts = [plans[done:split], plans[max(done, split) :]]
-        before = bring(self.model, parts, forward_fn=self._forward_fn)
+        before = bring(self.model, parts, forward_fn=self._forward_fn, ema=ema)
         if good is not None:
-            values = {name: tensor.clone() for name, tensor in good["values"].items()}
+            values = [{n: t.clone() for n, t in one.items()} for one in good["values"]]
             self._good = Good(before, values, good["optimizer"], good["round"], split)
         else:
             self._good = None
@@ -407,35 +362,3 @@ class Schedule:
             "shape": self.shape if isinstance(self.shape, str) else "a function",
             "span": list(self.span),
         }
-
-
-@all_or_nothing
-def _cut(
-    model: nn.Module,
-    plan: Plan,
-    graph: CouplingGraph | None,
-    data: Any,
-    recover: Recover,
-    *,
-    seed: int,
-    forward_fn: ForwardFn | None,
-    optimizer: torch.optim.Optimizer | None = None,
-    **also: Any,
-) -> tuple[Plan, tuple[Step, ...]]:
-    """Apply the plan of a round, and recover; all of it or nothing."""
-    if recover == "none":
-        apply(plan, model, optimizer=optimizer, forward_fn=forward_fn, **also)
-        return plan, ()
-    if also:
-        raise PlanError(
-            f"recover={recover!r} can't be combined with {' and '.join(also)}",
-            why="it changes kept weights, which these would not follow",
-            fix='give recover="none"',
-        )
-    return cut_and_recover(
-        *(model, plan, graph, data),
-        method=recover,
-        new_biases=False,  # no optimizer would train them
-        optimizer=optimizer,
-        seed=seed,
-    )

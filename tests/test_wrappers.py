@@ -73,6 +73,7 @@ def test_no_warning_for_other_models(group: None) -> None:
 def test_wrappers_that_go_on(wrap) -> None:
     model = net()
     wrapped = wrap(model)
+    wrapped(X)  # compiled for the dense shapes
     graph = prunus.trace(wrapped, X)
     assert [g.name for g in graph.groups] == [g.name for g in prunus.trace(net(), X).groups]
     plan = prunus.plan(graph, wrapped, ratio=0.5)
@@ -107,5 +108,41 @@ def test_sharded_models_are_refused_by_name(group: None) -> None:
         lambda: prunus.trace(model, X),
         lambda: prunus.shrink(model, X, ratio=0.5),
     ):
-        with pytest.raises(ModelError, match=r"sharded \(FSDPModule\)(.|\n)*then shard it"):
+        with pytest.raises(
+            ModelError, match=r"sharded \(FSDPModule\)(.|\n)*prune before fully_shard"
+        ):
             call()
+
+
+def test_parameters_that_are_spread_by_hand_are_refused(group: None) -> None:
+    from torch.distributed.tensor import distribute_tensor
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    mesh = dist.init_device_mesh("cpu", (1,))
+    model[1].weight = nn.Parameter(distribute_tensor(model[1].weight.detach(), mesh))
+    with pytest.raises(ModelError, match=r"sharded \(DTensor\)(.|\n)*prune before fully_shard"):
+        prunus.trace(model, torch.randn(1, 4))
+
+
+def test_what_accelerate_prepared_is_unwrapped() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = net().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    ready = accelerate.Accelerator(cpu=True)
+    model, optimizer, schedule = ready.prepare(model, optimizer, schedule)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        ready.backward(model(X).square().mean())
+        optimizer.step()
+        schedule.step()
+
+    step()
+    prunus.shrink(model, X, ratio=0.5, optimizer=optimizer, scheduler=schedule)
+    weight = ready.unwrap_model(model)[0].weight
+    assert optimizer.optimizer.state[weight]["exp_avg"].shape == weight.shape == (4, 3, 3, 3)
+    before = weight.detach().clone()
+    step()
+    assert not torch.equal(weight, before)
+    assert schedule.get_last_lr() == [0.0025]

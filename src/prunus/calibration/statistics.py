@@ -26,6 +26,7 @@ from prunus.calibration.batches import (
 )
 from prunus.calibration.gradients import Contributions, Loss, loss_of
 from prunus.calibration.moments import Moments, fit_memory
+from prunus.calibration.ranks import are_several, device_of_group
 from prunus.calibration.routed import Routed
 from prunus.calibration.sites import Read, Site, Sites, Watch, find_sites, kept_units
 from prunus.errors import DataError, PlanError, checks_options
@@ -223,9 +224,9 @@ def gather(
 
 def _sum_over_processes(own: Statistics) -> Statistics:
     """The sums of all processes of ``torch.distributed``, where it is initialised."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not are_several():
         return own
-    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    device = device_of_group()
 
     def reduce(values: Any) -> NDArray[np.float64]:
         whole = torch.as_tensor(values, dtype=torch.float64).to(device, copy=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration.batches import Batches, run_all
+from prunus.calibration.ranks import sum_over_ranks
 from prunus.errors import DataError, PlanError, checks_options
 from prunus.graph.coupling import Block, CouplingGraph
 from prunus.tracer.blocks import main_input, main_tensor
@@ -71,7 +72,11 @@ def block_influence(
     measured = _measure(model, graph.blocks, sums, counts)
     with entered_by(model, graph.forward_fn), quiet_run(model), measured:
         run_all(model, Batches(data), forward_fn)
-    found = {name: 1.0 - total / max(counts[name], 1) for name, total in sums.items()}
+    totals = sum_over_ranks([*sums.values(), *counts.values()])
+    found = {
+        name: 1.0 - total / max(count, 1)
+        for name, total, count in zip(sums, totals, totals[len(sums) :], strict=False)
+    }
     wrong = [name for name, value in found.items() if not abs(value) < float("inf")]
     if wrong:
         raise DataError(

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
 from prunus.calibration.batches import Batches
+from prunus.calibration.ranks import made_by_rank_0
 from prunus.calibration.statistics import Wanted, gather
 from prunus.errors import BudgetError, PlanError, VerifyError
 from prunus.graph.axis import Mask
@@ -59,6 +60,8 @@ def plan(
     """Choose the units that are kept, so that every cost is under its budget, or by a ratio.
 
     Where blocks are dropped, they are removed first, and the rest meets what is left of the budget.
+    Where ``torch.distributed`` is initialised, every process calls this with its own part of the
+    data: statistics are sums over all of them, and every process gets the plan of rank 0.
 
     Parameters
     ----------
@@ -158,7 +161,7 @@ def plan_verified(
             hold = {n: f"kept whole: {why}" for n, why in held.items() if n not in blocks}
             hold |= dict.fromkeys(asked.hold, "it is held")
             tell("planning", 0, None)
-            chosen = task.plan(left, hold)
+            chosen = made_by_rank_0(partial(task.plan, left, hold))
             if not verified:
                 return Planned(chosen, None, held, left.graph, left.statistics)
             tell("verifying", 0, None)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration.batches import Batches, run_all
+from prunus.calibration.ranks import share_weights, sum_over_ranks
 from prunus.calibration.statistics import Statistics, Wanted, gather
 from prunus.errors import DataError, ModelError, PlanError
 from prunus.graph.coupling import CouplingGraph
@@ -110,6 +111,11 @@ def cut_and_recover(
     seed
         Of the random inputs.
 
+    Notes
+    -----
+    In a process group errors are summed over all processes, so that they keep the same steps, and
+    all get the weights of rank 0.
+
     Returns
     -------
     plan, steps
@@ -151,6 +157,7 @@ def cut_and_recover(
         plan, step = bench.compensate(plan, fit, _FITS[method][1], limit, dense)
         steps.append(step)
     steps += bench.settle_norms(method, _left(steps))
+    share_weights(model)
     return plan, tuple(steps)
 
 
@@ -361,7 +368,8 @@ class _Bench:
     def distance(self) -> float:
         """How far the outputs are from the dense ones, relative to these; NaN if none compare."""
         wanted = self.seen.answers
-        return distance(wanted, answers_of(self.model, self.data.first(LOOKED_AT)))
+        found = answers_of(self.model, self.data.first(LOOKED_AT))
+        return distance(wanted, found, everywhere=True)
 
 
 def _nearer(found: float, limit: float | None) -> bool:
@@ -384,8 +392,11 @@ def answers_of(model: nn.Module, batches: Sequence[Any]) -> list[dict[str, Tenso
         return run_all(model, batches, keep=len(batches))
 
 
-def distance(wanted: Answers, found: Answers) -> float:
-    """√(Σ (y − y₀)² / Σ y₀²) over all outputs that both have; NaN where there is none."""
+def distance(wanted: Answers, found: Answers, *, everywhere: bool = False) -> float:
+    """√(Σ (y − y₀)² / Σ y₀²) over all outputs that both have; NaN where there is none.
+
+    With ``everywhere``, over those of all processes.
+    """
     missed = whole = 0.0
     for before, after in zip(wanted, found, strict=True):
         for name, dense in before.items():
@@ -393,4 +404,6 @@ def distance(wanted: Answers, found: Answers) -> float:
             if smaller is not None and smaller.shape == dense.shape:
                 missed += float((smaller.double() - dense.double()).square().sum())
                 whole += float(dense.double().square().sum())
+    if everywhere:
+        missed, whole = sum_over_ranks([missed, whole])
     return math.sqrt(missed / whole) if whole > 0 else math.nan

@@ -126,12 +126,14 @@ def unwrapped(model: Any) -> Any:
     modules = modules_in(model)
     for path, module in modules:
         sharded = next((kind for kind in _kinds(module) if kind in _SHARDED), None)
+        if sharded is None and any("DTensor" in _kinds(one) for one in _own(module)):
+            sharded = "DTensor"
         if sharded is not None:
             raise ModelError(
                 f"the model is sharded ({sharded})",
                 where=path or type(module).__name__,
                 why="each process has only a part of every tensor",
-                fix="prune the plain model first, then shard it",
+                fix="prune before fully_shard: cut the plain model, then shard it",
             )
     frozen = _made_in_inference_mode(modules)
     if frozen:
@@ -142,6 +144,10 @@ def unwrapped(model: Any) -> Any:
             fix="build or load it outside of torch.inference_mode; torch.no_grad() does no harm",
         )
     return model
+
+
+def _own(module: nn.Module) -> list[Any]:
+    return [one for one in module._parameters.values() if one is not None]
 
 
 def _kinds(module: Any) -> list[str]:

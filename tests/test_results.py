@@ -552,3 +552,15 @@ def test_every_killed_run_ends_as_the_undisturbed_one() -> None:
     assert {row["verdict"] for row in rows} == {"held"}
     assert {row["same_plan"] for row in rows} == {row["same_weights"] for row in rows} == {"yes"}
     assert len({row["rounds_done"] for row in rows}) > 4  # kills fell between and into rounds
+
+
+def test_pruned_models_of_ultralytics_stay_pruned() -> None:
+    rows = [row for row in read("training_survival.csv") if row["framework"] == "ultralytics"]
+    assert len({row["model"] for row in rows}) >= 5
+    for row in rows:
+        assert row["verdict"] == ("exact" if row["step"] == "shrink" else "ok"), row
+        assert int(row["params_after"]) <= int(row["params_before"]), row
+        assert row["optimizer_live"] in ("", "1.0"), row
+        assert float(row["ema_distance"] or 0) < 1e-5, row
+        if row["step"] in ("reopen", "onnx", "fuse"):
+            assert float(row["metric"]) <= 1e-4, row

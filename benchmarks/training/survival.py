@@ -13,7 +13,8 @@ few small images that are made here.  One row a step:
 
 ``params_before`` and ``params_after`` are those of the step, ``ema_distance`` the mean difference
 of the weights and their average at the end of it, ``optimizer_live`` the share of the trainable
-parameters that the optimizer holds, ``metric`` the relative difference of outputs, or the fitness.
+parameters that the optimizer holds, ``metric`` the difference of outputs relative to
+the largest (of *shrink*, what another image changes), or the fitness.
 
 Run with ``python -m benchmarks.training.survival [--only yolov8n …] [--steps mid-run …]``.
 """
@@ -55,6 +56,9 @@ SIZE = 64
 
 CLOSE = 1e-4
 """Relative to the largest output."""
+
+MOVES = 1e-2
+"""By so much another image changes the outputs, or comparing them says nothing."""
 
 FOLLOWS = 1e-3
 """An average over two epochs is nearer than this to weights that moved at these rates."""
@@ -111,6 +115,20 @@ def distance(one: Any, other: Any) -> float:
     return float((one - other).abs().max() / one.abs().max())
 
 
+def wake(model: Any, x: torch.Tensor) -> None:
+    """Let the outputs depend on the input: with its first weights, most of a net dies out."""
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for module in norms:
+        torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+        torch.nn.init.normal_(module.bias, std=0.2)
+        module.train().momentum = None
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.rand(4, *x.shape[1:]))
+    for module in norms:
+        module.eval().momentum = 0.03
+
+
 class Run:
     """One model in a folder of its own, step by step."""
 
@@ -131,11 +149,14 @@ class Run:
         torch.manual_seed(0)
         yolo = self.open(f"{self.name}.yaml")
         before = count(yolo.model)
+        wake(yolo.model.eval(), self.x)
         small = prunus.shrink(yolo.model, self.x, budget=prunus.Budget(macs=0.6), each_group=False)
         self.bridge.save(yolo, self.file)
         self.answer = outputs_of(yolo.model.eval()(self.x))
+        moved = distance(self.answer, outputs_of(yolo.model(1 - self.x)))
         verdict = small.certificate.verdict if small.certificate else "not verified"
-        return self._row(before, count(yolo.model), verdict)
+        verdict = verdict if moved > MOVES else "the outputs don't depend on the input"
+        return self._row(before, count(yolo.model), verdict, metric=moved)
 
     def train(self) -> Row:
         yolo = self.open(self.file)

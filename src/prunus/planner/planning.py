@@ -22,7 +22,7 @@ from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plan_records import Renaming
 from prunus.graph.plans import Plan
-from prunus.graph.progress import following, shows
+from prunus.graph.progress import following
 from prunus.importance import Statistics, needs_of
 from prunus.importance.influence import block_influence
 from prunus.planner.culprits import find_culprits, tell_groups
@@ -50,7 +50,6 @@ Restrict = Callable[[CouplingGraph], tuple[CouplingGraph, dict[str, str]]]
 
 
 @takes_options(PlanOptions)
-@shows("planning")
 @unwraps
 def plan(
     graph: CouplingGraph,

@@ -42,13 +42,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 OPENS = """
-import sys, torch
+import os, sys, torch
 from ultralytics import YOLO
 torch.manual_seed(0)
 yolo = YOLO("pruned.pt")
 print("@", yolo.model.double()(torch.rand(1, 3, 64, 64, dtype=torch.float64))[0].abs().sum().item())
 try:
-    YOLO("pruned.pt").train(data=sys.argv[1], epochs=1, imgsz=32, project="runs")
+    YOLO("pruned.pt").train(data=sys.argv[1], epochs=1, imgsz=32, project=os.path.abspath("runs"))
 except KeyError as error:
     print("@", error)
 print("@", "prunus" in sys.modules)

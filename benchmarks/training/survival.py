@@ -304,11 +304,11 @@ print("@", json.dumps({"off": off, "params": sum(p.numel() for p in model.parame
 """
 
 _PLAIN = """
-import json
+import json, os
 from ultralytics import YOLO
 error = ""
 try:
-    YOLO("pruned.pt").train(data=sys.argv[1], epochs=1, imgsz=64, project="plain")
+    YOLO("pruned.pt").train(data=sys.argv[1], epochs=1, imgsz=64, project=os.path.abspath("plain"))
 except Exception as raised:
     error = str(raised)
 print("@", json.dumps({"error": error}))

@@ -9,10 +9,12 @@ import warnings
 from collections import Counter
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import prunus
+from prunus.tracer.precision import LOCK, full_precision
 
 
 def mlp() -> tuple[nn.Module, Tensor]:
@@ -54,6 +56,32 @@ def switches() -> tuple[Any, ...]:
         len(nn.modules.module._global_forward_hooks),
         len(nn.modules.module._global_forward_pre_hooks),
     )
+
+
+def test_an_interrupt_leaves_the_lock_to_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    suspended: list[Any] = []
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        suspended.append(full_precision())  # and not ended, as by an interrupt behind its start
+        suspended[-1].__enter__()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prunus.api, "plan_verified", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prunus.shrink(*mlp(), ratio=0.4, recover="none")
+    monkeypatch.undo()
+    found: list[bool] = []
+
+    def ask() -> None:
+        found.append(LOCK.acquire(timeout=5))
+        LOCK.release()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    asking.join()
+    with pytest.raises(RuntimeError, match="un-acquired"):
+        suspended.pop().__exit__(None, None, None)
+    assert found == [True]
 
 
 def test_many_shrinks_at_once() -> None:

@@ -23,7 +23,7 @@ from prunus.errors import PlanError
 from prunus.graph.plans import Plan
 from prunus.surgeon.switches import Switches, signals_deferred
 from prunus.tracer.follow import is_config
-from prunus.tracer.precision import LOCK
+from prunus.tracer.precision import LOCK, let_go_of_lock, owns_lock
 from prunus.tracer.quiet import Contents, is_odd
 from prunus.tracer.wrappers import unwrapped, unwraps
 
@@ -125,6 +125,7 @@ def all_or_nothing(verb: Callable[P, Result]) -> Callable[P, Result]:
         if not issubclass(type(model), nn.Module):
             return verb(*args, **kwargs)  # which says itself what is wrong
         found: list[Any] = []
+        outermost = not owns_lock()
         try:
             with LOCK:  # switches are those of the whole process
                 found += [Switches(), Snapshot(model, *_beside(kwargs))]
@@ -142,6 +143,9 @@ def all_or_nothing(verb: Callable[P, Result]) -> Callable[P, Result]:
             if interrupt is not None:
                 raise interrupt from error
             raise
+        finally:
+            if outermost:
+                let_go_of_lock()
 
     return whole
 
@@ -214,6 +218,8 @@ class Snapshot:
 
 def twins_of(model: nn.Module, ema: Any) -> list[nn.Module]:
     """The averaged modules that an object is or holds: those with the model's parameters."""
+    if ema is None:
+        return []
     shapes = _shapes(model)
     held = (ema, *getattr(ema, "__dict__", {}).values())
     if isinstance(ema, nn.Module):

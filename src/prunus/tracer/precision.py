@@ -18,6 +18,22 @@ import torch
 LOCK = threading.RLock()
 
 
+def owns_lock() -> bool:
+    """Whether this thread is in a context that holds the lock."""
+    lock: Any = LOCK
+    return bool(lock._is_owned())  # which threading.Condition asks as well
+
+
+def let_go_of_lock() -> None:
+    """Release the lock however often this thread holds it.
+
+    A context manager that an interrupt left suspended may hold it until the collector ends it,
+    which may be in another thread, where a lock can't be released any more.
+    """
+    while owns_lock():
+        LOCK.release()
+
+
 @contextmanager
 def alone() -> Iterator[None]:
     """Within the context, and as a decorator, no other thread is in such a context."""

@@ -48,6 +48,7 @@ SAMPLES: dict[str, str] = {
     "speed.seeds": "--pairs 1 --tries 1",
     "speed.latency": "resnet50 --backend eager --request 0.5 --pairs 3 --tries 1",
     "training.kill_resume": "--kills 2",
+    "training.survival": "--only yolov8n-cls --steps shrink",
     "planning.budgets": "mobilenetv2",
     "planning.optimality": "--count 3",
     "planning.planner_scale": "2",

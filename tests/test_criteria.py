@@ -99,9 +99,20 @@ def test_a_criterion_that_can_score_nothing_says_what_it_looks_at() -> None:
         prunus.plan(graph, model, ratio=0.5, importance="bn_scale")
 
 
+def mixture() -> nn.Module:
+    """A language model with experts, which are all that some criteria score."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(
+        **sizes, vocab_size=2000, num_hidden_layers=1, num_key_value_heads=2, num_local_experts=4
+    )
+    model: nn.Module = transformers.MixtralForCausalLM(config).eval()
+    return model
+
+
 @pytest.mark.parametrize("criterion", OF_DATA)
 def test_what_a_criterion_needs_is_collected_or_asked_for(criterion: str) -> None:
-    model, batch = bert(), tokens()
+    model, batch = mixture() if criterion == "reap" else bert(), tokens()
     graph = prunus.trace(model, (), batch)
     options: dict[str, Any] = {"ratio": 0.25, "importance": criterion}
     with pytest.raises(DataError, match=rf"'{criterion}' needs calibration data(.|\n)*data=loader"):

@@ -271,12 +271,16 @@ def _in_double(case: Case) -> Case | None:
             outputs=outputs,
             traced=None,
         )
-        same = [n.target for n in wide.graph.program.nodes] == [
-            n.target for n in case.graph.program.nodes
-        ]
+        same = _operators(wide) == _operators(case)
     except Exception:  # a forward that insists on its own type may raise anything
         return None
     return wide if same else None
+
+
+def _operators(case: Case) -> list[Any]:
+    """The operators of the program, without conversions, which other types need elsewhere."""
+    nodes = case.graph.program.nodes
+    return [n.target for n in nodes if n.target is not torch.ops.aten._to_copy.default]
 
 
 _FAST = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)

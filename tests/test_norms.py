@@ -333,7 +333,7 @@ def test_a_failure_at_any_comparison_leaves_the_model_whole(
     plan = prunus.plan(graph, model, ratio=0.5)
     count = 0
 
-    def nearer_each_time(*_: Any) -> float:
+    def nearer_each_time(*_: Any, **__: Any) -> float:
         nonlocal count
         count += 1
         if count == fails_at:

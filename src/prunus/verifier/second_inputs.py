@@ -196,7 +196,9 @@ def extended(tensor: Tensor, dim: int, size: int) -> Tensor:
     ([[7, 3, 5, 7, 3]], [0, 1, 2, 3, 4])
     """
     before = tensor.shape[dim]
-    if before and size <= before:
+    if not before:
+        return tensor.new_zeros([*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]])
+    if size <= before:
         return tensor.narrow(dim, 0, size)
     integers = not tensor.is_floating_point() and tensor.dtype != torch.bool
     if integers and before > 1 and bool((tensor.diff(dim=dim) == 1).all()):
@@ -204,5 +206,5 @@ def extended(tensor: Tensor, dim: int, size: int) -> Tensor:
         shape = [1] * tensor.dim()
         shape[dim] = size
         return tensor.narrow(dim, 0, 1) + steps.view(shape)
-    places = torch.arange(size, device=tensor.device) % max(before, 1)
+    places = torch.arange(size, device=tensor.device) % before
     return tensor.index_select(dim, places)

@@ -139,13 +139,12 @@ def all_or_nothing(verb: Callable[P, Result]) -> Callable[P, Result]:
             with LOCK:
                 if found:
                     _put_back(error, *found)
+            if outermost:  # only here: a call that has succeeded must not be interrupted any more
+                let_go_of_lock()
             interrupt = _interrupt_behind(error)
             if interrupt is not None:
                 raise interrupt from error
             raise
-        finally:
-            if outermost:
-                let_go_of_lock()
 
     return whole
 

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import prunus
 from prunus.errors import ApplyError
 from prunus.surgeon import applied_plan
+from prunus.surgeon.ema import Average
 from tests.interrupts import Interrupted, fingerprint, lines_of
 from tests.snapshots import same, snapshot
 
@@ -238,3 +239,25 @@ def test_heads_and_layers(verb: str) -> None:
         prunus.drop_layers(model, [1], x, ema=ema)
         assert len(ema.module.layers) == 2
     torch.testing.assert_close(ema.module.eval()(x), model(x))
+
+
+def test_a_tied_weight_follows_its_repair_once() -> None:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    model = nn.Sequential(first, second)
+    twin = copy.deepcopy(model)
+    average = Average(model, twin, repaired=True)
+    before = twin[0].weight.detach().clone()
+    first.weight.data = first.weight.detach() + 1
+    average.add_repair()
+    torch.testing.assert_close(twin[0].weight.detach(), before + 1)
+    assert twin[1].weight is twin[0].weight
+
+
+def test_what_a_holder_caches_of_a_dropped_layer_is_gone() -> None:
+    run = Run("a user's")
+    run.ema.watched = run.model.layers[1].conv.weight.detach()
+    run.ema.kept = run.model.layers[0].conv.weight.detach()
+    prunus.drop_layers(run.model, [1], X, ema=run.ema)
+    assert not hasattr(run.ema, "watched")
+    assert run.ema.kept.shape == (8, 8, 3, 3)

@@ -39,7 +39,7 @@ from prunus.graph.plans import Plan
 from prunus.surgeon import applied_plan, restore
 from prunus.surgeon.reach import value_of
 from prunus.surgeon.restore import Kind, Tensors, check_cut, collect
-from prunus.tracer.precision import alone, same_draws
+from prunus.tracer.precision import LOCK, same_draws
 from prunus.tracer.wrappers import unwraps
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -288,7 +288,7 @@ def _on_meta(
 ) -> Model | None:
     """The finished model, or None if it takes one that was built on the CPU."""
     try:
-        with alone(), torch.device("meta"), warnings.catch_warnings():
+        with LOCK, torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = _built(build)
     except Exception:  # whatever a constructor may do with values: on the CPU it has them

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.errors import ApplyError
+from prunus.surgeon.optimizer_state import like
 from prunus.surgeon.snapshot import twins_of
 from prunus.tracer.copies import duplicate
 
@@ -84,12 +85,12 @@ class Average:
             if not torch.equal(tensor, cut[name])
         }
         for twin in self.twins:
+            for name, parameter in twin.named_parameters():  # of several names, once
+                if name in repaired:
+                    moved = (repaired[name] - cut[name]).to(parameter)
+                    parameter.data = parameter.detach() + moved
             for name, module, own, tensor in list(_named(twin)):
-                if name not in repaired:
-                    continue
-                if isinstance(tensor, nn.Parameter):
-                    tensor.data = tensor.detach() + (repaired[name] - cut[name]).to(tensor)
-                else:
+                if name in repaired and own in module._buffers:
                     module._buffers[own] = repaired[name].to(tensor, copy=True)
 
     def renew_caches(self) -> None:
@@ -108,10 +109,7 @@ class Average:
                 now[_memory(old)] = new.detach()
         held = getattr(self._ema, "__dict__", {})
         if now and not any(self._ema is twin for twin in self.twins):
-            for key, value in list(held.items()):
-                later = _renewed(value, now, 0)
-                if later is not value:
-                    held[key] = later
+            _renewed(held, now, -1)
 
 
 def check_scheduler(scheduler: Any, optimizer: Any) -> None:
@@ -171,7 +169,7 @@ def _renewed(value: Any, now: Mapping[Memory, Any], depth: int) -> Any:
     if isinstance(value, list):
         value[:] = left
         return value
-    return type(value)(*left) if hasattr(value, "_fields") else type(value)(left)
+    return like(value, left)
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

@@ -170,16 +170,16 @@ class Silencer(TorchDispatchMode):
         kwargs = kwargs or {}
         if func._schema.name in PASSIVE:
             return func(*args, **kwargs)
-        if asks_which(func, args) and self._node.target is ALL_TRUE:
+        node = self._node
+        if node is not None and node.target is ALL_TRUE and asks_which(func, args):
             args = (self.__torch_dispatch__(ALL_TRUE, types, args),)
-        if self._next >= len(self._program.nodes) or self._node.target is not func:
+            node = self._node
+        if node is None or node.target is not func:
             raise ApplyError(
-                f"the forward ran {func} where the trace ran "
-                f"{self._node.target if self._next < len(self._program.nodes) else 'nothing'}",
+                f"the forward ran {func} where the trace ran {node.target if node else 'nothing'}",
                 why="it does not take the same path twice",
                 fix="make the forward deterministic, or evaluate the pruned model itself",
             )
-        node = self._node
         self._next += 1
         bound = bind(func, args, kwargs)
         silent = self._silence(node, bound)
@@ -189,8 +189,10 @@ class Silencer(TorchDispatchMode):
         return func(*args, **kwargs) if silent is None else call_bound(func, silent)
 
     @property
-    def _node(self) -> Node:
-        return self._program.nodes[self._next]
+    def _node(self) -> Node | None:
+        """The operator of the trace that comes next; None behind the last one."""
+        nodes = self._program.nodes
+        return nodes[self._next] if self._next < len(nodes) else None
 
     def _silence(self, node: Node, bound: dict[str, Any]) -> dict[str, Any] | None:
         """Arguments with an operand of every contraction, the last, zeroed where a unit is gone."""

@@ -261,13 +261,13 @@ def _cut(value: Any, shape: tuple[int, ...], axes: Axes, place: _Place) -> Any:
         later = [(key, _cut(item, shape, axes, _inside(place, key))) for key, item in pairs]
         if all(a is b for (_, a), (_, b) in zip(pairs, later, strict=True)):
             return value
-        return dict(later) if isinstance(value, dict) else _like(value, [v for _, v in later])
+        return dict(later) if isinstance(value, dict) else like(value, [v for _, v in later])
     if _has_tensors(value):
         raise _refusal(place, f"a {type(value).__name__} that holds tensors", shape)
     return value
 
 
-def _like(value: Any, items: list[Any]) -> Any:
+def like(value: Any, items: list[Any]) -> Any:
     """A list or tuple of the same type."""
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 

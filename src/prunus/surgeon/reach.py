@@ -18,6 +18,7 @@ from torch import nn
 
 from prunus.errors import ApplyError
 from prunus.graph.plan_records import CLASS, Edit, check_kind
+from prunus.surgeon.optimizer_state import like
 from prunus.tracer.adapters import become, kind_of
 from prunus.tracer.follow import is_config
 
@@ -234,9 +235,7 @@ class _Held:
     def _replaced(self, value: Any, copied: Set[int], later: dict[int, Any]) -> Any:
         if id(value) in copied and id(value) not in later:  # a tuple, of which no cycle consists
             items = [self._replaced(item, copied, later) for item in value]
-            later[id(value)] = (
-                type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-            )
+            later[id(value)] = like(value, items)
         return later.get(id(value), value)
 
 

@@ -10,7 +10,7 @@ import inspect
 import os
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -23,6 +23,7 @@ from prunus.errors import PlanError
 from prunus.graph.plans import Plan
 from prunus.surgeon.switches import Switches, signals_deferred
 from prunus.tracer.follow import is_config
+from prunus.tracer.outside import restore_content
 from prunus.tracer.precision import LOCK, let_go_of_lock, owns_lock
 from prunus.tracer.quiet import Contents, is_odd
 from prunus.tracer.wrappers import unwrapped, unwraps
@@ -128,7 +129,7 @@ def all_or_nothing(verb: Callable[P, Result]) -> Callable[P, Result]:
         outermost = not owns_lock()
         try:
             with LOCK:  # switches are those of the whole process
-                found += [Switches(), Snapshot(model, *_beside(kwargs))]
+                found += [Switches(), Snapshot(model, kwargs.get("optimizer"), kwargs.get("ema"))]
                 try:
                     return verb(*args, **kwargs)
                 except BaseException as error:
@@ -147,11 +148,6 @@ def all_or_nothing(verb: Callable[P, Result]) -> Callable[P, Result]:
             raise
 
     return whole
-
-
-def _beside(kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-    """What a call changes along with the model."""
-    return kwargs.get("optimizer"), kwargs.get("ema")
 
 
 def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
@@ -206,7 +202,7 @@ class Snapshot:
                 if type(module) is not kind:
                     object.__setattr__(module, "__class__", kind)
             for container, content in self._containers:
-                _refill(container, content)
+                restore_content(container, content)
             for memory in self._tensors:
                 memory.restore()
             self._contents.restore()
@@ -262,30 +258,6 @@ class _Walk:
         for value in values:
             if not isinstance(value, _PLAIN):
                 self.into(value, depth + 1)
-
-
-def _refill(container: Any, content: Any) -> None:
-    """Give a container the entries that it had, in their order; it stays the same object."""
-    if _holds(container, content):
-        return
-    if isinstance(container, list):
-        container[:] = content
-        return
-    container.clear()
-    if isinstance(container, deque):
-        container.extend(content)
-    else:
-        container.update(content)
-
-
-def _holds(container: Any, content: Any) -> bool:
-    """Whether a container has the very same entries, in the same order where it has one."""
-    if isinstance(container, set):
-        return container == set(content)
-    if isinstance(container, dict) and [*map(id, container)] != [*map(id, content)]:
-        return False
-    pairs = ([*(one.values() if isinstance(one, dict) else one)] for one in (container, content))
-    return [*map(id, next(pairs))] == [*map(id, next(pairs))]
 
 
 class _Memory:

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from prunus.tracer.outside import Watch
-from prunus.tracer.precision import alone
+from prunus.tracer.precision import LOCK
 
 _PLAIN = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
@@ -118,7 +118,7 @@ class Fakes:
 def unlogged() -> Iterator[None]:
     """Without PyTorch's account of every fake kernel that fails: a run on real tensors decides."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    with alone():
+    with LOCK:
         before = logger.disabled
         try:
             logger.disabled = True

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 LOCK = threading.RLock()
+"""Held while switches of the process are set, so that one thread at a time sets them."""
 
 
 def owns_lock() -> bool:
@@ -32,13 +33,6 @@ def let_go_of_lock() -> None:
     """
     while owns_lock():
         LOCK.release()
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Within the context, and as a decorator, no other thread is in such a context."""
-    with LOCK:
-        yield
 
 
 @contextmanager

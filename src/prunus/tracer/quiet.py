@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from prunus.graph.program import modules_in
 from prunus.tracer.follow import marked_objects
 from prunus.tracer.outside import Outside, restore_content
-from prunus.tracer.precision import alone, same_draws
+from prunus.tracer.precision import LOCK, same_draws
 
 SMALL = 1 << 18
 """Bytes of a memory that a run of ours looks after; the observers of QAT write to less."""
@@ -34,7 +34,7 @@ SMALL = 1 << 18
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Keep the collector from walking what is only growing: a third of the time of a trace."""
-    with alone():
+    with LOCK:
         enabled = gc.isenabled()
         gc.disable()
         try:
@@ -143,7 +143,7 @@ def same_modes(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextmanager
 def plain_kernels() -> Iterator[None]:
     """Without oneDNN and cuDNN, whose recurrent kernels say nothing of what they consist of."""
-    with alone():
+    with LOCK:
         onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
         try:
             torch._C._set_mkldnn_enabled(False)

@@ -11,7 +11,7 @@ Sizes that the forward states: whether attributes can follow, and what is tied o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from prunus.graph.axis import Label, Mask
 from prunus.graph.expressions import (
+    Attribute,
     Condition,
     Equation,
     Expression,
@@ -229,11 +230,7 @@ def _make_solvable(recorder: Recorder, equation: Equation) -> bool:
     why = Pin("the code computes a size that can't follow", "", equation.module, equation.source)
     own = [label, *_labels_in(expression)]
     named = set(attributes_in(expression))
-    elsewhere = [
-        other.width.label
-        for other in recorder.sizes.equations
-        if not named.isdisjoint(attributes_in(other.expression))
-    ]
+    elsewhere = _governed_by(recorder, named)
     for labels in (own, elsewhere):
         free = [one for one in labels if algebra.canonical(one) is not None]
         for one in free:
@@ -243,17 +240,22 @@ def _make_solvable(recorder: Recorder, equation: Equation) -> bool:
     return False
 
 
+def _governed_by(recorder: Recorder, named: Set[Attribute]) -> list[Label | None]:
+    """Labels of the widths that are computed from one of these attributes."""
+    return [
+        other.width.label
+        for other in recorder.sizes.equations
+        if not named.isdisjoint(attributes_in(other.expression))
+    ]
+
+
 def _keep_path(recorder: Recorder, condition: Condition) -> bool:
     """Pin what makes a comparison come out otherwise; False where nothing is left to do."""
     why = Pin("the code compares this size", "", condition.module, condition.source)
     sides = (condition.left, condition.right)
     named = {attribute for side in sides for attribute in attributes_in(side)}
     own = [label for side in sides for label in _labels_in(side)]
-    elsewhere = [
-        other.width.label
-        for other in recorder.sizes.equations
-        if not named.isdisjoint(attributes_in(other.expression))
-    ]
+    elsewhere = _governed_by(recorder, named)
     free = [label for label in (*own, *elsewhere) if recorder.algebra.canonical(label) is not None]
     for label in free:
         recorder.algebra.pin(label, why)
@@ -289,14 +291,14 @@ def _tie_to(
     if other is None or free[0] is None or free[1] is not None or len(label) % len(other):
         return False  # nothing to tie to, or the number of times may change as well
     times, column = algebra.split(label, (len(label) // len(other), len(other)), why)
-    if algebra.canonical(times) is None and _alike(algebra, column, other):
+    if algebra.canonical(times) is None and _same_units(algebra, column, other):
         return False  # tied already, and that was not enough
     algebra.pin(times, why)
     algebra.unify(column, other, why)
     return True
 
 
-def _alike(algebra: Algebra, a: Label | None, b: Label | None) -> bool:
+def _same_units(algebra: Algebra, a: Label | None, b: Label | None) -> bool:
     first, second = algebra.canonical(a), algebra.canonical(b)
     return first is not None and second is not None and np.array_equal(first, second)
 

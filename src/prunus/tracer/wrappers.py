@@ -18,8 +18,6 @@ from torch.nn.parameter import is_lazy
 from prunus.errors import ModelError, TraceError, first_names
 from prunus.graph.program import modules_in
 
-_NAMED = 3
-
 NEWEST_TESTED = (2, 14)
 """The newest release of PyTorch that the tests ran on."""
 
@@ -65,9 +63,9 @@ def refuse_untraceable(model: nn.Module) -> None:
     if compiled:
         raise TraceError(
             "the model is compiled" if compiled[0] == "" else "a part of the model is compiled",
-            where=", ".join(filter(None, compiled[:_NAMED])),
+            where=first_names([name for name in compiled if name]),
             why="torch.compile runs other code than the forward, made for the present shapes",
-            fix="prune the model as it was before torch.compile (model._orig_mod), then compile it",
+            fix="prune it before it is compiled (what torch.compile(module) wraps is _orig_mod)",
         )
     held = (*_held(modules, "_parameters"), *_held(modules, "_buffers"))
     lazy = [name for name, tensor in held if is_lazy(tensor)]
@@ -126,7 +124,7 @@ def unwrapped(model: Any) -> Any:
     modules = modules_in(model)
     for path, module in modules:
         sharded = next((kind for kind in _kinds(module) if kind in _SHARDED), None)
-        if sharded is None and any("DTensor" in _kinds(one) for one in _own(module)):
+        if sharded is None and any("DTensor" in _kinds(one) for one in module._parameters.values()):
             sharded = "DTensor"
         if sharded is not None:
             raise ModelError(
@@ -139,15 +137,11 @@ def unwrapped(model: Any) -> Any:
     if frozen:
         raise ModelError(
             "the model was made in torch.inference_mode",
-            where=", ".join(frozen[:3]),
+            where=first_names(frozen),
             why="such parameters can be neither changed nor trained outside of it",
             fix="build or load it outside of torch.inference_mode; torch.no_grad() does no harm",
         )
     return model
-
-
-def _own(module: nn.Module) -> list[Any]:
-    return [one for one in module._parameters.values() if one is not None]
 
 
 def _kinds(module: Any) -> list[str]:
@@ -156,7 +150,7 @@ def _kinds(module: Any) -> list[str]:
 
 
 def _made_in_inference_mode(modules: Sequence[tuple[str, nn.Module]]) -> list[str]:
-    """Names of such parameters; those of ScriptModules are not asked, which makes them anew."""
+    """Names of such parameters; those of ScriptModules are new at every access."""
     plain = [pair for pair in modules if not isinstance(pair[1], torch.jit.ScriptModule)]
     parameters = _held(plain, "_parameters")
     return [name for name, one in parameters if not is_lazy(one) and one.is_inference()]

@@ -26,7 +26,7 @@ from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
-from prunus.surgeon.apply import cut_own
+from prunus.surgeon.apply import cut_own, kept_axes
 from prunus.tracer.copies import duplicate
 from prunus.tracer.dataflow import Dataflow
 from prunus.tracer.outputs import answer_of
@@ -103,10 +103,7 @@ class Case:
     @cached_property
     def kept(self) -> Mask:
         """The units that the plan keeps."""
-        keep = self.plan.keep.items()
-        return self.graph.mask_from_positions(
-            {axis: np.asarray(stay, dtype=np.int64) for axis, stay in keep}
-        )
+        return self.graph.mask_from_positions(kept_axes(self.plan))
 
     @property
     def touched(self) -> list[Group]:

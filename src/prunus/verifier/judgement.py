@@ -248,7 +248,7 @@ def _rounding_moves(case: Case, exact: Mapping[str, Tensor], error: float) -> bo
 
 
 def _jittered(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """A tensor whose every entry is off by up to four units in the last place."""
+    """A tensor whose every entry is off by up to four times the machine epsilon, relatively."""
     if tensor.dtype != torch.float32:
         return tensor
     noise = torch.rand(tensor.shape, generator=generator).to(tensor.device) * 2 - 1

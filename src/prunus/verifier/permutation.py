@@ -86,7 +86,9 @@ class Draws(TorchDispatchMode):
     def _node_of(self, order: int, func: OpOverload, bound: Mapping[str, Any]) -> Node:
         """The random operator of the trace that this one is."""
         node = self._nodes[order] if order < len(self._nodes) else None
-        if node is None or node.target is not func or "dropout_p" in bound:
+        if "dropout_p" in bound:
+            raise self._untied(f"{func} draws its dropout inside")
+        if node is None or node.target is not func:
             raise self._untied(f"{func} came in place of {node.target if node else 'nothing'}")
         return node
 

@@ -6,7 +6,6 @@ It knows the model's tensors and the labels, and shares no code with the surgeon
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -24,7 +23,7 @@ from prunus.graph.axis import Label, Mask, kept_positions
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.program import Node, Program, Ref, refs_in
 from prunus.tracer.precision import same_draws
-from prunus.tracer.registry import call_bound
+from prunus.tracer.registry import aliases, call_bound
 from prunus.tracer.rerun import copy_of, draw, is_free, lay, run_on_kept, tied_nodes
 from prunus.verifier.permutation import Drawn
 
@@ -182,7 +181,7 @@ class Replay:
                 fix="nothing can be verified of such a forward, and the model was not touched; "
                 "prune the parts before and after it",
             )
-        if _aliases(node.target):
+        if aliases(node.target):
             return tensors
         strides = self._program.strides
         return [
@@ -294,12 +293,6 @@ def _blaming(node: Node) -> Iterator[None]:
 
 def _place(node: Node) -> str:
     return " ".join(filter(None, (node.module, node.source)))
-
-
-@functools.lru_cache(1 << 12)
-def _aliases(target: OpOverload) -> bool:
-    """Whether results are views of operands, or operands themselves."""
-    return any(one.alias_info is not None for one in target._schema.returns)
 
 
 def _call_anyhow(target: OpOverload, bound: dict[str, Any]) -> Any:

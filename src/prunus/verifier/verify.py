@@ -325,7 +325,7 @@ def _certify(task: _Task, own: _Own, main: Case) -> Certificate:
     if main.on != own.case_on:
         judged.append(judge(main))
     alone = each_alone(main) if task.each_group else {}
-    reason, elsewhere = _what_is_wrong(own, main, judged)
+    reason, elsewhere = _what_is_wrong(main, judged)
     moved = relative_error(main.dense, main.masked)
     exact = all(one.exact for one in judged)
     verdict = verdict_of(reason, moved) if exact else "inexact"
@@ -352,7 +352,7 @@ def _certify(task: _Task, own: _Own, main: Case) -> Certificate:
     )
 
 
-def _what_is_wrong(own: _Own, main: Case, judged: Sequence[Judgement]) -> tuple[str, Elsewhere]:
+def _what_is_wrong(main: Case, judged: Sequence[Judgement]) -> tuple[str, Elsewhere]:
     """The first reason that is found, and what another shape shows where nothing else is wrong."""
     reasons = [
         *(one.reason for one in judged),

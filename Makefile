@@ -17,7 +17,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-torch TORCH=2.9.1   the rules', the surgeon's and the zoo's tests on that release"
 	@echo "make demo       prune a small model end to end; writes out/demo"
-	@echo "make bench-quick  a small sample of every benchmark, in under ten minutes"
+	@echo "make bench-quick  a small sample of every benchmark, some minutes"
 	@echo "make lint       ruff check, ruff format --check, mypy"
 	@echo "make format     let ruff fix and format"
 	@echo "make clean      remove .venv, caches and outputs"

@@ -1,6 +1,6 @@
 """A small sample of every benchmark, to see that each still runs: ``make bench-quick``.
 
-    python -m benchmarks.quick             # all, in under ten minutes; writes out/bench-quick
+    python -m benchmarks.quick             # all, some minutes; writes out/bench-quick
     python -m benchmarks.quick speed peers.cases
 
 Tables are written to ``out/bench-quick`` and say nothing about speed or accuracy.  A benchmark that

@@ -1,6 +1,6 @@
 """Perplexity of a small mixture of experts without some of them; ``results/experts.csv``.
 
-    python -m benchmarks.accuracy.experts              # one training; ten minutes
+    python -m benchmarks.accuracy.experts              # one training; half an hour
     python -m benchmarks.accuracy.experts --seeds 1 2  # two more; rows are replaced
 
 A Mixtral of 8 experts per layer, 2 of which each token uses, learns to read the source of Python's

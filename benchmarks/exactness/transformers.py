@@ -172,7 +172,9 @@ class Reader:
             print(json.dumps({"kind": kind, "folder": folder, **paths}), file=self._process.stdin,
                   flush=True)  # fmt: skip
             said = json.loads(self._process.stdout.readline())
-            found: dict[str, Answer] = torch.load(paths["answers"]) if said == "ok" else {}
+            found: dict[str, Answer] = (
+                torch.load(paths["answers"], weights_only=True) if said == "ok" else {}
+            )
             return found if said == "ok" else str(said)
 
 

@@ -111,7 +111,7 @@ def attempt(whole: dict[str, Any], seconds: float) -> dict[str, Any]:
         run(folder, seconds)
         draft = (folder / "draft.pt").exists()
         try:
-            found, checkpoint = read(folder), "none"
+            found = read(folder)
             checkpoint = "whole" if found else "none"
         except Exception as error:  # whatever a half-written file makes torch.load raise
             found, checkpoint = {}, f"broken: {type(error).__name__}"

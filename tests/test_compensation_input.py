@@ -58,8 +58,9 @@ def test_few_samples_are_said_and_raise_the_ridge() -> None:
     small = copy.deepcopy(model)
     with pytest.warns(
         UserWarning, match=r"2.weight: 20 kept input channels were fitted on only 10 samples"
-    ):
+    ) as warned:
         done = prunus.recovery.compensate(small, plan, graph, [few])
+    assert [one.filename for one in warned] == [__file__]
     assert done.repairs[0].ridge > 0.01 * done.repairs[0].spread  # and not a thousandth
     enough = prunus.recovery.compensate(model, plan, graph, [many])
     assert enough.repairs[0].ridge < done.repairs[0].ridge / 10

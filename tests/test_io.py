@@ -440,7 +440,7 @@ TAMPERED: list[tuple[Callable[[bytes], bytes], str]] = [
         "the file is damaged",
     ),
     (lambda data: data.replace(b'"I64"', b'"X64"', 1), "the file is damaged"),
-    (lambda data: rewrite(data, lambda d: d.pop("__metadata__")), "no file of prunus.save"),
+    (lambda data: rewrite(data, lambda d: d.pop("__metadata__")), "not written by prunus.save"),
     (lambda data: rewrite(data, _set(__metadata__=3)), "the file is damaged"),
     (lambda data: rewrite(data, _tensor(shape=[-1, 6])), "the file is damaged"),
     (lambda data: rewrite(data, _tensor(shape=[True, 6])), "the file is damaged"),
@@ -487,7 +487,7 @@ def test_files_that_are_not_there_or_not_ours(tmp_path) -> None:
     with pytest.raises(FileError, match="Is a directory"):
         prunus.load(tmp_path, build=Odd)
     save_file({"a": torch.ones(2)}, tmp_path / "plain.st")
-    with pytest.raises(FormatError, match=r"no file of prunus.save(.|\n)*load_model"):
+    with pytest.raises(FormatError, match=r"not written by prunus.save(.|\n)*load_model"):
         prunus.load(tmp_path / "plain.st", build=Odd)
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
     with pytest.raises(FormatError, match="this is a pickle"):

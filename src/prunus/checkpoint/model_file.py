@@ -192,7 +192,7 @@ def load(path: str | os.PathLike[str], build: Callable[[], Model]) -> Model:
     FileError
         If the file can't be read.
     FormatError
-        If it is no file of :func:`prunus.save`, is truncated or was changed, was written by
+        If it was not written by :func:`prunus.save`, is truncated or was changed, was written by
         another version, or does not fit what ``build`` makes.
     PlanError
         If the file's plan is for another model than ``build`` makes.
@@ -247,7 +247,7 @@ def _checked_schema(container: Container) -> str:
     text = container.metadata.get("prunus")
     if text is None:
         raise FormatError(
-            "this is no file of prunus.save",
+            "this file was not written by prunus.save",
             where=path,
             why="it is a safetensors file without a document of Prunus",
             fix="build the model and load it with safetensors.torch.load_model",

@@ -49,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; ``argv`` is without the program's name."""
     try:
-        with _heed_termination():
+        with _catch_termination():
             return _main(argv)
     except KeyboardInterrupt as stop:  # at whatever moment, while modules are imported as well
         return _tell(stop)
@@ -150,8 +150,8 @@ def _abandon_stdout() -> None:
 
 
 @contextmanager
-def _heed_termination() -> Iterator[None]:
-    """Let SIGTERM raise, so that drafts are removed; unless somebody else heeds it already."""
+def _catch_termination() -> Iterator[None]:
+    """Let SIGTERM raise, so that drafts are removed; unless it is handled already."""
     own = os.getpid()
 
     def stop(number: int, _: Any) -> None:

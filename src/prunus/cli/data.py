@@ -29,7 +29,7 @@ _REFERENCE = "write a folder of images, FILE.npz, FILE.txt, data.yaml or path/to
 
 
 def load_data(options: argparse.Namespace, loaded: Loaded) -> Iterable[Any] | None:
-    """Calibration batches, or None if none were asked for; what is missing is told at once."""
+    """Calibration batches, or None if none were asked for and none are needed."""
     if options.data is not None:
         return Batches(_batches(options, loaded), options.samples)
     needs = needs_of(options.importance) if hasattr(options, "importance") else ()
@@ -111,7 +111,7 @@ def _image_batches(files: Sequence[Path], options: argparse.Namespace, loaded: L
     if not bool((std > 0).all()):
         raise DataError("--std has a number that is not above zero", fix="give one above zero")
     found = _Images(files, shape, mean, std)
-    for file in files:  # what can't be read is told before the work, not after it
+    for file in files:  # refuse unreadable files before the work, not after it
         found.read(file)
     return found
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunus.cli import flags, shrink
 from prunus.cli.answer import answer, follow, head
+from prunus.cli.values import FILES
 
 if TYPE_CHECKING:
     from prunus import Plan
@@ -22,7 +23,7 @@ def add_parser(verbs: Any) -> None:
     parser = flags.add_parser(verbs, "verify", text, run, flags.MODEL_HELP)
     flags.add_plan(parser)
     flags.add_model(parser)
-    flags.add_files(parser, {"certificate": "what was compared, and the verdict, as JSON"})
+    flags.add_files(parser, {"certificate": FILES["certificate"]})
 
 
 def run(options: argparse.Namespace) -> int:

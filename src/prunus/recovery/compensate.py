@@ -273,7 +273,7 @@ def _warn_of_few(repairs: Iterable[Repair]) -> None:
     warnings.warn(
         f"{worst.tensor}: {worst.kept} kept input channels were fitted on only {worst.samples} "
         f"samples{others}; ridge increased (give more calibration data)",
-        stacklevel=5,  # the caller's line: compensate() is wrapped twice
+        stacklevel=7,  # the caller's line: compensate() is wrapped three times
     )
 
 

@@ -148,7 +148,9 @@ def moves_of(
     for before, name, norm, stay in _norms_of(model, plan, dense[0]):
         pairs = [(whole[before], own[name]) for whole, own in zip(dense, cut, strict=True)
                  if name in own]  # fmt: skip
-        added, shift, factor = torch.zeros(3, len(norm.running_var), dtype=torch.float64)
+        added, shift, factor = torch.zeros(
+            3, len(norm.running_var), dtype=torch.float64, device=norm.running_var.device
+        )
         known = lost.get(f"{before}.running_mean")
         if known is not None:
             added = known[stay]

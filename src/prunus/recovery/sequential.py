@@ -268,8 +268,9 @@ def _mixtures(state: Mapping[str, Tensor], mixed: Sequence[Mixed]) -> dict[str, 
     """Tensors in which outputs became sums of outputs."""
     found: dict[str, Tensor] = {}
     for mixing in (mixing for product in mixed for mixing in product.mixings):
-        values = found.setdefault(mixing.tensor, state[mixing.tensor].detach().clone())
-        mixing.apply(values)
+        if mixing.tensor not in found:
+            found[mixing.tensor] = state[mixing.tensor].detach().clone()
+        mixing.apply(found[mixing.tensor])
     return found
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from statistics import median
 from typing import Any
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunus.errors import checks_options
+from prunus.tracer.quiet import same_modes
 from prunus.tracer.trace import plain_kernels, quiet_run
 
 
@@ -169,7 +169,8 @@ def measure_latency(
     """
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     times = []
-    with _evaluating(model), torch.inference_mode():
+    with same_modes(model.modules()), torch.inference_mode():
+        model.eval()
         for index in range(warmup + repeats):
             _finish(args)
             start = time.perf_counter()
@@ -178,17 +179,6 @@ def measure_latency(
             if index >= warmup:
                 times.append(time.perf_counter() - start)
     return 1e3 * median(times)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _finish(args: tuple[Any, ...]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from prunus.errors import PlanError
 from prunus.graph.program import state_of
 from prunus.surgeon.snapshot import Snapshot, twins_of
+from prunus.tracer.quiet import same_modes
 
 Evaluate = Callable[[nn.Module], float]
 """A metric of a model, higher is better."""
@@ -29,12 +30,8 @@ class Floor:
 
     def measure(self, model: nn.Module) -> float:
         """The metric; train and eval modes are as before when it returns."""
-        modes = [(module, module.training) for module in model.modules()]
-        try:
+        with same_modes(model.modules()):
             found: Any = self.evaluate(model)
-        finally:
-            for module, training in modes:
-                module.training = training
         try:
             value = float(found)
         except (TypeError, ValueError, RuntimeError):
@@ -105,14 +102,13 @@ class Good:
                 why="both are put back together",
                 fix="give ema= to every step(), and to load_state_dict()",
             )
-        modes = [(module, module.training) for one in models for module in one.modules()]
-        self.before.restore()
-        for module, training in modes:
-            module.training = training
+        with same_modes([module for one in models for module in one.modules()]):
+            self.before.restore()
         with torch.no_grad():
             for one, values in zip(models, self.values, strict=True):
                 for name, tensor in state_of(one)[0].items():
-                    tensor.grad = None if tensor.is_leaf else tensor.grad
+                    if tensor.is_leaf:
+                        tensor.grad = None
                     tensor.copy_(values[name])
         if optimizer is not None and self.optimizer is not None:
             options = optimizer.state_dict()["param_groups"]

@@ -22,7 +22,7 @@ def refuse_options(asked: PlanOptions) -> None:
     """Refuse what a round of a schedule can't be asked."""
     given = [n for n in _REFUSED if getattr(asked, n) not in (None, ())]
     latency = asked.budget is not None and "latency" in asked.budget.requested
-    if given or latency or asked.budget is None:
+    if given or latency:
         raise PlanError(
             f"a Schedule takes no {given[0]}=" if given else "a Schedule takes no bound on latency",
             why="every round has a bound between the cost of the original model and the budget",

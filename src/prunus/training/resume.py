@@ -29,7 +29,10 @@ def read_plans(state: Any, own: Mapping[str, Any], done: Sequence[Plan]) -> list
         The plans that it has applied already, with which those of the state have to begin.
     """
     if not isinstance(state, Mapping) or state.get("version") != VERSION:
-        raise PlanError("this is no state of a Schedule", fix="give what state_dict() returned")
+        raise PlanError(
+            "this is not the state of a Schedule",
+            fix="give what state_dict() returned",
+        )
     for name, value in own.items():
         if state["asked"].get(name) != value:
             raise PlanError(
@@ -41,7 +44,7 @@ def read_plans(state: Any, own: Mapping[str, Any], done: Sequence[Plan]) -> list
     if plans[: len(done)] != list(done):
         raise PlanError(
             "the model was pruned by other rounds already",
-            fix="make the original model and the Schedule anew, then load the state",
+            fix="make the original model and the Schedule again, then load the state",
         )
     return plans
 

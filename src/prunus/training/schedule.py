@@ -18,6 +18,7 @@ from torch import nn
 
 from prunus.calibration.batches import Batches
 from prunus.calibration.statistics import Wanted, gather
+from prunus.errors import PlanError
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.plans import Plan
 from prunus.graph.program import state_of
@@ -70,10 +71,10 @@ class Schedule:
         As for :func:`prunus.shrink`, in each round; no layer gets a bias.
     floor
         Least value of a metric: ``(evaluate, 0.9)``, or ``0.9`` beside ``evaluate=``, a function of
-        the model, higher is better.  It is asked before every round but the first, and at progress
-        1; below the floor, the model as it was before the last round is put back (weights,
-        optimizer state and shapes), and the schedule ends.  The first round waits until the
-        original model reaches the floor.
+        the model, higher is better.  It is asked before every round, and at progress 1; below the
+        floor, the model as it was before the last round is put back (weights, optimizer state and
+        shapes), and the schedule ends.  The first round waits until the original model reaches
+        the floor.
     verified
         Verify at once, on a copy, a plan for the whole budget; groups that verification rejects
         are kept whole in all rounds.
@@ -341,7 +342,15 @@ class Schedule:
         good = state["good"]
         split = len(plans) if good is None else good["plans"]
         parts = [plans[done:split], plans[max(done, split) :]]
+        known = self._good
+        if done > split and (known is None or known.plans != split):
+            raise PlanError(
+                "the model was pruned by other rounds already",
+                fix="make the original model and the Schedule again, then load the state",
+            )
         before = bring(self.model, parts, forward_fn=self._forward_fn, ema=ema)
+        if known is not None and done > split:
+            before = known.before
         if good is not None:
             values = [{n: t.clone() for n, t in one.items()} for one in good["values"]]
             self._good = Good(before, values, good["optimizer"], good["round"], split)
@@ -351,7 +360,8 @@ class Schedule:
         self.held = dict(state["held"])
         torch.set_rng_state(state["random"].cpu())
         if state["random_cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+            here = state["random_cuda"][: torch.cuda.device_count()]
+            torch.cuda.set_rng_state_all([one.cpu() for one in here])
 
     def _identity(self) -> dict[str, Any]:
         """What has to be the same where a state is loaded."""

@@ -60,7 +60,7 @@ CODE_LINES = {
     "graph": 1740,
     "importance": 735,
     "integrations": 960,
-    "planner": 3890,
+    "planner": 3935,
     "recovery": 1970,
     "report": 500,
     "structures": 460,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import prunus
-from prunus.errors import DataError, PlanError
+from prunus.errors import BudgetError, DataError, PlanError
 from prunus.integrations import hf
 
 transformers = pytest.importorskip("transformers")
@@ -123,6 +123,19 @@ def test_layers_are_chosen_by_the_measured_error_of_the_outputs() -> None:
         prunus.prune_heads(bert(), 0.3, scope="measured")
 
 
+def test_the_measured_error_shares_out_more_units_than_there_are_rounds_and_layers() -> None:
+    data = [{"input_ids": torch.randint(1, 50, (4, 12))} for _ in range(4)]
+    model = transformers.BertForMaskedLM(
+        transformers.BertConfig(**{**SIZES, "num_hidden_layers": 1})
+    ).eval()
+    small = shrunk(model, {"ffn": 0.5}, scope="measured", data=data)
+    assert lost(small, FFN) == [20]
+    two = shrunk(bert(), {"ffn": 0.5}, scope="measured", data=data)
+    assert sum(lost(two, FFN)) == 80
+    with pytest.raises(BudgetError, match="80 units are to be removed, and only 40 may be"):
+        shrunk(bert(), {"ffn": 0.5}, scope="measured", data=data, max_ratio=0.25)
+
+
 def test_heads_by_amount_and_by_number() -> None:
     data = [{"input_ids": torch.randint(1, 50, (4, 12))} for _ in range(3)]
     small = prunus.prune_heads(llama(), 0.3, importance="taylor", data=data)
@@ -143,6 +156,8 @@ BAD: list[tuple[Any, Any, str]] = [
     (bert, {"ffn": {0: "100%"}}, r"remove\['ffn'\]\[0\]='100%' is no amount"),
     (bert, {"head": 0.3}, r"no structure is called 'head'(.|\n)*heads, kv_groups, ffn, experts"),
     (bert, {"heads": {0.5: 1}}, "0.5 is no layer"),
+    (bert, {"layers": 0.1}, "share of layers is less than half a layer(.|\\n)*there are 4 layers"),
+    (t5, {"layers": {"*coder.block": 0.3}}, r"'\*coder.block' fits 'encoder.block', 'decoder"),
     (
         bert,
         {"experts": 1},

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prunus.errors import ModelError, PlanError, checks_options
+from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Constraint, Divisible, Lockstep, Preferred, Proportional
 from prunus.graph.plan_records import Edit, kind_of_edit
@@ -152,14 +153,8 @@ class Uniform:
         one = _Expressed(kinds)
         if any(len({len(units) for units in kind.sets}) > 1 for kind in kinds):
             return "layers differ to begin with"
-        tied = replace(graph, constraints=(*graph.constraints, one.tie))
-        scores = np.full(graph.unit_count + 1, np.inf)
-        scores[np.concatenate(one.tie.sets)] = 1.0
         reasons = []
-        for count in islice(_from_the_middle(one.step), _TRIALS):
-            kept = select(tied, scores, {}, ratios=count / one.step).kept
-            if kept.all() or len({kept[units].mean() for units in one.tie.sets}) > 1:
-                continue
+        for kept in _trials(graph, one):
             try:
                 edits = find_edits(self._model, graph, kept)
                 trial = replace(Plan.from_mask(graph, kept), edits=edits)
@@ -346,6 +341,17 @@ def fitting_config(model: nn.Module, kwargs: Mapping[str, Any]) -> Any:
     for place, value in changes.items():
         write(library.config, place, value)
     return library.config
+
+
+def _trials(graph: CouplingGraph, one: _Expressed) -> Iterator[Mask]:
+    """A few choices that remove the same share of all of its groups."""
+    tied = replace(graph, constraints=(*graph.constraints, one.tie))
+    scores = np.full(graph.unit_count + 1, np.inf)
+    scores[np.concatenate(one.tie.sets)] = 1.0
+    for count in islice(_from_the_middle(one.step), _TRIALS):
+        kept = select(tied, scores, {}, ratios=count / one.step).kept
+        if not kept.all() and len({kept[units].mean() for units in one.tie.sets}) == 1:
+            yield kept
 
 
 def _search(

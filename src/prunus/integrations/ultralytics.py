@@ -51,8 +51,8 @@ _STATE = "pruning"
 class KeepsWidths:
     """For a trainer of ultralytics, as its first base class: it trains the module that it is given.
 
-    Of another number of classes, only the layers with one output for each are made anew; classes of
-    the same name keep theirs.
+    Of another number of classes, only the layers with one output for each are made again; classes
+    of the same name keep theirs.
 
     Examples
     --------
@@ -75,30 +75,13 @@ class KeepsWidths:
         pruning = next((c for c in self.callbacks[Pruning.EVENT] if isinstance(c, Pruning)), None)
         if weights is None and pruning is not None:
             return super().get_model(cfg, weights, verbose)  # type: ignore[misc]
-        if weights is None:
-            raise ModelError(
-                "the trainer was given no module, only a YAML of the dense model",
-                where=str(cfg),
-                why="ultralytics hands a trainer the weights of a .pt file alone",
-                fix='prunus.integrations.ultralytics.save(yolo.model, "pruned.pt"), then '
-                'YOLO("pruned.pt").train(trainer=…)',
-            )
-        if weights.is_fused():
-            raise ModelError(
-                "the model is fused: its batch norms are folded into the convolutions",
-                why="val(), predict() and export() of ultralytics fuse the module they are given",
-                fix="open the file anew, and train before",
-            )
+        _check_weights(weights, cfg)
         if self.resume and pruning is not None and hasattr(weights, _STATE):
             return mark(pruning.resume(weights, self.args.imgsz))
         model = copy.deepcopy(weights).float().requires_grad_(True)
         model.criterion = None
         vars(model).pop(_STATE, None)
-        shape = self.data.get("kpt_shape")
-        if shape is not None and list(shape) != list(getattr(model.model[-1], "kpt_shape", shape)):
-            raise ModelError(
-                f"the data has keypoints {list(shape)}, the model {list(model.model[-1].kpt_shape)}"
-            )
+        _check_keypoints(model, self.data.get("kpt_shape"))
         for module in model.modules():
             if isinstance(module, nn.Dropout) and getattr(self.args, "dropout", None):
                 module.p = self.args.dropout
@@ -108,12 +91,38 @@ class KeepsWidths:
         return mark(model) if marked else model
 
 
+def _check_weights(weights: Any, cfg: Any) -> None:
+    """Refuse what can't be trained on."""
+    if weights is None:
+        raise ModelError(
+            "the trainer was given no module, only a YAML of the dense model",
+            where=str(cfg),
+            why="ultralytics hands a trainer the weights of a .pt file alone",
+            fix='prunus.integrations.ultralytics.save(yolo.model, "pruned.pt"), then '
+            'YOLO("pruned.pt").train(trainer=…)',
+        )
+    if weights.is_fused():
+        raise ModelError(
+            "the model is fused: its batch norms are folded into the convolutions",
+            why="val(), predict() and export() of ultralytics fuse the module they are given",
+            fix="open the file again, and train before",
+        )
+
+
+def _check_keypoints(model: Any, shape: Any) -> None:
+    """Refuse data of other keypoints than the model's."""
+    if shape is not None and list(shape) != list(getattr(model.model[-1], "kpt_shape", shape)):
+        raise ModelError(
+            f"the data has keypoints {list(shape)}, the model {list(model.model[-1].kpt_shape)}"
+        )
+
+
 @checks_options
 class Pruning:
     """Prunes the model of a trainer in rounds while it trains, on a :class:`prunus.Schedule`.
 
     A round is done at the end of an epoch, before it is validated and saved: with the optimizer and
-    the average of the weights, whose best checkpoint begins anew.  After an epoch with an infinite
+    the average of the weights, whose best checkpoint starts again.  After an epoch with an infinite
     loss it waits, since ultralytics goes back to the last checkpoint.  To resume, open ``last.pt``,
     attach the same and call ``train(resume=True, trainer=…)``: the checkpoint has the rounds that
     are done, and what the original model was.

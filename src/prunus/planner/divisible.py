@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -71,32 +71,39 @@ def choose_divisible(
         return first
     grid = _Grid(rules, quanta)
     asked = {n: count for n, count in asked.items() if n in grid.chains}
-    best: tuple[tuple[float, float], Attempt] | None = None
-    refusal: BudgetError | None = None
-    found = 0
-    for counts in islice(grid.ordered(grid.counts_of(first.removal.removed), asked), _TRIES):
-        try:
-            trial = attempt(counts)
-        except BudgetError as error:
-            refusal = refusal or error
-            continue
-        except PlanError:  # a floor is in the way
-            continue
+    refusals: list[BudgetError] = []
+    found: list[Attempt] = []
+    nearest = islice(grid.ordered(grid.counts_of(first.removal.removed), asked), _TRIES)
+    for trial in _attempts(attempt, nearest, refusals):
         if find_violation(rules, quanta.kept(trial.removal.removed)):
             continue
-        key = _key(trial.removal, by_score)
-        if best is None or key < best[0]:
-            best = key, trial
-        found += 1
-        if found == _ENOUGH or not trial.removal.limits:
+        found.append(trial)
+        if len(found) == _ENOUGH or not trial.removal.limits:
             break
-    if best is None:
-        raise refusal or PlanError(
-            "no widths near the given ratios can be combined",
-            why="; ".join(dict.fromkeys(rule.reason for rule in rules)),
-            fix="give another ratio for one of the groups, or leave it to a budget",
+    if not found:
+        raise (
+            refusals[0]
+            if refusals
+            else PlanError(
+                "no widths near the given ratios can be combined",
+                why="; ".join(dict.fromkeys(rule.reason for rule in rules)),
+                fix="give another ratio for one of the groups, or leave it to a budget",
+            )
         )
-    return best[1]
+    return min(found, key=lambda one: _key(one.removal, by_score))
+
+
+def _attempts(
+    attempt: Callable[[Counts], Attempt], counts: Iterable[Counts], refusals: list[BudgetError]
+) -> Iterator[Attempt]:
+    """What can be planned; that a budget is out of reach is added to ``refusals``."""
+    for some in counts:
+        try:
+            yield attempt(some)
+        except BudgetError as error:
+            refusals.append(error)
+        except PlanError:  # a floor is in the way
+            continue
 
 
 def _key(removal: Removal, by_score: bool) -> tuple[float, float]:

@@ -96,23 +96,33 @@ def inside(graph: CouplingGraph, part: str | None) -> CouplingGraph:
     """
     if part is None:
         return graph
-    names = {name: [name] for name in graph.shapes}
-    for alias, first in graph.aliases.items():
-        names[first].append(alias)
+    names = _called(graph)
     within = {n for n, called in names.items() if all(c.startswith(f"{part}.") for c in called)}
     groups = [g for g in graph.groups if all(axis.tensor in within for axis, _ in g.axes)]
     blocks = [block for block in graph.blocks if block.name.startswith(f"{part}.")]
     if not (groups or blocks):
-        paths = sorted({".".join(n.split(".")[:depth]) for n in graph.shapes for depth in (1, 2)})
-        near = difflib.get_close_matches(part, paths, n=_NEAR, cutoff=0) or paths[:_NEAR]
-        raise PlanError(
-            "nothing that can be pruned lies inside this part as a whole" if within
-            else f"the model has no part {part!r}",
-            where=f"part={part!r}",
-            why="every group of it reaches outside" if within else f"near are {', '.join(near)}",
-            fix="give the path of a module that holds whole layers",
-        )  # fmt: skip
+        raise _no_part(graph, part, bool(within))
     return replace(graph, groups=tuple(groups), blocks=tuple(blocks))
+
+
+def _no_part(graph: CouplingGraph, part: str, exists: bool) -> PlanError:
+    paths = sorted({".".join(n.split(".")[:depth]) for n in graph.shapes for depth in (1, 2)})
+    near = difflib.get_close_matches(part, paths, n=_NEAR, cutoff=0) or paths[:_NEAR]
+    return PlanError(
+        "nothing that can be pruned lies inside this part as a whole" if exists
+        else f"the model has no part {part!r}",
+        where=f"part={part!r}",
+        why="every group of it reaches outside" if exists else f"near are {', '.join(near)}",
+        fix="give the path of a module that holds whole layers",
+    )  # fmt: skip
+
+
+def _called(graph: CouplingGraph) -> dict[str, list[str]]:
+    """By the name of every tensor, that and the other names of it."""
+    names = {name: [name] for name in graph.shapes}
+    for alias, first in graph.aliases.items():
+        names[first].append(alias)
+    return names
 
 
 def spread(
@@ -172,16 +182,13 @@ def _names(graph: CouplingGraph) -> dict[str, list[tuple[str, str, int]]]:
 
     With each the axis that it is of, and in which way it fits.
     """
-    tied: dict[str, list[str]] = {}
-    for alias, first in graph.aliases.items():
-        tied.setdefault(first, []).append(alias)
+    called_by = _called(graph)
     found = {}
     for group in graph.groups:
         called = [(group.name, group.name, _OWN)]
         for axis, role in group.axes:
             way = _READ if role is Role.CONSUMER else _MADE
-            names = (axis.tensor, *tied.get(axis.tensor, ()))
-            called += [(name, f"{name}[{axis.dim}]", way) for name in names]
+            called += [(name, f"{name}[{axis.dim}]", way) for name in called_by[axis.tensor]]
         found[group.name] = called
     return found
 

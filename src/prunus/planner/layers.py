@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from prunus.errors import PlanError
 from prunus.graph.amounts import LAYERS, read_amount
-from prunus.graph.coupling import CouplingGraph
+from prunus.graph.coupling import Block, CouplingGraph
 from prunus.planner.culprits import tell_groups
 from prunus.planner.option_values import Drop
 from prunus.planner.options import PlanOptions
@@ -32,20 +33,11 @@ def drops_asked(
     amounts = (asked.remove or {}).get(LAYERS)
     if amounts is None:
         return find_drops(graph, asked.drop, influence, asked.protect_ends, hold)
-    paths = {layer.path for layer in find_structures(graph).layers}
-    layers = [b for b in graph.blocks if b.name in paths or not paths]
-    if not layers:
-        _find_stack(graph, None)
     found: list[str] = []
     by_stack = amounts if isinstance(amounts, Mapping) else {None: amounts}
     for stack, amount in by_stack.items():
-        own = [block for block in layers if stack in (None, block.container)]
-        if stack is not None and not own:
-            _find_stack(graph, str(stack))
-        siblings = {block.container: block.siblings for block in own}
-        count = read_amount(amount) or 0
-        if isinstance(count, float):
-            count = math.floor(count * sum(siblings.values()) + 0.5)
+        own = _layers_of(graph, stack)
+        count = _count(own, amount)
         others = {block.name for block in graph.blocks} - {block.name for block in own}
         if count:
             found += least_influential(
@@ -54,6 +46,39 @@ def drops_asked(
                 hold={*hold, *others},
             )
     return tuple(block.name for block in graph.blocks if block.name in found)
+
+
+def _layers_of(graph: CouplingGraph, stack: Any) -> list[Block]:
+    """The blocks that are layers, of one stack or of all."""
+    paths = {layer.path for layer in find_structures(graph).layers}
+    layers = [block for block in graph.blocks if block.name in paths or not paths]
+    if stack is not None or not layers:
+        container = _find_stack(graph, None if stack is None else str(stack))
+        layers = [block for block in layers if block.container == container]
+    if not layers:
+        raise PlanError(
+            f"no layer of {stack!r} can be dropped",
+            where="remove=",
+            why="its blocks are parts of layers",
+            fix="drop blocks by name: drop=[...]; `graph.blocks` lists them",
+        )
+    return layers
+
+
+def _count(layers: Sequence[Block], amount: Any) -> int:
+    """How many of these layers an amount says; a share to the nearest one."""
+    count = read_amount(amount) or 0
+    if not isinstance(count, float):
+        return count
+    size: int = sum({block.container: block.siblings for block in layers}.values())
+    if 0 < count * size < 0.5:
+        raise PlanError(
+            "the share of layers is less than half a layer",
+            where="remove=",
+            why=f"there are {size} layers",
+            fix=f"give at least {0.5 / size:.3g}, or a count: 1",
+        )
+    return math.floor(count * size + 0.5)
 
 
 def find_drops(

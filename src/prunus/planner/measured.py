@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from prunus.calibration.batches import Batches
-from prunus.errors import DataError
+from prunus.errors import BudgetError, DataError
 from prunus.graph.axis import Mask
 from prunus.graph.coupling import CouplingGraph
 from prunus.graph.groups import Group
@@ -23,7 +24,7 @@ from prunus.recovery import LOOKED_AT, answers_of, compensate, distance
 from prunus.surgeon.attributes import find_edits
 
 _ROUNDS = 12
-"""Rounds in which what is asked is removed, at most; in each, every layer is tried once."""
+"""Rounds in which what is asked is removed, or few more; in each, every layer is tried once."""
 
 
 def measured_counts(
@@ -36,9 +37,9 @@ def measured_counts(
 ) -> dict[str, int]:
     """Units that groups lose, by name, so that ``total`` are lost together.
 
-    In each round every group is tried with one unit less, the one of the lowest score, on a copy
-    that is cut and whose readers are fitted again by least squares; the few that move the outputs
-    on the first batches least lose it.
+    In each round every group is tried without a few more units, those of the lowest scores, on a
+    copy that is cut and whose readers are fitted again by least squares; the groups that move the
+    outputs on the first batches least lose them.
 
     Parameters
     ----------
@@ -49,6 +50,8 @@ def measured_counts(
     ------
     DataError
         If there are no data, or nothing of the outputs can be compared.
+    BudgetError
+        If the groups may not lose as many.
     """
     if asked.data is None:
         raise DataError(
@@ -56,21 +59,41 @@ def measured_counts(
             why="it compares outputs of smaller models with the dense model's",
             fix="give data=",
         )
+    possible = sum(most.values())
+    if possible < total:
+        raise BudgetError(
+            f"{total} units are to be removed, and only {possible} may be",
+            why="; ".join(f"{name} may lose {count}" for name, count in most.items()),
+            fix="ask for less, or lower min_width= or raise max_ratio=",
+        )
     trial = _Trial.of(graph, model, asked)
     groups = {name: graph.group(name) for name in most}
     orders = {name: _ascending(group, scores) for name, group in groups.items()}
     counts = dict.fromkeys(most, 0)
     step = max(1, -(-total // _ROUNDS))
-    for _ in counted(range(-(-total // step)), "removing by measured error"):
-        free = [name for name in counts if counts[name] < most[name]]
+    rounds = counted(itertools.count(), "removing by measured error")
+    while sum(counts.values()) < total:
+        next(rounds)
+        more = _in_a_round(counts, most, step)
         errors = {
-            name: trial.error({n: orders[n][: counts[n] + (n == name)] for n in counts})
-            for name in free
+            name: trial.error({n: orders[n][: counts[n] + more[n] * (n == name)] for n in counts})
+            for name in more
+            if more[name]
         }
-        missing = total - sum(counts.values())
-        for name in sorted(free, key=errors.__getitem__)[: min(step, missing)]:
-            counts[name] += 1
+        missing = min(step, total - sum(counts.values()))
+        for name in sorted(errors, key=errors.__getitem__):
+            lost = min(more[name], missing)
+            counts[name] += lost
+            missing -= lost
     return counts
+
+
+def _in_a_round(counts: Mapping[str, int], most: Mapping[str, int], step: int) -> dict[str, int]:
+    """Units that a group may lose in a round, in which half of the open ones make up the step."""
+    left = {name: most[name] - count for name, count in counts.items()}
+    free = sum(one > 0 for one in left.values())
+    each = 1 if step <= free else -(-2 * step // free)
+    return {name: min(each, one) for name, one in left.items()}
 
 
 def _ascending(group: Group, scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -19,7 +19,7 @@ from prunus.planner.filters import spread
 from prunus.planner.measured import measured_counts
 from prunus.planner.option_values import check_count, check_ratio, check_share
 from prunus.planner.options import PlanOptions
-from prunus.structures.amounts import Asked, units_asked
+from prunus.structures.amounts import Asked
 
 Scores = NDArray[np.float64]
 
@@ -33,9 +33,11 @@ def structure_ratios(
     scores: Scores,
     asked: PlanOptions,
     hold: Mapping[str, str],
-    dropped: Collection[str] = (),
+    wanted: Mapping[str, Mapping[str, Asked]],
 ) -> dict[str, float]:
     """The ratio of every group that ``asked.remove`` speaks of, by its name.
+
+    ``wanted`` is what :func:`prunus.structures.amounts.units_asked` reads from it.
 
     One unit of each group is kept.  Beyond the local scope a share is one of all groups of a
     structure together, to the nearest unit.
@@ -49,28 +51,39 @@ def structure_ratios(
     given = spread(graph, asked.ratios or {}, "ratios", check_share)
     sizes = {group.name: group.size for group in graph.groups}
     found: dict[str, float] = {}
-    for structure, wanted in units_asked(graph, asked.remove or {}, dropped).items():
-        open_groups = {name: one for name, one in wanted.items() if name not in hold}
-        if not open_groups:
-            raise PlanError(
-                f"{structure} can't be removed",
-                where="remove=",
-                why="; ".join(dict.fromkeys(hold[name] for name in wanted)),
-            )
+    for structure, groups in wanted.items():
+        open_groups = _not_held(structure, groups, hold)
         counts = {name: min(one.units, sizes[name] - 1) for name, one in open_groups.items()}
-        if asked.scope != "local" and not any(one.counted for one in wanted.values()):
+        if asked.scope != "local" and not any(one.counted for one in groups.values()):
             counts = _pooled(graph, model, scores, asked, hold, open_groups)
-        _refuse_nothing(structure, wanted, counts, sizes)
-        twice = [name for name in counts if name in given or name in found]
-        if twice:
-            raise PlanError(
-                f"the group {twice[0]} is named twice",
-                where="remove=",
-                why=f"by {structure} and by ratios",
-                fix="leave out one of them",
-            )
+        _refuse_nothing(structure, groups, counts, sizes)
+        _refuse_twice(structure, counts, {**given, **found})
         found |= counts
     return {name: count / sizes[name] for name, count in found.items()}
+
+
+def _not_held(
+    structure: str, wanted: Mapping[str, Asked], hold: Mapping[str, str]
+) -> dict[str, Asked]:
+    found = {name: one for name, one in wanted.items() if name not in hold}
+    if not found:
+        raise PlanError(
+            f"{structure} can't be removed",
+            where="remove=",
+            why="; ".join(dict.fromkeys(hold[name] for name in wanted)),
+        )
+    return found
+
+
+def _refuse_twice(structure: str, counts: Collection[str], others: Collection[str]) -> None:
+    twice = [name for name in counts if name in others]
+    if twice:
+        raise PlanError(
+            f"the group {twice[0]} is named twice",
+            where="remove=",
+            why=f"by {structure} and by ratios",
+            fix="leave out one of them",
+        )
 
 
 def _refuse_nothing(
@@ -146,7 +159,7 @@ def _may_lose(
 
 
 def check_counts(
-    graph: CouplingGraph, asked: PlanOptions, kept: Mask, dropped: Collection[str] = ()
+    graph: CouplingGraph, wanted: Mapping[str, Mapping[str, Asked]], kept: Mask
 ) -> None:
     """Refuse a choice that removes another number of units than was counted.
 
@@ -155,8 +168,8 @@ def check_counts(
     PlanError
         It names the group, and what the choice comes to.
     """
-    for structure, wanted in units_asked(graph, asked.remove or {}, dropped).items():
-        for name, one in wanted.items():
+    for structure, groups in wanted.items():
+        for name, one in groups.items():
             gone = int((~kept[graph.group(name).units]).sum())
             if one.counted and gone not in (0, one.units):
                 raise PlanError(

@@ -8,7 +8,7 @@ any rounding does, the groups of which it is are rounded to less.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,7 +36,7 @@ from prunus.planner.options import PlanOptions, ScoreOptions
 from prunus.planner.rounding import Default, RoundTo, wide_groups
 from prunus.planner.structure_ratios import GLOBAL_RATIO, check_counts, structure_ratios
 from prunus.structures import find_structures
-from prunus.structures.amounts import units_asked
+from prunus.structures.amounts import Asked, units_asked
 from prunus.surgeon.attributes import find_edits
 from prunus.tracer.trace import uncollected
 from prunus.verifier.other_ways import follow_other_ways
@@ -100,20 +100,14 @@ def plan_widths(
         scores[graph.group(name).units] = np.inf
     scope = asked.scope
     patterns = {name: getattr(asked, name) for name in _PATTERNS}
+    wanted = units_asked(graph, asked.remove or {}, dropped)
     if asked.remove:
-        taken = structure_ratios(graph, model, scores, asked, hold, dropped)
+        taken = structure_ratios(graph, model, scores, asked, hold, wanted)
         rest: Scope = "global" if asked.scope == "measured" else asked.scope
         asked = replace(asked, ratios={**(asked.ratios or {}), **taken}, scope=rest)
-    wanted = units_asked(graph, asked.remove or {}, dropped).values()
-    shares = {name for groups in wanted for name, one in groups.items() if not one.counted}
-    request = _settle(graph, scores, asked, hold, shares)
-    searched: dict[str, Any] = {}
-    with request.naming_floor():
-        if asked.budget is not None and asked.budget.latency is not None:
-            found, searched["latency"] = request.meet_time(model, limits)
-        else:
-            found = request.choose(limits)
-    check_counts(graph, asked, found.kept, dropped)
+    request = _settle(graph, scores, asked, hold, _shares(wanted))
+    found, searched = request.meet(model, limits)
+    check_counts(graph, wanted, found.kept)
     if asked.budget is None and asked.ratio is None:
         _refuse_unnamed(graph, asked, found.kept)
     if found.kept.all() and not may_remove_nothing:
@@ -126,6 +120,11 @@ def plan_widths(
     parts = {c: (graph.cost(c), graph.cost(c, found.kept)) for c in limits}
     chosen = replace(chosen, costs={**parts, **chosen.costs})
     return follow_other_ways(chosen, graph, model, found.kept)
+
+
+def _shares(wanted: Mapping[str, Mapping[str, Asked]]) -> set[str]:
+    """Groups of which a share is to be removed, not a count."""
+    return {name for groups in wanted.values() for name, one in groups.items() if not one.counted}
 
 
 def plan_of_mask(
@@ -155,16 +154,13 @@ def _settle(
     ``shares``: groups that lose a share of a structure, and may be rounded all the same.
     """
     given = spread(graph, asked.ratios or {}, "ratios", check_share)
-    everywhere, capped, rounded = asked.scope == "global", False, None
+    everywhere, rounded = asked.scope == "global", None
+    capped = asked.max_ratio is None and asked.budget is not None and everywhere
     if asked.max_ratio is None:
-        capped = asked.budget is not None and everywhere
         free = {"*": GLOBAL_RATIO, **dict.fromkeys(given, 1.0)} if given else GLOBAL_RATIO
         asked = replace(asked, max_ratio=free if capped else 1.0)
     if asked.round_to is None:
-        preferred = _preferred(graph)
-        if asked.budget is not None or preferred:
-            others = {*given, *hold} - (preferred.keys() & shares)
-            rounded = _rounded_by_default(graph, others)
+        rounded = _to_round(graph, asked, {*given, *hold}, shares)
         asked = replace(asked, round_to=1)
     options = {name: getattr(asked, name) for name in _SHAPING} | {"held": hold}
     if asked.normalise is None:
@@ -174,6 +170,19 @@ def _settle(
     open_ratios = {name: share for name, share in given.items() if name not in hold}
     options["ratios"] = asked.ratio if asked.ratios is None else open_ratios
     return _Request(graph, scores, asked, options, rounded, capped)
+
+
+def _to_round(
+    graph: CouplingGraph, asked: PlanOptions, others: Set[str], shares: Collection[str]
+) -> list[str] | None:
+    """Groups whose widths are rounded since nobody said otherwise; None where nothing asks for it.
+
+    ``others`` are held, or have a ratio of their own, which a share of a structure is not.
+    """
+    preferred = _preferred(graph)
+    if asked.budget is None and not preferred:
+        return None
+    return _rounded_by_default(graph, others - (preferred.keys() & set(shares)))
 
 
 def _rounded_by_default(graph: CouplingGraph, others: Collection[str]) -> list[str]:
@@ -213,6 +222,15 @@ class _Request:
             return _hold_peak(
                 self.graph, limits, lambda graph, most: select(graph, self.scores, most, **fixed)
             )
+
+    def meet(self, model: nn.Module, limits: Limits) -> tuple[Selection, dict[str, Any]]:
+        """The units that are kept, and what the plan records of a search for them."""
+        budget = self.asked.budget
+        with self.naming_floor():
+            if budget is None or budget.latency is None:
+                return self.choose(limits), {}
+            found, record = self.meet_time(model, limits)
+            return found, {"latency": record}
 
     def choose(self, limits: Limits) -> Selection:
         """The units that are kept."""
@@ -327,8 +345,7 @@ def _hold_peak(
         above = [name for name in worst[:AT_ONCE] if values[name] > limits[PEAK]]
         if not above:
             return found
-        above.sort(key=lambda name: -values[name])
-        bounds |= dict.fromkeys(above[:AT_ONCE], limits[PEAK])
+        bounds |= dict.fromkeys(above, limits[PEAK])
         found = choose(graph, bounds)
 
 

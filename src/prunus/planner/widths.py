@@ -108,8 +108,7 @@ def plan_widths(
     request = _settle(graph, scores, asked, hold, _shares(wanted))
     found, searched = request.meet(model, limits)
     check_counts(graph, wanted, found.kept)
-    if asked.budget is None and asked.ratio is None:
-        _refuse_unnamed(graph, asked, found.kept)
+    _refuse_unnamed(graph, asked, found.kept)
     if found.kept.all() and not may_remove_nothing:
         _refuse_nothing(graph, scores, asked, {**found.stopped, **hold})
     through = taken_through(graph, patterns)
@@ -293,6 +292,8 @@ class _Request:
 
 def _refuse_unnamed(graph: CouplingGraph, asked: PlanOptions, kept: Mask) -> None:
     """Refuse ratios with which something shrinks, as in a config's proportions, that is unnamed."""
+    if asked.budget is not None or asked.ratio is not None:
+        return
     named = spread(graph, asked.ratios or {}, "ratios", check_share)
     for tie in (one for one in graph.constraints if isinstance(one, Lockstep) and one.rates):
         units = np.concatenate(tie.sets)
